@@ -1,0 +1,66 @@
+"""`FactorScorer`: a small image classifier that reads named factors back from pictures, so that steering can be measured."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+
+class FactorScorer(ModelMixin, ConfigMixin):
+    """
+    A convolutional network with one softmax per factor.
+
+    A factor name may have a slot, `slot.factor`: if any factor of a slot reads `none`, the slot is empty and all its
+    factors read `None`. The factor `valid` (values `no`, `yes`) says whether the picture shows what the scorer knows.
+
+    Args:
+        factors (`dict[str, list[str]]`): the values of each factor.
+        sample_size (`int`, defaults to 64): height and width of the images; a multiple of 16.
+        channels (`int`, defaults to 48): width of the first stage.
+    """
+
+    @register_to_config
+    def __init__(self, factors: dict[str, list[str]], sample_size: int = 64, channels: int = 48):
+        super().__init__()
+        widths = [channels, channels * 2, channels * 3, channels * 4]
+        layers: list[nn.Module] = []
+        previous = 3
+        for width in widths:
+            layers += [nn.Conv2d(previous, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            previous = width
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(widths[-1] * (sample_size // 16) ** 2, 256),
+            nn.SiLU(),
+            nn.Linear(256, sum(map(len, factors.values()))),
+        )
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits `(batch, values)` of every factor for `images` `(batch, 3, height, width)` in [0, 1]."""
+        logits = self.head(self.features(images.to(self.dtype) * 2 - 1))
+        sizes = [len(values) for values in self.config.factors.values()]
+        return dict(zip(self.config.factors, logits.split(sizes, dim=1), strict=True))
+
+    @torch.no_grad()
+    def read(self, images: torch.Tensor, batch_size: int = 256) -> list[dict[str, str | None]]:
+        """The most likely value of every factor for each image; factors of empty slots are `None`."""
+        readings = []
+        for batch in images.split(batch_size):
+            logits = self(batch.to(self.device))
+            codes = torch.stack([factor.argmax(1) for factor in logits.values()], 1).tolist()
+            for row in codes:
+                pairs = zip(self.config.factors.items(), row, strict=True)
+                reading: dict[str, str | None] = {name: values[code] for (name, values), code in pairs}
+                empty = {name.rpartition(".")[0] for name, value in reading.items() if value == "none"}
+                readings.append({n: None if n.rpartition(".")[0] in empty else v for n, v in reading.items()})
+        return readings
+
+
+def shows(reading: dict[str, str | None], factor: str, value: str) -> bool:
+    """Whether a picture is valid and every filled slot (or the whole picture) has `value` for `factor`."""
+    seen = [v for name, v in reading.items() if name.rpartition(".")[2] == factor and v is not None]
+    return reading.get("valid", "yes") == "yes" and bool(seen) and all(v == value for v in seen)

@@ -1,0 +1,60 @@
+"""Checkpoints as one safetensors file, written atomically, enough to continue bit for bit.
+
+Batches are drawn from a generator seeded by (seed, step), so the step number is all there is to know about the data.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The source of all randomness of one training step."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+
+
+def save_checkpoint(
+    path: Path, step: int, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, fingerprint: str
+) -> None:
+    """Write `tensors` and the optimizer's moments; `fingerprint` names the run they belong to."""
+    flat = {f"state.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            flat[f"optimizer.{i}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(flat, partial, metadata={"step": str(step), "fingerprint": fingerprint})
+    os.replace(partial, path)
+
+
+def load_checkpoint(
+    path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, fingerprint: str
+) -> int:
+    """Copy a checkpoint into `tensors` and `optimizer`; returns the number of steps done, 0 if there is none.
+
+    Raises:
+        `ValueError`: if the checkpoint was written by a run with other settings.
+    """
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        if metadata["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{path} belongs to a run with other settings. Delete it to start again, or restore the settings "
+                f"it was started with: {metadata['fingerprint']}"
+            )
+        for name, tensor in tensors.items():
+            tensor.data.copy_(file.get_tensor(f"state.{name}"))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key in file.keys():
+            if key.startswith("optimizer."):
+                _, i, name = key.split(".", 2)
+                state.setdefault(int(i), {})[name] = file.get_tensor(key)
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"])

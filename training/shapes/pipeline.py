@@ -1,0 +1,247 @@
+"""Train the bundled text-to-image pipeline from nothing: tokenizer, autoencoder, text encoder and denoiser.
+
+    python -m training.shapes.pipeline training/recipes/shapes-sd.yaml --out examples/shapes-sd
+
+Checkpoints go to `--work`; the same command continues a run that was stopped. A GPU is used if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..checkpoint import load_checkpoint, save_checkpoint, step_generator
+from .captions import captions
+from .scenes import render, sample_scenes
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_tokenizer(folder: Path, max_length: int) -> CLIPTokenizer:
+    """A byte-level BPE in CLIP's file format, learned from captions: frequent words are one token, any text still works."""
+    corpus = captions(sample_scenes(20_000, seed=5), seed=5)
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1400, initial_alphabet=alphabet, end_of_word_suffix="</w>", special_tokens=[], show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in learned["merges"]]
+    tokens = sorted(alphabet) + [c + "</w>" for c in sorted(alphabet)] + ["".join(m.split(" ")) for m in merges] + [BOS, EOS]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True, "errors": "replace",
+        "add_prefix_space": False, "bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    length = tokenizer.model_max_length
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def fingerprint(settings: dict) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+@torch.no_grad()
+def render_pictures(count: int, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` pictures as uint8 `(count, 3, 64, 64)`, and where their objects are, bool `(count, 1, 64, 64)`."""
+    pictures, objects = [], []
+    for start in tqdm(range(0, count, 500), desc="rendering", unit="chunk", mininterval=5):
+        scenes = sample_scenes(min(500, count - start), seed=seed + start, held_out=False).to(device)
+        images = render(scenes)
+        scenes.count = torch.zeros_like(scenes.count)
+        objects.append((images - render(scenes)).abs().amax(1, keepdim=True) > 0.05)
+        pictures.append((images * 255).round().to(torch.uint8))
+    return torch.cat(pictures), torch.cat(objects)
+
+
+def train_autoencoder(recipe: dict, work: Path, device: str) -> AutoencoderKL:
+    """Fit the autoencoder; pixels of the objects, few but telling, weigh eight times more."""
+    settings, folder = recipe["autoencoder"], work / "vae"
+    if (folder / "config.json").exists():
+        return AutoencoderKL.from_pretrained(folder).to(device)
+    torch.manual_seed(recipe["seed"])
+    vae = AutoencoderKL(**settings["config"]).to(device)
+    steps, size = settings["steps"], settings["batch_size"]
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
+    checkpoint, state = work / "vae.safetensors", dict(vae.state_dict())
+    done = load_checkpoint(checkpoint, state, optimizer, fingerprint(settings))
+    pictures, objects = render_pictures(settings["pictures"], 20_000_000, device)
+    progress = tqdm(range(done, steps), initial=done, total=steps, desc="autoencoder", unit="step", mininterval=5)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = settings["learning_rate"] * min(1, (step + 1) / 200) * (1 - step / steps)
+        generator = step_generator(recipe["seed"], step, device)
+        chosen = torch.randint(len(pictures), (size,), generator=generator, device=device)
+        images, weight = pictures[chosen].float() / 255, 1 + 7 * objects[chosen].float()
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            posterior = vae.encode(images * 2 - 1).latent_dist
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            noise = torch.randn(mean.shape, generator=generator, device=device)
+            output = vae.decode(mean + (0.5 * logvar).exp() * noise).sample.float()
+        error = output - (images * 2 - 1)
+        edges = sum((error.diff(dim=d)).abs().mean() for d in (2, 3))
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        loss = (weight * (error.abs() + error**2)).mean() + edges + 1e-3 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}", pixel_error=f"{error.abs().mean().item() / 2:.4f}")
+        if (step + 1) % 500 == 0:
+            save_checkpoint(checkpoint, step + 1, state, optimizer, fingerprint(settings))
+    with torch.no_grad():
+        latents = vae.encode(render(sample_scenes(1024, seed=6).to(device)) * 2 - 1).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    vae.save_pretrained(folder)
+    return vae
+
+
+@torch.no_grad()
+def encode_scenes(recipe: dict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: str) -> tuple[torch.Tensor, ...]:
+    """Latents `(scenes, 4, 16, 16)` float16 and caption tokens `(scenes, length)` of the training scenes."""
+    latents, tokens, chunk = [], [], 2000
+    for start in tqdm(range(0, recipe["scenes"], chunk), desc="encoding scenes", unit="chunk", mininterval=5):
+        count = min(chunk, recipe["scenes"] - start)
+        scenes = sample_scenes(count, seed=30_000_000 + start, held_out=False)
+        tokens.append(tokenize(tokenizer, captions(scenes, seed=start)).to(torch.int16))
+        for part in range(0, count, 250):
+            images = render(scenes[slice(part, part + 250)].to(device))
+            latents.append((vae.encode(images * 2 - 1).latent_dist.mean * vae.config.scaling_factor).half())
+    return torch.cat(latents), torch.cat(tokens).to(device)
+
+
+def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes: float) -> bool:
+    """Train denoiser and text encoder jointly; returns whether all steps are done."""
+    settings, seed = recipe["denoiser"], recipe["seed"]
+    started, on_cuda = time.monotonic(), torch.device(device).type == "cuda"
+    tokenizer = build_tokenizer(out / "tokenizer", recipe["max_length"])
+    vae = train_autoencoder(recipe, work, device)
+    torch.manual_seed(seed)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=recipe["max_length"], bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **recipe["text_encoder"],
+        )
+    ).to(device)  # fmt: skip
+    unet = UNet2DConditionModel(**settings["unet"]).to(device)
+    if on_cuda:
+        unet = unet.to(memory_format=torch.channels_last)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    scheduler = DDIMScheduler(**recipe["scheduler"])
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    ema = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=settings["learning_rate"], weight_decay=0.01, fused=on_cuda)
+    names = [f"unet.{n}" for n, _ in unet.named_parameters()] + [f"text.{n}" for n, _ in text_encoder.named_parameters()]
+    state = dict(zip(names, parameters, strict=True)) | {f"ema.{n}": e for n, e in zip(names, ema, strict=True)}
+    checkpoint = work / "denoiser.safetensors"
+    mark = fingerprint({"denoiser": settings, "text_encoder": recipe["text_encoder"], "scenes": recipe["scenes"]})
+    done, steps = load_checkpoint(checkpoint, state, optimizer, mark), settings["steps"]
+
+    if done < steps:
+        latents, tokens = encode_scenes(recipe, vae, tokenizer, device)
+        empty = tokenize(tokenizer, [""]).to(device, torch.int16)
+    log = (work / "denoiser.jsonl").open("a")
+    losses = []
+    progress = tqdm(range(done, steps), initial=done, total=steps, desc="denoiser", unit="step", mininterval=10)
+    for step in progress:
+        generator = step_generator(seed, step, device)
+        rate = min((step + 1) / settings["warmup"], 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.005)
+        for group in optimizer.param_groups:
+            group["lr"] = settings["learning_rate"] * float(rate)
+        size = settings["batch_size"]
+        chosen = torch.randint(len(latents), (size,), generator=generator, device=device)
+        dropped = torch.rand((size, 1), generator=generator, device=device) < settings["caption_dropout"]
+        clean, text = latents[chosen].float(), torch.where(dropped, empty, tokens[chosen]).long()
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        # timesteps lean towards high noise, where layout and colour are decided
+        place = torch.sigmoid(0.5 + 1.2 * torch.randn(size, generator=generator, device=device))
+        timesteps = (place * 1000).long().clamp(0, 999)
+        noisy, target = scheduler.add_noise(clean, noise, timesteps), scheduler.get_velocity(clean, noise, timesteps)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            hidden = text_encoder(text).last_hidden_state
+            prediction = unet(noisy, timesteps, hidden).sample
+        loss = F.mse_loss(prediction.float(), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, parameters, 1 - min(settings["ema_decay"], (1 + step) / (10 + step)))
+        losses.append(loss.detach())
+        if (step + 1) % 100 == 0:
+            mean = torch.stack(losses).mean().item()
+            losses.clear()
+            progress.set_postfix(loss=f"{mean:.4f}")
+            log.write(json.dumps({"step": step + 1, "loss": round(mean, 5)}) + "\n")
+            log.flush()
+        out_of_time = time.monotonic() - started > 60 * max_minutes
+        if (step + 1) % settings["checkpoint_every"] == 0 or step + 1 == steps or out_of_time:
+            save_checkpoint(checkpoint, step + 1, state, optimizer, mark)
+            done = step + 1
+        if out_of_time:
+            break
+    with torch.no_grad():
+        for parameter, average in zip(parameters, ema, strict=True):
+            parameter.copy_(average)
+    save_pipeline(out, vae, text_encoder, tokenizer, unet, scheduler)
+    return done == steps
+
+
+def save_pipeline(out: Path, vae, text_encoder, tokenizer, unet, scheduler) -> None:
+    """Write a plain `StableDiffusionPipeline` folder with float16 weights."""
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.to("cpu", torch.float16).save_pretrained(out)
+    build_tokenizer(out / "tokenizer", tokenizer.model_max_length)  # the file format of transformers 4 beside that of 5
+    config = out / "text_encoder" / "config.json"
+    # transformers loads in the dtype the config names, diffusers in float32: make them agree
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("examples/shapes-sd"))
+    parser.add_argument("--work", type=Path, default=Path("runs/shapes-sd"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--max-minutes", type=float, default=float("inf"), help="checkpoint and stop after this long")
+    arguments = parser.parse_args()
+    recipe = yaml.safe_load(arguments.recipe.read_text())
+    random.seed(recipe["seed"])
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    finished = train_denoiser(recipe, arguments.work, arguments.out, arguments.device, arguments.max_minutes)
+    print(f"saved to {arguments.out}" if finished else "stopped early; run the same command again to continue")
+
+
+if __name__ == "__main__":
+    main()
