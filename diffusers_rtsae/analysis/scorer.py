@@ -18,18 +18,18 @@ class FactorScorer(ModelMixin, ConfigMixin):
     Args:
         factors (`dict[str, list[str]]`): the values of each factor.
         sample_size (`int`, defaults to 64): height and width of the images; a multiple of 16.
-        channels (`int`, defaults to 48): width of the first stage.
+        channels (`int`, defaults to 32): width of the first stage.
     """
 
     @register_to_config
-    def __init__(self, factors: dict[str, list[str]], sample_size: int = 64, channels: int = 48):
+    def __init__(self, factors: dict[str, list[str]], sample_size: int = 64, channels: int = 32):
         super().__init__()
-        widths = [channels, channels * 2, channels * 3, channels * 4]
+        widths = [channels, channels * 2, channels * 4, channels * 4]
         layers: list[nn.Module] = []
         previous = 3
         for width in widths:
-            layers += [nn.Conv2d(previous, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
-            layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            layers += [nn.Conv2d(previous, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
             previous = width
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..checkpoint import load_checkpoint, save_checkpoint, step_generator
 from .captions import captions
-from .scenes import render, sample_scenes
+from .scenes import render, render_pictures, sample_scenes
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -68,19 +68,6 @@ def fingerprint(settings: dict) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-@torch.no_grad()
-def render_pictures(count: int, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` pictures as uint8 `(count, 3, 64, 64)`, and where their objects are, bool `(count, 1, 64, 64)`."""
-    pictures, objects = [], []
-    for start in tqdm(range(0, count, 500), desc="rendering", unit="chunk", mininterval=5):
-        scenes = sample_scenes(min(500, count - start), seed=seed + start, held_out=False).to(device)
-        images = render(scenes)
-        scenes.count = torch.zeros_like(scenes.count)
-        objects.append((images - render(scenes)).abs().amax(1, keepdim=True) > 0.05)
-        pictures.append((images * 255).round().to(torch.uint8))
-    return torch.cat(pictures), torch.cat(objects)
-
-
 def train_autoencoder(recipe: dict, work: Path, device: str) -> AutoencoderKL:
     """Fit the autoencoder; pixels of the objects, few but telling, weigh eight times more."""
     settings, folder = recipe["autoencoder"], work / "vae"
@@ -92,7 +79,7 @@ def train_autoencoder(recipe: dict, work: Path, device: str) -> AutoencoderKL:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
     checkpoint, state = work / "vae.safetensors", dict(vae.state_dict())
     done = load_checkpoint(checkpoint, state, optimizer, fingerprint(settings))
-    pictures, objects = render_pictures(settings["pictures"], 20_000_000, device)
+    pictures, objects = render_pictures(settings["pictures"], seed=20_000_000, device=device)[:2]
     progress = tqdm(range(done, steps), initial=done, total=steps, desc="autoencoder", unit="step", mininterval=5)
     for step in progress:
         for group in optimizer.param_groups:
@@ -134,7 +121,9 @@ def encode_scenes(recipe: dict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, de
         tokens.append(tokenize(tokenizer, captions(scenes, seed=start)).to(torch.int16))
         for part in range(0, count, 250):
             images = render(scenes[slice(part, part + 250)].to(device))
-            latents.append((vae.encode(images * 2 - 1).latent_dist.mean * vae.config.scaling_factor).half())
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+                posterior = vae.encode(images * 2 - 1)
+            latents.append((posterior.latent_dist.mean * vae.config.scaling_factor).half())
     return torch.cat(latents), torch.cat(tokens).to(device)
 
 

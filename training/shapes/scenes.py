@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+from tqdm import tqdm
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLOURS = {
@@ -78,7 +79,7 @@ def sample_scenes(count: int, seed: int, held_out: bool | None = None, objects: 
 
     Args:
         held_out (`bool`, *optional*): keep only combinations that are (`True`) or are not (`False`) held out.
-        objects (`int`, *optional*): 1 or 2 objects in every scene; by default three scenes in five have one.
+        objects (`int`, *optional*): 1 or 2 objects in every scene; by default two scenes in three have one.
     """
     generator = torch.Generator().manual_seed(seed)
     kept: list[Scenes] = []
@@ -89,7 +90,7 @@ def sample_scenes(count: int, seed: int, held_out: bool | None = None, objects: 
             return torch.randint(high, shape, generator=generator)
 
         pair = torch.tensor(OPPOSITE_PLACES)[integers(4, n)]
-        number = torch.full((n,), objects) if objects else 1 + (torch.rand(n, generator=generator) < 0.4).long()
+        number = torch.full((n,), objects) if objects else 1 + (torch.rand(n, generator=generator) < 1 / 3).long()
         single = torch.stack([integers(5, n)] * 2, 1)
         scenes = Scenes(
             count=number,
@@ -107,7 +108,7 @@ def sample_scenes(count: int, seed: int, held_out: bool | None = None, objects: 
     return Scenes(**joined)
 
 
-def _outlines(points: int = 24) -> torch.Tensor:
+def _outlines(points: int = 16) -> torch.Tensor:
     """`(shapes, points, 2)` vertices of every shape in a unit circle, y down; short polygons repeat their last vertex."""
 
     def polygon(vertices: list[tuple[float, float]]) -> torch.Tensor:
@@ -161,6 +162,11 @@ def _towards_contrast(colour: torch.Tensor, amount: torch.Tensor) -> torch.Tenso
 
 def render(scenes: Scenes) -> torch.Tensor:
     """Render scenes to `(batch, 3, 64, 64)` float images in [0, 1], anti-aliased, on the scenes' device."""
+    return render_layers(scenes)[0]
+
+
+def render_layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
+    """The picture `(batch, 3, 64, 64)` and how much of each pixel its objects cover `(batch, 1, 64, 64)`, in [0, 1]."""
     device, n = scenes.count.device, len(scenes)
     axis = torch.arange(IMAGE_SIZE, device=device) + 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -178,23 +184,36 @@ def render(scenes: Scenes) -> torch.Tensor:
     texture = 0.45 * texture[:, None]
 
     palette = torch.tensor(list(BACKGROUNDS.values()), device=device)[scenes.background]
-    background = (palette + 0.025 * scenes.global_jitter[:, :3])[..., None]
-    image = _towards_contrast(background, 0.6 * texture)
+    image = _towards_contrast((palette + 0.025 * scenes.global_jitter[:, :3])[..., None], 0.6 * texture)
+    covered = torch.zeros(n, 1, grid.shape[1], device=device)
     outlines = _outlines().to(device)
     centres = torch.tensor(list(PLACES.values()), dtype=torch.float32, device=device)
     radii = torch.tensor(list(SIZES.values()), device=device)
+    palette = torch.tensor(list(COLOURS.values()), device=device)
     for i in range(2):
-        jitter = scenes.jitter[:, i]
-        centre = centres[scenes.place[:, i]] + 2.5 * jitter[:, :2]
-        radius = radii[scenes.size[:, i]] * (1 + 0.08 * jitter[:, 2])
+        index = (scenes.count > i).nonzero()[:, 0]
+        jitter = scenes.jitter[index, i]
+        centre = centres[scenes.place[index, i]] + 2.5 * jitter[:, :2]
+        radius = radii[scenes.size[index, i]] * (1 + 0.08 * jitter[:, 2])
         turn = 0.15 * jitter[:, 3]
-        rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], -1).reshape(n, 2, 2)
-        polygon = outlines[scenes.shape[:, i]] @ rotation.transpose(1, 2) * radius[:, None, None] + centre[:, None]
-        distance = _signed_distance(grid.expand(n, -1, 2), polygon)
-        cover = (0.5 - distance).clamp(0, 1)
-        hollow = (0.5 - (distance + 2.6)).clamp(0, 1) * (scenes.style == STYLES.index("outline"))[:, None]
-        cover = (cover - hollow) * (scenes.count > i)[:, None]
-        palette = torch.tensor(list(COLOURS.values()), device=device)[scenes.colour[:, i]]
-        colour = _towards_contrast((palette + 0.03 * jitter[:, 4:]).clamp(0, 1)[..., None], texture)
-        image = image + (colour - image) * cover[:, None]
-    return image.clamp(0, 1).reshape(n, 3, IMAGE_SIZE, IMAGE_SIZE)
+        rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], -1).reshape(-1, 2, 2)
+        polygon = outlines[scenes.shape[index, i]] @ rotation.transpose(1, 2) * radius[:, None, None] + centre[:, None]
+        distance = _signed_distance(grid.expand(len(index), -1, 2), polygon)
+        outlined = (scenes.style[index] == STYLES.index("outline"))[:, None]
+        cover = ((0.5 - distance).clamp(0, 1) - (-2.1 - distance).clamp(0, 1) * outlined)[:, None]
+        colour = _towards_contrast((palette[scenes.colour[index, i]] + 0.03 * jitter[:, 4:]).clamp(0, 1)[..., None], texture[index])
+        image[index] = image[index] + (colour - image[index]) * cover
+        covered[index] = torch.maximum(covered[index], cover)
+    shape = (n, -1, IMAGE_SIZE, IMAGE_SIZE)
+    return image.clamp(0, 1).reshape(shape), covered.reshape(shape)
+
+
+def render_pictures(count: int, seed: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, Scenes]:
+    """`count` training pictures uint8 `(count, 3, 64, 64)`, where their objects are, bool `(count, 1, 64, 64)`, the scenes."""
+    scenes = sample_scenes(count, seed, held_out=False).to(device)
+    pictures, objects = [], []
+    for start in tqdm(range(0, count, 250), desc="rendering", unit="chunk", mininterval=5):
+        images, cover = render_layers(scenes[slice(start, start + 250)])
+        pictures.append((images * 255).round().to(torch.uint8))
+        objects.append(cover > 0.1)
+    return torch.cat(pictures), torch.cat(objects), scenes

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
 from ..checkpoint import step_generator
-from .scenes import COLOURS, GLOBAL_FACTORS, PLACES, SHAPES, SIZES, Scenes, render, sample_scenes
+from .scenes import COLOURS, GLOBAL_FACTORS, PLACES, SHAPES, SIZES, Scenes, render, render_pictures, sample_scenes
 
 SLOT_FACTORS = {"shape": ("none", *SHAPES), "colour": tuple(COLOURS), "size": tuple(SIZES)}
 FACTORS = {f"{place}.{name}": list(values) for place in PLACES for name, values in SLOT_FACTORS.items()}
@@ -94,11 +94,12 @@ def train(out: Path, steps: int, batch_size: int, device: str, seed: int = 0) ->
     scorer = FactorScorer(FACTORS).to(device)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    pictures, _, all_scenes = render_pictures(40_000, seed=10_000, device=device)
     progress = tqdm(range(steps), desc="scorer", unit="step", mininterval=5)
     for step in progress:
         generator = step_generator(seed, step, device)
-        scenes = sample_scenes(batch_size, seed=10_000 + step).to(device)
-        images = soften(render(scenes), generator)
+        chosen = torch.randint(len(pictures), (batch_size,), generator=generator, device=device)
+        images, scenes = soften(pictures[chosen].float() / 255, generator), all_scenes[chosen]
         bad = corrupt(images[: batch_size // 2], generator)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             logits = scorer(torch.cat([images, bad]))
@@ -122,7 +123,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("examples/shapes-scorer"))
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     print(json.dumps(train(**vars(arguments)), indent=2))

@@ -1,0 +1,25 @@
+"""Sparsity functions: how pre-activations become latents."""
+
+import torch
+
+
+def batch_topk(pre_activations: torch.Tensor, k: int) -> torch.Tensor:
+    """
+    Keep the `k * rows` largest positive pre-activations of the batch, so that rows share a budget (BatchTopK, 2412.06410).
+
+    Args:
+        pre_activations (`torch.Tensor`): `(rows, latents)`.
+        k (`int`): latents kept per row, on average.
+
+    Returns:
+        `torch.Tensor`: `(rows, latents)`, zero where not kept.
+    """
+    positive = pre_activations.relu()
+    kept = min(k * positive.shape[0], positive.numel())
+    values, indices = positive.flatten().topk(kept, sorted=False)
+    return torch.zeros_like(positive).flatten().scatter(0, indices, values).view_as(positive)
+
+
+def jump_relu(pre_activations: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
+    """Keep what exceeds `threshold`, zero the rest; a tie with the threshold is off (JumpReLU, 2407.14435)."""
+    return torch.where(pre_activations > threshold, pre_activations, 0.0).relu()

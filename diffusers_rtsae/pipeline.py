@@ -1,0 +1,244 @@
+"""The methods a pipeline gains: `load_rtsae`, `set_rtsae_features`, `rtsae_steering` and their companions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .hub import Dictionary, load_dictionary
+from .models import RTSAE
+from .steering import Controller, Edit, SitePlan, as_mask, check_width
+
+Name = str | int | tuple[str, int]
+Strength = float | list[float]
+
+
+@dataclass
+class _Adapter:
+    """A loaded dictionary with its weight and the edits that stay until they are changed."""
+
+    dictionary: Dictionary
+    weight: float = 1.0
+    edits: list[tuple[str, Edit]] = field(default_factory=list)
+
+
+def _denoiser(pipeline) -> nn.Module:
+    for name in ("unet", "transformer"):
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ValueError(f"{type(pipeline).__name__} has no denoiser: expected a component `unet` or `transformer`.")
+
+
+def _controller(pipeline, create: bool = False) -> Controller:
+    denoiser = _denoiser(pipeline)
+    controller = denoiser.__dict__.get("_rtsae_controller")
+    if controller is None:
+        if not create:
+            raise ValueError("No dictionary is loaded; call `load_rtsae` first.")
+        controller = denoiser.__dict__["_rtsae_controller"] = Controller(denoiser)
+    controller.clock.watch(pipeline)
+    return controller
+
+
+def _adapter(controller: Controller, adapter_name: str | None) -> _Adapter:
+    if adapter_name is None and len(controller.adapters) == 1:
+        return next(iter(controller.adapters.values()))
+    if adapter_name not in controller.adapters:
+        raise ValueError(f"Expected `adapter_name` to be one of {list(controller.adapters)}, got {adapter_name!r}.")
+    return controller.adapters[adapter_name]
+
+
+def _edits(adapter: _Adapter, features: dict[Name, Strength], mask=None, where=None, **options) -> list[tuple[str, Edit]]:
+    """Resolve feature names to `(site, Edit)`; what the caller leaves open is taken from the label."""
+    if not isinstance(features, dict):
+        raise ValueError(f"Expected features as a dict {{label or index: strength}}, got {type(features).__name__}.")
+    mask, result = as_mask(mask), []
+    for name, strength in features.items():
+        entries, defaults = adapter.dictionary.features(name)
+        for entry in entries:
+            gate = entry.get("where") if where is None else None
+            if where is not None and where != "everywhere":
+                others = where if isinstance(where, list) else [where]
+                found = [other for one in others for other in adapter.dictionary.features(one)[0]]
+                gate = [row for other in found if other["site"] == entry["site"] for row in other["latents"]]
+            is_list = isinstance(strength, list | tuple) or torch.is_tensor(strength) and strength.ndim
+            edit = Edit(
+                latents=tuple(entry["latents"]),
+                weights=tuple(entry["weights"]),
+                strength=tuple(map(float, strength)) if is_list else strength,
+                where=None if gate is None else tuple(gate),
+                mask=mask,
+                **(defaults | {key: value for key, value in options.items() if value is not None}),
+            )
+            result.append((entry["site"], edit))
+    return result
+
+
+def _install(pipeline) -> None:
+    """Fold all edits of all enabled adapters and hand them to the controller."""
+    controller = _controller(pipeline)
+    alphas_cumprod = getattr(pipeline.scheduler, "alphas_cumprod", None)
+    plans = []
+    for adapter in controller.adapters.values():
+        if adapter.weight == 0 or not controller.enabled:
+            continue
+        for site, rtsae in adapter.dictionary.sites.items():
+            edits = [_scaled(edit, adapter.weight) for where, edit in adapter.edits if where == site]
+            plans.append(SitePlan(rtsae, edits, alphas_cumprod))
+    controller.install(plans)
+
+
+def _scaled(edit: Edit, weight: float) -> Edit:
+    if weight == 1.0 or edit.operation != "add":
+        return edit
+    many = isinstance(edit.strength, tuple)
+    strength = tuple(s * weight for s in edit.strength) if many else edit.strength * weight
+    return Edit(**(vars(edit) | {"strength": strength}))
+
+
+class RTSAELoaderMixin:
+    """Loading of sparse dictionaries into a pipeline's denoiser, and steering with their features."""
+
+    def load_rtsae(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, RTSAE] | Dictionary,
+        adapter_name: str | None = None,
+        layers: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **hub_kwargs,
+    ) -> None:
+        """
+        Attach a dictionary. Nothing changes until features are set.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: Hub id, local folder, or `{site: RTSAE}`.
+            adapter_name (`str`, *optional*): name to address it by, `"default"` if left out.
+            layers (`list[str]`, *optional*): which of its sites to load.
+            dtype (`torch.dtype`, *optional*): of the weights in memory.
+            hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            `OSError`: nothing readable there. `ValueError`: it does not fit this pipeline, or the name is taken.
+        """
+        denoiser = _denoiser(self)
+        dictionary = load_dictionary(pretrained_model_name_or_path_or_dict, layers, dtype, **hub_kwargs)
+        dictionary.check(denoiser)
+        for site, rtsae in dictionary.sites.items():
+            check_width(denoiser, site, rtsae.config.in_channels)
+        name = adapter_name or "default"
+        if name in self.get_list_rtsae():
+            raise ValueError(f"A dictionary named {name!r} is loaded already; pass another `adapter_name` or call `unload_rtsae`.")
+        _controller(self, create=True).adapters[name] = _Adapter(dictionary)
+
+    def set_rtsae_features(self, features: dict[Name, Strength], adapter_name: str | None = None, **options) -> None:
+        """
+        Steer every following generation with these features, replacing those set before.
+
+        Args:
+            features (`dict`): label, index or `(site, index)` → strength; 1.0 is the feature's typical full activation.
+                A list holds one strength per prompt.
+            adapter_name (`str`, *optional*): which dictionary; needed if several are loaded.
+            options: `operation`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`; see [`Edit`]. `where` may be
+                `"everywhere"`, or a feature (or list of them) whose active tokens are edited. A label brings the
+                options it was verified with.
+
+        Example:
+            ```py
+            >>> pipe.set_rtsae_features({"red": 1.5, 1234: -0.5})
+            ```
+        """
+        adapter = _adapter(_controller(self), adapter_name)
+        adapter.edits = _edits(adapter, features, **options)
+        _install(self)
+
+    @contextlib.contextmanager
+    def rtsae_steering(self, features: dict[Name, Strength], adapter_name: str | None = None, **options):
+        """
+        Steer with these features inside the `with` block, on top of those set; takes what `set_rtsae_features` takes.
+
+        Example:
+            ```py
+            >>> with pipe.rtsae_steering({"red": [0.0, 2.0]}, start=0.2, end=0.8, mask=mask_image):
+            ...     images = pipe(["a car", "a boat"]).images
+            ```
+        """
+        adapter = _adapter(_controller(self), adapter_name)
+        before = adapter.edits
+        adapter.edits = before + _edits(adapter, features, **options)
+        try:
+            _install(self)
+            yield self
+        finally:
+            adapter.edits = before
+            _install(self)
+
+    def set_rtsae(self, adapter_names: str | list[str], weights: float | list[float] = 1.0) -> None:
+        """Choose which dictionaries act, and scale the strengths of their `add` edits; the others rest."""
+        controller = _controller(self)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = weights if isinstance(weights, list) else [weights] * len(names)
+        if len(names) != len(weights):
+            raise ValueError(f"Expected one weight per adapter, got {len(weights)} for {len(names)}.")
+        chosen = {id(_adapter(controller, name)): weight for name, weight in zip(names, weights, strict=True)}
+        for adapter in controller.adapters.values():
+            adapter.weight = chosen.get(id(adapter), 0.0)
+        _install(self)
+
+    def get_list_rtsae(self) -> dict[str, list[str]]:
+        """The loaded dictionaries and their sites."""
+        controller = _denoiser(self).__dict__.get("_rtsae_controller")
+        return {name: list(a.dictionary.sites) for name, a in controller.adapters.items()} if controller else {}
+
+    def get_active_rtsae(self) -> list[str]:
+        """The dictionaries that act on the next generation."""
+        controller = _denoiser(self).__dict__.get("_rtsae_controller")
+        return [n for n, a in controller.adapters.items() if a.weight != 0] if controller and controller.enabled else []
+
+    def get_rtsae_features(self, adapter_name: str | None = None) -> dict[str, list[tuple[str, int]]]:
+        """The labels of a dictionary and the `(site, index)` of the latents each moves, strongest first."""
+        labels = _adapter(_controller(self), adapter_name).dictionary.labels
+        return {n: [(f["site"], i) for f in label["features"] for i in f["latents"]] for n, label in labels.items()}
+
+    def enable_rtsae(self) -> None:
+        """Let the loaded dictionaries act again."""
+        _controller(self).enabled = True
+        _install(self)
+
+    def disable_rtsae(self) -> None:
+        """Remove all hooks, keep dictionaries and features."""
+        _controller(self).enabled = False
+        _install(self)
+
+    def delete_rtsae(self, adapter_names: str | list[str]) -> None:
+        """Remove single dictionaries."""
+        controller = _controller(self)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            _adapter(controller, name)
+            del controller.adapters[name]
+        _install(self)
+
+    def unload_rtsae(self) -> None:
+        """Remove every dictionary; the pipeline is as before `load_rtsae`."""
+        controller = _denoiser(self).__dict__.pop("_rtsae_controller", None)
+        if controller is not None:
+            controller.install([])
+
+    def save_rtsae(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
+        """Write a loaded dictionary to a folder that `load_rtsae` reads."""
+        _adapter(_controller(self), adapter_name).dictionary.save(save_directory)
+
+    def reset_rtsae_state(self) -> None:
+        """Forget the running generation, e.g. between calls of a denoiser that no pipeline drives."""
+        _controller(self).restart()
+
+
+def attach(pipeline_class: type) -> None:
+    """Give a pipeline class, and so its subclasses, the methods of `RTSAELoaderMixin`."""
+    for name, method in vars(RTSAELoaderMixin).items():
+        if not name.startswith("_"):
+            setattr(pipeline_class, name, method)

@@ -1,0 +1,77 @@
+"""Sites: where a denoiser can be read and edited, and how its activations are laid out."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+import torch
+from torch import nn
+
+_BLOCKS = ("Transformer2DModel", "BasicTransformerBlock", "ResnetBlock2D")
+
+
+def list_sites(denoiser: nn.Module) -> list[str]:
+    """Paths of the modules that a dictionary can be attached to, in the order they are defined."""
+    sites = []
+    for name, module in denoiser.named_modules():
+        kind, depth = type(module).__name__, name.count(".")
+        is_block = depth == 1 and name.split(".")[0].endswith("blocks") or name == "mid_block"
+        if name and (is_block or kind in _BLOCKS or kind.endswith("TransformerBlock")):
+            sites.append(name)
+    return sites
+
+
+def get_site(denoiser: nn.Module, name: str) -> nn.Module:
+    """The module at path `name`; raises `ValueError` with the closest sites if there is none."""
+    modules = dict(denoiser.named_modules())
+    if name not in modules or not name:
+        sites = list_sites(denoiser)
+        near = difflib.get_close_matches(name, sites, n=3, cutoff=0.3) or sites[:3]
+        raise ValueError(f"{type(denoiser).__name__} has no site {name!r}. Close: {near}; see `list_sites(denoiser)`.")
+    return modules[name]
+
+
+def read_output(output) -> torch.Tensor:
+    """The hidden states in what a block returns: a tensor, a 1-tuple, `(h, residuals)`, or `(text, image)` streams."""
+    if torch.is_tensor(output):
+        return output
+    if len(output) == 2 and torch.is_tensor(output[1]):  # DiT blocks with two streams: (encoder_hidden_states, h)
+        return output[1]
+    return output[0]
+
+
+def replace_output(output, hidden_states: torch.Tensor):
+    """What the block would have returned with `hidden_states`; a down block's skip connection is replaced as well."""
+    if torch.is_tensor(output):
+        return hidden_states
+    if len(output) == 2 and torch.is_tensor(output[1]):
+        return (output[0], hidden_states)
+    if len(output) == 2 and isinstance(output[1], tuple) and output[1][-1] is output[0]:
+        return (hidden_states, (*output[1][:-1], hidden_states))
+    return (hidden_states, *output[1:])
+
+
+def to_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
+    """View `(B, C, H, W)` or `(B, N, C)` as tokens `(B, N, C)`."""
+    return hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+
+
+def from_tokens(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Lay tokens `(B, N, C)` (or `(B, 1, C)`, to be broadcast) out as the activation `like`, in its dtype."""
+    tokens = tokens.to(like.dtype)
+    if like.ndim == 3:
+        return tokens
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:] if tokens.shape[1] > 1 else (1, 1))
+
+
+def spatial_size(hidden_states: torch.Tensor, sample: torch.Tensor) -> tuple[int, int]:
+    """Height and width of the token grid of an activation; `sample` is the denoiser's input, whose shape it follows."""
+    if hidden_states.ndim == 4:
+        return hidden_states.shape[2], hidden_states.shape[3]
+    height, width, tokens = sample.shape[-2], sample.shape[-1], hidden_states.shape[1]
+    factor = math.sqrt(height * width / tokens)
+    size = (round(height / factor), round(width / factor))
+    if size[0] * size[1] != tokens:
+        raise ValueError(f"Cannot lay {tokens} tokens out over a {height}x{width} latent; spatial masks need a grid.")
+    return size
