@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -112,8 +114,12 @@ def train_autoencoder(recipe: dict, work: Path, device: str) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_scenes(recipe: dict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: str) -> tuple[torch.Tensor, ...]:
-    """Latents `(scenes, 4, 16, 16)` float16 and caption tokens `(scenes, length)` of the training scenes."""
+def encode_scenes(recipe: dict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, device: str) -> tuple[torch.Tensor, ...]:
+    """Latents `(scenes, 4, 16, 16)` float16 and caption tokens `(scenes, length)` of the training scenes, made once."""
+    path = work / "scenes.safetensors"
+    if path.exists():
+        stored = load_file(path, device=device)
+        return stored["latents"], stored["tokens"]
     latents, tokens, chunk = [], [], 2000
     for start in tqdm(range(0, recipe["scenes"], chunk), desc="encoding scenes", unit="chunk", mininterval=5):
         count = min(chunk, recipe["scenes"] - start)
@@ -124,7 +130,10 @@ def encode_scenes(recipe: dict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, de
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
                 posterior = vae.encode(images * 2 - 1)
             latents.append((posterior.latent_dist.mean * vae.config.scaling_factor).half())
-    return torch.cat(latents), torch.cat(tokens).to(device)
+    stored = {"latents": torch.cat(latents).contiguous(), "tokens": torch.cat(tokens).to(device)}
+    save_file(stored, path.with_suffix(".partial"))
+    os.replace(path.with_suffix(".partial"), path)
+    return stored["latents"], stored["tokens"]
 
 
 def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes: float) -> bool:
@@ -155,7 +164,7 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
     done, steps = load_checkpoint(checkpoint, state, optimizer, mark), settings["steps"]
 
     if done < steps:
-        latents, tokens = encode_scenes(recipe, vae, tokenizer, device)
+        latents, tokens = encode_scenes(recipe, vae, tokenizer, work, device)
         empty = tokenize(tokenizer, [""]).to(device, torch.int16)
     log = (work / "denoiser.jsonl").open("a")
     losses = []
