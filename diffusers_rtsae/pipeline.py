@@ -26,7 +26,8 @@ class _Adapter:
     edits: list[tuple[str, Edit]] = field(default_factory=list)
 
 
-def _denoiser(pipeline) -> nn.Module:
+def get_denoiser(pipeline) -> nn.Module:
+    """The U-Net or transformer of a pipeline."""
     for name in ("unet", "transformer"):
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
@@ -35,7 +36,7 @@ def _denoiser(pipeline) -> nn.Module:
 
 
 def _controller(pipeline, create: bool = False) -> Controller:
-    denoiser = _denoiser(pipeline)
+    denoiser = get_denoiser(pipeline)
     controller = denoiser.__dict__.get("_rtsae_controller")
     if controller is None:
         if not create:
@@ -125,7 +126,7 @@ class RTSAELoaderMixin:
         Raises:
             `OSError`: nothing readable there. `ValueError`: it does not fit this pipeline, or the name is taken.
         """
-        denoiser = _denoiser(self)
+        denoiser = get_denoiser(self)
         dictionary = load_dictionary(pretrained_model_name_or_path_or_dict, layers, dtype, **hub_kwargs)
         dictionary.check(denoiser)
         for site, rtsae in dictionary.sites.items():
@@ -191,12 +192,12 @@ class RTSAELoaderMixin:
 
     def get_list_rtsae(self) -> dict[str, list[str]]:
         """The loaded dictionaries and their sites."""
-        controller = _denoiser(self).__dict__.get("_rtsae_controller")
+        controller = get_denoiser(self).__dict__.get("_rtsae_controller")
         return {name: list(a.dictionary.sites) for name, a in controller.adapters.items()} if controller else {}
 
     def get_active_rtsae(self) -> list[str]:
         """The dictionaries that act on the next generation."""
-        controller = _denoiser(self).__dict__.get("_rtsae_controller")
+        controller = get_denoiser(self).__dict__.get("_rtsae_controller")
         return [n for n, a in controller.adapters.items() if a.weight != 0] if controller and controller.enabled else []
 
     def get_rtsae_features(self, adapter_name: str | None = None) -> dict[str, list[tuple[str, int]]]:
@@ -224,7 +225,7 @@ class RTSAELoaderMixin:
 
     def unload_rtsae(self) -> None:
         """Remove every dictionary; the pipeline is as before `load_rtsae`."""
-        controller = _denoiser(self).__dict__.pop("_rtsae_controller", None)
+        controller = get_denoiser(self).__dict__.pop("_rtsae_controller", None)
         if controller is not None:
             controller.install([])
 

@@ -66,6 +66,12 @@ class Clock:
         """Read schedule and guidance from this pipeline."""
         self._pipelines.setdefault(pipeline, None)
 
+    def tick_call(self, args: tuple, kwargs: dict) -> None:
+        """Take note of a denoiser call by its arguments."""
+        sample = args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        self.tick(sample, timestep, args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states"))
+
     def tick(self, sample: torch.Tensor, timestep, text: torch.Tensor | None) -> None:
         """Take note of a denoiser call."""
         timestep = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)

@@ -49,10 +49,7 @@ class Controller:
         self._generation = 0
 
     def _tick(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        sample = args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
-        self.clock.tick(sample, timestep, text)
+        self.clock.tick_call(args, kwargs)
         if self.clock.generation != self._generation:
             self._generation = self.clock.generation
             for plan in (plan for plans in self._plans.values() for plan in plans):
