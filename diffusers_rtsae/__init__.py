@@ -1,4 +1,5 @@
-"""See and steer what a text-to-image model does while it denoises; importing this gives diffusers pipelines `load_rtsae`."""
+"""See and steer what a text-to-image model does while it denoises; importing this gives diffusers pipelines
+`load_rtsae`."""
 
 from diffusers import DiffusionPipeline
 

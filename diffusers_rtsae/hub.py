@@ -22,7 +22,14 @@ FORMAT_VERSION = 1
 
 def signature(denoiser: torch.nn.Module) -> dict:
     """What of a denoiser must agree for a dictionary to fit: its class and the shape of its blocks."""
-    names = ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block", "num_layers", "num_attention_heads")
+    names = (
+        "in_channels",
+        "block_out_channels",
+        "cross_attention_dim",
+        "layers_per_block",
+        "num_layers",
+        "num_attention_heads",
+    )
     config = {name: denoiser.config[name] for name in names if denoiser.config.get(name) is not None}
     return json.loads(json.dumps({"class": type(denoiser).__name__, **config}))
 
@@ -44,7 +51,8 @@ class Dictionary:
     config: dict = field(default_factory=dict)
 
     def features(self, name: str | int | tuple[str, int]) -> tuple[list[dict], dict]:
-        """The `(site, latents, weights, where)` entries a label, an index or a `(site, index)` stands for, and its options."""
+        """The `(site, latents, weights, where)` entries a label, an index or a `(site, index)` stands for, and its
+        options."""
         if isinstance(name, str):
             if name not in self.labels:
                 near = difflib.get_close_matches(name, self.labels, n=3, cutoff=0.4)
@@ -54,14 +62,19 @@ class Dictionary:
             return [f for f in label["features"] if f["site"] in self.sites], label.get("edit", {})
         if isinstance(name, int):
             if len(self.sites) > 1:
-                raise ValueError(f"Several sites are loaded, so feature {name} needs one: use (site, {name}) with a site of {list(self.sites)}.")
+                raise ValueError(
+                    f"Several sites are loaded, so feature {name} needs one: use (site, {name}) with a site of "
+                    f"{list(self.sites)}."
+                )
             name = (next(iter(self.sites)), name)
         site, index = name
         if site not in self.sites:
             raise ValueError(f"The dictionary has no site {site!r}; it has {list(self.sites)}.")
         count = self.sites[site].config.num_latents
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
-            raise ValueError(f"Feature {index!r} does not exist: the dictionary of {site} has features 0 to {count - 1}.")
+            raise ValueError(
+                f"Feature {index!r} does not exist: the dictionary of {site} has features 0 to {count - 1}."
+            )
         return [{"site": site, "latents": [index], "weights": [1.0], "where": None}], {}
 
     def check(self, denoiser: torch.nn.Module) -> None:
@@ -70,7 +83,10 @@ class Dictionary:
         if wanted is not None and wanted != found:
             different = {k: (wanted.get(k), found.get(k)) for k in wanted | found if wanted.get(k) != found.get(k)}
             details = ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in different.items())
-            raise ValueError(f"The dictionary is for {self.config.get('base_model', 'another model')}, not for this pipeline: {details}.")
+            raise ValueError(
+                f"The dictionary is for {self.config.get('base_model', 'another model')}, which is no match for this "
+                f"pipeline: {details}."
+            )
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the folder; encoder and decoder rows as float16, statistics as float32."""
@@ -113,9 +129,13 @@ def _load_site(folder: Path, site: str, dtype: torch.dtype | None) -> RTSAE:
     except SafetensorError as error:
         raise OSError(f"{weights} is damaged or no safetensors file: {error}") from None
     try:
-        return RTSAE.from_pretrained(path, torch_dtype=dtype or torch.float32, use_safetensors=True, low_cpu_mem_usage=False)
+        return RTSAE.from_pretrained(
+            path, torch_dtype=dtype or torch.float32, use_safetensors=True, low_cpu_mem_usage=False
+        )
     except (RuntimeError, SafetensorError, TypeError) as error:
-        raise ValueError(f"The weights in {weights} do not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
+        raise ValueError(
+            f"The weights in {weights} do not fit its config.json: {str(error).splitlines()[-1].strip()}"
+        ) from None
 
 
 def load_dictionary(
@@ -140,7 +160,9 @@ def load_dictionary(
     """
     if isinstance(source, Dictionary | dict):
         dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
-        return Dictionary({s: dictionary.sites[s] for s in _choose(dictionary.sites, layers)}, dictionary.labels, dictionary.config)
+        return Dictionary(
+            {s: dictionary.sites[s] for s in _choose(dictionary.sites, layers)}, dictionary.labels, dictionary.config
+        )
     prefix = f"{subfolder}/" if subfolder else ""
     folder = Path(source)
     if not folder.is_dir():
@@ -153,7 +175,9 @@ def load_dictionary(
                 folder = Path(snapshot_download(str(source), allow_patterns=names + wanted, **hub_kwargs))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise OSError(f"{source!r} is neither a folder nor a dictionary that could be fetched from the Hub: {reason}") from error
+            raise OSError(
+                f"{source!r} is neither a folder nor a dictionary that could be fetched from the Hub: {reason}"
+            ) from error
     folder = folder / (subfolder or "")
     config_path = folder / CONFIG_NAME
     if not config_path.is_file():
@@ -161,7 +185,9 @@ def load_dictionary(
         raise OSError(f"{folder} is no dictionary: expected {CONFIG_NAME} in it, found {found}.")
     config = _read_json(config_path)
     if config.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{config_path} has format version {config.get('format_version')}, this version reads {FORMAT_VERSION}.")
+        raise ValueError(
+            f"{config_path} has format version {config.get('format_version')}, this version reads {FORMAT_VERSION}."
+        )
     chosen = _choose(_sites(config, config_path), layers)
     labels = _read_json(folder / LABELS_NAME) if (folder / LABELS_NAME).is_file() else {}
     return Dictionary({site: _load_site(folder, site, dtype) for site in chosen}, labels, config)
@@ -169,7 +195,9 @@ def load_dictionary(
 
 def _sites(config: dict, path: Path) -> list[str]:
     sites = config.get("sites")
-    if not isinstance(sites, list) or not all(isinstance(s, str) and s.replace(".", "_").isidentifier() for s in sites):
+    if not isinstance(sites, list) or not all(
+        isinstance(s, str) and s.replace(".", "_").isidentifier() for s in sites
+    ):
         raise ValueError(f"{path} must list its `sites` as module paths, got {sites!r}.")
     return sites
 

@@ -54,7 +54,14 @@ def _adapter(controller: Controller, adapter_name: str | None) -> _Adapter:
     return controller.adapters[adapter_name]
 
 
-def _edits(adapter: _Adapter, features: dict[Name, Strength], mask=None, where=None, **options) -> list[tuple[str, Edit]]:
+def get_dictionary(pipeline, adapter_name: str | None = None) -> Dictionary:
+    """A dictionary loaded into a pipeline."""
+    return _adapter(_controller(pipeline), adapter_name).dictionary
+
+
+def _edits(
+    adapter: _Adapter, features: dict[Name, Strength], mask=None, where=None, **options
+) -> list[tuple[str, Edit]]:
     """Resolve feature names to `(site, Edit)`; what the caller leaves open is taken from the label."""
     if not isinstance(features, dict):
         raise ValueError(f"Expected features as a dict {{label or index: strength}}, got {type(features).__name__}.")
@@ -133,7 +140,9 @@ class RTSAELoaderMixin:
             check_width(denoiser, site, rtsae.config.in_channels)
         name = adapter_name or "default"
         if name in self.get_list_rtsae():
-            raise ValueError(f"A dictionary named {name!r} is loaded already; pass another `adapter_name` or call `unload_rtsae`.")
+            raise ValueError(
+                f"A dictionary named {name!r} is loaded already; pass another `adapter_name` or call `unload_rtsae`."
+            )
         _controller(self, create=True).adapters[name] = _Adapter(dictionary)
 
     def set_rtsae_features(self, features: dict[Name, Strength], adapter_name: str | None = None, **options) -> None:
@@ -141,10 +150,12 @@ class RTSAELoaderMixin:
         Steer every following generation with these features, replacing those set before.
 
         Args:
-            features (`dict`): label, index or `(site, index)` → strength; 1.0 is the feature's typical full activation.
+            features (`dict`): label, index or `(site, index)` → strength; 1.0 is the feature's typical full
+            activation.
                 A list holds one strength per prompt.
             adapter_name (`str`, *optional*): which dictionary; needed if several are loaded.
-            options: `operation`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`; see [`Edit`]. `where` may be
+            options: `operation`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`; see [`Edit`]. `where` may
+            be
                 `"everywhere"`, or a feature (or list of them) whose active tokens are edited. A label brings the
                 options it was verified with.
 
@@ -198,11 +209,13 @@ class RTSAELoaderMixin:
     def get_active_rtsae(self) -> list[str]:
         """The dictionaries that act on the next generation."""
         controller = get_denoiser(self).__dict__.get("_rtsae_controller")
-        return [n for n, a in controller.adapters.items() if a.weight != 0] if controller and controller.enabled else []
+        return (
+            [n for n, a in controller.adapters.items() if a.weight != 0] if controller and controller.enabled else []
+        )
 
     def get_rtsae_features(self, adapter_name: str | None = None) -> dict[str, list[tuple[str, int]]]:
         """The labels of a dictionary and the `(site, index)` of the latents each moves, strongest first."""
-        labels = _adapter(_controller(self), adapter_name).dictionary.labels
+        labels = get_dictionary(self, adapter_name).labels
         return {n: [(f["site"], i) for f in label["features"] for i in f["latents"]] for n, label in labels.items()}
 
     def enable_rtsae(self) -> None:
@@ -231,7 +244,7 @@ class RTSAELoaderMixin:
 
     def save_rtsae(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Write a loaded dictionary to a folder that `load_rtsae` reads."""
-        _adapter(_controller(self), adapter_name).dictionary.save(save_directory)
+        get_dictionary(self, adapter_name).save(save_directory)
 
     def reset_rtsae_state(self) -> None:
         """Forget the running generation, e.g. between calls of a denoiser that no pipeline drives."""

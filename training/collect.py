@@ -24,8 +24,14 @@ def anchor_timesteps(pipe: DiffusionPipeline, steps: int, anchors: int) -> list[
 
 @torch.no_grad()
 def collect(
-    pipe: DiffusionPipeline, prompts: Sequence[str], sites: list[str], anchors: list[int], store: TrajectoryStore,
-    settings: dict, seed: int, scorer=None,
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    sites: list[str],
+    anchors: list[int],
+    store: TrajectoryStore,
+    settings: dict,
+    seed: int,
+    scorer=None,
 ) -> None:
     """
     Fill `store` with one shard per batch of prompts; shards that are there already are kept.
@@ -43,7 +49,9 @@ def collect(
     for start in progress:
         part = range(start, min(start + size, len(prompts)))
         latents = [
-            torch.randn((config.in_channels, config.sample_size, config.sample_size), generator=step_generator(seed, i))
+            torch.randn(
+                (config.in_channels, config.sample_size, config.sample_size), generator=step_generator(seed, i)
+            )
             for i in part
         ]
         with Recorder(pipe, sites, anchors, dtype=torch.float16) as recorder:

@@ -41,10 +41,9 @@ def evaluate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> dict:
     online = dynamics.rollout(reconstruction) / scale
     forced = dynamics.teacher_forced(reconstruction, trajectories) / scale
     result = {"tokens": len(trajectories)}
-    for name, error, target in (
-        ("residual", reconstruction - residuals, residuals), ("online", online - truth, truth), ("teacher_forced", forced - truth, truth),
-    ):  # fmt: skip
-        result[f"fvu_{name}_per_anchor"], result[f"fvu_{name}"] = _unexplained(error, target)
+    pairs = {"residual": (reconstruction, residuals), "online": (online, truth), "teacher_forced": (forced, truth)}
+    for name, (found, wanted) in pairs.items():
+        result[f"fvu_{name}_per_anchor"], result[f"fvu_{name}"] = _unexplained(found - wanted, wanted)
     active = whole > 0
     return result | {
         "cosine_online": round(torch.cosine_similarity(online.flatten(1), truth.flatten(1)).mean().item(), 4),

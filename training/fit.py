@@ -31,7 +31,9 @@ class Moments:
         average = self.sum / self.count
 
         def centred(moment, left, right):
-            cross = torch.einsum("gi,gj->gij", average[left], mean[right]) + torch.einsum("gi,gj->gij", mean[left], average[right])
+            cross = torch.einsum("gi,gj->gij", average[left], mean[right]) + torch.einsum(
+                "gi,gj->gij", mean[left], average[right]
+            )
             return (moment / self.count - cross + torch.einsum("gi,gj->gij", mean[left], mean[right])) / (
                 scale[left] * scale[right]
             )[:, None, None]
@@ -80,7 +82,12 @@ def fit_dynamics(
     error = _errors(within, between, transition)
     total, left = held_out.standardised(mean, scale)
     r2 = 1 - _errors(total, left, transition)[1:] / torch.diagonal(total, dim1=1, dim2=2).sum(1)[1:]
-    for name, value in (("mean", mean), ("scale", scale), ("transition", transition), ("residual_scale", (error / in_channels).sqrt())):
+    for name, value in (
+        ("mean", mean),
+        ("scale", scale),
+        ("transition", transition),
+        ("residual_scale", (error / in_channels).sqrt()),
+    ):
         getattr(dynamics, name).copy_(value)
     return dynamics, {"r2": [round(v, 4) for v in r2.tolist()]}
 

@@ -16,7 +16,8 @@ class TrajectoryStore:
     Shards of trajectories of one or more sites.
 
     A shard holds, for each site, `(tokens, G, d)` float16; `image (tokens,)`, the index of the prompt each token comes
-    from; `token (tokens,)`, its place in the picture, row by row; and what a scorer read in its images, if one was used.
+    from; `token (tokens,)`, its place in the picture, row by row; and what a scorer read in its images, if one was
+    used.
 
     Args:
         folder (`Path`): where the shards lie.
@@ -44,7 +45,9 @@ class TrajectoryStore:
         try:
             file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
-            raise OSError(f"{path} is damaged ({error}). Delete it and run the same command again to make it anew.") from None
+            raise OSError(
+                f"{path} is damaged ({error}). Delete it and run the same command again to make it anew."
+            ) from None
         if file.metadata().get("fingerprint") != self.fingerprint:
             raise ValueError(
                 f"{path} was collected with other settings than the recipe has now. Restore the recipe, or delete "
@@ -63,10 +66,14 @@ class TrajectoryStore:
         """Trajectories `(tokens, G, d)` float16 of one shard."""
         with self._open(path) as file:
             if site not in file.keys():
-                raise ValueError(f"{path} holds no site {site!r}, it holds {[k for k in file.keys() if '.' in k or '_' in k]}.")
+                raise ValueError(
+                    f"{path} holds no site {site!r}, it holds {[k for k in file.keys() if '.' in k or '_' in k]}."
+                )
             values = file.get_tensor(site)
         if not torch.isfinite(values).all():
-            raise ValueError(f"{path} holds NaN or inf at {site}: the activations overflow float16, or the model is broken.")
+            raise ValueError(
+                f"{path} holds NaN or inf at {site}: the activations overflow float16, or the model is broken."
+            )
         return values
 
     def load_origin(self, path: Path) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:

@@ -37,7 +37,9 @@ def geometric_median(points: torch.Tensor, iterations: int = 20) -> torch.Tensor
     return median
 
 
-def auxiliary_loss(rtsae: RTSAE, error: torch.Tensor, pre_activations: torch.Tensor, dead: torch.Tensor, k: int) -> torch.Tensor:
+def auxiliary_loss(
+    rtsae: RTSAE, error: torch.Tensor, pre_activations: torch.Tensor, dead: torch.Tensor, k: int
+) -> torch.Tensor:
     """AuxK (2406.04093, appendix A.2): dead latents reconstruct the detached error `u − û` of the living."""
     columns = dead.nonzero()[:, 0]
     values, chosen = pre_activations[:, columns].topk(min(k, len(columns)), dim=1)
@@ -61,7 +63,9 @@ def calibrate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> None:
         rtsae.typical_activation[j] = active.quantile(0.99) if len(active) else 1.0
 
 
-def train_site(recipe: dict, site: str, anchors: list[int], data: torch.Tensor, dynamics, work: Path, device: str) -> RTSAE:
+def train_site(
+    recipe: dict, site: str, anchors: list[int], data: torch.Tensor, dynamics, work: Path, device: str
+) -> RTSAE:
     """Train the dictionary of one site on `data (tokens, G, d)` float16."""
     settings, seed = recipe["train"], recipe["seed"]
     torch.manual_seed(seed)
@@ -73,9 +77,14 @@ def train_site(recipe: dict, site: str, anchors: list[int], data: torch.Tensor, 
         rtsae.decoder_bias.copy_(geometric_median(sample.flatten(1)).view_as(rtsae.decoder_bias))
     parameters = dict(rtsae.named_parameters())
     optimizer = torch.optim.Adam(parameters.values(), lr=settings["learning_rate"], fused=True)
-    quiet = torch.zeros(settings["num_latents"], dtype=torch.long, device=device)  # trajectories since each latent fired
+    quiet = torch.zeros(
+        settings["num_latents"], dtype=torch.long, device=device
+    )  # trajectories since each latent fired
     state = parameters | {"quiet": quiet}
-    checkpoint, mark = work / f"{site}.safetensors", json.dumps([recipe[k] for k in ("seed", "collect", "fit", "train")])
+    checkpoint, mark = (
+        work / f"{site}.safetensors",
+        json.dumps([recipe[k] for k in ("seed", "collect", "fit", "train")]),
+    )
     done, steps, size = load_checkpoint(checkpoint, state, optimizer, mark), settings["steps"], settings["batch_size"]
     progress = tqdm(range(done, steps), initial=done, total=steps, desc=f"train {site}", unit="step", mininterval=5)
     for step in progress:
@@ -93,7 +102,9 @@ def train_site(recipe: dict, site: str, anchors: list[int], data: torch.Tensor, 
         dead = quiet > settings["dead_after"]
         if dead.any() and prefix is None:
             pre_activations = rtsae.pre_activations(residuals)
-            loss = loss + settings["auxiliary"] * auxiliary_loss(rtsae, error, pre_activations, dead, k=data.shape[2] // 2)
+            loss = loss + settings["auxiliary"] * auxiliary_loss(
+                rtsae, error, pre_activations, dead, k=data.shape[2] // 2
+            )
         optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():  # the decoder moves on the unit sphere
@@ -107,11 +118,24 @@ def train_site(recipe: dict, site: str, anchors: list[int], data: torch.Tensor, 
         if step % 50 == 0:
             progress.set_postfix(fvu=f"{error.square().mean().item():.3f}", dead=f"{dead.float().mean().item():.1%}")
         if not torch.isfinite(loss):
-            raise ValueError(f"The loss is {loss.item()} at step {step}: lower `learning_rate`; the last checkpoint is {checkpoint}.")
+            raise ValueError(
+                f"The loss is {loss.item()} at step {step}: lower `learning_rate`; the last checkpoint is "
+                f"{checkpoint}."
+            )
         if (step + 1) % settings["checkpoint_every"] == 0 or step + 1 == steps:
             save_checkpoint(checkpoint, step + 1, state, optimizer, mark)
-    calibrate(rtsae, data[torch.randperm(len(data), generator=step_generator(seed, steps))[:16384]].float().to(device), settings["k"])
+    calibrate(
+        rtsae,
+        data[torch.randperm(len(data), generator=step_generator(seed, steps))[:16384]].float().to(device),
+        settings["k"],
+    )
     return rtsae.cpu()
+
+
+def open_store(recipe: dict, work: Path, anchors: list[int]) -> TrajectoryStore:
+    """The trajectories of a recipe's run."""
+    made_with = {name: recipe[name] for name in ("pipeline", "sites", "seed", "collect")} | {"anchors": anchors}
+    return TrajectoryStore(work / "trajectories", json.dumps(made_with))
 
 
 def main() -> None:
@@ -132,8 +156,7 @@ def run(recipe: dict, out: Path, work: Path, device: str) -> Dictionary:
     pipe.set_progress_bar_config(disable=True)
     scorer = FactorScorer.from_pretrained(recipe["scorer"]).to(device) if recipe.get("scorer") else None
     anchors = anchor_timesteps(pipe, recipe["collect"]["steps"], recipe["anchors"])
-    made_with = {"pipeline": recipe["pipeline"], "sites": recipe["sites"], "anchors": anchors, "seed": recipe["seed"]} | recipe["collect"]
-    store = TrajectoryStore(work / "trajectories", json.dumps(made_with))
+    store = open_store(recipe, work, anchors)
     prompts = read_prompts(recipe["collect"]["prompts"], recipe["collect"]["count"], recipe["seed"])
     collect(pipe, prompts, recipe["sites"], anchors, store, recipe["collect"], recipe["seed"], scorer)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..pipeline import get_denoiser
-from ..steering import Clock, get_site
-from ..steering.sites import read_output, to_tokens
+from ..pipeline import get_denoiser, get_dictionary
+from ..steering import Clock, PrefixEncoder, TimeGrid, get_site
+from ..steering.sites import read_output, spatial_size, to_tokens
 
 
 class Recorder:
@@ -66,6 +66,7 @@ class Recorder:
             if self.activation == "update":
                 hidden_states = hidden_states - (args[0] if args else kwargs["hidden_states"])
             rows = self.clock.conditional_rows(len(hidden_states))
+            self.size = spatial_size(hidden_states, self.clock.sample)
             if self._again:
                 self._kept[site].pop()
             self._kept[site].append(to_tokens(hidden_states[rows]).detach().to("cpu", self.dtype, copy=True))
@@ -75,3 +76,44 @@ class Recorder:
     def trajectories(self, site: str) -> torch.Tensor:
         """Activations `(images, tokens, steps, d)` of the generation inside the `with` block."""
         return torch.stack(self._kept[site], dim=2)
+
+
+@torch.no_grad()
+def trace_features(
+    pipeline, prompt: str, features: list[str | int | tuple[str, int]], adapter_name: str | None = None, **call
+):
+    """
+    Generate one picture and follow features of a loaded dictionary through denoising time and space.
+
+    Args:
+        pipeline (`DiffusionPipeline`): with a dictionary loaded.
+        prompt (`str`): what to generate.
+        features (`list`): labels, indices or `(site, index)`; a label's trace is the sum of its latents'
+        activations, each
+            in units of its typical activation. All must live at one site.
+        call: passed to the pipeline.
+
+    Returns:
+        the picture (PIL), the timesteps, and the activations `(features, steps, height, width)`.
+    """
+    dictionary = get_dictionary(pipeline, adapter_name)
+    entries = [entry for feature in features for entry in dictionary.features(feature)[0][:1]]
+    site = entries[0]["site"]
+    if any(entry["site"] != site for entry in entries):
+        raise ValueError(
+            f"The features live at several sites {sorted({e['site'] for e in entries})}; trace one site at a time."
+        )
+    rtsae = dictionary.sites[site]
+    with Recorder(pipeline, [site], activation=rtsae.config.activation) as recorder:
+        image = pipeline(prompt, num_images_per_prompt=1, **call).images[0]
+    trajectories = recorder.trajectories(site)[:1]
+    rows = sorted({row for entry in entries for row in entry["latents"]})
+    grid = TimeGrid(rtsae.config.anchors, getattr(pipeline.scheduler, "alphas_cumprod", None))
+    encoder = PrefixEncoder(rtsae, rows, grid, trajectories.device)
+    maps = []
+    for i, timestep in enumerate(recorder.timesteps):
+        latents = encoder.observe(trajectories[:, :, i], timestep)[0] / rtsae.typical_activation[rows]
+        encoder.continue_with(trajectories[:, :, i])
+        maps.append(torch.stack([latents[:, [rows.index(r) for r in e["latents"]]].sum(-1) for e in entries]))
+    activations = torch.stack(maps, dim=1)
+    return image, recorder.timesteps, activations.unflatten(2, recorder.size)

@@ -1,4 +1,5 @@
-"""`FactorScorer`: a small image classifier that reads named factors back from pictures, so that steering can be measured."""
+"""`FactorScorer`: a small image classifier that reads named factors back from pictures, so that steering can be
+measured."""
 
 from __future__ import annotations
 

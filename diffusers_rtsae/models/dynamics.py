@@ -10,8 +10,8 @@ class LinearDynamics(nn.Module):
     """
     Standardisation and ridge predictors of one site (2605.27813, section 3).
 
-    With `h_g` the activation at anchor `g`, `x_g = (h_g - mean_g) / scale_g` and `x_{g+1} ≈ A_g x_g`. The residuals are
-    `r_0 = x_0`, `r_{g+1} = x_{g+1} - A_g x_g`, each divided by its RMS `residual_scale_g` before the autoencoder.
+    With `h_g` the activation at anchor `g`, `x_g = (h_g - mean_g) / scale_g` and `x_{g+1} ≈ A_g x_g`. The residuals
+    are `r_0 = x_0`, `r_{g+1} = x_{g+1} - A_g x_g`, each divided by its RMS `residual_scale_g` before the autoencoder.
     A dictionary on raw activations is the special case `A = 0`.
 
     Args:

@@ -30,7 +30,8 @@ class RTSAE(ModelMixin, ConfigMixin):
     r"""
     A sparse dictionary of denoising trajectories at one site of a denoiser.
 
-    The input is a token's activation at G anchor timesteps. A linear predictor explains each anchor from the one before;
+    The input is a token's activation at G anchor timesteps. A linear predictor explains each anchor from the one
+    before;
     the autoencoder explains the G residuals with one sparse code per trajectory. While denoising only the residuals up
     to now are known, so codes are also defined for prefixes.
 
@@ -71,7 +72,8 @@ class RTSAE(ModelMixin, ConfigMixin):
         self.register_buffer("density", torch.zeros(num_latents))
 
     def pre_activations(self, residuals: torch.Tensor) -> torch.Tensor:
-        """Pre-activations `(batch, m)` of normalised residuals `(batch, g, d)`, where g ≤ G anchors are known so far."""
+        """Pre-activations `(batch, m)` of normalised residuals `(batch, g, d)`, where g ≤ G anchors are known so
+        far."""
         g = residuals.shape[-2]
         centred = (residuals - self.decoder_bias[:g]).flatten(-2)
         return F.linear(centred, self.encoder[:, :g].flatten(1), self.encoder_bias)
@@ -102,7 +104,9 @@ class RTSAE(ModelMixin, ConfigMixin):
         """Activations `(batch, G, d)` that latents `(batch, m)` stand for, rolled out over the anchors."""
         return self.dynamics.rollout(self.decode_residuals(latents))
 
-    def forward(self, hidden_states: torch.Tensor, train_k: int | None = None, prefix: int | None = None) -> RTSAEOutput:
+    def forward(
+        self, hidden_states: torch.Tensor, train_k: int | None = None, prefix: int | None = None
+    ) -> RTSAEOutput:
         """
         Args:
             hidden_states (`torch.Tensor`): whole trajectories `(batch, G, d)`.

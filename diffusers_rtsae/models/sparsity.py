@@ -5,7 +5,8 @@ import torch
 
 def batch_topk(pre_activations: torch.Tensor, k: int) -> torch.Tensor:
     """
-    Keep the `k * rows` largest positive pre-activations of the batch, so that rows share a budget (BatchTopK, 2412.06410).
+    Keep the `k * rows` largest positive pre-activations of the batch, so that rows share a budget (BatchTopK,
+    2412.06410).
 
     Args:
         pre_activations (`torch.Tensor`): `(rows, latents)`.

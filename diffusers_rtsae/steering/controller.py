@@ -12,8 +12,8 @@ from .sites import from_tokens, get_site, read_output, replace_output, spatial_s
 
 class Controller:
     """
-    Applies site plans while a denoiser runs. Lives in the denoiser's `__dict__`, so that it follows the denoiser through
-    offloading, copying and pipeline conversion without entering its `state_dict`. No plan, no hook.
+    Applies site plans while a denoiser runs. Lives in the denoiser's `__dict__`, so that it follows the denoiser
+    through offloading, copying and pipeline conversion without entering its `state_dict`. No plan, no hook.
 
     Args:
         denoiser (`nn.Module`): the U-Net or transformer.
@@ -99,7 +99,9 @@ class Controller:
                 edited[part] += from_tokens(torch.stack(torch.broadcast_tensors(*changes)).sum(0), hidden_states)
         for plan in self._plans[site]:
             tokens = to_tokens(edited[rows])
-            plan.continue_with(tokens - to_tokens(args[0][rows]) if plan.rtsae.config.activation == "update" else tokens)
+            plan.continue_with(
+                tokens - to_tokens(args[0][rows]) if plan.rtsae.config.activation == "update" else tokens
+            )
         return output if edited is hidden_states else replace_output(output, edited)
 
 

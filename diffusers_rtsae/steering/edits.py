@@ -34,7 +34,8 @@ class Edit:
         where (`tuple[int, ...]`, *optional*): only tokens on which one of these latents is active.
         mask (`torch.Tensor`, *optional*): `(1 or prompts, height, width)` in [0, 1], multiplies the change.
         start, end (`float`): the part of denoising time, 0 at pure noise and 1 at the image, in which it acts.
-        apply_to (`str`): `"cond"`, the text-conditional half; `"all"`; or `"contrast"`, + on it and − on the other half.
+        apply_to (`str`): `"cond"`, the text-conditional half; `"all"`; or `"contrast"`, + on it and − on the other
+        half.
         injection (`str`): `"trajectory"` moves to where the activation would be were the feature active all along;
             `"residual"` adds only this step's innovation.
     """
@@ -56,7 +57,9 @@ class Edit:
         _choice("injection", self.injection, INJECTIONS)
         strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
         if not strengths or not all(isinstance(s, int | float) and math.isfinite(s) for s in strengths):
-            raise ValueError(f"A strength must be a finite number or a list of them, one per prompt; got {self.strength!r}.")
+            raise ValueError(
+                f"A strength must be a finite number or a list of them, one per prompt; got {self.strength!r}."
+            )
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(f"Expected 0 <= start <= end <= 1, got start={self.start}, end={self.end}.")
 

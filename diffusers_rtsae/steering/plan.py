@@ -1,4 +1,5 @@
-"""Edits of one site folded to tensors: a lazy encoder for the latents that must be read, and what to add to the activation."""
+"""Edits of one site folded to tensors: a lazy encoder for the latents that must be read, and what to add to the
+activation."""
 
 from __future__ import annotations
 
@@ -22,9 +23,12 @@ class PrefixEncoder:
     """
     Encodes chosen latents while denoising, from what is known so far.
 
-    The linear predictor is folded into the encoder rows, so a step costs O(tokens · d · rows) and no full-width product.
-    The code of a step is the sum over the anchors passed so far, plus the innovation since the last of them; a repeated
-    call at one timestep overwrites, and skipped anchors compose. The past is the activation the network continued with.
+    The linear predictor is folded into the encoder rows, so a step costs O(tokens · d · rows) and no full-width
+    product.
+    The code of a step is the sum over the anchors passed so far, plus the innovation since the last of them; a
+    repeated
+    call at one timestep overwrites, and skipped anchors compose. The past is the activation the network continued
+    with.
 
     Args:
         rtsae (`RTSAE`): the dictionary.
@@ -59,7 +63,8 @@ class PrefixEncoder:
         return rows
 
     def _commit(self) -> None:
-        """Once time moves on, a step that reached the next anchor becomes the past that later steps are predicted from."""
+        """Once time moves on, a step that reached the next anchor becomes the past that later steps are predicted
+        from."""
         if self._pending is None:
             return
         _, coordinate, pre_activations = self._pending
@@ -124,7 +129,9 @@ class SitePlan:
         self.directions, self.units = [], []
         for edit in self.edits:
             latents = list(edit.latents)
-            injected = self.rtsae.feature_trajectories if edit.injection == "trajectory" else self.rtsae.residual_directions
+            injected = (
+                self.rtsae.feature_trajectories if edit.injection == "trajectory" else self.rtsae.residual_directions
+            )
             self.directions.append(injected(latents).detach().to(device, torch.float32))
             typical = self.rtsae.typical_activation[latents].float().cpu()
             self.units.append((typical * torch.tensor(edit.weights)).to(device))

@@ -66,7 +66,8 @@ def from_tokens(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def spatial_size(hidden_states: torch.Tensor, sample: torch.Tensor) -> tuple[int, int]:
-    """Height and width of the token grid of an activation; `sample` is the denoiser's input, whose shape it follows."""
+    """Height and width of the token grid of an activation; `sample` is the denoiser's input, whose shape it
+    follows."""
     if hidden_states.ndim == 4:
         return hidden_states.shape[2], hidden_states.shape[3]
     height, width, tokens = sample.shape[-2], sample.shape[-1], hidden_states.shape[1]

@@ -1,6 +1,6 @@
 """Can this model be steered at all, and where? Difference-of-means directions at every site, judged by the scorer.
 
-    python -m training.shapes.capacity --pipeline examples/shapes-sd --out training/results/capacity.json
+python -m training.shapes.capacity --pipeline examples/shapes-sd --out training/results/capacity.json
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=Path("examples/shapes-sd"))
     parser.add_argument("--scorer", type=Path, default=Path("examples/shapes-scorer"))
     parser.add_argument("--out", type=Path, default=Path("runs/capacity.json"))
-    parser.add_argument("--sites", nargs="*", help="sites, or sets of sites joined by +; every attention block by default")
+    parser.add_argument(
+        "--sites", nargs="*", help="sites, or sets of sites joined by +; every attention block by default"
+    )
     parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 2.0, 4.0])
     parser.add_argument("--apply-to", nargs="*", default=["cond", "contrast"])
     parser.add_argument("--kinds", nargs="*", default=["open", "contradicted"])
@@ -43,21 +45,38 @@ def main() -> None:
     for kind in a.kinds:
         probes = [probe(factor, value, kind, a.images, seed=0) for factor, value in TARGETS]
         plain = score(scorer, run(pipe, probes, None, a.steps, a.guidance, a.batch_size), probes)
-        settings = [(group, strength, apply_to) for group in sets for strength in a.strengths for apply_to in a.apply_to]
+        settings = [
+            (group, strength, apply_to) for group in sets for strength in a.strengths for apply_to in a.apply_to
+        ]
         for group, strength, apply_to in tqdm([(None, 0.0, ""), *settings], desc=kind, unit="setting"):
             if group is None:
                 steered = plain
             else:
                 strengths = [{(site, t): strength for site in group.split("+")} for t in range(len(TARGETS))]
-                steered = score(scorer, run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, apply_to=apply_to), probes)
+                steered = score(
+                    scorer, run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, apply_to=apply_to), probes
+                )
             row = {"prompts": kind, "sites": group or "none", "strength": strength, "apply_to": apply_to}
             for factor in STEERED:
-                cells = [measure(s, p, factor, v) for s, p, (f, v) in zip(steered, plain, TARGETS, strict=True) if f == factor]
+                cells = [
+                    measure(s, p, factor, v)
+                    for s, p, (f, v) in zip(steered, plain, TARGETS, strict=True)
+                    if f == factor
+                ]
                 row[factor] = {name: round(sum(c[name] for c in cells) / len(cells), 4) for name in cells[0]}
             rows.append(row)
-            print(kind, group, strength, apply_to, *(f"{f} {row[f]['success']:.2f}/{row[f]['leakage']:.2f}" for f in STEERED), flush=True)
+            print(
+                kind,
+                group,
+                strength,
+                apply_to,
+                *(f"{f} {row[f]['success']:.2f}/{row[f]['leakage']:.2f}" for f in STEERED),
+                flush=True,
+            )
             a.out.parent.mkdir(parents=True, exist_ok=True)
-            a.out.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(a).items()}, "rows": rows}, indent=1) + "\n")
+            a.out.write_text(
+                json.dumps({"settings": {k: str(v) for k, v in vars(a).items()}, "rows": rows}, indent=1) + "\n"
+            )
 
 
 if __name__ == "__main__":

@@ -54,12 +54,15 @@ def caption(
     """Describe scene `index`.
 
     Args:
-        naming (`dict[str, float]`, *optional*): probability that a factor is named; 0 leaves it open, 1 always names it.
+        naming (`dict[str, float]`, *optional*): probability that a factor is named; 0 leaves it open, 1 always names
+        it.
 
     Returns:
         the text, the factors it names of each object, and the global factors it names.
     """
-    chance = {"shape": 0.85, "colour": 0.7, "size": 0.5, "place": 0.8, "background": 0.7, "style": 0.7} | (naming or {})
+    chance = {"shape": 0.85, "colour": 0.7, "size": 0.5, "place": 0.8, "background": 0.7, "style": 0.7} | (
+        naming or {}
+    )
     count = int(scenes.count[index])
     objects = [{f for f in ("shape", "colour", "size") if rng.random() < chance[f]} for _ in range(count)]
     world = {f for f in ("background", "style") if rng.random() < chance[f]}

@@ -1,6 +1,6 @@
 """Does the bundled pipeline draw what it is told? Checked by the scorer on prompts with held-out combinations.
 
-    python -m training.shapes.evaluate --pipeline examples/shapes-sd --out examples/shapes-sd/metrics.json
+python -m training.shapes.evaluate --pipeline examples/shapes-sd --out examples/shapes-sd/metrics.json
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ def generate(
 ) -> torch.Tensor:
     """Images `(prompts, 3, 64, 64)` in [0, 1] on the CPU, one seed an image."""
     images = pipe(
-        list(prompts), latents=fixed_noise(pipe, seeds), num_inference_steps=steps, guidance_scale=guidance, output_type="pt"
+        list(prompts),
+        latents=fixed_noise(pipe, seeds),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="pt",
     ).images
     return images.float().cpu().clamp(0, 1)
 
@@ -76,10 +80,20 @@ def contact_sheet(images: torch.Tensor, columns: int, scale: int = 2) -> Image.I
 
 
 def evaluate(
-    pipe: StableDiffusionPipeline, scorer: FactorScorer, count: int, steps: int, guidance: float, batch_size: int, seed: int = 0
+    pipe: StableDiffusionPipeline,
+    scorer: FactorScorer,
+    count: int,
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    seed: int = 0,
 ) -> tuple[dict, torch.Tensor]:
-    """Share of named factors that are right, for held-out scenes of one and of two objects, and share of valid scenes."""
-    sheets, result = [], {"prompts": count, "steps": steps, "sampler": "DDIM", "guidance_scale": guidance, "seed": seed}
+    """Share of named factors that are right, for held-out scenes of one and of two objects, and share of valid
+    scenes."""
+    sheets, result = (
+        [],
+        {"prompts": count, "steps": steps, "sampler": "DDIM", "guidance_scale": guidance, "seed": seed},
+    )
     valid = []
     for objects in (1, 2):
         scenes = sample_scenes(count // 2, seed=70 + seed, held_out=True, objects=objects)
@@ -106,7 +120,10 @@ def evaluate(
                 named = [[f for f in told[i][1][k] if f in ("shape", "colour")] for k in range(2)]
                 at = {o["place"]: o for o in seen}
                 hits["binding"].append(
-                    all(w["place"] in at and all(at[w["place"]][f] == w[f] for f in n) for w, n in zip(wanted, named, strict=True))
+                    all(
+                        w["place"] in at and all(at[w["place"]][f] == w[f] for f in n)
+                        for w, n in zip(wanted, named, strict=True)
+                    )
                 )
         right = {name: round(sum(v) / len(v), 4) for name, v in hits.items() if v}
         result[f"{objects} object{'s' * (objects - 1)}"] = right

@@ -32,7 +32,8 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer(folder: Path, max_length: int) -> CLIPTokenizer:
-    """A byte-level BPE in CLIP's file format, learned from captions: frequent words are one token, any text still works."""
+    """A byte-level BPE in CLIP's file format, learned from captions: frequent words are one token, any text still
+    works."""
     corpus = captions(sample_scenes(20_000, seed=5), seed=5)
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -46,7 +47,12 @@ def build_tokenizer(folder: Path, max_length: int) -> CLIPTokenizer:
     tokenizer.train_from_iterator(corpus, trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in learned["merges"]]
-    tokens = sorted(alphabet) + [c + "</w>" for c in sorted(alphabet)] + ["".join(m.split(" ")) for m in merges] + [BOS, EOS]
+    tokens = (
+        sorted(alphabet)
+        + [c + "</w>" for c in sorted(alphabet)]
+        + ["".join(m.split(" ")) for m in merges]
+        + [BOS, EOS]
+    )
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
@@ -114,8 +120,11 @@ def train_autoencoder(recipe: dict, work: Path, device: str) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_scenes(recipe: dict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, device: str) -> tuple[torch.Tensor, ...]:
-    """Latents `(scenes, 4, 16, 16)` float16 and caption tokens `(scenes, length)` of the training scenes, made once."""
+def encode_scenes(
+    recipe: dict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, device: str
+) -> tuple[torch.Tensor, ...]:
+    """Latents `(scenes, 4, 16, 16)` float16 and caption tokens `(scenes, length)` of the training scenes, made
+    once."""
     path = work / "scenes.safetensors"
     if path.exists():
         stored = load_file(path, device=device)
@@ -145,10 +154,14 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
     torch.manual_seed(seed)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), max_position_embeddings=recipe["max_length"], bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **recipe["text_encoder"],
+            vocab_size=len(tokenizer),
+            max_position_embeddings=recipe["max_length"],
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **recipe["text_encoder"],
         )
-    ).to(device)  # fmt: skip
+    ).to(device)
     unet = UNet2DConditionModel(**settings["unet"]).to(device)
     if on_cuda:
         unet = unet.to(memory_format=torch.channels_last)
@@ -157,7 +170,9 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=settings["learning_rate"], weight_decay=0.01, fused=on_cuda)
-    names = [f"unet.{n}" for n, _ in unet.named_parameters()] + [f"text.{n}" for n, _ in text_encoder.named_parameters()]
+    names = [f"unet.{n}" for n, _ in unet.named_parameters()] + [
+        f"text.{n}" for n, _ in text_encoder.named_parameters()
+    ]
     state = dict(zip(names, parameters, strict=True)) | {f"ema.{n}": e for n, e in zip(names, ema, strict=True)}
     checkpoint = work / "denoiser.safetensors"
     mark = fingerprint({"denoiser": settings, "text_encoder": recipe["text_encoder"], "scenes": recipe["scenes"]})
@@ -220,7 +235,9 @@ def save_pipeline(out: Path, vae, text_encoder, tokenizer, unet, scheduler) -> N
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.to("cpu", torch.float16).save_pretrained(out)
-    build_tokenizer(out / "tokenizer", tokenizer.model_max_length)  # the file format of transformers 4 beside that of 5
+    build_tokenizer(
+        out / "tokenizer", tokenizer.model_max_length
+    )  # the file format of transformers 4 beside that of 5
     config = out / "text_encoder" / "config.json"
     # transformers loads in the dtype the config names, diffusers in float32: make them agree
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

@@ -44,7 +44,8 @@ FACTORS = OBJECT_FACTORS | GLOBAL_FACTORS
 
 @dataclass
 class Scenes:
-    """A batch of scenes. Object fields are `(batch, 2)`, the others `(batch,)`; the second object counts if `count` is 2."""
+    """A batch of scenes. Object fields are `(batch, 2)`, the others `(batch,)`; the second object counts if `count`
+    is 2."""
 
     count: torch.Tensor
     shape: torch.Tensor
@@ -67,7 +68,8 @@ class Scenes:
 
 
 def is_held_out(scenes: Scenes) -> torch.Tensor:
-    """`(batch,)` bool: scenes with an object whose shape x colour x background x style is never trained on (1 in 11)."""
+    """`(batch,)` bool: scenes with an object whose shape x colour x background x style is never trained on (1 in
+    11)."""
     code = scenes.shape + 2 * scenes.colour + 3 * scenes.background[:, None] + 5 * scenes.style[:, None]
     held_out = code % 11 == 0
     held_out[:, 1] &= scenes.count == 2
@@ -109,14 +111,17 @@ def sample_scenes(count: int, seed: int, held_out: bool | None = None, objects: 
 
 
 def _outlines(points: int = 16) -> torch.Tensor:
-    """`(shapes, points, 2)` vertices of every shape in a unit circle, y down; short polygons repeat their last vertex."""
+    """`(shapes, points, 2)` vertices of every shape in a unit circle, y down; short polygons repeat their last
+    vertex."""
 
     def polygon(vertices: list[tuple[float, float]]) -> torch.Tensor:
         return torch.tensor(vertices + vertices[-1:] * (points - len(vertices)))
 
     def radial(count: int, radii: tuple[float, ...]) -> list[tuple[float, float]]:
         angles = [2 * math.pi * i / count for i in range(count)]
-        return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
+        return [
+            (radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)
+        ]
 
     heart = []
     for i in range(points):
@@ -124,7 +129,20 @@ def _outlines(points: int = 16) -> torch.Tensor:
         y = 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
         heart.append((16 * math.sin(a) ** 3 / 15, -y / 15))
     w = 0.36
-    cross = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)]
+    cross = [
+        (-w, -1),
+        (w, -1),
+        (w, -w),
+        (1, -w),
+        (1, w),
+        (w, w),
+        (w, 1),
+        (-w, 1),
+        (-w, w),
+        (-1, w),
+        (-1, -w),
+        (-w, -w),
+    ]
     s = 0.85
     shapes = {
         "circle": radial(points, (1.0,)),
@@ -166,7 +184,8 @@ def render(scenes: Scenes) -> torch.Tensor:
 
 
 def render_layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
-    """The picture `(batch, 3, 64, 64)` and how much of each pixel its objects cover `(batch, 1, 64, 64)`, in [0, 1]."""
+    """The picture `(batch, 3, 64, 64)` and how much of each pixel its objects cover `(batch, 1, 64, 64)`, in [0,
+    1]."""
     device, n = scenes.count.device, len(scenes)
     axis = torch.arange(IMAGE_SIZE, device=device) + 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -201,7 +220,9 @@ def render_layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
         distance = _signed_distance(grid.expand(len(index), -1, 2), polygon)
         outlined = (scenes.style[index] == STYLES.index("outline"))[:, None]
         cover = ((0.5 - distance).clamp(0, 1) - (-2.1 - distance).clamp(0, 1) * outlined)[:, None]
-        colour = _towards_contrast((palette[scenes.colour[index, i]] + 0.03 * jitter[:, 4:]).clamp(0, 1)[..., None], texture[index])
+        colour = _towards_contrast(
+            (palette[scenes.colour[index, i]] + 0.03 * jitter[:, 4:]).clamp(0, 1)[..., None], texture[index]
+        )
         image[index] = image[index] + (colour - image[index]) * cover
         covered[index] = torch.maximum(covered[index], cover)
     shape = (n, -1, IMAGE_SIZE, IMAGE_SIZE)
@@ -209,7 +230,8 @@ def render_layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def render_pictures(count: int, seed: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, Scenes]:
-    """`count` training pictures uint8 `(count, 3, 64, 64)`, where their objects are, bool `(count, 1, 64, 64)`, the scenes."""
+    """`count` training pictures uint8 `(count, 3, 64, 64)`, where their objects are, bool `(count, 1, 64, 64)`, the
+    scenes."""
     scenes = sample_scenes(count, seed, held_out=False).to(device)
     pictures, objects = [], []
     for start in tqdm(range(0, count, 250), desc="rendering", unit="chunk", mininterval=5):

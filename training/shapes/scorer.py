@@ -1,6 +1,6 @@
 """Train the scorer of the bundled world: which factors does this picture show, and is it a valid scene at all?
 
-    python -m training.shapes.scorer --out examples/shapes-scorer
+python -m training.shapes.scorer --out examples/shapes-scorer
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ FACTORS |= {name: list(values) for name, values in GLOBAL_FACTORS.items()} | {"v
 def targets(scenes: Scenes) -> dict[str, torch.Tensor]:
     """Class `(batch,)` of every factor; -100 where it does not apply (colour and size of an empty slot)."""
     n, device = len(scenes), scenes.count.device
-    result = {"style": scenes.style, "background": scenes.background, "valid": torch.ones(n, dtype=torch.long, device=device)}
+    result = {
+        "style": scenes.style,
+        "background": scenes.background,
+        "valid": torch.ones(n, dtype=torch.long, device=device),
+    }
     for p, place in enumerate(PLACES):
         here = scenes.place == p
         here[:, 1] &= scenes.count == 2
@@ -52,13 +56,17 @@ def corrupt(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     noisy = images + (0.25 + 0.3 * uniform(n, 1, 1, 1)) * torch.randn(images.shape, generator=generator, device=device)
     small = F.avg_pool2d(images, 8) + 0.1 * torch.randn((n, 3, 8, 8), generator=generator, device=device)
     blurred = F.interpolate(small, size=images.shape[-2:], mode="bilinear")
-    empty = images[:, :, :4].mean((2, 3), keepdim=True) + 0.02 * torch.randn(images.shape, generator=generator, device=device)
+    empty = images[:, :, :4].mean((2, 3), keepdim=True) + 0.02 * torch.randn(
+        images.shape, generator=generator, device=device
+    )
     tiles = images.unfold(2, 16, 16).unfold(3, 16, 16).reshape(n, 3, 16, 16, 16)
     tiles = tiles[:, :, torch.randperm(16, generator=generator, device=device)].reshape(n, 3, 4, 4, 16, 16)
     shuffled = tiles.permute(0, 1, 2, 4, 3, 5).reshape(images.shape)
     half = torch.cat([images[..., :32], other[..., 32:]], -1)
     stain = F.interpolate(uniform(n, 3, 4, 4), size=images.shape[-2:], mode="bilinear")
-    stained = images + (stain - images) * (F.interpolate(uniform(n, 1, 4, 4), size=images.shape[-2:], mode="bilinear") > 0.5)
+    stained = images + (stain - images) * (
+        F.interpolate(uniform(n, 1, 4, 4), size=images.shape[-2:], mode="bilinear") > 0.5
+    )
     ways = torch.stack([blend, noisy, blurred, empty, shuffled, half, stained])
     choice = torch.randint(len(ways), (n,), generator=generator, device=device)
     return ways[choice, torch.arange(n, device=device)].clamp(0, 1)
@@ -104,7 +112,9 @@ def train(out: Path, steps: int, batch_size: int, device: str, seed: int = 0) ->
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             logits = scorer(torch.cat([images, bad]))
         truth = targets(scenes)
-        loss = sum(F.cross_entropy(logits[name][:batch_size].float(), truth[name]) for name in FACTORS if name != "valid")
+        loss = sum(
+            F.cross_entropy(logits[name][:batch_size].float(), truth[name]) for name in FACTORS if name != "valid"
+        )
         valid = torch.cat([truth["valid"], torch.zeros(len(bad), dtype=torch.long, device=device)])
         loss = loss + F.cross_entropy(logits["valid"].float(), valid)
         optimizer.zero_grad()

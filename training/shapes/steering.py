@@ -39,7 +39,8 @@ def object_mask(scenes: Scenes) -> torch.Tensor:
 
 @dataclass
 class Probe:
-    """Prompts on which one value of one factor is to be steered to: other factors named, this one open or contradicted."""
+    """Prompts on which one value of one factor is to be steered to: other factors named, this one open or
+    contradicted."""
 
     factor: str
     value: str
@@ -54,7 +55,8 @@ class Probe:
 
 
 def probe(factor: str, value: str, kind: str, count: int, seed: int, naming: dict[str, float] = NAMED) -> Probe:
-    """`count` held-out prompts of one-object scenes with another value than `value`; `kind` is `open` or `contradicted`."""
+    """`count` held-out prompts of one-object scenes with another value than `value`; `kind` is `open` or
+    `contradicted`."""
     index = TARGETS.index((factor, value))
     scenes = sample_scenes(count * 4, seed=9000 + 97 * index + seed, held_out=True, objects=1)
     scenes = scenes[code(scenes, factor) != FACTORS[factor].index(value)][slice(count)]
@@ -95,8 +97,15 @@ def measure(steered: list[dict], plain: list[dict], factor: str, value: str) -> 
 
 
 def run(
-    pipe: StableDiffusionPipeline, probes: list[Probe], strengths: list[dict] | None, steps: int, guidance: float,
-    batch_size: int, prompts: list[list[str]] | None = None, masks: bool = True, **options,
+    pipe: StableDiffusionPipeline,
+    probes: list[Probe],
+    strengths: list[dict] | None,
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    prompts: list[list[str]] | None = None,
+    masks: bool = True,
+    **options,
 ) -> torch.Tensor:
     """
     Generate the pictures of many probes in large batches.
@@ -124,10 +133,17 @@ def run(
 
 @torch.no_grad()
 def difference_of_means(
-    pipe: StableDiffusionPipeline, sites: list[str], count: int, steps: int, guidance: float, batch_size: int, seed: int = 0
+    pipe: StableDiffusionPipeline,
+    sites: list[str],
+    count: int,
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    seed: int = 0,
 ) -> Dictionary:
     """
-    For each site and steered value, the mean activation of fully named prompts with it minus that of all, at each step:
+    For each site and steered value, the mean activation of fully named prompts with it minus that of all, at each
+    step:
     over all tokens for global factors, over the object's tokens for its own. As a dictionary, one feature a target.
     """
     sums: dict[tuple[str, str], torch.Tensor] = {}
@@ -144,7 +160,9 @@ def difference_of_means(
                 weight = torch.ones_like(on_object) if factor in GLOBAL_FACTORS else on_object
                 total = torch.einsum("bngd,bn->bgd", h, weight.float())
                 size = len(FACTORS[factor])
-                sums.setdefault((site, factor), torch.zeros(size, *total.shape[1:])).index_add_(0, code(scenes, factor), total)
+                sums.setdefault((site, factor), torch.zeros(size, *total.shape[1:])).index_add_(
+                    0, code(scenes, factor), total
+                )
                 tokens = weight.sum(1).float()
                 counts.setdefault((site, factor), torch.zeros(size)).index_add_(0, code(scenes, factor), tokens)
     pipe.scheduler.set_timesteps(steps)
