@@ -72,7 +72,8 @@ class Edit:
 
     def acts_at(self, timestep: float, num_train_timesteps: int = 1000) -> bool:
         """Whether the edit's window contains `timestep`; windows are noise levels, so all samplers agree on them."""
-        return self.start <= 1 - timestep / num_train_timesteps <= self.end
+        passed = num_train_timesteps - timestep
+        return self.start * num_train_timesteps <= passed <= self.end * num_train_timesteps
 
 
 def as_mask(mask) -> torch.Tensor | None:

@@ -90,7 +90,7 @@ def object_latents(rtsae: RTSAE, on_object: torch.Tensor, precision: float = 0.9
 
 
 def candidates(rtsae: RTSAE, means: torch.Tensor, value: int, size: int) -> dict:
-    """The `size` latents whose mean activation given the value, times the length of their direction, stands out most."""
+    """The `size` latents whose mean activation given the value, times the length of their direction, stands out."""
     others = (means.sum(0) - means[value]) / (len(means) - 1)
     excess = means[value] - others
     length = (rtsae.feature_trajectories().detach() / rtsae.dynamics.scale[:, None]).norm(dim=2).mean(1)

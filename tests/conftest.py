@@ -1,0 +1,60 @@
+"""Shared fixtures: the bundled pipeline, dictionary and scorer, which are real and trained."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
+from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.analysis.scorer import FactorScorer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="session")
+def _pipeline():
+    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "shapes-sd")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(_pipeline):
+    """The bundled pipeline, without any dictionary and with its own scheduler before and after each test."""
+    scheduler = _pipeline.scheduler
+    yield _pipeline
+    _pipeline.scheduler = scheduler
+    _pipeline.unload_rtsae()
+
+
+@pytest.fixture(scope="session")
+def dictionary():
+    return load_dictionary(EXAMPLES / "shapes-rtsae")
+
+
+@pytest.fixture
+def steered(pipe, dictionary):
+    """The bundled pipeline with its dictionary."""
+    pipe.load_rtsae(dictionary)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def scorer():
+    return FactorScorer.from_pretrained(EXAMPLES / "shapes-scorer")
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """Generate reproducibly: `draw(pipe, prompts, steps, seed, **call)` -> images `(n, 64, 64, 3)`."""
+
+    def generate(pipe, prompts=("a star", "a large blue heart on the left"), steps=6, seed=0, **call) -> np.ndarray:
+        generator = torch.Generator().manual_seed(seed)
+        call = {"guidance_scale": 4.0, "output_type": "np", "num_inference_steps": steps} | call
+        prompts = list(prompts) if not isinstance(prompts, str) else prompts
+        return pipe(prompts, generator=generator, **call).images
+
+    return generate
