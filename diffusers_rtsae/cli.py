@@ -142,5 +142,14 @@ def demo(
     )
 
 
+def run() -> None:
+    """Entry point: what a user got wrong is one sentence, not a traceback."""
+    try:
+        app()
+    except (OSError, ValueError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
 if __name__ == "__main__":
-    app()
+    run()

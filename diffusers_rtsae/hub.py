@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .models import RTSAE
 CONFIG_NAME, LABELS_NAME = "rtsae_config.json", "labels.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 FORMAT_VERSION = 1
+_MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a site is also a folder, and must not lead out of its own
 
 
 def signature(denoiser: torch.nn.Module) -> dict:
@@ -196,7 +198,7 @@ def load_dictionary(
 def _sites(config: dict, path: Path) -> list[str]:
     sites = config.get("sites")
     if not isinstance(sites, list) or not all(
-        isinstance(s, str) and s.replace(".", "_").isidentifier() for s in sites
+        isinstance(site, str) and _MODULE_PATH.fullmatch(site) for site in sites
     ):
         raise ValueError(f"{path} must list its `sites` as module paths, got {sites!r}.")
     return sites

@@ -67,7 +67,7 @@ class TrajectoryStore:
         with self._open(path) as file:
             if site not in file.keys():
                 raise ValueError(
-                    f"{path} holds no site {site!r}, it holds {[k for k in file.keys() if '.' in k or '_' in k]}."
+                    f"{path} holds no site {site!r}, it holds {sorted(set(file.keys()) - {'image', 'token'})}."
                 )
             values = file.get_tensor(site)
         if not torch.isfinite(values).all():

@@ -49,7 +49,9 @@ def test_calling_twice_at_a_timestep_overwrites():
     once = walk(PrefixEncoder(rtsae, [0, 1], grid, torch.device("cpu")), h, ANCHORS)
     noise = torch.randn(1, 3, 5, D)
     doubled = torch.stack([noise, h], dim=3).flatten(2, 3)  # a first guess at each step, then the real call
-    twice = walk(PrefixEncoder(rtsae, [0, 1], grid, torch.device("cpu")), doubled, [t for t in ANCHORS for _ in range(2)])
+    twice = walk(
+        PrefixEncoder(rtsae, [0, 1], grid, torch.device("cpu")), doubled, [t for t in ANCHORS for _ in range(2)]
+    )
     for a, b in zip(once, twice[1::2], strict=True):
         torch.testing.assert_close(a, b)
 

@@ -1,0 +1,260 @@
+"""The plugin on the bundled pipeline: what it changes, what it must not, and what it says when misused."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+
+from diffusers_rtsae import RTSAE, Dictionary
+
+PROMPTS = ["a star", "a large blue heart on the left"]
+
+
+@pytest.fixture
+def feature(dictionary):
+    return next(iter(dictionary.labels))
+
+
+def test_loaded_but_unused_is_bit_exact(pipe, dictionary, feature, draw):
+    plain = draw(pipe)
+    keys = list(pipe.unet.state_dict())
+    pipe.load_rtsae(dictionary)
+    assert np.array_equal(draw(pipe), plain)
+    pipe.set_rtsae_features({feature: 0.0})
+    assert np.array_equal(draw(pipe), plain)
+    pipe.set_rtsae_features({feature: 1.0})
+    assert not np.array_equal(draw(pipe), plain)
+    assert list(pipe.unet.state_dict()) == keys
+    pipe.disable_rtsae()
+    assert np.array_equal(draw(pipe), plain) and pipe.get_active_rtsae() == []
+    pipe.enable_rtsae()
+    assert not np.array_equal(draw(pipe), plain)
+    pipe.unload_rtsae()
+    assert np.array_equal(draw(pipe), plain) and pipe.get_list_rtsae() == {}
+    assert not pipe.unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_any_sampler_and_step_count(steered, feature, draw, scheduler, steps):
+    options = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
+    steered.scheduler = scheduler.from_config(steered.scheduler.config, **options)
+    plain = draw(steered, PROMPTS[0], steps)
+    with steered.rtsae_steering({feature: 2.0}):
+        once, twice = draw(steered, PROMPTS[0], steps), draw(steered, PROMPTS[0], steps)
+    assert np.array_equal(once, twice) and np.isfinite(once).all()
+    assert np.abs(once - plain).mean() > 1e-3
+
+
+@pytest.mark.parametrize("injection", ["trajectory", "residual"])
+@pytest.mark.parametrize("apply_to", ["cond", "all", "contrast"])
+def test_strengths_are_per_prompt(steered, feature, draw, injection, apply_to):
+    plain = draw(steered)
+    with steered.rtsae_steering({feature: [0.0, 2.0]}, injection=injection, apply_to=apply_to):
+        images = draw(steered)
+    assert np.array_equal(images[0], plain[0]) and not np.array_equal(images[1], plain[1])
+
+
+def test_one_strength_per_prompt_serves_all_its_images(steered, feature, draw):
+    plain = draw(steered, num_images_per_prompt=2)
+    with steered.rtsae_steering({feature: [0.0, 2.0]}):
+        images = draw(steered, num_images_per_prompt=2)
+    assert np.array_equal(images[:2], plain[:2])
+    assert all(not np.array_equal(a, b) for a, b in zip(images[2:], plain[2:], strict=True))
+
+
+def test_without_guidance_the_whole_batch_is_conditional(steered, feature, draw):
+    plain = draw(steered, guidance_scale=1.0)
+    with steered.rtsae_steering({feature: [0.0, 2.0]}, apply_to="cond"):
+        images = draw(steered, guidance_scale=1.0)
+    assert np.array_equal(images[0], plain[0]) and not np.array_equal(images[1], plain[1])
+
+
+def test_context_restores_on_exit_and_on_error(steered, feature, draw):
+    plain = draw(steered)
+    with pytest.raises(RuntimeError, match="stop"), steered.rtsae_steering({feature: 2.0}):
+        raise RuntimeError("stop")
+    assert np.array_equal(draw(steered), plain)
+    steered.set_rtsae_features({feature: 1.0})
+    lasting = draw(steered)
+    with steered.rtsae_steering({feature: 1.0}):
+        assert not np.array_equal(draw(steered), lasting)
+    assert np.array_equal(draw(steered), lasting)
+
+
+def test_a_zero_mask_protects_and_a_window_limits(steered, feature, draw):
+    plain = draw(steered)
+    with steered.rtsae_steering({feature: 2.0}, mask=np.zeros((64, 64))):
+        assert np.array_equal(draw(steered), plain)
+    with steered.rtsae_steering({feature: 2.0}, start=0.5):
+        late = draw(steered)
+    with steered.rtsae_steering({feature: 2.0}):
+        always = draw(steered)
+    assert not np.array_equal(late, plain) and not np.array_equal(late, always)
+
+
+def test_interrupted_run_leaves_no_trace_in_image_to_image(steered, dictionary, feature, draw):
+    latents = [entry["latents"][0] for entry in dictionary.labels[feature]["features"]]
+    site = dictionary.labels[feature]["features"][0]["site"]
+    steered.set_rtsae_features({(site, latents[0]): 1.0}, operation="set")
+    image_to_image = StableDiffusionImg2ImgPipeline(**steered.components, requires_safety_checker=False)
+    image_to_image.set_progress_bar_config(disable=True)
+    start = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+
+    def run():
+        generator = torch.Generator().manual_seed(1)
+        call = {"strength": 0.5, "num_inference_steps": 10, "generator": generator, "output_type": "np"}
+        return image_to_image("a star", image=start, **call).images
+
+    def interrupt(pipe, step, timestep, tensors):
+        pipe._interrupt = step >= 2
+        return tensors
+
+    image_to_image.set_rtsae_features({(site, latents[0]): 1.0}, operation="set")
+    first = run()
+    steered("a star", num_inference_steps=10, callback_on_step_end=interrupt, output_type="latent")
+    steered._interrupt = False
+    assert np.array_equal(run(), first)
+
+
+def test_the_denoiser_can_be_copied_and_pickled_while_steered(steered, feature):
+    steered.set_rtsae_features({feature: 1.0})
+    sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 32, 192)
+    with torch.no_grad():
+        steered.reset_rtsae_state()
+        expected = steered.unet(sample, 500, text).sample
+        for copied in (copy.deepcopy(steered.unet), pickle.loads(pickle.dumps(steered.unet))):
+            assert copied.__dict__["_rtsae_controller"].denoiser is copied
+            assert copied(sample, 500, text).sample.shape == expected.shape
+
+
+def test_other_pipelines_share_the_denoiser(steered, feature, draw):
+    steered.set_rtsae_features({feature: 2.0})
+    expected = draw(steered)
+    other = StableDiffusionPipeline(**steered.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(other), expected)
+    assert other.get_list_rtsae() == steered.get_list_rtsae()
+
+
+def test_several_dictionaries(pipe, dictionary, feature, draw):
+    pipe.load_rtsae(dictionary, "first")
+    pipe.load_rtsae(dictionary, "second")
+    with pytest.raises(ValueError, match=r"\['first', 'second'\]"):
+        pipe.set_rtsae_features({feature: 1.0})
+    pipe.set_rtsae_features({feature: 1.0}, "first")
+    once = draw(pipe)
+    pipe.set_rtsae_features({feature: 1.0}, "second")
+    twice = draw(pipe)
+    assert not np.array_equal(once, twice)
+    pipe.set_rtsae(["first"], [2.0])
+    np.testing.assert_allclose(draw(pipe), twice, atol=1e-3)
+    pipe.set_rtsae("second")
+    assert np.array_equal(draw(pipe), once) and pipe.get_active_rtsae() == ["second"]
+    pipe.delete_rtsae("second")
+    assert list(pipe.get_list_rtsae()) == ["first"]
+
+
+def test_bfloat16_steers_and_stays_finite(pipe, dictionary, feature):
+    half = copy.deepcopy(pipe.unet).bfloat16()
+    other = StableDiffusionPipeline(**{**pipe.components, "unet": half}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    text = pipe.encode_prompt("a star", "cpu", 1, False)[0].bfloat16()
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def run():
+        call = {"prompt_embeds": text, "negative_prompt_embeds": torch.zeros_like(text), "output_type": "latent"}
+        return other(num_inference_steps=3, latents=noise, **call).images
+
+    plain = run()
+    other.load_rtsae(dictionary)
+    assert torch.equal(run(), plain)
+    with other.rtsae_steering({feature: 2.0}):
+        steered = run()
+    assert steered.dtype == torch.bfloat16 and torch.isfinite(steered).all() and not torch.equal(steered, plain)
+
+
+class TestMisuse:
+    """Each misuse is one clear sentence that says what exists."""
+
+    def test_nothing_loaded(self, pipe):
+        with pytest.raises(ValueError, match="call `load_rtsae` first"):
+            pipe.set_rtsae_features({"red": 1.0})
+
+    def test_unknown_label_suggests_the_closest(self, steered, feature):
+        with pytest.raises(ValueError, match=f"Did you mean .*{feature}"):
+            steered.set_rtsae_features({feature[:-1] + "x": 1.0})
+
+    def test_unknown_index(self, steered, dictionary):
+        site = next(iter(dictionary.sites))
+        with pytest.raises(ValueError, match="has features 0 to"):
+            steered.set_rtsae_features({(site, 10**6): 1.0})
+
+    def test_unknown_site_of_a_feature(self, steered):
+        with pytest.raises(ValueError, match="has no site 'mid'"):
+            steered.set_rtsae_features({("mid", 3): 1.0})
+
+    def test_features_must_be_a_dict(self, steered):
+        with pytest.raises(ValueError, match="as a dict"):
+            steered.set_rtsae_features("red")
+
+    def test_number_of_strengths(self, steered, feature, draw):
+        steered.set_rtsae_features({feature: [1.0, 2.0, 3.0]})
+        with pytest.raises(ValueError, match="3 strengths were given, but the batch has 2 prompts"):
+            draw(steered)
+
+    def test_two_strengths_for_four_prompts_is_no_repetition(self, steered, feature, draw):
+        steered.set_rtsae_features({feature: [1.0, 2.0]})
+        with pytest.raises(ValueError, match="2 strengths were given, but the batch has 4 prompts"):
+            draw(steered, ["a star", "a heart", "a cross", "a circle"])
+
+    def test_number_of_masks(self, steered, feature, draw):
+        steered.set_rtsae_features({feature: 1.0}, mask=np.ones((3, 8, 8)))
+        with pytest.raises(ValueError, match="3 masks were given"):
+            draw(steered)
+
+    def test_name_taken(self, steered, dictionary):
+        with pytest.raises(ValueError, match="loaded already"):
+            steered.load_rtsae(dictionary)
+
+    def test_unknown_adapter(self, steered):
+        with pytest.raises(ValueError, match=r"one of \['default'\]"):
+            steered.set_rtsae("other")
+
+    def test_unknown_layer(self, pipe, dictionary):
+        with pytest.raises(ValueError, match="it has"):
+            pipe.load_rtsae(dictionary, layers=["mid_block.nowhere"])
+
+    def test_site_that_the_model_lacks(self, pipe):
+        with pytest.raises(ValueError, match="has no site 'up_blocks.7.attentions.0'. Close: "):
+            pipe.load_rtsae({"up_blocks.7.attentions.0": RTSAE("up_blocks.7.attentions.0", 8, [900, 1], 8, 2)})
+
+    def test_width_of_the_site(self, pipe, dictionary):
+        site = next(iter(dictionary.sites))
+        with pytest.raises(ValueError, match="is for 8 channels, the model has"):
+            pipe.load_rtsae({site: RTSAE(site, 8, [900, 1], 8, 2)})
+
+    def test_other_base_model(self, pipe, dictionary):
+        foreign = dict(
+            dictionary.config,
+            base_model="sd15",
+            signature={"class": "UNet2DConditionModel", "cross_attention_dim": 768},
+        )
+        with pytest.raises(ValueError, match="is for sd15.*cross_attention_dim 768 there, 192 here"):
+            pipe.load_rtsae(Dictionary(dictionary.sites, dictionary.labels, foreign))
+
+    def test_a_pipeline_without_denoiser(self, dictionary):
+        class Empty:
+            pass
+
+        with pytest.raises(ValueError, match="expected a component `unet` or `transformer`"):
+            StableDiffusionPipeline.load_rtsae(Empty(), dictionary)

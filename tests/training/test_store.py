@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from training.store import TrajectoryStore
+
+
+def shard(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "mid_block": torch.randn(6, 3, 4, generator=generator).half(),
+        "image": torch.zeros(6, dtype=torch.int32),
+        "token": torch.arange(6, dtype=torch.int32),
+    }
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = TrajectoryStore(tmp_path, "settings")
+    store.write(0, shard(0), [{"valid": "yes"}])
+    store.write(1, shard(1))
+    return store
+
+
+def test_shards_come_back_in_order(store):
+    assert [path.name for path in store.shards()] == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert torch.equal(store.load(store.shards()[1], "mid_block"), shard(1)["mid_block"])
+    image, token, readings = store.load_origin(store.shards()[0])
+    assert token.tolist() == list(range(6)) and readings == [{"valid": "yes"}]
+    assert store.check(0) and not store.check(2)
+
+
+def test_what_a_killed_writer_left_is_not_read(store):
+    store.path(2).with_suffix(".partial").write_bytes(b"half")
+    assert len(store.shards()) == 2 and not store.check(2)
+
+
+def test_a_truncated_shard_names_the_file_and_the_remedy(store):
+    path = store.path(1)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(OSError, match=r"shard-00001.safetensors is damaged.*Delete it and run the same command again"):
+        store.load(path, "mid_block")
+    with pytest.raises(OSError, match="is damaged"):
+        store.check(1)
+
+
+def test_other_settings_are_refused(store):
+    with pytest.raises(ValueError, match="collected with other settings"):
+        TrajectoryStore(store.folder, "other").check(0)
+
+
+def test_a_site_that_was_not_collected(store):
+    with pytest.raises(ValueError, match=r"holds no site 'up'.*\['mid_block'\]"):
+        store.load(store.path(0), "up")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_name_the_file(store, value):
+    broken = shard()
+    broken["mid_block"][0, 0, 0] = value
+    store.write(2, broken)
+    with pytest.raises(ValueError, match="shard-00002.safetensors holds NaN or inf at mid_block"):
+        store.load(store.path(2), "mid_block")
