@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from .models import RTSAE
 
@@ -52,6 +54,14 @@ class Dictionary:
     labels: dict[str, dict] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        if not self.sites:
+            raise ValueError("A dictionary needs at least one site.")
+        for site, rtsae in self.sites.items():
+            if not isinstance(rtsae, RTSAE) or rtsae.config.site != site:
+                found = rtsae.config.site if isinstance(rtsae, RTSAE) else type(rtsae).__name__
+                raise ValueError(f"Expected an RTSAE of site {site!r} under that name, got {found!r}.")
+
     def features(self, name: str | int | tuple[str, int]) -> tuple[list[dict], dict]:
         """The `(site, latents, weights, where)` entries a label, an index or a `(site, index)` stands for, and its
         options."""
@@ -61,19 +71,27 @@ class Dictionary:
                 hint = f"Did you mean {near}?" if near else f"It has {sorted(self.labels)}."
                 raise ValueError(f"The dictionary has no feature labelled {name!r}. {hint}")
             label = self.labels[name]
-            return [f for f in label["features"] if f["site"] in self.sites], label.get("edit", {})
-        if isinstance(name, int):
+            entries = [entry for entry in label["features"] if entry["site"] in self.sites]
+            if not entries:
+                wanted = [entry["site"] for entry in label["features"]]
+                raise ValueError(
+                    f"{name!r} lives at {wanted}, of which none is loaded; loaded are {list(self.sites)}."
+                )
+            return entries, label.get("edit", {})
+        if type(name) is int:
             if len(self.sites) > 1:
                 raise ValueError(
                     f"Several sites are loaded, so feature {name} needs one: use (site, {name}) with a site of "
                     f"{list(self.sites)}."
                 )
             name = (next(iter(self.sites)), name)
+        if not isinstance(name, tuple) or len(name) != 2:
+            raise ValueError(f"Expected a label, an index or (site, index) as a feature, got {name!r}.")
         site, index = name
         if site not in self.sites:
             raise ValueError(f"The dictionary has no site {site!r}; it has {list(self.sites)}.")
         count = self.sites[site].config.num_latents
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+        if type(index) is not int or not 0 <= index < count:
             raise ValueError(
                 f"Feature {index!r} does not exist: the dictionary of {site} has features 0 to {count - 1}."
             )
@@ -81,8 +99,10 @@ class Dictionary:
 
     def check(self, denoiser: torch.nn.Module) -> None:
         """Raise `ValueError` unless the dictionary was made for a denoiser like this one."""
-        wanted, found = self.config.get("signature"), signature(denoiser)
-        if wanted is not None and wanted != found:
+        wanted, found = self.config.get("signature", {}), signature(denoiser)
+        if not isinstance(wanted, dict):
+            raise ValueError(f"The `signature` in {CONFIG_NAME} must be an object, got {wanted!r}.")
+        if wanted and wanted != found:
             different = {k: (wanted.get(k), found.get(k)) for k in wanted | found if wanted.get(k) != found.get(k)}
             details = ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in different.items())
             raise ValueError(
@@ -94,6 +114,7 @@ class Dictionary:
         """Write the folder; encoder and decoder rows as float16, statistics as float32."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).unlink(missing_ok=True)  # written last: a folder without it is no dictionary
         for site, rtsae in self.sites.items():
             stored = RTSAE(**{k: v for k, v in rtsae.config.items() if not k.startswith("_")})
             stored.load_state_dict(rtsae.state_dict())
@@ -114,9 +135,12 @@ def write_json(path: Path, content) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
 
 
 def _load_site(folder: Path, site: str, dtype: torch.dtype | None) -> RTSAE:
@@ -125,19 +149,50 @@ def _load_site(folder: Path, site: str, dtype: torch.dtype | None) -> RTSAE:
     if not (path / "config.json").is_file() or not weights.is_file():
         found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "nothing"
         raise OSError(f"Expected config.json and {WEIGHTS_NAME} (safetensors only) in {path}, found {found}.")
+    config = {name: value for name, value in _read_json(path / "config.json").items() if not name.startswith("_")}
     try:
-        with safe_open(weights, "pt") as file:
-            file.keys()
+        tensors = load_file(weights)
     except SafetensorError as error:
         raise OSError(f"{weights} is damaged or no safetensors file: {error}") from None
     try:
-        return RTSAE.from_pretrained(
-            path, torch_dtype=dtype or torch.float32, use_safetensors=True, low_cpu_mem_usage=False
-        )
-    except (RuntimeError, SafetensorError, TypeError) as error:
+        rtsae = RTSAE(**config)
+        rtsae.load_state_dict(tensors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"The weights in {weights} do not fit its config.json: {str(error).splitlines()[-1].strip()}"
+            f"The weights in {weights} do not fit its config.json, or that is none of ours: {reason}"
         ) from None
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError(f"{weights} holds NaN or inf.")
+    if dtype is not None:  # statistics stay float32
+        for tensor in (rtsae.encoder, rtsae.decoder, rtsae.dynamics.transition):
+            tensor.data = tensor.data.to(dtype)
+    return rtsae
+
+
+def _check_label(path: Path, name: str, label, sizes: dict[str, int]) -> None:
+    """Raise `ValueError` unless a label is well formed and names rows that its dictionary has."""
+    features = label.get("features") if isinstance(label, dict) else None
+    if not isinstance(features, list) or not features or not isinstance(label.get("edit", {}), dict):
+        raise ValueError(f"{path}: label {name!r} must have a list of `features`.")
+    for entry in features:
+        size = sizes.get(entry.get("site"), None) if isinstance(entry, dict) else None
+        rows, weights = (entry.get("latents"), entry.get("weights")) if isinstance(entry, dict) else (None, None)
+        known = isinstance(entry, dict) and (entry.get("site") in sizes)
+        if (
+            not known
+            or not isinstance(rows, list)
+            or not isinstance(weights, list)
+            or not 0 < len(rows) == len(weights)
+        ):
+            raise ValueError(
+                f"{path}: each feature of {name!r} needs a site of {list(sizes)}, and as many weights as latents."
+            )
+        for row in rows + (entry.get("where") or []):
+            if size is not None and not (type(row) is int and 0 <= row < size):
+                raise ValueError(f"{path}: {name!r} names latent {row!r}, but {entry['site']} has 0 to {size - 1}.")
+        if not all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
+            raise ValueError(f"{path}: the weights of {name!r} must be finite numbers, got {weights}.")
 
 
 def load_dictionary(
@@ -162,9 +217,10 @@ def load_dictionary(
     """
     if isinstance(source, Dictionary | dict):
         dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
-        return Dictionary(
-            {s: dictionary.sites[s] for s in _choose(dictionary.sites, layers)}, dictionary.labels, dictionary.config
-        )
+        chosen = {site: dictionary.sites[site] for site in _choose(dictionary.sites, layers)}
+        return Dictionary(chosen, dictionary.labels, dictionary.config)
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise ValueError(f"Expected a Hub id, a folder or a dict of RTSAE by site, got {source!r}.")
     prefix = f"{subfolder}/" if subfolder else ""
     folder = Path(source)
     if not folder.is_dir():
@@ -178,7 +234,7 @@ def load_dictionary(
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise OSError(
-                f"{source!r} is neither a folder nor a dictionary that could be fetched from the Hub: {reason}"
+                f"{source!r} is no folder here, and no dictionary that could be fetched from the Hub: {reason}"
             ) from error
     folder = folder / (subfolder or "")
     config_path = folder / CONFIG_NAME
@@ -188,23 +244,31 @@ def load_dictionary(
     config = _read_json(config_path)
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{config_path} has format version {config.get('format_version')}, this version reads {FORMAT_VERSION}."
+            f"{config_path} has format version {config.get('format_version')!r}, this version reads {FORMAT_VERSION}."
         )
-    chosen = _choose(_sites(config, config_path), layers)
+    known = _sites(config, config_path)
+    sites = {site: _load_site(folder, site, dtype) for site in _choose(known, layers)}
     labels = _read_json(folder / LABELS_NAME) if (folder / LABELS_NAME).is_file() else {}
-    return Dictionary({site: _load_site(folder, site, dtype) for site in chosen}, labels, config)
+    sizes = {site: sites[site].config.num_latents if site in sites else None for site in known}
+    for name, label in labels.items():
+        _check_label(folder / LABELS_NAME, name, label, sizes)
+    return Dictionary(sites, labels, config)
 
 
 def _sites(config: dict, path: Path) -> list[str]:
     sites = config.get("sites")
-    if not isinstance(sites, list) or not all(
-        isinstance(site, str) and _MODULE_PATH.fullmatch(site) for site in sites
+    if (
+        not isinstance(sites, list)
+        or not sites
+        or not all(isinstance(site, str) and _MODULE_PATH.fullmatch(site) for site in sites)
     ):
         raise ValueError(f"{path} must list its `sites` as module paths, got {sites!r}.")
     return sites
 
 
 def _choose(sites, layers: list[str] | None) -> list[str]:
+    if isinstance(layers, str):
+        raise ValueError(f"Expected `layers` as a list of sites, got the string {layers!r}.")
     unknown = [layer for layer in layers or () if layer not in sites]
     if unknown:
         raise ValueError(f"The dictionary has no site {unknown[0]!r}; it has {list(sites)}.")

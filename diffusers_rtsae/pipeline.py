@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import nn
@@ -42,7 +44,6 @@ def _controller(pipeline, create: bool = False) -> Controller:
         if not create:
             raise ValueError("No dictionary is loaded; call `load_rtsae` first.")
         controller = denoiser.__dict__["_rtsae_controller"] = Controller(denoiser)
-    controller.clock.watch(pipeline)
     return controller
 
 
@@ -67,6 +68,8 @@ def _edits(
         raise ValueError(f"Expected features as a dict {{label or index: strength}}, got {type(features).__name__}.")
     mask, result = as_mask(mask), []
     for name, strength in features.items():
+        strength = strength.tolist() if torch.is_tensor(strength) else strength
+        is_list = isinstance(strength, list | tuple)
         entries, defaults = adapter.dictionary.features(name)
         for entry in entries:
             gate = entry.get("where") if where is None else None
@@ -74,11 +77,12 @@ def _edits(
                 others = where if isinstance(where, list) else [where]
                 found = [other for one in others for other in adapter.dictionary.features(one)[0]]
                 gate = [row for other in found if other["site"] == entry["site"] for row in other["latents"]]
-            is_list = isinstance(strength, list | tuple) or torch.is_tensor(strength) and strength.ndim
+            if not is_list and not isinstance(strength, Real):
+                raise ValueError(f"Expected a number or a list of them as the strength of {name!r}, got {strength!r}.")
             edit = Edit(
                 latents=tuple(entry["latents"]),
                 weights=tuple(entry["weights"]),
-                strength=tuple(map(float, strength)) if is_list else strength,
+                strength=tuple(strength) if is_list else float(strength),
                 where=None if gate is None else tuple(gate),
                 mask=mask,
                 **(defaults | {key: value for key, value in options.items() if value is not None}),
@@ -180,22 +184,25 @@ class RTSAELoaderMixin:
             ```
         """
         adapter = _adapter(_controller(self), adapter_name)
-        before = adapter.edits
-        adapter.edits = before + _edits(adapter, features, **options)
+        added = _edits(adapter, features, **options)
+        adapter.edits = adapter.edits + added
         try:
             _install(self)
             yield self
         finally:
-            adapter.edits = before
-            _install(self)
+            adapter.edits = [edit for edit in adapter.edits if not any(edit is one for one in added)]
+            if self.get_list_rtsae():
+                _install(self)
 
     def set_rtsae(self, adapter_names: str | list[str], weights: float | list[float] = 1.0) -> None:
         """Choose which dictionaries act, and scale the strengths of their `add` edits; the others rest."""
         controller = _controller(self)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = weights if isinstance(weights, list) else [weights] * len(names)
+        weights = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
         if len(names) != len(weights):
             raise ValueError(f"Expected one weight per adapter, got {len(weights)} for {len(names)}.")
+        if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
+            raise ValueError(f"Expected finite weights, got {weights}.")
         chosen = {id(_adapter(controller, name)): weight for name, weight in zip(names, weights, strict=True)}
         for adapter in controller.adapters.values():
             adapter.weight = chosen.get(id(adapter), 0.0)

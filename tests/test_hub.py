@@ -43,12 +43,12 @@ def test_nothing_half_written_is_left(folder):
 
 
 def test_a_path_that_does_not_exist(tmp_path):
-    with pytest.raises(OSError, match="neither a folder nor a dictionary"):
+    with pytest.raises(OSError, match="is no folder here, and no dictionary"):
         load_dictionary(tmp_path / "nowhere", local_files_only=True)
 
 
 def test_a_hub_id_that_is_not_in_the_cache(tmp_path):
-    with pytest.raises(OSError, match="'org/none' is neither a folder nor a dictionary"):
+    with pytest.raises(OSError, match="'org/none' is no folder here, and no dictionary"):
         load_dictionary("org/none", cache_dir=tmp_path, local_files_only=True)
 
 
@@ -122,3 +122,97 @@ def test_a_cached_hub_repository_loads_offline_and_only_the_sites_asked_for(fold
     folder.rename(repository / "snapshots" / ("0" * 40))
     dictionary = load_dictionary("org/name", cache_dir=cache, local_files_only=True, layers=[SITE])
     assert list(dictionary.sites) == [SITE]
+
+
+def test_half_precision_weights_still_compute_in_float32(folder):
+    half = load_dictionary(folder, dtype=torch.float16).sites[SITE]
+    assert half.threshold.dtype == half.dynamics.scale.dtype == torch.float32
+    h = torch.randn(3, 3, 8)
+    torch.testing.assert_close(half.encode(h), load_dictionary(folder).sites[SITE].encode(h), atol=1e-3, rtol=1e-2)
+    assert half.feature_trajectories().dtype == half.decode(half.encode(h)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["decoder", "threshold", "dynamics.transition"])
+def test_missing_tensors_are_never_made_up(folder, name):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / SITE / WEIGHTS_NAME)
+    del weights[name]
+    save_file(weights, folder / SITE / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match=f"do not fit its config.json.*{name}"):
+        load_dictionary(folder)
+
+
+def test_weights_that_are_not_finite(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / SITE / WEIGHTS_NAME)
+    weights["encoder"][0] = float("nan")
+    save_file(weights, folder / SITE / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match="holds NaN or inf"):
+        load_dictionary(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null"])
+@pytest.mark.parametrize("name", [CONFIG_NAME, LABELS_NAME, f"{SITE}/config.json"])
+def test_json_that_is_no_object(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match="must hold a JSON object"):
+        load_dictionary(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": [999]}, "names latent 999, but mid_block has 0 to 15"),
+        ({"latents": [-3]}, "names latent -3"),
+        ({"latents": [1.5]}, "names latent 1.5"),
+        ({"where": [16]}, "names latent 16"),
+        ({"weights": [1.0, 2.0]}, "as many weights as latents"),
+        ({"latents": [], "weights": []}, "as many weights as latents"),
+        ({"site": "up"}, "needs a site of"),
+        ({"weights": [float("inf")]}, "must be finite numbers"),
+    ],
+)
+def test_labels_that_name_what_is_not_there(folder, change, message):
+    entry = {"site": SITE, "latents": [1], "weights": [1.0]} | change
+    (folder / LABELS_NAME).write_text(json.dumps({"red": {"features": [entry]}}))
+    with pytest.raises(ValueError, match=message):
+        load_dictionary(folder)
+
+
+@pytest.mark.parametrize("label", [3, {}, {"features": []}, {"features": [1]}, {"features": [{}], "edit": 3}])
+def test_labels_of_another_form(folder, label):
+    (folder / LABELS_NAME).write_text(json.dumps({"red": label}))
+    with pytest.raises(ValueError, match="red"):
+        load_dictionary(folder)
+
+
+@pytest.mark.parametrize("source", [None, "", 3])
+def test_no_source_at_all(source):
+    with pytest.raises(ValueError, match="Expected a Hub id, a folder or a dict"):
+        load_dictionary(source)
+
+
+@pytest.mark.parametrize("sites", [{}, {SITE: 3}, {SITE: RTSAE("up", 8, [900, 1], 8, 2)}])
+def test_dicts_that_hold_no_dictionary(sites):
+    with pytest.raises(ValueError, match="at least one site|Expected an RTSAE of site"):
+        load_dictionary(sites)
+
+
+def test_layers_is_a_list(folder):
+    with pytest.raises(ValueError, match="as a list of sites"):
+        load_dictionary(folder, layers=SITE)
+
+
+def test_a_save_that_is_interrupted_leaves_no_dictionary_behind(folder, monkeypatch):
+    dictionary = load_dictionary(folder)
+
+    def die(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RTSAE, "save_pretrained", die)
+    with pytest.raises(KeyboardInterrupt):
+        dictionary.save(folder)
+    with pytest.raises(OSError, match=f"expected {CONFIG_NAME}"):
+        load_dictionary(folder)

@@ -209,12 +209,12 @@ class TestMisuse:
 
     def test_number_of_strengths(self, steered, feature, draw):
         steered.set_rtsae_features({feature: [1.0, 2.0, 3.0]})
-        with pytest.raises(ValueError, match="3 strengths were given, but the batch has 2 prompts"):
+        with pytest.raises(ValueError, match="3 strengths were given for 2 prompts"):
             draw(steered)
 
     def test_two_strengths_for_four_prompts_is_no_repetition(self, steered, feature, draw):
         steered.set_rtsae_features({feature: [1.0, 2.0]})
-        with pytest.raises(ValueError, match="2 strengths were given, but the batch has 4 prompts"):
+        with pytest.raises(ValueError, match="2 strengths were given for 4 prompts"):
             draw(steered, ["a star", "a heart", "a cross", "a circle"])
 
     def test_number_of_masks(self, steered, feature, draw):

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -42,7 +42,11 @@ def load_checkpoint(
     """
     if not path.exists():
         return 0
-    with safe_open(path, "pt") as file:
+    try:
+        opened = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise OSError(f"{path} is damaged ({error}). Delete it to train from the beginning.") from None
+    with opened as file:
         metadata = file.metadata()
         if metadata["fingerprint"] != fingerprint:
             raise ValueError(

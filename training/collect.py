@@ -16,7 +16,8 @@ from .store import TrajectoryStore
 
 
 def anchor_timesteps(pipe: DiffusionPipeline, steps: int, anchors: int) -> list[int]:
-    """`anchors` of the sampler's `steps` timesteps, evenly spaced, first and last included."""
+    """`anchors` of the DDIM sampler's `steps` timesteps, evenly spaced, first and last included."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.set_timesteps(steps)
     timesteps = [int(t) for t in pipe.scheduler.timesteps]
     return [timesteps[round(i * (steps - 1) / (anchors - 1))] for i in range(anchors)]
@@ -41,7 +42,6 @@ def collect(
         settings (`dict`): `steps`, `guidance_scale`, `batch_size` (prompts a shard), `tokens_per_image`.
         scorer (*optional*): its readings of the finished images are stored with the shard.
     """
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     config, size = pipe.unet.config, settings["batch_size"]
     starts = range(0, len(prompts), size)
     missing = [start for start in starts if not store.check(start // size)]
@@ -69,8 +69,8 @@ def collect(
             generator = step_generator(seed + 1, start)
             chosen = torch.stack([torch.randperm(count, generator=generator)[:kept].sort().values for _ in part])
             tensors[site] = torch.stack([t[c] for t, c in zip(trajectories, chosen, strict=True)]).flatten(0, 1)
-        tensors["token"] = chosen.flatten().to(torch.int32)
-        tensors["image"] = torch.tensor(list(part), dtype=torch.int32).repeat_interleave(kept)
+            tensors[f"{site}/token"] = chosen.flatten().to(torch.int32)
+            tensors[f"{site}/image"] = torch.tensor(list(part), dtype=torch.int32).repeat_interleave(kept)
         readings = scorer.read(images.float().clamp(0, 1)) if scorer is not None else None
         store.write(start // size, tensors, readings)
 

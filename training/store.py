@@ -15,9 +15,9 @@ class TrajectoryStore:
     """
     Shards of trajectories of one or more sites.
 
-    A shard holds, for each site, `(tokens, G, d)` float16; `image (tokens,)`, the index of the prompt each token comes
-    from; `token (tokens,)`, its place in the picture, row by row; and what a scorer read in its images, if one was
-    used.
+    A shard holds, for each site, `(tokens, G, d)` float16; `<site>/image (tokens,)`, the index of the prompt each
+    token comes from; `<site>/token (tokens,)`, its place in the site's grid, row by row; and what a scorer read in the
+    shard's images, if one was used.
 
     Args:
         folder (`Path`): where the shards lie.
@@ -36,6 +36,9 @@ class TrajectoryStore:
         return sorted(self.folder.glob("shard-*.safetensors"))
 
     def write(self, index: int, tensors: dict[str, torch.Tensor], readings: list[dict] | None = None) -> None:
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: the activations hold NaN or inf, or overflow float16; nothing was written.")
         partial = self.path(index).with_suffix(".partial")
         metadata = {"fingerprint": self.fingerprint, "readings": json.dumps(readings or [])}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
@@ -48,10 +51,11 @@ class TrajectoryStore:
             raise OSError(
                 f"{path} is damaged ({error}). Delete it and run the same command again to make it anew."
             ) from None
-        if file.metadata().get("fingerprint") != self.fingerprint:
+        metadata = file.metadata() or {}
+        if metadata.get("fingerprint") != self.fingerprint:
             raise ValueError(
                 f"{path} was collected with other settings than the recipe has now. Restore the recipe, or delete "
-                f"{self.folder} to collect again. It was made with: {file.metadata().get('fingerprint')}"
+                f"{self.folder} to collect again. It was made with: {metadata.get('fingerprint')}"
             )
         return file
 
@@ -67,16 +71,12 @@ class TrajectoryStore:
         with self._open(path) as file:
             if site not in file.keys():
                 raise ValueError(
-                    f"{path} holds no site {site!r}, it holds {sorted(set(file.keys()) - {'image', 'token'})}."
+                    f"{path} holds no site {site!r}, it holds {sorted(key for key in file.keys() if '/' not in key)}."
                 )
-            values = file.get_tensor(site)
-        if not torch.isfinite(values).all():
-            raise ValueError(
-                f"{path} holds NaN or inf at {site}: the activations overflow float16, or the model is broken."
-            )
-        return values
+            return file.get_tensor(site)
 
-    def load_origin(self, path: Path) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
-        """Prompt index and token position of each trajectory, and the readings of the shard's images."""
+    def load_origin(self, path: Path, site: str) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
+        """Prompt index and token position of each trajectory of a site, and the readings of the shard's images."""
         with self._open(path) as file:
-            return file.get_tensor("image"), file.get_tensor("token"), json.loads(file.metadata()["readings"])
+            origin = file.get_tensor(f"{site}/image"), file.get_tensor(f"{site}/token")
+            return *origin, json.loads(file.metadata()["readings"])

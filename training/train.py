@@ -8,6 +8,7 @@ Every stage continues where it was stopped; a GPU is used if there is one.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import yaml
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from diffusers_rtsae import RTSAE, Dictionary
+from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.hub import signature, write_json
+from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, signature, write_json
+from diffusers_rtsae.models import LinearDynamics
 
 from .checkpoint import load_checkpoint, save_checkpoint, step_generator
 from .collect import anchor_timesteps, collect, read_prompts
@@ -64,9 +66,16 @@ def calibrate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> None:
 
 
 def train_site(
-    recipe: dict, site: str, anchors: list[int], data: torch.Tensor, dynamics, work: Path, device: str
+    recipe: dict,
+    site: str,
+    anchors: list[int],
+    data: torch.Tensor,
+    dynamics: LinearDynamics,
+    work: Path,
+    device: str,
+    collected: str,
 ) -> RTSAE:
-    """Train the dictionary of one site on `data (tokens, G, d)` float16."""
+    """Train the dictionary of one site on `data (tokens, G, d)` float16; `collected` says how these came about."""
     settings, seed = recipe["train"], recipe["seed"]
     torch.manual_seed(seed)
     rtsae = RTSAE(site, data.shape[2], anchors, settings["num_latents"], settings["k"])
@@ -81,10 +90,7 @@ def train_site(
         settings["num_latents"], dtype=torch.long, device=device
     )  # trajectories since each latent fired
     state = parameters | {"quiet": quiet}
-    checkpoint, mark = (
-        work / f"{site}.safetensors",
-        json.dumps([recipe[k] for k in ("seed", "collect", "fit", "train")]),
-    )
+    checkpoint, mark = work / f"{site}.safetensors", json.dumps([collected, recipe["fit"], settings])
     done, steps, size = load_checkpoint(checkpoint, state, optimizer, mark), settings["steps"], settings["batch_size"]
     progress = tqdm(range(done, steps), initial=done, total=steps, desc=f"train {site}", unit="step", mininterval=5)
     for step in progress:
@@ -119,23 +125,29 @@ def train_site(
             progress.set_postfix(fvu=f"{error.square().mean().item():.3f}", dead=f"{dead.float().mean().item():.1%}")
         if not torch.isfinite(loss):
             raise ValueError(
-                f"The loss is {loss.item()} at step {step}: lower `learning_rate`; the last checkpoint is "
-                f"{checkpoint}."
+                f"The loss is {loss.item()} at step {step}. Lower `learning_rate` and delete {checkpoint}."
             )
         if (step + 1) % settings["checkpoint_every"] == 0 or step + 1 == steps:
             save_checkpoint(checkpoint, step + 1, state, optimizer, mark)
-    calibrate(
-        rtsae,
-        data[torch.randperm(len(data), generator=step_generator(seed, steps))[:16384]].float().to(device),
-        settings["k"],
-    )
+    for tensor in (rtsae.encoder, rtsae.decoder):  # rounded as it will be stored, then calibrated
+        tensor.data = tensor.data.half().float()
+    sample = torch.randperm(len(data), generator=step_generator(seed, steps))[:16384]
+    calibrate(rtsae, data[sample].float().to(device), settings["k"])
     return rtsae.cpu()
 
 
-def open_store(recipe: dict, work: Path, anchors: list[int]) -> TrajectoryStore:
+def open_store(recipe: dict, work: Path, anchors: list[int], pipe: DiffusionPipeline) -> TrajectoryStore:
     """The trajectories of a recipe's run."""
     made_with = {name: recipe[name] for name in ("pipeline", "sites", "seed", "collect")} | {"anchors": anchors}
-    return TrajectoryStore(work / "trajectories", json.dumps(made_with))
+    return TrajectoryStore(work / "trajectories", json.dumps(made_with | {"weights": weights_hash(pipe.unet)}))
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """A short hash of a module's weights: a path does not say what lies there."""
+    digest = hashlib.blake2b(digest_size=8)
+    for parameter in module.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def main() -> None:
@@ -156,7 +168,7 @@ def run(recipe: dict, out: Path, work: Path, device: str) -> Dictionary:
     pipe.set_progress_bar_config(disable=True)
     scorer = FactorScorer.from_pretrained(recipe["scorer"]).to(device) if recipe.get("scorer") else None
     anchors = anchor_timesteps(pipe, recipe["collect"]["steps"], recipe["anchors"])
-    store = open_store(recipe, work, anchors)
+    store = open_store(recipe, work, anchors, pipe)
     prompts = read_prompts(recipe["collect"]["prompts"], recipe["collect"]["count"], recipe["seed"])
     collect(pipe, prompts, recipe["sites"], anchors, store, recipe["collect"], recipe["seed"], scorer)
 
@@ -170,7 +182,7 @@ def run(recipe: dict, out: Path, work: Path, device: str) -> Dictionary:
         )  # fmt: skip
         print(f"{site}: R² of the predictors {fitted['r2']}")
         data = torch.cat([store.load(shard, site) for shard in shards[:-held_out]])
-        sites[site] = train_site(recipe, site, anchors, data, dynamics, work, device)
+        sites[site] = train_site(recipe, site, anchors, data, dynamics, work, device, store.fingerprint)
         validation = torch.cat([store.load(shard, site) for shard in shards[-held_out:]])
         report[site] = fitted | evaluate(sites[site], validation.float(), recipe["train"]["k"])
         print(json.dumps(report[site], indent=2))
@@ -178,10 +190,20 @@ def run(recipe: dict, out: Path, work: Path, device: str) -> Dictionary:
         "base_model": recipe["base_model"], "signature": signature(pipe.unet), "anchors": anchors, "recipe": recipe,
         "prediction_type": pipe.scheduler.config.prediction_type, "sampler": "DDIM", "metrics": report,
     }  # fmt: skip
-    dictionary = Dictionary(sites, {}, config)
+    labels = json.loads((out / LABELS_NAME).read_text()) if _unchanged(sites, out) else {}
+    dictionary = Dictionary(sites, labels, config)
     dictionary.save(out)
     write_json(out / "metrics.json", report)
     return dictionary
+
+
+def _unchanged(sites: dict[str, RTSAE], folder: Path) -> bool:
+    """Whether `folder` holds these very dictionaries, so that its labels still hold."""
+    if not (folder / CONFIG_NAME).exists() or not (folder / LABELS_NAME).exists():
+        return False
+    before = load_dictionary(folder).sites
+    same = before.keys() == sites.keys()
+    return same and all(torch.equal(before[site].encoder, sites[site].encoder) for site in sites)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ class Recorder:
         self.modules = {site: get_site(self.denoiser, site) for site in sites}
         self.wanted, self.activation, self.dtype = timesteps, activation, dtype
         self.clock = Clock()
-        self.clock.watch(pipeline)
 
     def __enter__(self) -> Recorder:
         self.timesteps: list[float] = []
@@ -51,7 +50,7 @@ class Recorder:
             hook.remove()
 
     def _tick(self, module, args: tuple, kwargs: dict) -> None:
-        self.clock.tick_call(args, kwargs)
+        self.clock.tick(args, kwargs)
         self._skip = self.wanted is not None and self.clock.timestep not in self.wanted
         # a sampler that calls twice at one timestep: the later call stands
         self._again = bool(self.timesteps) and self.timesteps[-1] == self.clock.timestep
@@ -66,7 +65,7 @@ class Recorder:
             if self.activation == "update":
                 hidden_states = hidden_states - (args[0] if args else kwargs["hidden_states"])
             rows = self.clock.conditional_rows(len(hidden_states))
-            self.size = spatial_size(hidden_states, self.clock.sample)
+            self._shape = hidden_states.shape
             if self._again:
                 self._kept[site].pop()
             self._kept[site].append(to_tokens(hidden_states[rows]).detach().to("cpu", self.dtype, copy=True))
@@ -76,6 +75,10 @@ class Recorder:
     def trajectories(self, site: str) -> torch.Tensor:
         """Activations `(images, tokens, steps, d)` of the generation inside the `with` block."""
         return torch.stack(self._kept[site], dim=2)
+
+    def size(self) -> tuple[int, int]:
+        """Height and width of the token grid of the last site."""
+        return spatial_size(self._shape, self.clock.sample_shape)
 
 
 @torch.no_grad()
@@ -116,4 +119,4 @@ def trace_features(
         encoder.continue_with(trajectories[:, :, i])
         maps.append(torch.stack([latents[:, [rows.index(r) for r in e["latents"]]].sum(-1) for e in entries]))
     activations = torch.stack(maps, dim=1)
-    return image, recorder.timesteps, activations.unflatten(2, recorder.size)
+    return image, recorder.timesteps, activations.unflatten(2, recorder.size())

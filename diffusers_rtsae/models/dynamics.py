@@ -30,7 +30,7 @@ class LinearDynamics(nn.Module):
         """Normalised residuals of trajectories `(..., g, d)`; `g` may be a prefix of the anchors."""
         g = hidden_states.shape[-2]
         x = (hidden_states - self.mean[:g]) / self.scale[:g, None]
-        predicted = torch.einsum("gij,...gj->...gi", self.transition[: g - 1], x[..., :-1, :])
+        predicted = torch.einsum("gij,...gj->...gi", self.transition[: g - 1].float(), x[..., :-1, :])
         residuals = torch.cat([x[..., :1, :], x[..., 1:, :] - predicted], dim=-2)
         return residuals / self.residual_scale[:g, None]
 
@@ -43,7 +43,7 @@ class LinearDynamics(nn.Module):
         """
         x = [residuals[..., 0, :] * self.residual_scale[0]]
         for g in range(1, residuals.shape[-2]):
-            x.append(x[-1] @ self.transition[g - 1].T + residuals[..., g, :] * self.residual_scale[g])
+            x.append(x[-1] @ self.transition[g - 1].float().T + residuals[..., g, :] * self.residual_scale[g])
         hidden_states = torch.stack(x, dim=-2) * self.scale[:, None]
         return hidden_states + self.mean if bias else hidden_states
 

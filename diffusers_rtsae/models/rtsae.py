@@ -76,7 +76,7 @@ class RTSAE(ModelMixin, ConfigMixin):
         far."""
         g = residuals.shape[-2]
         centred = (residuals - self.decoder_bias[:g]).flatten(-2)
-        return F.linear(centred, self.encoder[:, :g].flatten(1), self.encoder_bias)
+        return F.linear(centred, self.encoder[:, :g].flatten(1).float(), self.encoder_bias)
 
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -98,7 +98,7 @@ class RTSAE(ModelMixin, ConfigMixin):
 
     def decode_residuals(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised residuals `(batch, G, d)` of latents `(batch, m)`."""
-        return (latents @ self.decoder.flatten(1)).unflatten(-1, self.decoder_bias.shape) + self.decoder_bias
+        return (latents @ self.decoder.flatten(1).float()).unflatten(-1, self.decoder_bias.shape) + self.decoder_bias
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Activations `(batch, G, d)` that latents `(batch, m)` stand for, rolled out over the anchors."""

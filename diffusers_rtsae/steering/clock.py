@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
+import sys
 
 import torch
+from diffusers import DiffusionPipeline
 
 
 class TimeGrid:
@@ -42,61 +43,65 @@ class TimeGrid:
 
 class Clock:
     """
-    Follows the calls of one denoiser.
+    Follows the calls of one denoiser: `timestep`, `generation` (a running number), and which rows are conditional.
 
-    A new generation begins when a watched pipeline's scheduler has a new `timesteps` object, when the shape of the
-    sample changes, or when time jumps back to the beginning; `generation` counts them.
+    The pipeline that is calling is found on the call stack. It knows what the batch does not say: how many prompts and
+    images there are, whether guidance is on at this very step, and, by a new `scheduler.timesteps`, that a generation
+    begins. Without a pipeline the whole batch counts as conditional, and a new generation begins when time jumps back
+    to the beginning. Another shape of the sample always begins one.
     """
 
     def __init__(self):
-        self._pipelines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self.restart()
 
     def restart(self) -> None:
         """Forget the running generation."""
         self.generation = 0
         self.timestep: float | None = None
+        self.sample_shape: tuple[int, ...] = ()
+        self.prompts: int | None = None
+        self._guided = False
         self._first: float | None = None
-        self.sample: torch.Tensor | None = None
-        self.text: torch.Tensor | None = None
-        self._current = None
-        self._shape = None
+        self._timesteps = None
 
-    def watch(self, pipeline) -> None:
-        """Read schedule and guidance from this pipeline."""
-        self._pipelines.setdefault(pipeline, None)
-
-    def tick_call(self, args: tuple, kwargs: dict) -> None:
+    def tick(self, args: tuple, kwargs: dict) -> None:
         """Take note of a denoiser call by its arguments."""
         sample = args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        self.tick(sample, timestep, args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states"))
-
-    def tick(self, sample: torch.Tensor, timestep, text: torch.Tensor | None) -> None:
-        """Take note of a denoiser call."""
         timestep = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
-        is_new = self.timestep is None or (timestep > self.timestep and timestep >= self._first)
-        for pipeline, seen in list(self._pipelines.items()):
-            timesteps = getattr(pipeline.scheduler, "timesteps", None)
-            if timesteps is not seen:
-                self._pipelines[pipeline] = timesteps
-                self._current = weakref.ref(pipeline)
-                is_new = True
-        self.sample, self.text, self.timestep = sample, text, timestep
-        shape = (self.conditional_rows(len(sample)).stop - self.conditional_rows(len(sample)).start, *sample.shape[1:])
-        if is_new or shape != self._shape:
+        pipeline, call = running_pipeline()
+        timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+        is_new = timesteps is not self._timesteps
+        if pipeline is None:
+            is_new = self.timestep is None or (timestep > self.timestep and timestep >= self._first)
+        self._timesteps, self.timestep = timesteps, timestep
+        guided = call.get("do_classifier_free_guidance", False)
+        self._guided = bool(getattr(pipeline, "do_classifier_free_guidance", guided))
+        self.prompts = call.get("batch_size")
+        streams = 2 if self._guided else 1
+        images = len(sample) // streams
+        if isinstance(self.prompts, int):
+            images = self.prompts * call.get("num_images_per_prompt", 1)
+        if len(sample) != images * streams:
+            raise ValueError(
+                f"{type(pipeline).__name__} calls the denoiser with {len(sample)} rows for {images} images: this layout "
+                "of guidance is not supported."
+            )
+        shape = (images, *sample.shape[1:])
+        if is_new or shape != self.sample_shape:
             self.generation += 1
-            self._first, self._shape = timestep, shape
+            self._first, self.sample_shape = timestep, shape
 
     def conditional_rows(self, batch_size: int) -> slice:
-        """Rows of the text-conditional part of the batch; all of it without classifier-free guidance."""
-        pipeline = self._current() if self._current is not None else None
-        if pipeline is not None and getattr(pipeline, "do_classifier_free_guidance", False) and batch_size % 2 == 0:
-            return slice(batch_size // 2, batch_size)
-        return slice(0, batch_size)
+        """Rows of the text-conditional part of the batch, which comes last; all of it without guidance."""
+        return slice(batch_size // 2 if self._guided else 0, batch_size)
 
-    def __getstate__(self):
-        return {}  # pipelines and activations do not travel with a copied denoiser
 
-    def __setstate__(self, state):
-        self.__init__()
+def running_pipeline() -> tuple[DiffusionPipeline | None, dict]:
+    """The innermost pipeline whose `__call__` is on the stack, and the local variables of that call."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            return frame.f_locals["self"], frame.f_locals
+        frame = frame.f_back
+    return None, {}

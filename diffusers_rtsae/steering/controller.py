@@ -49,60 +49,53 @@ class Controller:
         self._generation = 0
 
     def _tick(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.clock.tick_call(args, kwargs)
+        self.clock.tick(args, kwargs)
         if self.clock.generation != self._generation:
-            self._generation = self.clock.generation
             for plan in (plan for plans in self._plans.values() for plan in plans):
                 self._check_batch(plan)
                 plan.restart()
+            self._generation = self.clock.generation
 
     def _check_batch(self, plan: SitePlan) -> None:
-        rows = self.clock.conditional_rows(len(self.clock.sample))
-        images = rows.stop - rows.start
+        images = self.clock.sample_shape[0]
+        prompts = self.clock.prompts or images
         for edit in plan.edits:
-            lists = {"strengths": len(edit.strength) if isinstance(edit.strength, tuple) else 1}
-            lists["masks"] = 1 if edit.mask is None else len(edit.mask)
-            for what, given in lists.items():
-                if images % given or (given > 1 and not self._same_prompts(images, given)):
-                    raise ValueError(f"{given} {what} were given, but the batch has {self._prompts(images)} prompts.")
-
-    def _same_prompts(self, images: int, groups: int) -> bool:
-        """Whether the batch is `groups` prompts with several images each: images of one prompt share its embedding."""
-        text = self.clock.text
-        if images == groups or text is None:
-            return True
-        text = text[self.clock.conditional_rows(len(text))].unflatten(0, (groups, images // groups))
-        return bool((text == text[:, :1]).all())
-
-    def _prompts(self, images: int) -> int:
-        return min(n for n in range(1, images + 1) if images % n == 0 and self._same_prompts(images, n))
+            strengths = len(edit.strength) if isinstance(edit.strength, tuple) else images
+            masks = images if edit.mask is None or len(edit.mask) == 1 else len(edit.mask)
+            for what, given in {"strengths": strengths, "masks": masks}.items():
+                if given not in (prompts, images):
+                    raise ValueError(f"{given} {what} were given for {prompts} prompts.")
 
     def apply(self, site: str, args: tuple, output):
         """Edit what the block at `site` returned; the very same object if there is nothing to change."""
         hidden_states = read_output(output)
         rows = self.clock.conditional_rows(len(hidden_states))
-        conditional = to_tokens(hidden_states[rows])
-        deltas = []
-        for plan in self._plans[site]:
-            tokens = conditional
-            if plan.rtsae.config.activation == "update":
-                tokens = conditional - to_tokens(args[0][rows])
-            if tokens.shape[-1] != plan.rtsae.config.in_channels:
-                raise ValueError(_width_error(site, plan.rtsae.config.in_channels, tokens.shape[-1]))
-            size = spatial_size(hidden_states, self.clock.sample)
-            deltas.append(plan.delta(tokens, self.clock.timestep, size))
         edited = hidden_states
-        for part, changes in ((rows, [d[0] for d in deltas]), (slice(0, rows.start), [d[1] for d in deltas])):
-            changes = [change for change in changes if change is not None]
-            if changes and part.stop > part.start:
-                edited = hidden_states.clone() if edited is hidden_states else edited
-                edited[part] += from_tokens(torch.stack(torch.broadcast_tensors(*changes)).sum(0), hidden_states)
-        for plan in self._plans[site]:
-            tokens = to_tokens(edited[rows])
-            plan.continue_with(
-                tokens - to_tokens(args[0][rows]) if plan.rtsae.config.activation == "update" else tokens
-            )
+        with torch.autocast(hidden_states.device.type, enabled=False):  # float32 inside, whatever runs around
+            deltas = [self._delta(plan, site, args, hidden_states, rows) for plan in self._plans[site]]
+            for part, changes in ((rows, [d[0] for d in deltas]), (slice(0, rows.start), [d[1] for d in deltas])):
+                changes = [change for change in changes if change is not None]
+                if changes and part.stop > part.start:
+                    edited = hidden_states.clone() if edited is hidden_states else edited
+                    edited[part] += from_tokens(torch.stack(torch.broadcast_tensors(*changes)).sum(0), hidden_states)
+            for plan in self._plans[site]:
+                plan.continue_with(_activation(plan, args, edited, rows))
         return output if edited is hidden_states else replace_output(output, edited)
+
+    def _delta(self, plan: SitePlan, site: str, args: tuple, hidden_states: torch.Tensor, rows: slice):
+        tokens = _activation(plan, args, hidden_states, rows)
+        if tokens.shape[-1] != plan.rtsae.config.in_channels:
+            raise ValueError(_width_error(site, plan.rtsae.config.in_channels, tokens.shape[-1]))
+        masked = any(edit.mask is not None for edit in plan.edits)
+        size = spatial_size(hidden_states.shape, self.clock.sample_shape) if masked else None
+        return plan.delta(tokens, self.clock.timestep, size)
+
+
+def _activation(plan: SitePlan, args: tuple, hidden_states: torch.Tensor, rows: slice) -> torch.Tensor:
+    """The conditional activation the plan's dictionary is about, `(B, N, d)`: a block's output, or its update."""
+    if plan.rtsae.config.activation == "update":
+        return to_tokens(hidden_states[rows]) - to_tokens(args[0][rows])
+    return to_tokens(hidden_states[rows])
 
 
 def check_width(denoiser: nn.Module, site: str, channels: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -56,9 +57,15 @@ class Edit:
         _choice("apply_to", self.apply_to, APPLY_TO)
         _choice("injection", self.injection, INJECTIONS)
         strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
-        if not strengths or not all(isinstance(s, int | float) and math.isfinite(s) for s in strengths):
+        if not strengths or not all(isinstance(s, Real) and math.isfinite(s) for s in strengths):
             raise ValueError(
                 f"A strength must be a finite number or a list of them, one per prompt; got {self.strength!r}."
+            )
+        if self.where == ():
+            raise ValueError("`where` names no latent of this site, so the edit would act nowhere.")
+        if self.operation != "add" and self.apply_to == "all":
+            raise ValueError(
+                f"{self.operation!r} reads the conditional activation: use apply_to='cond' or 'contrast'."
             )
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(f"Expected 0 <= start <= end <= 1, got start={self.start}, end={self.end}.")
@@ -70,16 +77,18 @@ class Edit:
         strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
         return self.operation != "set" and all(s == neutral for s in strengths)
 
-    def acts_at(self, timestep: float, num_train_timesteps: int = 1000) -> bool:
-        """Whether the edit's window contains `timestep`; windows are noise levels, so all samplers agree on them."""
-        passed = num_train_timesteps - timestep
-        return self.start * num_train_timesteps <= passed <= self.end * num_train_timesteps
+    def acts_at(self, timestep: float) -> bool:
+        """Whether the edit's window contains `timestep`; windows are in training time, so all samplers agree on
+        them."""
+        return self.start * 1000 <= 1000 - timestep <= self.end * 1000
 
 
 def as_mask(mask) -> torch.Tensor | None:
     """A PIL image, array or tensor as `(1 or n, height, width)` float in [0, 1]."""
     if mask is None:
         return None
+    if not isinstance(mask, Image.Image | np.ndarray | torch.Tensor):
+        raise ValueError(f"A mask must be a PIL image, an array or a tensor, got {type(mask).__name__}.")
     if isinstance(mask, Image.Image):
         mask = np.asarray(mask.convert("L"), dtype=np.float32) / 255
     mask = torch.as_tensor(np.asarray(mask) if not torch.is_tensor(mask) else mask).float().cpu()

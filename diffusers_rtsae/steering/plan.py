@@ -74,9 +74,10 @@ class PrefixEncoder:
 
     def observe(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
         """Latents `(B, N, rows)` of tokens `(B, N, d)` at this step."""
-        if self._pending is not None and self._pending[0] != timestep:
-            self._commit()
         coordinate, last = self.grid.coordinate(timestep), len(self.scale) - 1
+        still_first = self._past is None and coordinate == 0  # steps before the first anchor stand for it in turn
+        if self._pending is not None and self._pending[0] != timestep and not still_first:
+            self._commit()
         if self._past is not None and self._past[0] + _REACHED >= last:
             pre_activations, threshold = self._committed, self.threshold[last]
         else:
@@ -102,7 +103,7 @@ class PrefixEncoder:
 
     def continue_with(self, tokens: torch.Tensor) -> None:
         """Tell the activation the network really continued with, after any edit."""
-        self._continued = tokens
+        self._continued = tokens.clone()  # later layers may write into the activation
 
 
 class SitePlan:

@@ -65,12 +65,12 @@ def from_tokens(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:] if tokens.shape[1] > 1 else (1, 1))
 
 
-def spatial_size(hidden_states: torch.Tensor, sample: torch.Tensor) -> tuple[int, int]:
-    """Height and width of the token grid of an activation; `sample` is the denoiser's input, whose shape it
-    follows."""
-    if hidden_states.ndim == 4:
-        return hidden_states.shape[2], hidden_states.shape[3]
-    height, width, tokens = sample.shape[-2], sample.shape[-1], hidden_states.shape[1]
+def spatial_size(shape: tuple[int, ...], sample_shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of the token grid of an activation of `shape`; it follows the denoiser's input,
+    `sample_shape`."""
+    if len(shape) == 4:
+        return shape[2], shape[3]
+    height, width, tokens = sample_shape[-2], sample_shape[-1], shape[1]
     factor = math.sqrt(height * width / tokens)
     size = (round(height / factor), round(width / factor))
     if size[0] * size[1] != tokens:

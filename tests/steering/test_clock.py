@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 from diffusers_rtsae.steering import Clock, TimeGrid
 
@@ -29,46 +29,56 @@ def test_without_a_schedule_interpolation_is_linear_in_time():
     assert TimeGrid([1000, 500, 0], None).coordinate(750) == pytest.approx(0.5)
 
 
-class FakePipeline:
-    """What the clock reads of a pipeline: its scheduler and whether it guides."""
+class Caller(DiffusionPipeline):
+    """A pipeline that does nothing but call the denoiser, here the clock."""
 
     do_classifier_free_guidance = True
 
     def __init__(self):
         self.scheduler = DDIMScheduler()
 
+    def __call__(self, clock: Clock, rows: int, timestep: float, batch_size: int = 1, num_images_per_prompt: int = 1):
+        clock.tick((torch.zeros(rows, 4, 8, 8), timestep), {})
+
 
 def test_conditional_rows_follow_guidance_live():
-    clock, pipeline = Clock(), FakePipeline()
-    clock.watch(pipeline)
-    clock.tick(torch.zeros(4, 4, 8, 8), 900, None)
-    assert clock.conditional_rows(4) == slice(2, 4)
+    clock, pipeline = Clock(), Caller()
+    pipeline(clock, 4, 900, batch_size=2)
+    assert clock.conditional_rows(4) == slice(2, 4) and clock.prompts == 2
     pipeline.do_classifier_free_guidance = False
+    pipeline(clock, 2, 800, batch_size=2)
     assert clock.conditional_rows(2) == slice(0, 2)
+    assert clock.generation == 1  # dropping guidance in mid-run is no new generation
+
+
+def test_each_pipeline_is_asked_about_its_own_call():
+    clock, guided, plain = Clock(), Caller(), Caller()
+    plain.do_classifier_free_guidance = False
+    for _ in range(2):
+        guided(clock, 2, 900)
+        assert clock.conditional_rows(2) == slice(1, 2)
+        plain(clock, 2, 900, num_images_per_prompt=2)
+        assert clock.conditional_rows(2) == slice(0, 2)
+    assert clock.generation == 4
 
 
 def test_generation_changes_with_new_timesteps_only():
-    clock, pipeline, sample = Clock(), FakePipeline(), torch.zeros(2, 4, 8, 8)
-    clock.watch(pipeline)
+    clock, pipeline = Clock(), Caller()
     for t in (900, 500, 500, 510, 100):  # repeats and small steps back happen within a run
-        clock.tick(sample, t, None)
+        pipeline(clock, 2, t)
     assert clock.generation == 1
     pipeline.scheduler.set_timesteps(10)
-    clock.tick(sample, 50, None)  # image-to-image may begin below where the last run ended
+    pipeline(clock, 2, 50)  # image-to-image may begin below where the last run ended
     assert clock.generation == 2
 
 
-def test_dropping_guidance_in_mid_run_is_the_same_generation():
-    clock, pipeline = Clock(), FakePipeline()
-    clock.watch(pipeline)
-    clock.tick(torch.zeros(4, 4, 8, 8), 900, None)
-    pipeline.do_classifier_free_guidance = False
-    clock.tick(torch.zeros(2, 4, 8, 8), 800, None)
-    assert clock.generation == 1
+def test_a_layout_of_guidance_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="Caller calls the denoiser with 3 rows for 1 images"):
+        Caller()(Clock(), 3, 900)
 
 
 def test_without_a_pipeline_time_jumping_back_or_another_shape_is_a_new_generation():
     clock = Clock()
     for shape, t in (((2, 4, 8, 8), 900), ((2, 4, 8, 8), 100), ((2, 4, 8, 8), 950), ((2, 4, 16, 8), 900)):
-        clock.tick(torch.zeros(shape), t, None)
-    assert clock.generation == 3
+        clock.tick((torch.zeros(shape), torch.tensor([t])), {})
+    assert clock.generation == 3 and clock.conditional_rows(2) == slice(0, 2)

@@ -14,9 +14,13 @@ def random_rtsae(seed: int) -> RTSAE:
     torch.manual_seed(seed)
     rtsae = RTSAE("mid_block", D, ANCHORS, M, 4)
     dynamics = rtsae.dynamics
-    for tensor, spread in (
-        (dynamics.mean, 1.0), (dynamics.transition, 0.2), (rtsae.encoder_bias.data, 0.1), (rtsae.decoder_bias.data, 0.3)
-    ):  # fmt: skip
+    spreads = {
+        dynamics.mean: 1.0,
+        dynamics.transition: 0.2,
+        rtsae.encoder_bias.data: 0.1,
+        rtsae.decoder_bias.data: 0.3,
+    }
+    for tensor, spread in spreads.items():
         tensor.copy_(spread * torch.randn(tensor.shape))
     dynamics.scale.uniform_(0.5, 2)
     dynamics.residual_scale.uniform_(0.3, 1)
@@ -64,6 +68,15 @@ def test_steps_between_anchors_do_not_change_the_code_at_the_anchors():
     codes = walk(PrefixEncoder(rtsae, [0, 1, 2], grid, torch.device("cpu")), h, fine)
     for a, b in zip(coarse, codes[::2], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_steps_before_the_first_anchor_stand_for_it_in_turn():
+    rtsae, h, grid = random_rtsae(0), torch.randn(1, 3, 5, D), TimeGrid(ANCHORS, ALPHAS)
+    expected = walk(PrefixEncoder(rtsae, [0, 1], grid, torch.device("cpu")), h, ANCHORS)
+    earlier = torch.cat([torch.randn(1, 3, 2, D), h], dim=2)
+    codes = walk(PrefixEncoder(rtsae, [0, 1], grid, torch.device("cpu")), earlier, [999, 981, *ANCHORS])
+    for a, b in zip(expected, codes[2:], strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_skipped_anchors_compose_the_dynamics():

@@ -20,7 +20,7 @@ def test_shards_hold_the_trajectories_of_sampled_tokens(pipe, scorer, prompts, t
     store = TrajectoryStore(tmp_path, "x")
     collect(pipe, prompts, [SITE, "mid_block"], anchors, store, SETTINGS, seed=0, scorer=scorer)
     assert len(store.shards()) == 3
-    image, token, readings = store.load_origin(store.shards()[1])
+    image, token, readings = store.load_origin(store.shards()[1], SITE)
     assert image.tolist() == [2] * 10 + [3] * 10 and len(readings) == 2 and "style" in readings[0]
     assert all(len(set(part.tolist())) == 10 for part in token.split(10)) and token.max() < 64
     values = store.load(store.shards()[1], SITE)

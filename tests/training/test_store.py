@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from training.store import TrajectoryStore
 
@@ -8,8 +9,8 @@ def shard(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         "mid_block": torch.randn(6, 3, 4, generator=generator).half(),
-        "image": torch.zeros(6, dtype=torch.int32),
-        "token": torch.arange(6, dtype=torch.int32),
+        "mid_block/image": torch.zeros(6, dtype=torch.int32),
+        "mid_block/token": torch.arange(6, dtype=torch.int32),
     }
 
 
@@ -24,7 +25,7 @@ def store(tmp_path):
 def test_shards_come_back_in_order(store):
     assert [path.name for path in store.shards()] == ["shard-00000.safetensors", "shard-00001.safetensors"]
     assert torch.equal(store.load(store.shards()[1], "mid_block"), shard(1)["mid_block"])
-    image, token, readings = store.load_origin(store.shards()[0])
+    image, token, readings = store.load_origin(store.shards()[0], "mid_block")
     assert token.tolist() == list(range(6)) and readings == [{"valid": "yes"}]
     assert store.check(0) and not store.check(2)
 
@@ -54,9 +55,15 @@ def test_a_site_that_was_not_collected(store):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_name_the_file(store, value):
+def test_nan_and_inf_are_never_written(store, value):
     broken = shard()
     broken["mid_block"][0, 0, 0] = value
-    store.write(2, broken)
-    with pytest.raises(ValueError, match="shard-00002.safetensors holds NaN or inf at mid_block"):
-        store.load(store.path(2), "mid_block")
+    with pytest.raises(ValueError, match="mid_block: the activations hold NaN or inf"):
+        store.write(2, broken)
+    assert not store.check(2)
+
+
+def test_a_file_that_is_no_shard(store):
+    save_file({"mid_block": torch.zeros(1)}, store.path(2))
+    with pytest.raises(ValueError, match="collected with other settings"):
+        store.check(2)

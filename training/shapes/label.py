@@ -54,7 +54,7 @@ def selectivity(
     seen = {f: torch.zeros(len(FACTORS[f])) for f in STEERED}
     fired, fired_on_object = torch.zeros(count), torch.zeros(count)
     for path in tqdm(store.shards(), desc="selectivity", unit="shard"):
-        image, token, readings = store.load_origin(path)
+        image, token, readings = store.load_origin(path, rtsae.config.site)
         trajectories, first = store.load(path, rtsae.config.site), int(image[0])
         discs = token_discs(int((int(token.max()) + 1) ** 0.5))
         codes = {f: torch.full((len(image),), -1) for f in STEERED}
@@ -89,13 +89,15 @@ def object_latents(rtsae: RTSAE, on_object: torch.Tensor, precision: float = 0.9
     return good.nonzero()[:, 0].tolist()
 
 
-def candidates(rtsae: RTSAE, means: torch.Tensor, value: int, size: int) -> dict:
+def candidates(rtsae: RTSAE, means: torch.Tensor, value: int, size: int) -> dict | None:
     """The `size` latents whose mean activation given the value, times the length of their direction, stands out."""
     others = (means.sum(0) - means[value]) / (len(means) - 1)
     excess = means[value] - others
     length = (rtsae.feature_trajectories().detach() / rtsae.dynamics.scale[:, None]).norm(dim=2).mean(1)
     chosen = (excess * length).topk(size).indices
     chosen = chosen[excess[chosen] > 0]
+    if len(chosen) == 0:
+        return None
     weights = excess[chosen] / rtsae.typical_activation[chosen]
     return {
         "site": rtsae.config.site,
@@ -123,7 +125,7 @@ def main() -> None:
         load_pipeline(recipe["pipeline"], a.device),
         FactorScorer.from_pretrained(recipe["scorer"]).to(a.device),
     )
-    store = open_store(recipe, a.work, anchor_timesteps(pipe, recipe["collect"]["steps"], recipe["anchors"]))
+    store = open_store(recipe, a.work, anchor_timesteps(pipe, recipe["collect"]["steps"], recipe["anchors"]), pipe)
     dictionary = load_dictionary(a.dictionary)
     probes = [probe(factor, value, "open", a.images, seed=50) for factor, value in TARGETS]
     plain = score(scorer, run(pipe, probes, None, a.steps, guidance, a.batch_size), probes)
@@ -138,15 +140,20 @@ def main() -> None:
             labels = {}
             for factor, value in TARGETS:
                 entry = candidates(rtsae, means[factor], FACTORS[factor].index(value), size)
+                if entry is None:
+                    continue
                 entry["where"] = None if factor in GLOBAL_FACTORS else gate
                 labels[f"{factor}={value}"] = {"factor": factor, "value": value, "features": [entry], "edit": {}}
             pipe.load_rtsae(Dictionary({site: rtsae}, labels, dictionary.config))
             for strength in a.strengths:
-                strengths = [{f"{factor}={value}": strength} for factor, value in TARGETS]
+                names = [f"{factor}={value}" for factor, value in TARGETS]
+                strengths = [{name: strength} if name in labels else {} for name in names]
                 images = run(pipe, probes, strengths, a.steps, guidance, a.batch_size, masks=False)
                 for steered, was, (factor, value) in zip(score(scorer, images, probes), plain, TARGETS, strict=True):
                     measured = measure(steered, was, factor, value)
                     worth = measured["success"] - measured["leakage_mean"]
+                    if f"{factor}={value}" not in labels:
+                        continue
                     if value not in best or worth > best[value]["worth"] + 0.03:  # a larger set must earn its place
                         label = labels[f"{factor}={value}"]
                         measured |= {
