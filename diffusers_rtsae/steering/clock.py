@@ -84,8 +84,8 @@ class Clock:
             images = self.prompts * call.get("num_images_per_prompt", 1)
         if len(sample) != images * streams:
             raise ValueError(
-                f"{type(pipeline).__name__} calls the denoiser with {len(sample)} rows for {images} images: this layout "
-                "of guidance is not supported."
+                f"{type(pipeline).__name__} calls the denoiser with {len(sample)} rows for {images} images: "
+                "this layout of guidance is not supported."
             )
         shape = (images, *sample.shape[1:])
         if is_new or shape != self.sample_shape:
