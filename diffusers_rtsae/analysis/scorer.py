@@ -25,6 +25,8 @@ class FactorScorer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, factors: dict[str, list[str]], sample_size: int = 64, channels: int = 32):
         super().__init__()
+        # saved configs are sorted by key, so the order of the logits is alphabetical from the beginning
+        self.factors = {name: list(factors[name]) for name in sorted(factors)}
         widths = [channels, channels * 2, channels * 4, channels * 4]
         layers: list[nn.Module] = []
         previous = 3
@@ -43,8 +45,8 @@ class FactorScorer(ModelMixin, ConfigMixin):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits `(batch, values)` of every factor for `images` `(batch, 3, height, width)` in [0, 1]."""
         logits = self.head(self.features(images.to(self.dtype) * 2 - 1))
-        sizes = [len(values) for values in self.config.factors.values()]
-        return dict(zip(self.config.factors, logits.split(sizes, dim=1), strict=True))
+        sizes = [len(values) for values in self.factors.values()]
+        return dict(zip(self.factors, logits.split(sizes, dim=1), strict=True))
 
     @torch.no_grad()
     def read(self, images: torch.Tensor, batch_size: int = 256) -> list[dict[str, str | None]]:
@@ -54,7 +56,7 @@ class FactorScorer(ModelMixin, ConfigMixin):
             logits = self(batch.to(self.device))
             codes = torch.stack([factor.argmax(1) for factor in logits.values()], 1).tolist()
             for row in codes:
-                pairs = zip(self.config.factors.items(), row, strict=True)
+                pairs = zip(self.factors.items(), row, strict=True)
                 reading: dict[str, str | None] = {name: values[code] for (name, values), code in pairs}
                 empty = {name.rpartition(".")[0] for name, value in reading.items() if value == "none"}
                 readings.append({n: None if n.rpartition(".")[0] in empty else v for n, v in reading.items()})
