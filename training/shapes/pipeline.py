@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import time
 from pathlib import Path
 
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -78,16 +78,16 @@ def fingerprint(settings: dict) -> str:
 
 def train_autoencoder(recipe: dict, work: Path, device: str) -> AutoencoderKL:
     """Fit the autoencoder; pixels of the objects, few but telling, weigh eight times more."""
-    settings, folder = recipe["autoencoder"], work / "vae"
-    if (folder / "config.json").exists():
-        return AutoencoderKL.from_pretrained(folder).to(device)
+    settings = recipe["autoencoder"]
+    mark = fingerprint({name: recipe[name] for name in ("seed", "autoencoder")})
     torch.manual_seed(recipe["seed"])
     vae = AutoencoderKL(**settings["config"]).to(device)
     steps, size = settings["steps"], settings["batch_size"]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
     checkpoint, state = work / "vae.safetensors", dict(vae.state_dict())
-    done = load_checkpoint(checkpoint, state, optimizer, fingerprint(settings))
-    pictures, objects = render_pictures(settings["pictures"], seed=20_000_000, device=device)[:2]
+    done = load_checkpoint(checkpoint, state, optimizer, mark)
+    if done < steps:
+        pictures, objects = render_pictures(settings["pictures"], seed=20_000_000, device=device)[:2]
     progress = tqdm(range(done, steps), initial=done, total=steps, desc="autoencoder", unit="step", mininterval=5)
     for step in progress:
         for group in optimizer.param_groups:
@@ -110,12 +110,11 @@ def train_autoencoder(recipe: dict, work: Path, device: str) -> AutoencoderKL:
         optimizer.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}", pixel_error=f"{error.abs().mean().item() / 2:.4f}")
-        if (step + 1) % 500 == 0:
-            save_checkpoint(checkpoint, step + 1, state, optimizer, fingerprint(settings))
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            save_checkpoint(checkpoint, step + 1, state, optimizer, mark)
     with torch.no_grad():
         latents = vae.encode(render(sample_scenes(1024, seed=6).to(device)) * 2 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    vae.save_pretrained(folder)
     return vae
 
 
@@ -126,9 +125,11 @@ def encode_scenes(
     """Latents `(scenes, 4, 16, 16)` float16 and caption tokens `(scenes, length)` of the training scenes, made
     once."""
     path = work / "scenes.safetensors"
+    mark = fingerprint({name: recipe[name] for name in ("seed", "autoencoder", "scenes", "max_length")})
     if path.exists():
-        stored = load_file(path, device=device)
-        return stored["latents"], stored["tokens"]
+        with safe_open(path, "pt") as file:
+            if file.metadata()["fingerprint"] == mark:
+                return file.get_tensor("latents").to(device), file.get_tensor("tokens").to(device)
     latents, tokens, chunk = [], [], 2000
     for start in tqdm(range(0, recipe["scenes"], chunk), desc="encoding scenes", unit="chunk", mininterval=5):
         count = min(chunk, recipe["scenes"] - start)
@@ -140,7 +141,7 @@ def encode_scenes(
                 posterior = vae.encode(images * 2 - 1)
             latents.append((posterior.latent_dist.mean * vae.config.scaling_factor).half())
     stored = {"latents": torch.cat(latents).contiguous(), "tokens": torch.cat(tokens).to(device)}
-    save_file(stored, path.with_suffix(".partial"))
+    save_file(stored, path.with_suffix(".partial"), metadata={"fingerprint": mark})
     os.replace(path.with_suffix(".partial"), path)
     return stored["latents"], stored["tokens"]
 
@@ -175,7 +176,7 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
     ]
     state = dict(zip(names, parameters, strict=True)) | {f"ema.{n}": e for n, e in zip(names, ema, strict=True)}
     checkpoint = work / "denoiser.safetensors"
-    mark = fingerprint({"denoiser": settings, "text_encoder": recipe["text_encoder"], "scenes": recipe["scenes"]})
+    mark = fingerprint(recipe)
     done, steps = load_checkpoint(checkpoint, state, optimizer, mark), settings["steps"]
 
     if done < steps:
@@ -195,7 +196,7 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
         clean, text = latents[chosen].float(), torch.where(dropped, empty, tokens[chosen]).long()
         noise = torch.randn(clean.shape, generator=generator, device=device)
         # timesteps lean towards high noise, where layout and colour are decided
-        place = torch.sigmoid(0.5 + 1.2 * torch.randn(size, generator=generator, device=device))
+        place = torch.sigmoid(0.8 + 1.2 * torch.randn(size, generator=generator, device=device))
         timesteps = (place * 1000).long().clamp(0, 999)
         noisy, target = scheduler.add_noise(clean, noise, timesteps), scheduler.get_velocity(clean, noise, timesteps)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
@@ -235,9 +236,8 @@ def save_pipeline(out: Path, vae, text_encoder, tokenizer, unet, scheduler) -> N
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.to("cpu", torch.float16).save_pretrained(out)
-    build_tokenizer(
-        out / "tokenizer", tokenizer.model_max_length
-    )  # the file format of transformers 4 beside that of 5
+    # the tokenizer's file format of transformers 4, beside that of 5
+    build_tokenizer(out / "tokenizer", tokenizer.model_max_length)
     config = out / "text_encoder" / "config.json"
     # transformers loads in the dtype the config names, diffusers in float32: make them agree
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
@@ -252,7 +252,6 @@ def main() -> None:
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="checkpoint and stop after this long")
     arguments = parser.parse_args()
     recipe = yaml.safe_load(arguments.recipe.read_text())
-    random.seed(recipe["seed"])
     arguments.work.mkdir(parents=True, exist_ok=True)
     finished = train_denoiser(recipe, arguments.work, arguments.out, arguments.device, arguments.max_minutes)
     print(f"saved to {arguments.out}" if finished else "stopped early; run the same command again to continue")

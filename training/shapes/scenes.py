@@ -191,7 +191,7 @@ def render_layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     grid = torch.stack([x, y], -1).reshape(1, -1, 2)
 
-    phase, angle = scenes.global_jitter[:, 3:5, None] * 4, math.pi / 4 + 0.15 * scenes.global_jitter[:, 5, None]
+    phase, angle = 0.5 * scenes.global_jitter[:, 3:5, None], math.pi / 4 + 0.05 * scenes.global_jitter[:, 5, None]
     along = grid[..., 0] * angle.cos() + grid[..., 1] * angle.sin() + phase[:, 0]
     stripes = (2.0 * torch.sin(along * 2 * math.pi / 8) + 0.5).clamp(0, 1)
     cell = (grid.transpose(1, 2) + phase) % 8 - 4
@@ -212,9 +212,9 @@ def render_layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
     for i in range(2):
         index = (scenes.count > i).nonzero()[:, 0]
         jitter = scenes.jitter[index, i]
-        centre = centres[scenes.place[index, i]] + 2.5 * jitter[:, :2]
+        centre = centres[scenes.place[index, i]] + 2.0 * jitter[:, :2]
         radius = radii[scenes.size[index, i]] * (1 + 0.08 * jitter[:, 2])
-        turn = 0.15 * jitter[:, 3]
+        turn = 0.1 * jitter[:, 3]
         rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], -1).reshape(-1, 2, 2)
         polygon = outlines[scenes.shape[index, i]] @ rotation.transpose(1, 2) * radius[:, None, None] + centre[:, None]
         distance = _signed_distance(grid.expand(len(index), -1, 2), polygon)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
-from ..checkpoint import step_generator
+from ..checkpoint import load_checkpoint, save_checkpoint, step_generator
 from .scenes import COLOURS, GLOBAL_FACTORS, PLACES, SHAPES, SIZES, Scenes, render, render_pictures, sample_scenes
 
 SLOT_FACTORS = {"shape": ("none", *SHAPES), "colour": tuple(COLOURS), "size": tuple(SIZES)}
@@ -97,13 +97,18 @@ def accuracy(scorer: FactorScorer, count: int = 2000, seed: int = 999) -> dict[s
     return result | {"invalid": bad.float().mean().item()}
 
 
-def train(out: Path, steps: int, batch_size: int, device: str, seed: int = 0) -> dict[str, float]:
+def train(out: Path, work: Path, steps: int, batch_size: int, device: str, seed: int = 0) -> dict[str, float]:
     torch.manual_seed(seed)
     scorer = FactorScorer(FACTORS).to(device)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     pictures, _, all_scenes = render_pictures(40_000, seed=10_000, device=device)
-    progress = tqdm(range(steps), desc="scorer", unit="step", mininterval=5)
+    checkpoint, state = work / "scorer.safetensors", dict(scorer.named_parameters())
+    mark = f"steps {steps}, batch size {batch_size}, seed {seed}"
+    done = load_checkpoint(checkpoint, state, optimizer, mark)
+    for _ in range(done):
+        schedule.step()
+    progress = tqdm(range(done, steps), initial=done, total=steps, desc="scorer", unit="step", mininterval=5)
     for step in progress:
         generator = step_generator(seed, step, device)
         chosen = torch.randint(len(pictures), (batch_size,), generator=generator, device=device)
@@ -123,6 +128,8 @@ def train(out: Path, steps: int, batch_size: int, device: str, seed: int = 0) ->
         schedule.step()
         if step % 100 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            save_checkpoint(checkpoint, step + 1, state, optimizer, mark)
     result = accuracy(scorer)
     scorer.half().save_pretrained(out)
     (out / "metrics.json").write_text(json.dumps({"held_out_renders": 2000, "accuracy": result}, indent=2) + "\n")
@@ -132,7 +139,8 @@ def train(out: Path, steps: int, batch_size: int, device: str, seed: int = 0) ->
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("examples/shapes-scorer"))
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--work", type=Path, default=Path("runs/shapes-scorer"))
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
