@@ -46,7 +46,7 @@ class RTSAE(ModelMixin, ConfigMixin):
 
     Example:
         ```py
-        >>> rtsae = RTSAE.from_pretrained("examples/shapes-rtsae", subfolder="up_blocks.0.attentions.1")
+        >>> rtsae = RTSAE.from_pretrained("examples/shapes-rtsae", subfolder="up_blocks.1.attentions.1")
         >>> latents = rtsae.encode(trajectories)  # (tokens, G, d) -> (tokens, m)
         >>> directions = rtsae.feature_trajectories([3, 14])  # (2, G, d), activation space
         ```

@@ -196,7 +196,7 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
         clean, text = latents[chosen].float(), torch.where(dropped, empty, tokens[chosen]).long()
         noise = torch.randn(clean.shape, generator=generator, device=device)
         # timesteps lean towards high noise, where layout and colour are decided
-        place = torch.sigmoid(0.8 + 1.2 * torch.randn(size, generator=generator, device=device))
+        place = torch.sigmoid(0.5 + 1.2 * torch.randn(size, generator=generator, device=device))
         timesteps = (place * 1000).long().clamp(0, 999)
         noisy, target = scheduler.add_noise(clean, noise, timesteps), scheduler.get_velocity(clean, noise, timesteps)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
