@@ -22,9 +22,9 @@ class Recorder:
 
     Example:
         ```py
-        >>> with Recorder(pipe, ["up_blocks.0.attentions.1"]) as recorder:
+        >>> with Recorder(pipe, ["up_blocks.1.attentions.1"]) as recorder:
         ...     pipe("a red star")
-        >>> recorder.trajectories("up_blocks.0.attentions.1").shape  # (images, tokens, steps, d)
+        >>> recorder.trajectories("up_blocks.1.attentions.1").shape  # (images, tokens, steps, d)
         ```
     """
 
