@@ -165,15 +165,13 @@ def test_several_dictionaries(pipe, dictionary, feature, draw):
 
 
 def test_bfloat16_steers_and_stays_finite(pipe, dictionary, feature):
-    half = copy.deepcopy(pipe.unet).bfloat16()
-    other = StableDiffusionPipeline(**{**pipe.components, "unet": half}, requires_safety_checker=False)
+    modules = {name: copy.deepcopy(getattr(pipe, name)).bfloat16() for name in ("unet", "vae", "text_encoder")}
+    other = StableDiffusionPipeline(**(pipe.components | modules), requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    text = pipe.encode_prompt("a star", "cpu", 1, False)[0].bfloat16()
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def run():
-        call = {"prompt_embeds": text, "negative_prompt_embeds": torch.zeros_like(text), "output_type": "latent"}
-        return other(num_inference_steps=3, latents=noise, **call).images
+        generator = torch.Generator().manual_seed(0)
+        return other("a star", num_inference_steps=3, generator=generator, output_type="latent").images
 
     plain = run()
     other.load_rtsae(dictionary)

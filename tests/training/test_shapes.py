@@ -100,7 +100,8 @@ def test_measure_counts_success_and_leakage():
 
 def test_the_bundled_scorer_reads_held_out_renders(scorer):
     right = accuracy(scorer, count=600, seed=123)
-    assert min(right.values()) > 0.98, right
+    assert right.pop("invalid") > 0.95  # a corrupted picture may by chance still be a scene
+    assert min(right.values()) > 0.99, right
 
 
 def test_the_bundled_pipeline_loads_without_this_package():
@@ -115,8 +116,9 @@ def test_the_bundled_pipeline_loads_without_this_package():
 
 
 def test_the_bundled_pipeline_draws_what_it_is_told(scorer):
+    """Floors under the committed weights' own figures in examples/shapes-sd/metrics.json; raise them with the weights."""
     result, _ = evaluate(
         load_pipeline(EXAMPLES / "shapes-sd", "cpu"), scorer, 48, steps=15, guidance=4.0, batch_size=24
     )
     one = result["1 object"]
-    assert min(one["background"], one["style"], one["colour"]) > 0.8, result
+    assert one["background"] > 0.95 and min(one["colour"], one["place"]) > 0.6, result
