@@ -116,7 +116,7 @@ def test_the_bundled_pipeline_loads_without_this_package():
 
 
 def test_the_bundled_pipeline_draws_what_it_is_told(scorer):
-    """Floors under the committed weights' own figures in examples/shapes-sd/metrics.json; raise them with the weights."""
+    """Floors under the committed weights: examples/shapes-sd/metrics.json has their figures; raise both together."""
     result, _ = evaluate(
         load_pipeline(EXAMPLES / "shapes-sd", "cpu"), scorer, 48, steps=15, guidance=4.0, batch_size=24
     )
