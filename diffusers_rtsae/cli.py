@@ -7,10 +7,13 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f'The command line needs {error.name}: pip install "diffusers-rtsae[analysis]"') from None
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -36,8 +39,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("rtsae-demo"),
     pipeline: Annotated[Path | None, typer.Option(help="Pipeline folder; the bundled one by default.")] = None,
     dictionary: Annotated[Path | None, typer.Option(help="Dictionary folder; the bundled one by default.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    prompts: Annotated[int, typer.Option(help="Pictures each feature is measured on.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    prompts: Annotated[int, typer.Option(min=1, help="Pictures each feature is measured on.")] = 10,
 ) -> None:
     """Steer the bundled pipeline, draw what happens, and measure it. Needs no network.
 
@@ -124,7 +127,8 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     plot_strengths(rows, strengths, "One feature each, by strength").savefig(out / "steering.png", dpi=130)
     plot_feature_trajectories(get_dictionary(pipe), list(chosen.values())).savefig(out / "trajectories.png", dpi=130)
-    traced = [label for kind, label in chosen.items()]
+    site = labels[next(iter(chosen.values()))]["features"][0]["site"]
+    traced = [label for label in chosen.values() if labels[label]["features"][0]["site"] == site]
     prompt = "a large {} {} on the left, {}, on a {} background".format(
         *(
             chosen.get(k, d)

@@ -91,9 +91,8 @@ def trace_features(
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.
         prompt (`str`): what to generate.
-        features (`list`): labels, indices or `(site, index)`; a label's trace is the sum of its latents'
-        activations, each
-            in units of its typical activation. All must live at one site.
+        features (`list`): labels, indices or `(site, index)`, all at one site. A label's trace sums its latents'
+            activations there, each in units of its typical activation.
         call: passed to the pipeline.
 
     Returns:
