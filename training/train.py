@@ -90,7 +90,7 @@ def train_site(
         settings["num_latents"], dtype=torch.long, device=device
     )  # trajectories since each latent fired
     state = parameters | {"quiet": quiet}
-    checkpoint, mark = work / f"{site}.safetensors", json.dumps([collected, recipe["fit"], settings])
+    checkpoint, mark = work / f"{site}.safetensors", json.dumps([collected, recipe["fit"], settings], sort_keys=True)
     done, steps, size = load_checkpoint(checkpoint, state, optimizer, mark), settings["steps"], settings["batch_size"]
     progress = tqdm(range(done, steps), initial=done, total=steps, desc=f"train {site}", unit="step", mininterval=5)
     for step in progress:
@@ -139,7 +139,9 @@ def train_site(
 def open_store(recipe: dict, work: Path, anchors: list[int], pipe: DiffusionPipeline) -> TrajectoryStore:
     """The trajectories of a recipe's run."""
     made_with = {name: recipe[name] for name in ("pipeline", "sites", "seed", "collect")} | {"anchors": anchors}
-    return TrajectoryStore(work / "trajectories", json.dumps(made_with | {"weights": weights_hash(pipe.unet)}))
+    return TrajectoryStore(
+        work / "trajectories", json.dumps(made_with | {"weights": weights_hash(pipe.unet)}, sort_keys=True)
+    )
 
 
 def weights_hash(module: torch.nn.Module) -> str:

@@ -164,6 +164,10 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
         )
     ).to(device)
     unet = UNet2DConditionModel(**settings["unet"]).to(device)
+    if settings.get("start_from"):  # a pipeline folder whose weights are trained further
+        trained = StableDiffusionPipeline.from_pretrained(settings["start_from"])
+        unet.load_state_dict(trained.unet.state_dict())
+        text_encoder.load_state_dict(trained.text_encoder.state_dict())
     if on_cuda:
         unet = unet.to(memory_format=torch.channels_last)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
