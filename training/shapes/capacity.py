@@ -9,20 +9,18 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
-from .evaluate import load_pipeline
+from .evaluate import add_arguments, load_pipeline
 from .steering import STEERED, TARGETS, difference_of_means, measure, probe, run, score
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", type=Path, default=Path("examples/shapes-sd"))
-    parser.add_argument("--scorer", type=Path, default=Path("examples/shapes-scorer"))
+    add_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/capacity.json"))
     parser.add_argument(
         "--sites", nargs="*", help="sites, or sets of sites joined by +; every attention block by default"
@@ -32,10 +30,6 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=["open", "contradicted"])
     parser.add_argument("--images", type=int, default=16, help="prompts for each target value")
     parser.add_argument("--samples", type=int, default=512, help="pictures behind the means")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     pipe, scorer = load_pipeline(a.pipeline, a.device), FactorScorer.from_pretrained(a.scorer).to(a.device)
     sets = a.sites or [site for site in list_sites(pipe.unet) if site.rpartition(".")[0].endswith("attentions")]

@@ -22,6 +22,16 @@ from .captions import caption
 from .scenes import FACTORS, GLOBAL_FACTORS, OBJECT_FACTORS, PLACES, sample_scenes
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every measurement of the bundled pipeline can be told: the models, and how to generate."""
+    parser.add_argument("--pipeline", type=Path, default=Path("examples/shapes-sd"))
+    parser.add_argument("--scorer", type=Path, default=Path("examples/shapes-scorer"))
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_pipeline(folder: Path | str, device: str) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -133,14 +143,9 @@ def evaluate(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", type=Path, default=Path("examples/shapes-sd"))
-    parser.add_argument("--scorer", type=Path, default=Path("examples/shapes-scorer"))
+    add_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes-sd-metrics.json"))
     parser.add_argument("--prompts", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     pipe, scorer = load_pipeline(a.pipeline, a.device), FactorScorer.from_pretrained(a.scorer).to(a.device)
     result, sheet = evaluate(pipe, scorer, a.prompts, a.steps, a.guidance, a.batch_size)

@@ -18,7 +18,7 @@ from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
-from .evaluate import load_pipeline
+from .evaluate import add_arguments, load_pipeline
 from .steering import (
     TARGETS,
     Probe,
@@ -83,18 +83,13 @@ def markdown(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", type=Path, default=Path("examples/shapes-sd"))
-    parser.add_argument("--scorer", type=Path, default=Path("examples/shapes-scorer"))
+    add_arguments(parser)
     parser.add_argument("--dictionary", type=Path, default=Path("examples/shapes-rtsae"))
     parser.add_argument("--out", type=Path, default=Path("runs/steering.json"))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 2.0, 0.5, -1.0])
     parser.add_argument("--samples", type=int, default=512, help="pictures behind the difference of means")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     pipe, scorer = load_pipeline(a.pipeline, a.device), FactorScorer.from_pretrained(a.scorer).to(a.device)
     dictionary = load_dictionary(a.dictionary)
