@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 
 import torch
@@ -16,7 +17,7 @@ from .models import RTSAE
 from .steering import Controller, Edit, SitePlan, as_mask, check_width
 
 Name = str | int | tuple[str, int]
-Strength = float | list[float]
+Strength = float | list[float] | torch.Tensor | Callable[[float], float | list[float]]
 
 
 @dataclass
@@ -33,7 +34,7 @@ def get_denoiser(pipeline) -> nn.Module:
     for name in ("unet", "transformer"):
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
-            return module
+            return getattr(module, "_orig_mod", module)  # inside what `torch.compile` returned
     raise ValueError(f"{type(pipeline).__name__} has no denoiser: expected a component `unet` or `transformer`.")
 
 
@@ -61,34 +62,41 @@ def get_dictionary(pipeline, adapter_name: str | None = None) -> Dictionary:
 
 
 def _edits(
-    adapter: _Adapter, features: dict[Name, Strength], mask=None, where=None, **options
+    adapter: _Adapter, features: dict[Name, Strength], mask=None, where=None, source=None, **options
 ) -> list[tuple[str, Edit]]:
     """Resolve feature names to `(site, Edit)`; what the caller leaves open is taken from the label."""
     if not isinstance(features, dict):
         raise ValueError(f"Expected features as a dict {{label or index: strength}}, got {type(features).__name__}.")
+    unknown = options.keys() - {f.name for f in fields(Edit)}
+    if unknown:
+        known = sorted({f.name for f in fields(Edit)} - {"latents", "weights", "strength"})
+        raise ValueError(f"Unknown option {min(unknown)!r}; an edit has {known}.")
     mask, result = as_mask(mask), []
     for name, strength in features.items():
-        strength = strength.tolist() if torch.is_tensor(strength) else strength
-        is_list = isinstance(strength, list | tuple)
+        strength = tuple(strength) if isinstance(strength, list) else strength
         entries, defaults = adapter.dictionary.features(name)
         for entry in entries:
             gate = entry.get("where") if where is None else None
             if where is not None and where != "everywhere":
-                others = where if isinstance(where, list) else [where]
-                found = [other for one in others for other in adapter.dictionary.features(one)[0]]
-                gate = [row for other in found if other["site"] == entry["site"] for row in other["latents"]]
-            if not is_list and not isinstance(strength, Real):
-                raise ValueError(f"Expected a number or a list of them as the strength of {name!r}, got {strength!r}.")
+                gate = _rows(adapter, where, entry["site"])
             edit = Edit(
                 latents=tuple(entry["latents"]),
                 weights=tuple(entry["weights"]),
-                strength=tuple(strength) if is_list else float(strength),
+                strength=strength,
                 where=None if gate is None else tuple(gate),
+                source=None if source is None else tuple(_rows(adapter, source, entry["site"])),
                 mask=mask,
                 **(defaults | {key: value for key, value in options.items() if value is not None}),
             )
             result.append((entry["site"], edit))
     return result
+
+
+def _rows(adapter: _Adapter, features: Name | list[Name], site: str) -> list[int]:
+    """The latents at `site` that one or several features name."""
+    named = features if isinstance(features, list) else [features]
+    entries = [entry for one in named for entry in adapter.dictionary.features(one)[0]]
+    return [row for entry in entries if entry["site"] == site for row in entry["latents"]]
 
 
 def _install(pipeline) -> None:
@@ -102,15 +110,28 @@ def _install(pipeline) -> None:
         for site, rtsae in adapter.dictionary.sites.items():
             edits = [_scaled(edit, adapter.weight) for where, edit in adapter.edits if where == site]
             plans.append(SitePlan(rtsae, edits, alphas_cumprod))
-    controller.install(plans)
+    compiled = any(hasattr(getattr(pipeline, name, None), "_orig_mod") for name in ("unet", "transformer"))
+    controller.install(plans, compiled)
 
 
 def _scaled(edit: Edit, weight: float) -> Edit:
     if weight == 1.0 or edit.operation != "add":
         return edit
-    many = isinstance(edit.strength, tuple)
-    strength = tuple(s * weight for s in edit.strength) if many else edit.strength * weight
-    return Edit(**(vars(edit) | {"strength": strength}))
+    strength = edit.strength
+    if callable(strength):
+        return replace(edit, strength=_ScaledSchedule(strength, weight))
+    many = isinstance(strength, tuple)
+    return replace(edit, strength=tuple(s * weight for s in strength) if many else strength * weight)
+
+
+@dataclass(frozen=True)
+class _ScaledSchedule:
+    schedule: Callable[[float], float | list[float]]
+    weight: float
+
+    def __call__(self, progress: float) -> list[float]:
+        values = self.schedule(progress)
+        return [value * self.weight for value in (values if isinstance(values, list | tuple) else [values])]
 
 
 class RTSAELoaderMixin:
@@ -155,13 +176,12 @@ class RTSAELoaderMixin:
 
         Args:
             features (`dict`): label, index or `(site, index)` → strength; 1.0 is the feature's typical full
-            activation.
-                A list holds one strength per prompt.
+                activation. A list holds one strength per prompt; a tensor `(steps,)` or `(steps, prompts)`, or a
+                function of the progress from 0 to 1, is a schedule over denoising.
             adapter_name (`str`, *optional*): which dictionary; needed if several are loaded.
-            options: `operation`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`; see [`Edit`]. `where` may
-            be
-                `"everywhere"`, or a feature (or list of them) whose active tokens are edited. A label brings the
-                options it was verified with.
+            options: `operation`, `source`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`, `clip`; see
+                [`Edit`]. `source` is a feature. `where` may be `"everywhere"`, or a feature (or list of them) whose
+                active tokens are edited. A label brings the options it was verified with.
 
         Example:
             ```py
@@ -250,8 +270,30 @@ class RTSAELoaderMixin:
             controller.install([])
 
     def save_rtsae(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
-        """Write a loaded dictionary to a folder that `load_rtsae` reads."""
+        """Write a loaded dictionary, with a model card, to a folder that `load_rtsae` reads."""
         get_dictionary(self, adapter_name).save(save_directory)
+
+    def push_rtsae_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs) -> str:
+        """Upload a loaded dictionary as `load_rtsae` reads it; takes what [`Dictionary.push_to_hub`] takes and returns
+        the URL of the commit."""
+        return get_dictionary(self, adapter_name).push_to_hub(repo_id, **kwargs)
+
+    def set_rtsae_device(self, device: torch.device | str, adapter_names: str | list[str] | None = None) -> None:
+        """Move whole dictionaries to a device. Steering does not need it: it takes there the rows in use."""
+        controller = _controller(self)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names or list(controller.adapters):
+            for rtsae in _adapter(controller, name).dictionary.sites.values():
+                rtsae.to(device)
+        _install(self)
+
+    def rtsae_report(self) -> dict[str, list[dict]]:
+        """
+        What the last generation did, for each site a list over steps and edits: `timestep`, `latents`, the share of
+        tokens `edited`, and `out_of_range`, the share of these that the edit wanted outside the training range (kept
+        inside unless `clip=False`; `None` where that is not known).
+        """
+        return _controller(self).report()
 
     def reset_rtsae_state(self) -> None:
         """Forget the running generation, e.g. between calls of a denoiser that no pipeline drives."""

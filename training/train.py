@@ -30,6 +30,9 @@ from .fit import fit_dynamics
 from .store import TrajectoryStore
 
 
+CALIBRATION_TOKENS = 200_000  # whose activations make the statistics of the latents
+
+
 def geometric_median(points: torch.Tensor, iterations: int = 20) -> torch.Tensor:
     """Geometric median of `points (n, d)` (Weiszfeld)."""
     median = points.mean(0)
@@ -52,17 +55,31 @@ def auxiliary_loss(
 
 @torch.no_grad()
 def calibrate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> None:
-    """Set each prefix' threshold so that k latents are active on average, and the statistics of the activations."""
+    """Set each prefix' threshold so that k latents are active on average."""
     residuals = rtsae.dynamics.residuals(trajectories)
     for g in range(residuals.shape[1]):
         pre_activations = rtsae.pre_activations(residuals[:, : g + 1])
         kept = pre_activations.relu().flatten().topk(k * len(residuals) + 1).values
         rtsae.threshold[g] = kept[-1].clamp(min=0)
-    latents = torch.where(pre_activations > rtsae.threshold[-1], pre_activations, 0)
-    rtsae.density.copy_((latents > 0).float().mean(0))
-    for j in range(latents.shape[1]):
-        active = latents[:, j][latents[:, j] > 0]
-        rtsae.typical_activation[j] = active.quantile(0.99) if len(active) else 1.0
+
+
+@torch.no_grad()
+def measure_activations(rtsae: RTSAE, trajectories: torch.Tensor, batch: int = 4096) -> None:
+    """Set the statistics of each latent's activation on `trajectories (tokens, G, d)`."""
+    device, columns, values = rtsae.encoder.device, [], []
+    for part in trajectories.split(batch):
+        latents = rtsae.encode(part.to(device))
+        at = latents.nonzero()
+        columns.append(at[:, 1].cpu())
+        values.append(latents[at[:, 0], at[:, 1]].cpu())
+    columns, values = torch.cat(columns), torch.cat(values)
+    order = torch.argsort(values)
+    order = order[torch.argsort(columns[order], stable=True)]  # by latent, each ascending
+    for j, active in enumerate(values[order].split(torch.bincount(columns, minlength=rtsae.config.num_latents).tolist())):
+        rtsae.density[j] = len(active) / len(trajectories)
+        rtsae.mean_activation[j] = active.sum() / len(trajectories)
+        rtsae.typical_activation[j] = active[int(0.99 * (len(active) - 1))] if len(active) else 1.0
+        rtsae.max_activation[j] = active[-1] if len(active) else 1.0
 
 
 def train_site(
@@ -133,6 +150,7 @@ def train_site(
         tensor.data = tensor.data.half().float()
     sample = torch.randperm(len(data), generator=step_generator(seed, steps))[:16384]
     calibrate(rtsae, data[sample].float().to(device), settings["k"])
+    measure_activations(rtsae, data[:CALIBRATION_TOKENS])
     return rtsae.cpu()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..pipeline import get_denoiser, get_dictionary
-from ..steering import Clock, PrefixEncoder, TimeGrid, get_site
+from ..steering import Clock, PrefixEncoder, TimeGrid, Trajectory, call_arguments, get_site
 from ..steering.sites import read_output, spatial_size, to_tokens
 
 
@@ -50,7 +50,7 @@ class Recorder:
             hook.remove()
 
     def _tick(self, module, args: tuple, kwargs: dict) -> None:
-        self.clock.tick(args, kwargs)
+        self.clock.tick(*call_arguments(args, kwargs))
         self._skip = self.wanted is not None and self.clock.timestep not in self.wanted
         # a sampler that calls twice at one timestep: the later call stands
         self._again = bool(self.timesteps) and self.timesteps[-1] == self.clock.timestep
@@ -65,6 +65,8 @@ class Recorder:
             if self.activation == "update":
                 hidden_states = hidden_states - (args[0] if args else kwargs["hidden_states"])
             rows = self.clock.conditional_rows(len(hidden_states))
+            if rows is None:  # a call for another part of guidance alone
+                return
             self._shape = hidden_states.shape
             if self._again:
                 self._kept[site].pop()
@@ -78,7 +80,7 @@ class Recorder:
 
     def size(self) -> tuple[int, int]:
         """Height and width of the token grid of the last site."""
-        return spatial_size(self._shape, self.clock.sample_shape)
+        return spatial_size(self._shape, self.clock.latent_size)
 
 
 @torch.no_grad()
@@ -112,10 +114,10 @@ def trace_features(
     rows = sorted({row for entry in entries for row in entry["latents"]})
     grid = TimeGrid(rtsae.config.anchors, getattr(pipeline.scheduler, "alphas_cumprod", None))
     encoder = PrefixEncoder(rtsae, rows, grid, trajectories.device)
-    maps = []
+    maps, state = [], Trajectory()
     for i, timestep in enumerate(recorder.timesteps):
-        latents = encoder.observe(trajectories[:, :, i], timestep)[0] / rtsae.typical_activation[rows]
-        encoder.continue_with(trajectories[:, :, i])
+        latents = encoder.observe(state, trajectories[:, :, i], timestep)[0] / rtsae.typical_activation[rows]
+        state.continue_with(trajectories[:, :, i])
         maps.append(torch.stack([latents[:, [rows.index(r) for r in e["latents"]]].sum(-1) for e in entries]))
     activations = torch.stack(maps, dim=1)
     return image, recorder.timesteps, activations.unflatten(2, recorder.size())

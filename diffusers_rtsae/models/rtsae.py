@@ -66,9 +66,12 @@ class RTSAE(ModelMixin, ConfigMixin):
         self.encoder_bias = nn.Parameter(torch.zeros(num_latents))
         self.decoder = nn.Parameter(decoder)
         self.decoder_bias = nn.Parameter(torch.zeros(len(anchors), in_channels))
-        # threshold of a prefix that ends at each anchor; activation statistics of each latent over the training data
+        # threshold of a prefix that ends at each anchor; activation statistics of each latent over the training data:
+        # 99th percentile and maximum where active, mean and share of active over everything
         self.register_buffer("threshold", torch.zeros(len(anchors)))
         self.register_buffer("typical_activation", torch.ones(num_latents))
+        self.register_buffer("max_activation", torch.ones(num_latents))
+        self.register_buffer("mean_activation", torch.zeros(num_latents))
         self.register_buffer("density", torch.zeros(num_latents))
 
     def pre_activations(self, residuals: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
-"""The clock: at which point of which generation a denoiser call is, and which rows of its batch are conditional."""
+"""The clock: at which point of which generation a denoiser call is, and which rows of its batch are what."""
 
 from __future__ import annotations
 
 import sys
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 
 class TimeGrid:
@@ -43,12 +43,14 @@ class TimeGrid:
 
 class Clock:
     """
-    Follows the calls of one denoiser: `timestep`, `generation` (a running number), and which rows are conditional.
+    Follows the calls of one denoiser: `timestep` (in training units), `generation` (a running number), `images` and
+    `prompts` being drawn, and `streams`, what the equal parts of the batch are: `"cond"`, `"uncond"` or `"perturbed"`
+    (conditional, but deliberately made worse, to guide away from it).
 
     The pipeline that is calling is found on the call stack. It knows what the batch does not say: how many prompts and
-    images there are, whether guidance is on at this very step, and, by a new `scheduler.timesteps`, that a generation
+    images there are, which guidance is on at this very step, and, by a new `scheduler.timesteps`, that a generation
     begins. Without a pipeline the whole batch counts as conditional, and a new generation begins when time jumps back
-    to the beginning. Another shape of the sample always begins one.
+    to the beginning. Another number or size of images always begins one.
     """
 
     def __init__(self):
@@ -58,50 +60,98 @@ class Clock:
         """Forget the running generation."""
         self.generation = 0
         self.timestep: float | None = None
-        self.sample_shape: tuple[int, ...] = ()
+        self.images = 0
         self.prompts: int | None = None
-        self._guided = False
+        self.latent_size: tuple[int, int] = (0, 0)
+        self.streams: tuple[str, ...] = ("cond",)
+        self._shape: tuple[int, ...] = ()
         self._first: float | None = None
-        self._timesteps = None
+        self._timesteps, self._unit = None, 1
 
-    def tick(self, args: tuple, kwargs: dict) -> None:
-        """Take note of a denoiser call by its arguments."""
-        sample = args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        timestep = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
+    def tick(self, sample: torch.Tensor, timestep: float | torch.Tensor, text: torch.Tensor | None = None) -> None:
+        """Take note of a denoiser call by its arguments; see `call_arguments`."""
         pipeline, call = running_pipeline()
         timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+        timestep = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
         is_new = timesteps is not self._timesteps
+        if is_new and timesteps is not None:
+            self._unit = 1000 if timesteps.max() <= 1 else 1  # some samplers count time from 0 to 1
+        timestep *= self._unit if timesteps is not None else 1
+        if self._unit == 1 and timestep <= 1 and timesteps is not None and timestep not in timesteps:
+            timestep *= 1000  # the sampler counts in training steps, the denoiser from 0 to 1
         if pipeline is None:
             is_new = self.timestep is None or (timestep > self.timestep and timestep >= self._first)
-        self._timesteps, self.timestep = timesteps, timestep
-        guided = call.get("do_classifier_free_guidance", False)
-        self._guided = bool(getattr(pipeline, "do_classifier_free_guidance", guided))
         self.prompts = call.get("batch_size")
-        streams = 2 if self._guided else 1
-        images = len(sample) // streams
+        images = None
         if isinstance(self.prompts, int):
-            images = self.prompts * call.get("num_images_per_prompt", 1)
-        if len(sample) != images * streams:
-            raise ValueError(
-                f"{type(pipeline).__name__} calls the denoiser with {len(sample)} rows for {images} images: "
-                "this layout of guidance is not supported."
-            )
-        shape = (images, *sample.shape[1:])
-        if is_new or shape != self.sample_shape:
+            images = self.prompts * (call.get("num_images_per_prompt") or 1)
+        again = not is_new and timestep == self.timestep
+        self._timesteps, self.timestep = timesteps, timestep
+        self.streams = _streams(pipeline, call, len(sample), images, text, again)
+        self.images = len(sample) // len(self.streams)
+        if sample.ndim == 4:
+            self.latent_size = tuple(sample.shape[-2:])
+        else:  # packed tokens do not say their height and width, the pipeline's call does
+            self.latent_size = (call.get("height") or 0, call.get("width") or 0)
+        shape = (self.images, *sample.shape[1:])
+        if is_new or shape != self._shape:
             self.generation += 1
-            self._first, self.sample_shape = timestep, shape
+            self._first, self._shape = timestep, shape
 
-    def conditional_rows(self, batch_size: int) -> slice:
-        """Rows of the text-conditional part of the batch, which comes last; all of it without guidance."""
-        return slice(batch_size // 2 if self._guided else 0, batch_size)
+    def rows(self, batch_size: int) -> list[tuple[str, slice]]:
+        """Each stream with its rows in a batch."""
+        part = batch_size // len(self.streams)
+        return [(stream, slice(i * part, (i + 1) * part)) for i, stream in enumerate(self.streams)]
+
+    def conditional_rows(self, batch_size: int) -> slice | None:
+        """Rows of the text-conditional part of the batch, if this call has it."""
+        return dict(self.rows(batch_size)).get("cond")
 
 
-def running_pipeline() -> tuple[DiffusionPipeline | None, dict]:
+def _streams(pipeline, call: dict, rows: int, images: int | None, text, again: bool) -> tuple[str, ...]:
+    """What the equal parts of a batch of `rows` are."""
+    if pipeline is None:
+        return ("cond",)
+    guider_batch = call.get("guider_state_batch")  # modular pipelines call once for each
+    if guider_batch is not None:
+        kind = getattr(guider_batch, "__guidance_identifier__", "pred_cond")
+        return ({"pred_cond": "cond", "pred_uncond": "uncond"}.get(kind, "perturbed"),)
+    negative = call.get("negative_prompt_embeds")
+    if text is not None and negative is not None and text.data_ptr() == negative.data_ptr() and len(text) == rows:
+        return ("uncond",)  # true guidance of distilled models: a call of its own
+    guided = bool(getattr(pipeline, "do_classifier_free_guidance", call.get("do_classifier_free_guidance", False)))
+    perturbed = bool(getattr(pipeline, "do_perturbed_attention_guidance", False))
+    streams = ("uncond",) * guided + ("cond",) + ("perturbed",) * perturbed
+    if guided and "InstructPix2Pix" in type(pipeline).__name__:
+        streams = ("cond", "uncond", "uncond")
+    if guided and again and rows == images:  # skip-layer guidance: once more, worse
+        streams = ("perturbed",)
+    if images is not None and rows != images * len(streams) or rows % len(streams):
+        raise ValueError(
+            f"{type(pipeline).__name__} calls the denoiser with {rows} rows for {images or 'unknown'} images: this "
+            f"layout of guidance is not supported; expected {' + '.join(streams)}."
+        )
+    return streams
+
+
+def call_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | None]:
+    """Sample, timestep and text of a denoiser call, however they were passed."""
+    sample = args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
+    timestep = args[1] if len(args) > 1 and "timestep" not in kwargs else kwargs["timestep"]
+    return sample, timestep, kwargs.get("encoder_hidden_states")
+
+
+def running_pipeline() -> tuple[DiffusionPipeline | ModularPipeline | None, dict]:
     """The innermost pipeline whose `__call__` is on the stack, and the local variables of that call."""
-    frame = sys._getframe(1)
+    frame, step = sys._getframe(1), {}
     while frame is not None:
-        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-            return frame.f_locals["self"], frame.f_locals
+        if frame.f_code.co_name == "__call__":
+            local = frame.f_locals
+            if isinstance(local.get("self"), DiffusionPipeline | ModularPipeline):
+                return local["self"], local | step
+            if "guider_state_batch" in local:  # the denoising block of a modular pipeline
+                state = local["block_state"]
+                counts = {name: getattr(state, name, None) for name in ("batch_size", "num_images_per_prompt")}
+                step = {"guider_state_batch": local["guider_state_batch"], **counts}
         frame = frame.f_back
     return None, {}

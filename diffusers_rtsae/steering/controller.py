@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import weakref
+from dataclasses import dataclass, field
+
 import torch
 from torch import nn
 
-from .clock import Clock
-from .plan import SitePlan
+from .clock import Clock, call_arguments
+from .edits import Edit
+from .plan import PlanState, SitePlan
 from .sites import from_tokens, get_site, read_output, replace_output, spatial_size, to_tokens
+
+
+@dataclass
+class _Run:
+    """What the controller remembers of the generation that one thread runs."""
+
+    clock: Clock = field(default_factory=Clock)
+    generation: int = 0
+    states: dict[SitePlan, PlanState] = field(default_factory=dict)
+
+    def state(self, plan: SitePlan) -> PlanState:
+        """Of a plan in this generation; raises `ValueError` if its edits do not fit the batch."""
+        if plan not in self.states:
+            for edit in plan.edits:
+                _check_batch(edit, self.clock)
+            self.states[plan] = PlanState()
+        return self.states[plan]
 
 
 class Controller:
@@ -15,86 +38,137 @@ class Controller:
     Applies site plans while a denoiser runs. Lives in the denoiser's `__dict__`, so that it follows the denoiser
     through offloading, copying and pipeline conversion without entering its `state_dict`. No plan, no hook.
 
+    Each thread has its own run, so that several may generate with one denoiser.
+
     Args:
         denoiser (`nn.Module`): the U-Net or transformer.
     """
 
     def __init__(self, denoiser: nn.Module):
         self.denoiser = denoiser
-        self.clock = Clock()
         self.adapters: dict = {}
         self.enabled = True
         self._plans: dict[str, list[SitePlan]] = {}
-        self._generation = 0
-        self._hooks: list = []
+        self._hooks: dict = {}
+        self._runs: dict[int, _Run] = {}
+        self._register()
 
-    def install(self, plans: list[SitePlan]) -> None:
-        """Replace what is applied; plans of one site all see the same, unedited activation."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._plans = [], {}
+    def _register(self) -> None:
+        self._handle = next(_handles)
+        _controllers[self._handle] = self
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_runs": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._register()
+
+    def install(self, plans: list[SitePlan], compiled: bool = False) -> None:
+        """
+        Replace what is applied; plans of one site all see the same, unedited activation.
+
+        Args:
+            plans (`list[SitePlan]`): of all sites.
+            compiled (`bool`): the denoiser has been compiled as a whole. Compiled code does not notice new hooks, so
+                it is thrown away if these change; new strengths need no new code.
+        """
+        self._plans = {}
         for plan in plans:
             if plan.edits:
                 self._plans.setdefault(plan.rtsae.config.site, []).append(plan)
-        if self._plans:
-            self._hooks.append(self.denoiser.register_forward_pre_hook(self._tick, with_kwargs=True))
-        for site in self._plans:
-            hook = _SiteHook(self, site)
-            self._hooks.append(get_site(self.denoiser, site).register_forward_hook(hook, with_kwargs=True))
-        self.restart()
+        wanted = {None, *self._plans} if self._plans else set()
+        changed = wanted != self._hooks.keys()
+        for site in self._hooks.keys() - wanted:
+            self._hooks.pop(site).remove()
+        for site in wanted - self._hooks.keys():
+            if site is None:
+                self._hooks[site] = self.denoiser.register_forward_pre_hook(_TickHook(self), with_kwargs=True)
+            else:
+                hook = _SiteHook(self, site)
+                self._hooks[site] = get_site(self.denoiser, site).register_forward_hook(hook, with_kwargs=True)
+        compiled = compiled or any(module._compiled_call_impl is not None for module in self.denoiser.modules())
+        if changed and compiled:
+            torch.compiler.reset()
+        for run in self._runs.values():
+            run.states = {}
 
     def restart(self) -> None:
-        """Forget the running generation."""
-        self.clock.restart()
-        self._generation = 0
+        """Forget the running generations."""
+        self._runs.clear()
 
-    def _tick(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.clock.tick(args, kwargs)
-        if self.clock.generation != self._generation:
+    @property
+    def _run(self) -> _Run:
+        thread = threading.get_ident()
+        if thread not in self._runs:
+            alive = {t.ident for t in threading.enumerate()}
+            self._runs = {t: run for t, run in self._runs.items() if t in alive} | {thread: _Run()}
+        return self._runs[thread]
+
+    def tick(self, sample: torch.Tensor, timestep: torch.Tensor | float, text: torch.Tensor | None) -> None:
+        """The denoiser is called."""
+        run = self._run
+        run.clock.tick(sample, timestep, text)
+        if run.clock.generation != run.generation:
+            run.generation, run.states = run.clock.generation, {}
             for plan in (plan for plans in self._plans.values() for plan in plans):
-                self._check_batch(plan)
-                plan.restart()
-            self._generation = self.clock.generation
+                run.state(plan)
 
-    def _check_batch(self, plan: SitePlan) -> None:
-        images = self.clock.sample_shape[0]
-        prompts = self.clock.prompts or images
-        for edit in plan.edits:
-            strengths = len(edit.strength) if isinstance(edit.strength, tuple) else images
-            masks = images if edit.mask is None or len(edit.mask) == 1 else len(edit.mask)
-            for what, given in {"strengths": strengths, "masks": masks}.items():
-                if given not in (prompts, images):
-                    raise ValueError(f"{given} {what} were given for {prompts} prompts.")
-
-    def apply(self, site: str, args: tuple, output):
-        """Edit what the block at `site` returned; the very same object if there is nothing to change."""
-        hidden_states = read_output(output)
-        rows = self.clock.conditional_rows(len(hidden_states))
-        edited = hidden_states
+    def apply(self, site: str, block_input: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the network continues with after the block at `site`; the very same tensor if nothing changes."""
+        run, edited = self._run, hidden_states
+        clock, rows = run.clock, run.clock.rows(len(hidden_states))
+        order = sorted(range(len(rows)), key=lambda i: rows[i][0] != "cond")  # the others follow what it does
         with torch.autocast(hidden_states.device.type, enabled=False):  # float32 inside, whatever runs around
-            deltas = [self._delta(plan, site, args, hidden_states, rows) for plan in self._plans[site]]
-            for part, changes in ((rows, [d[0] for d in deltas]), (slice(0, rows.start), [d[1] for d in deltas])):
+            for stream in order:
+                role, part = rows[stream]
+                changes = []
+                for plan in self._plans[site]:
+                    state = run.state(plan)
+                    tokens = _activation(plan, block_input, hidden_states, part)
+                    if tokens.shape[-1] != plan.rtsae.config.in_channels:
+                        raise ValueError(_width_error(site, plan.rtsae.config.in_channels, tokens.shape[-1]))
+                    masked = any(edit.mask is not None for edit in plan.edits)
+                    size = spatial_size(hidden_states.shape, clock.latent_size) if masked else None
+                    if role == "cond":
+                        changes.append(plan.conditional(state, tokens, clock.timestep, size))
+                    elif role == "uncond":
+                        changes.append(plan.unconditional(state, stream, tokens, clock.timestep, size))
+                    else:
+                        changes.append(plan.perturbed(state, clock.timestep))
                 changes = [change for change in changes if change is not None]
-                if changes and part.stop > part.start:
+                if changes:
                     edited = hidden_states.clone() if edited is hidden_states else edited
                     edited[part] += from_tokens(torch.stack(torch.broadcast_tensors(*changes)).sum(0), hidden_states)
-            for plan in self._plans[site]:
-                plan.continue_with(_activation(plan, args, edited, rows))
-        return output if edited is hidden_states else replace_output(output, edited)
+            for stream, (role, part) in enumerate(rows):
+                for plan in self._plans[site]:
+                    state = run.states[plan]
+                    trajectory = state.conditional if role == "cond" else state.others.get(stream)
+                    if trajectory is not None and trajectory.pending is not None:
+                        trajectory.continue_with(_activation(plan, block_input, edited, part))
+        return edited
 
-    def _delta(self, plan: SitePlan, site: str, args: tuple, hidden_states: torch.Tensor, rows: slice):
-        tokens = _activation(plan, args, hidden_states, rows)
-        if tokens.shape[-1] != plan.rtsae.config.in_channels:
-            raise ValueError(_width_error(site, plan.rtsae.config.in_channels, tokens.shape[-1]))
-        masked = any(edit.mask is not None for edit in plan.edits)
-        size = spatial_size(hidden_states.shape, self.clock.sample_shape) if masked else None
-        return plan.delta(tokens, self.clock.timestep, size)
+    def report(self) -> dict[str, list[dict]]:
+        """For each site, what each edit did at each step of this thread's last generation."""
+        report: dict[str, list[dict]] = {}
+        for plan, state in self._run.states.items():
+            rows = [{k: v.item() if torch.is_tensor(v) else v for k, v in row.items()} for row in state.report]
+            report.setdefault(plan.rtsae.config.site, []).extend(rows)
+        return report
 
 
-def _activation(plan: SitePlan, args: tuple, hidden_states: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The conditional activation the plan's dictionary is about, `(B, N, d)`: a block's output, or its update."""
+def _check_batch(edit: Edit, clock: Clock) -> None:
+    prompts, images = clock.prompts or clock.images, clock.images
+    strengths, masks = len(edit.strength_at(1000)), 1 if edit.mask is None else len(edit.mask)
+    for what, given in {"strengths": strengths, "masks": masks}.items():
+        if given not in (1, prompts, images) or images % given:
+            raise ValueError(f"{given} {what} were given for {prompts} prompts.")
+
+
+def _activation(plan: SitePlan, block_input: torch.Tensor, hidden_states: torch.Tensor, rows: slice) -> torch.Tensor:
+    """The activation the plan's dictionary is about, `(B, N, d)`: a block's output, or its update."""
     if plan.rtsae.config.activation == "update":
-        return to_tokens(hidden_states[rows]) - to_tokens(args[0][rows])
+        return to_tokens(hidden_states[rows]) - to_tokens(block_input[rows])
     return to_tokens(hidden_states[rows])
 
 
@@ -110,12 +184,64 @@ def _width_error(site: str, expected: int, found: int) -> str:
     return f"The dictionary of {site} is for {expected} channels, the model has {found} there."
 
 
+class _TickHook:
+    """A forward pre-hook of the denoiser that can be copied and pickled with it."""
+
+    def __init__(self, controller: Controller):
+        self.controller = controller
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+        sample, timestep, text = call_arguments(args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.controller.tick(sample, timestep, text)
+            return None
+        timestep = timestep if torch.is_tensor(timestep) else torch.tensor(timestep)
+        sample = torch.ops.diffusers_rtsae.tick(sample, timestep, text, self.controller._handle)
+        if args:
+            return (sample, *args[1:]), kwargs
+        return args, kwargs | {"sample" if "sample" in kwargs else "hidden_states": sample}
+
+
 class _SiteHook:
-    """A forward hook that can be copied and pickled with its module."""
+    """A forward hook of a site that can be copied and pickled with its module."""
 
     def __init__(self, controller: Controller, site: str):
         self.controller, self.site = controller, site
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        args = args or (kwargs["hidden_states"],)
-        return self.controller.apply(self.site, args, output)
+        block_input = args[0] if args else kwargs["hidden_states"]
+        hidden_states = read_output(output)
+        if torch.compiler.is_compiling():
+            handle = self.controller._handle
+            edited = torch.ops.diffusers_rtsae.apply(hidden_states, block_input, self.site, handle)
+        else:
+            edited = self.controller.apply(self.site, block_input, hidden_states)
+        return output if edited is hidden_states else replace_output(output, edited)
+
+
+# Inside compiled code the controller is an operator the compiler does not look into: one graph, and new strengths
+# need no new one.
+_controllers: weakref.WeakValueDictionary[int, Controller] = weakref.WeakValueDictionary()
+_handles = itertools.count()
+
+
+@torch.library.custom_op("diffusers_rtsae::tick", mutates_args=())
+def _tick(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor | None, handle: int) -> torch.Tensor:
+    _controllers[handle].tick(sample, timestep, text)
+    return sample.clone()
+
+
+@torch.library.custom_op("diffusers_rtsae::apply", mutates_args=())
+def _apply(hidden_states: torch.Tensor, block_input: torch.Tensor, site: str, handle: int) -> torch.Tensor:
+    edited = _controllers[handle].apply(site, block_input, hidden_states)
+    return hidden_states.clone() if edited is hidden_states else edited
+
+
+@_tick.register_fake
+def _(sample, timestep, text, handle):
+    return torch.empty_like(sample)
+
+
+@_apply.register_fake
+def _(hidden_states, block_input, site, handle):
+    return torch.empty_like(hidden_states)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -10,9 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-OPERATIONS = ("add", "set", "scale")
+OPERATIONS = ("add", "set", "scale", "clamp", "ablate", "ablate_to_mean", "transfer", "replace")
 APPLY_TO = ("cond", "all", "contrast")
 INJECTIONS = ("trajectory", "residual")
+NEUTRAL = {"add": 0.0, "scale": 1.0, "ablate": 0.0, "ablate_to_mean": 0.0, "transfer": 0.0}  # strengths without effect
+
+Strength = float | tuple[float, ...] | torch.Tensor | Callable[[float], "float | list[float]"]
 
 
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -20,7 +24,11 @@ def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}.")
 
 
-@dataclass(frozen=True, kw_only=True)
+def _is_finite(values) -> bool:
+    return len(values) > 0 and all(isinstance(v, Real) and math.isfinite(v) for v in values)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Edit:
     """
     A change of some latents of one site's dictionary.
@@ -28,44 +36,71 @@ class Edit:
     Args:
         latents (`tuple[int, ...]`): rows of the dictionary that move together.
         weights (`tuple[float, ...]`): how much each moves, in units of its own typical full activation.
-        strength (`float` or `tuple[float, ...]`): how far; 1.0 is the typical full activation (99th percentile on the
-            training data). A tuple holds one value per prompt.
-        operation (`str`): `"add"` to the activation, `"set"` it to the strength, or `"scale"` it by the strength (0
-            ablates); `set` and `scale` read the present activation, `add` does not.
+        strength: how far; 1.0 is the typical full activation (99th percentile on the training data). A number; a
+            tuple of one per prompt; a schedule over denoising, as a tensor `(steps,)` or `(steps, prompts)` spread
+            evenly from pure noise to the image, or as a function of the progress from 0 to 1.
+        operation (`str`): with z the present activation, s the strength and u the typical one,
+
+            - `"add"`: z + s u
+            - `"set"`: s u
+            - `"scale"`: s z
+            - `"clamp"`: at most s u
+            - `"ablate"`, `"ablate_to_mean"`: the share s of the way to 0, or to the mean over the training data
+            - `"transfer"`: the share s of what `source` has of its own typical activation, taken from there
+            - `"replace"`: s u on tokens on which `source` is active, and `source` to 0 there
+        source (`tuple[int, ...]`, *optional*): rows that `transfer` and `replace` take from.
         where (`tuple[int, ...]`, *optional*): only tokens on which one of these latents is active.
         mask (`torch.Tensor`, *optional*): `(1 or prompts, height, width)` in [0, 1], multiplies the change.
         start, end (`float`): the part of denoising time, 0 at pure noise and 1 at the image, in which it acts.
         apply_to (`str`): `"cond"`, the text-conditional half; `"all"`; or `"contrast"`, + on it and − on the other
-        half.
+            half.
         injection (`str`): `"trajectory"` moves to where the activation would be were the feature active all along;
             `"residual"` adds only this step's innovation.
+        clip (`bool`): keep edited activations inside the range of the training data.
+
+    Raises:
+        `ValueError`: if anything is out of its range; the message says what was expected.
     """
 
     latents: tuple[int, ...]
     weights: tuple[float, ...]
-    strength: float | tuple[float, ...]
+    strength: Strength
     operation: str = "add"
+    source: tuple[int, ...] | None = None
     where: tuple[int, ...] | None = None
     mask: torch.Tensor | None = None
     start: float = 0.0
     end: float = 1.0
     apply_to: str = "contrast"
     injection: str = "trajectory"
+    clip: bool = True
 
     def __post_init__(self):
         _choice("operation", self.operation, OPERATIONS)
         _choice("apply_to", self.apply_to, APPLY_TO)
         _choice("injection", self.injection, INJECTIONS)
-        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
-        if not strengths or not all(isinstance(s, Real) and math.isfinite(s) for s in strengths):
+        if torch.is_tensor(self.strength):
+            if self.strength.ndim not in (1, 2) or not self.strength.numel() or not self.strength.isfinite().all():
+                raise ValueError(
+                    "A schedule must be a finite tensor (steps,) or (steps, prompts), got shape "
+                    f"{tuple(self.strength.shape)}."
+                )
+        elif not callable(self.strength):
+            strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
+            if not _is_finite(strengths):
+                raise ValueError(
+                    f"A strength must be a finite number or a list of them, one per prompt; got {self.strength!r}."
+                )
+        if (self.source is None) == (self.operation in ("transfer", "replace")):
             raise ValueError(
-                f"A strength must be a finite number or a list of them, one per prompt; got {self.strength!r}."
+                f"{self.operation!r} needs a `source` feature at the same site to take from."
+                if self.source is None
+                else f"`source` is for 'transfer' and 'replace', not for {self.operation!r}."
             )
-        if self.where == ():
-            raise ValueError("`where` names no latent of this site, so the edit would act nowhere.")
-        if self.operation != "add" and self.apply_to == "all":
+        if self.where == () or self.source == ():
             raise ValueError(
-                f"{self.operation!r} reads the conditional activation: use apply_to='cond' or 'contrast'."
+                f"`{'where' if self.where == () else 'source'}` names no latent of this site, so the edit would act "
+                "nowhere."
             )
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(f"Expected 0 <= start <= end <= 1, got start={self.start}, end={self.end}.")
@@ -73,14 +108,77 @@ class Edit:
     @property
     def is_idle(self) -> bool:
         """Whether the edit changes nothing at all."""
-        neutral = 1.0 if self.operation == "scale" else 0.0
-        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
-        return self.operation != "set" and all(s == neutral for s in strengths)
+        if callable(self.strength) or self.operation not in NEUTRAL:
+            return False
+        strengths = self.strength if isinstance(self.strength, tuple | torch.Tensor) else (self.strength,)
+        return all(bool((s == NEUTRAL[self.operation]).all() if torch.is_tensor(s) else s == NEUTRAL[self.operation])
+                   for s in strengths)  # fmt: skip
+
+    @property
+    def moved(self) -> list[int]:
+        """Rows whose activation changes."""
+        return [*self.latents, *(self.source or ())]
+
+    @property
+    def read(self) -> list[int]:
+        """Rows whose present activation must be known."""
+        present = [] if self.operation == "add" and not self.clip else self.moved
+        return [*present, *(self.where or ())]
 
     def acts_at(self, timestep: float) -> bool:
         """Whether the edit's window contains `timestep`; windows are in training time, so all samplers agree on
         them."""
         return self.start * 1000 <= 1000 - timestep <= self.end * 1000
+
+    def strength_at(self, timestep: float) -> tuple[float, ...]:
+        """One strength, or one per prompt, at a training timestep."""
+        progress = min(max(1 - timestep / 1000, 0.0), 1.0)
+        if torch.is_tensor(self.strength):
+            place = progress * (len(self.strength) - 1)
+            low = min(int(place), max(len(self.strength) - 2, 0))
+            high = min(low + 1, len(self.strength) - 1)
+            values = torch.lerp(self.strength[low].double(), self.strength[high].double(), place - low)
+            return tuple(values.reshape(-1).tolist())
+        strength = self.strength(progress) if callable(self.strength) else self.strength
+        if torch.is_tensor(strength):
+            strength = strength.reshape(-1).tolist()
+        strengths = tuple(strength) if isinstance(strength, tuple | list) else (strength,)
+        if not _is_finite(strengths):
+            raise ValueError(f"The schedule gave {strength!r} at progress {progress:.3g}, expected finite numbers.")
+        return strengths
+
+    def change(
+        self, strength: torch.Tensor, typical: torch.Tensor, mean: torch.Tensor, present: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        By how much the `moved` latents change, before clipping.
+
+        Args:
+            strength (`torch.Tensor`): `(B, 1, 1)`.
+            typical, mean (`torch.Tensor`): `(rows,)` statistics of the moved latents.
+            present (`torch.Tensor`, *optional*): `(B, N, rows)` their activation now.
+        """
+        count = len(self.latents)
+        full = typical[:count] * torch.tensor(self.weights, device=typical.device)
+        if self.operation == "add":
+            return strength * full
+        now = present[..., :count]
+        if self.operation == "set":
+            return strength * full - now
+        if self.operation == "scale":
+            return (strength - 1) * now
+        if self.operation == "clamp":
+            return torch.minimum(now, strength * full) - now
+        if self.operation == "ablate":
+            return -strength * now
+        if self.operation == "ablate_to_mean":
+            return strength * (mean[:count] - now)
+        taken = present[..., count:]
+        level = (taken / typical[count:]).amax(-1, keepdim=True)  # of the source, 1 at its typical activation
+        if self.operation == "transfer":
+            return torch.cat([strength * level * full, -strength.clamp(0, 1) * taken], -1)
+        here = (level > 0).to(now.dtype)
+        return torch.cat([here * (strength * full - now), -taken], -1)
 
 
 def as_mask(mask) -> torch.Tensor | None:

@@ -3,13 +3,17 @@ activation."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
+import torch.nn.functional as F
 
 from ..models import RTSAE, jump_relu
 from .clock import TimeGrid
 from .edits import Edit
 
 _REACHED = 0.1  # a step this close before an anchor, in units of anchors, stands for it
+_FOLDS_KEPT = 64  # encoder rows folded for one step, kept for the next generation
 
 
 def _at(values: torch.Tensor, coordinate: float, dim: int = 0) -> torch.Tensor:
@@ -19,99 +23,122 @@ def _at(values: torch.Tensor, coordinate: float, dim: int = 0) -> torch.Tensor:
     return torch.lerp(values.select(dim, low), values.select(dim, high), coordinate - low)
 
 
+@dataclass
+class Trajectory:
+    """What an encoder remembers of one running generation."""
+
+    committed: torch.Tensor | None = None  # pre-activations from the anchors passed so far
+    past: tuple[float, torch.Tensor] | None = None  # coordinate and activation of the last anchor passed
+    pending: tuple[float, float, torch.Tensor] | None = None  # timestep, coordinate, pre-activations
+    continued: torch.Tensor | None = None  # the activation the network really continued with, after any edit
+
+    def continue_with(self, tokens: torch.Tensor) -> None:
+        self.continued = tokens.clone()  # later layers may write into the activation
+
+
 class PrefixEncoder:
     """
     Encodes chosen latents while denoising, from what is known so far.
 
     The linear predictor is folded into the encoder rows, so a step costs O(tokens · d · rows) and no full-width
-    product.
-    The code of a step is the sum over the anchors passed so far, plus the innovation since the last of them; a
-    repeated
-    call at one timestep overwrites, and skipped anchors compose. The past is the activation the network continued
-    with.
+    product. The code of a step is the sum over the anchors passed so far, plus the innovation since the last of them;
+    a repeated call at one timestep overwrites, and skipped anchors compose. The past is the activation the network
+    continued with.
 
     Args:
-        rtsae (`RTSAE`): the dictionary.
+        rtsae (`RTSAE`): the dictionary; only the named rows of its matrices are read.
         rows (`list[int]`): the latents to encode.
         grid (`TimeGrid`): where timesteps lie among the anchors.
+        device (`torch.device`): where activations are.
     """
 
     def __init__(self, rtsae: RTSAE, rows: list[int], grid: TimeGrid, device: torch.device):
-        def load(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach().to(device, torch.float32)
-
-        self.grid, dynamics = grid, rtsae.dynamics
-        self.encoder, self.bias = load(rtsae.encoder[rows]), load(rtsae.encoder_bias[rows])
-        self.offset = (self.encoder * load(rtsae.decoder_bias)).sum(-1)  # (rows, G)
-        self.mean, self.scale, self.transition = load(dynamics.mean), load(dynamics.scale), load(dynamics.transition)
-        self.residual_scale, self.threshold = load(dynamics.residual_scale), load(rtsae.threshold)
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget the trajectory."""
-        self._committed: torch.Tensor = self.bias  # pre-activations from the anchors passed so far
-        self._past: tuple[float, torch.Tensor] | None = None  # coordinate and activation of the last anchor passed
-        self._pending: tuple[float, float, torch.Tensor] | None = None  # timestep, coordinate, pre-activations
-        self._continued: torch.Tensor | None = None
+        self.rtsae, self.grid, self.device = rtsae, grid, device
+        self.encoder = rtsae.encoder[rows].detach().float()
+        self.offset = (self.encoder * rtsae.decoder_bias.detach()).sum(-1)  # (rows, G)
+        self.bias = rtsae.encoder_bias[rows].detach().float().to(device)
+        self.threshold = rtsae.threshold.tolist()
+        self._folds: dict[tuple[float | None, float], tuple] = {}
 
     def _carry(self, rows: torch.Tensor, start: float, end: float) -> torch.Tensor:
         """`rows @ Φ(start → end)`: the linear dynamics between two coordinates, part of an interval to first order."""
-        for g in range(len(self.scale) - 2, -1, -1):
+        for g in range(len(self.threshold) - 2, -1, -1):
             length = min(end, g + 1) - max(start, g)
             if length > 0:
-                rows = rows + length * (rows @ self.transition[g] - rows)
+                rows = rows + length * (rows @ self.rtsae.dynamics.transition[g].float() - rows)
         return rows
 
-    def _commit(self) -> None:
+    def _fold(self, then: float | None, coordinate: float) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
+        """
+        What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation, rows
+        for the past one, a constant, and the threshold.
+        """
+        key = (then, coordinate)
+        if key not in self._folds:
+            dynamics, last = self.rtsae.dynamics, len(self.threshold) - 1
+            mean, scale = _at(dynamics.mean, coordinate), _at(dynamics.scale, coordinate)
+            carried = None
+            if then is None:  # the first activation is its own innovation
+                now = self.encoder[:, 0] / (dynamics.residual_scale[0] * scale)
+                constant, threshold = -(now @ mean) - self.offset[:, 0], self.threshold[0]
+            else:
+                passed = int(then + _REACHED)
+                block = min(max(passed + 1, -int(-(coordinate - _REACHED) // 1)), last)
+                progress = min(max((coordinate - then) / (block - then), 0.0), 1.0)
+                rows = self.encoder[:, block] / dynamics.residual_scale[block]
+                now, carried = rows / scale, self._carry(rows, then, coordinate) / _at(dynamics.scale, then)
+                constant = carried @ _at(dynamics.mean, then) - now @ mean - progress * self.offset[:, block]
+                threshold = self.threshold[passed] + progress * (self.threshold[block] - self.threshold[passed])
+                carried = carried.to(self.device)
+            if len(self._folds) >= _FOLDS_KEPT:
+                self._folds.clear()
+            self._folds[key] = now.to(self.device), carried, constant.to(self.device), threshold
+        return self._folds[key]
+
+    def _commit(self, state: Trajectory) -> None:
         """Once time moves on, a step that reached the next anchor becomes the past that later steps are predicted
         from."""
-        if self._pending is None:
-            return
-        _, coordinate, pre_activations = self._pending
-        following = 0 if self._past is None else int(self._past[0] + _REACHED) + 1
+        _, coordinate, pre_activations = state.pending
+        following = 0 if state.past is None else int(state.past[0] + _REACHED) + 1
         if coordinate >= following - _REACHED:
-            self._past, self._committed = (coordinate, self._continued), pre_activations
+            state.past, state.committed = (coordinate, state.continued), pre_activations
 
-    def observe(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
-        """Latents `(B, N, rows)` of tokens `(B, N, d)` at this step."""
-        coordinate, last = self.grid.coordinate(timestep), len(self.scale) - 1
-        still_first = self._past is None and coordinate == 0  # steps before the first anchor stand for it in turn
-        if self._pending is not None and self._pending[0] != timestep and not still_first:
-            self._commit()
-        if self._past is not None and self._past[0] + _REACHED >= last:
-            pre_activations, threshold = self._committed, self.threshold[last]
+    def observe(self, state: Trajectory, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
+        """Latents `(B, N, rows)` of tokens `(B, N, d)` at this step; tell `state` what the network continues with."""
+        coordinate, last = self.grid.coordinate(timestep), len(self.threshold) - 1
+        still_first = state.past is None and coordinate == 0  # steps before the first anchor stand for it in turn
+        if state.pending is not None and state.pending[0] != timestep and not still_first:
+            self._commit(state)
+        committed = self.bias if state.committed is None else state.committed
+        if state.past is not None and state.past[0] + _REACHED >= last:
+            pre_activations, threshold = committed, self.threshold[last]
         else:
-            pre_activations, threshold = self._encode(tokens.float(), coordinate, last)
-        self._pending = (timestep, coordinate, pre_activations)
+            now, carried, constant, threshold = self._fold(state.past and state.past[0], coordinate)
+            pre_activations = committed + constant + tokens.float() @ now.T
+            if carried is not None:
+                pre_activations = pre_activations - state.past[1].float() @ carried.T
+        state.pending = (timestep, coordinate, pre_activations)
         return jump_relu(pre_activations, threshold)
 
-    def _encode(self, tokens: torch.Tensor, coordinate: float, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, scale = _at(self.mean, coordinate), _at(self.scale, coordinate)
-        if self._past is None:  # the first activation is its own innovation
-            now = self.encoder[:, 0] / (self.residual_scale[0] * scale)
-            return self._committed + (tokens - mean) @ now.T - self.offset[:, 0], self.threshold[0]
-        then, past = self._past
-        passed = int(then + _REACHED)
-        block = min(max(passed + 1, -int(-(coordinate - _REACHED) // 1)), last)
-        progress = min(max((coordinate - then) / (block - then), 0.0), 1.0)
-        rows = self.encoder[:, block] / self.residual_scale[block]
-        innovation = (tokens - mean) @ (rows / scale).T
-        carried = self._carry(rows, then, coordinate) / _at(self.scale, then)
-        predicted = (past.float() - _at(self.mean, then)) @ carried.T
-        threshold = torch.lerp(self.threshold[passed], self.threshold[block], progress)
-        return self._committed + innovation - predicted - progress * self.offset[:, block], threshold
 
-    def continue_with(self, tokens: torch.Tensor) -> None:
-        """Tell the activation the network really continued with, after any edit."""
-        self._continued = tokens.clone()  # later layers may write into the activation
+@dataclass
+class PlanState:
+    """What a plan remembers of one running generation."""
+
+    conditional: Trajectory = field(default_factory=Trajectory)
+    others: dict[int, Trajectory] = field(default_factory=dict)  # of unconditional streams, if an edit reads them
+    timestep: float | None = None  # of the conditional change kept for calls that follow it
+    on_conditional: torch.Tensor | None = None
+    contrast: torch.Tensor | None = None
+    report: list[dict] = field(default_factory=list)
 
 
 class SitePlan:
     """
-    All edits of one dictionary at one site, ready to be applied.
+    All edits of one dictionary at one site, ready to be applied. What belongs to a run is in a [`PlanState`].
 
     Args:
-        rtsae (`RTSAE`): the dictionary.
+        rtsae (`RTSAE`): the dictionary; only rows that are edited or read are taken from it.
         edits (`list[Edit]`): what to change; idle edits are left out.
         alphas_cumprod (`torch.Tensor`, *optional*): of the base model's schedule.
     """
@@ -119,71 +146,116 @@ class SitePlan:
     def __init__(self, rtsae: RTSAE, edits: list[Edit], alphas_cumprod: torch.Tensor | None):
         self.rtsae, self.edits = rtsae, [edit for edit in edits if not edit.is_idle]
         self.grid = TimeGrid(rtsae.config.anchors, alphas_cumprod)
-        read = {row for edit in self.edits for row in edit.where or ()}
-        read |= {row for edit in self.edits if edit.operation != "add" for row in edit.latents}
-        self.rows = sorted(read)
+        self.rows = sorted({row for edit in self.edits for row in edit.read})
+        self.column = {row: i for i, row in enumerate(self.rows)}
+        self.reads_all = any(edit.apply_to == "all" and edit.read for edit in self.edits)
         self.device: torch.device | None = None
 
     def _load(self, device: torch.device) -> None:
         self.device = device
         self.encoder = PrefixEncoder(self.rtsae, self.rows, self.grid, device) if self.rows else None
-        self.directions, self.units = [], []
+        self.directions, self.statistics = [], []
         for edit in self.edits:
-            latents = list(edit.latents)
-            injected = (
-                self.rtsae.feature_trajectories if edit.injection == "trajectory" else self.rtsae.residual_directions
-            )
-            self.directions.append(injected(latents).detach().to(device, torch.float32))
-            typical = self.rtsae.typical_activation[latents].float().cpu()
-            self.units.append((typical * torch.tensor(edit.weights)).to(device))
+            trajectory = edit.injection == "trajectory"
+            injected = self.rtsae.feature_trajectories if trajectory else self.rtsae.residual_directions
+            directions = injected(edit.moved).detach()
+            if not directions.isfinite().all():
+                raise ValueError(f"The dictionary of {self.rtsae.config.site} holds NaN or inf in rows {edit.moved}.")
+            self.directions.append(directions.to(device, torch.float32))
+            statistics = ("typical_activation", "mean_activation", "max_activation")
+            self.statistics.append([getattr(self.rtsae, name)[edit.moved].float().to(device) for name in statistics])
+        if self.encoder is not None and not self.encoder.encoder.isfinite().all():
+            raise ValueError(f"The dictionary of {self.rtsae.config.site} holds NaN or inf in rows {self.rows}.")
 
-    def restart(self) -> None:
-        """A new generation begins."""
-        if self.device is not None and self.encoder is not None:
-            self.encoder.restart()
-
-    def delta(
-        self, tokens: torch.Tensor, timestep: float, size: tuple[int, int] | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def conditional(
+        self, state: PlanState, tokens: torch.Tensor, timestep: float, size: tuple[int, int] | None
+    ) -> torch.Tensor | None:
         """
-        What to add at this step.
+        What to add to the conditional rows at this step.
 
         Args:
-            tokens (`torch.Tensor`): conditional activations `(B, N, d)`.
+            state (`PlanState`): of this generation.
+            tokens (`torch.Tensor`): their activations `(B, N, d)`.
             timestep (`float`): in training units.
             size (`tuple[int, int]`, *optional*): token grid, needed for masks.
 
         Returns:
-            the change of the conditional and of the unconditional rows, each `(B, N or 1, d)` float32 or `None`.
+            the change `(B, N or 1, d)` float32, or `None`.
         """
+        steps = self._steps(state.conditional, tokens, timestep, size, self.edits, state.report)
+        state.timestep = timestep
+        state.on_conditional = _total([step for _, step in steps])
+        state.contrast = _total([step for edit, step in steps if edit.apply_to == "contrast"])
+        return state.on_conditional
+
+    def unconditional(
+        self, state: PlanState, stream: int, tokens: torch.Tensor, timestep: float, size: tuple[int, int] | None
+    ) -> torch.Tensor | None:
+        """What to add to the rows of an unconditional stream, after `conditional` of the same step."""
+        if any(edit.apply_to == "contrast" for edit in self.edits):
+            self._follows(state, timestep)
+        everywhere = [edit for edit in self.edits if edit.apply_to == "all"]
+        run = state.others.setdefault(stream, Trajectory())
+        steps = [step for _, step in self._steps(run, tokens, timestep, size, everywhere)]
+        return _total(steps + ([] if state.contrast is None else [-state.contrast]))
+
+    def perturbed(self, state: PlanState, timestep: float) -> torch.Tensor | None:
+        """What to add to rows that guidance made worse on purpose: what the conditional rows got."""
+        self._follows(state, timestep)
+        return state.on_conditional
+
+    def _follows(self, state: PlanState, timestep: float) -> None:
+        if state.timestep != timestep:
+            raise ValueError(
+                "This pipeline calls the denoiser for another part of guidance before the conditional one, which "
+                "apply_to='contrast' follows. Use apply_to='cond'."
+            )
+
+    def _steps(
+        self, run: Trajectory, tokens: torch.Tensor, timestep: float, size, edits: list[Edit], report: list | None = None
+    ) -> list[tuple[Edit, torch.Tensor]]:
+        """The change `(B, N or 1, d)` each of `edits` asks for."""
         if self.device != tokens.device:
             self._load(tokens.device)
-        latents = self.encoder.observe(tokens, timestep) if self.encoder is not None else None
-        column = {row: i for i, row in enumerate(self.rows)}
-        on_cond = on_uncond = None
-        for edit, directions, units in zip(self.edits, self.directions, self.units, strict=True):
-            if not edit.acts_at(timestep):
+        reads = any(edit.read for edit in edits)
+        latents = self.encoder.observe(run, tokens, timestep) if reads else None
+        coordinate, steps = self.grid.coordinate(timestep), []
+        for edit, directions, (typical, mean, highest) in zip(self.edits, self.directions, self.statistics, strict=True):
+            if edit not in edits or not edit.acts_at(timestep):
                 continue
-            strength = torch.tensor(edit.strength, device=tokens.device, dtype=torch.float32).reshape(-1, 1, 1)
-            strength = strength.repeat_interleave(len(tokens) // len(strength), 0)
-            if edit.operation == "add":
-                change = strength * units
-            else:
-                present = latents[..., [column[row] for row in edit.latents]]
-                change = strength * units - present if edit.operation == "set" else (strength - 1) * present
+            strength = torch.tensor(edit.strength_at(timestep), device=tokens.device, dtype=torch.float32)
+            strength = strength.reshape(-1, 1, 1).repeat_interleave(len(tokens) // len(strength), 0)
+            present = None
+            if edit.operation != "add" or edit.clip:
+                present = latents[..., [self.column[row] for row in edit.moved]]
+            change = edit.change(strength, typical, mean, present)
+            asked, out_of_range = change, None
+            if edit.clip:
+                wanted = present + change
+                # an activation that is outside by itself is no reason to move it
+                allowed = wanted.clamp(min=torch.zeros_like(highest)).minimum(torch.maximum(present, highest))
+                out_of_range, change = (wanted - allowed).abs() > 1e-6 * highest, allowed - present
             if edit.where is not None:
-                change = change * (latents[..., [column[row] for row in edit.where]] > 0).any(-1, keepdim=True)
+                here = (latents[..., [self.column[row] for row in edit.where]] > 0).any(-1, keepdim=True)
+                change, asked = change * here, asked * here
             if edit.mask is not None:
-                mask = torch.nn.functional.adaptive_avg_pool2d(edit.mask.to(tokens.device)[:, None], size)
-                mask = mask.flatten(1)[..., None]
-                change = change * mask.repeat_interleave(len(tokens) // len(mask), 0)
-            step = change @ _at(directions, self.grid.coordinate(timestep), dim=1)
-            on_cond = step if on_cond is None else on_cond + step
-            if edit.apply_to != "cond":
-                step = step if edit.apply_to == "all" else -step
-                on_uncond = step if on_uncond is None else on_uncond + step
-        return on_cond, on_uncond
+                mask = F.adaptive_avg_pool2d(edit.mask.to(tokens.device)[:, None], size).flatten(1)[..., None]
+                mask = mask.repeat_interleave(len(tokens) // len(mask), 0)
+                change, asked = change * mask, asked * mask
+            if report is not None:
+                report.append({"timestep": timestep, "latents": edit.latents, **_counts(asked, out_of_range)})
+            steps.append((edit, change @ _at(directions, coordinate, dim=1)))
+        return steps
 
-    def continue_with(self, tokens: torch.Tensor) -> None:
-        if self.encoder is not None:
-            self.encoder.continue_with(tokens)
+
+def _total(changes: list[torch.Tensor]) -> torch.Tensor | None:
+    return torch.stack(torch.broadcast_tensors(*changes)).sum(0) if changes else None
+
+
+def _counts(asked: torch.Tensor, out_of_range: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+    """The share of tokens that an edit is to change, and of these the share that had to be kept in range."""
+    edited = (asked != 0).any(-1)
+    if out_of_range is None:
+        return {"edited": edited.float().mean(), "out_of_range": None}
+    outside = (out_of_range.any(-1) & edited).float().mean()
+    return {"edited": edited.float().mean(), "out_of_range": outside / edited.float().mean().clamp(min=1e-9)}

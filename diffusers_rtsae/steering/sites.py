@@ -65,14 +65,13 @@ def from_tokens(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:] if tokens.shape[1] > 1 else (1, 1))
 
 
-def spatial_size(shape: tuple[int, ...], sample_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of the token grid of an activation of `shape`; it follows the denoiser's input,
-    `sample_shape`."""
+def spatial_size(shape: tuple[int, ...], latent_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the token grid of an activation of `shape`; it has the proportions of `latent_size`."""
     if len(shape) == 4:
         return shape[2], shape[3]
-    height, width, tokens = sample_shape[-2], sample_shape[-1], shape[1]
+    (height, width), tokens = latent_size, shape[1]
     factor = math.sqrt(height * width / tokens)
-    size = (round(height / factor), round(width / factor))
+    size = (round(height / factor), round(width / factor)) if factor else (0, 0)
     if size[0] * size[1] != tokens:
         raise ValueError(f"Cannot lay {tokens} tokens out over a {height}x{width} latent; spatial masks need a grid.")
     return size

@@ -3,7 +3,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_rtsae import RTSAE
-from diffusers_rtsae.steering import Edit, PrefixEncoder, SitePlan, TimeGrid
+from diffusers_rtsae.steering import Edit, PlanState, PrefixEncoder, SitePlan, TimeGrid, Trajectory
 
 ALPHAS = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
 ANCHORS = [961, 721, 481, 241, 1]
@@ -26,14 +26,15 @@ def random_rtsae(seed: int) -> RTSAE:
     dynamics.residual_scale.uniform_(0.3, 1)
     rtsae.threshold.uniform_(0, 0.5)
     rtsae.typical_activation.uniform_(0.5, 3)
+    rtsae.max_activation.copy_(5 * rtsae.typical_activation)
     return rtsae
 
 
 def walk(encoder: PrefixEncoder, h: torch.Tensor, timesteps: list[float]) -> list[torch.Tensor]:
-    codes = []
+    codes, state = [], Trajectory()
     for i, timestep in enumerate(timesteps):
-        codes.append(encoder.observe(h[:, :, i], timestep))
-        encoder.continue_with(h[:, :, i])
+        codes.append(encoder.observe(state, h[:, :, i], timestep))
+        state.continue_with(h[:, :, i])
     return codes
 
 
@@ -94,7 +95,9 @@ def test_skipped_anchors_compose_the_dynamics():
 
 
 def plan_delta(edit: Edit, tokens: torch.Tensor, timestep: float, rtsae: RTSAE, size=(2, 2)):
-    return SitePlan(rtsae, [edit], ALPHAS).delta(tokens, timestep, size)
+    plan, state = SitePlan(rtsae, [edit], ALPHAS), PlanState()
+    on_cond = plan.conditional(state, tokens, timestep, size)
+    return on_cond, plan.unconditional(state, 0, tokens, timestep, size)
 
 
 def test_adding_one_typical_activation_moves_along_the_feature_trajectory():

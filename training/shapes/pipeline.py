@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -26,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..checkpoint import load_checkpoint, save_checkpoint, step_generator
 from .captions import captions
-from .scenes import render, render_pictures, sample_scenes
+from .scenes import FACTORS, Scenes, render, render_layers, render_pictures, sample_scenes
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -118,32 +119,90 @@ def train_autoencoder(recipe: dict, work: Path, device: str) -> AutoencoderKL:
     return vae
 
 
+CAPTIONS_PER_SCENE = 4
+#: what the alignment probe reads from every token, with the number of values
+ALIGNED = {"object": 2} | {name: len(values) for name, values in FACTORS.items() if name != "place"}
+
+
 @torch.no_grad()
 def encode_scenes(
     recipe: dict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, device: str
-) -> tuple[torch.Tensor, ...]:
-    """Latents `(scenes, 4, 16, 16)` float16 and caption tokens `(scenes, length)` of the training scenes, made
-    once."""
+) -> dict[str, torch.Tensor]:
+    """The training scenes, made once.
+
+    Returns:
+        `latents` `(scenes, 4, 16, 16)` float16; `tokens` `(scenes, CAPTIONS_PER_SCENE, length)` int16; `cells`
+        `(scenes, 6, 8, 8)` int8, the value of every factor of `ALIGNED` in every eighth of the picture, -1 where it
+        has none.
+    """
     path = work / "scenes.safetensors"
-    mark = fingerprint({name: recipe[name] for name in ("seed", "autoencoder", "scenes", "max_length")})
+    mark = fingerprint(
+        {name: recipe.get(name) for name in ("seed", "autoencoder", "start_from", "scenes", "max_length")}
+    )
     if path.exists():
         with safe_open(path, "pt") as file:
             if file.metadata()["fingerprint"] == mark:
-                return file.get_tensor("latents").to(device), file.get_tensor("tokens").to(device)
-    latents, tokens, chunk = [], [], 2000
+                return {name: file.get_tensor(name).to(device) for name in file.keys()}
+    latents, tokens, cells, chunk = [], [], [], 2000
     for start in tqdm(range(0, recipe["scenes"], chunk), desc="encoding scenes", unit="chunk", mininterval=5):
         count = min(chunk, recipe["scenes"] - start)
         scenes = sample_scenes(count, seed=30_000_000 + start, held_out=False)
-        tokens.append(tokenize(tokenizer, captions(scenes, seed=start)).to(torch.int16))
-        for part in range(0, count, 250):
-            images = render(scenes[slice(part, part + 250)].to(device))
+        texts = [captions(scenes, seed=start + 1_000_000 * i) for i in range(CAPTIONS_PER_SCENE)]
+        tokens.append(torch.stack([tokenize(tokenizer, t) for t in texts], 1).to(device, torch.int16))
+        for first in range(0, count, 250):
+            part = scenes[slice(first, first + 250)].to(device)
+            images, _, silhouettes = render_layers(part)
+            cells.append(factor_cells(part, silhouettes))
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
                 posterior = vae.encode(images * 2 - 1)
             latents.append((posterior.latent_dist.mean * vae.config.scaling_factor).half())
-    stored = {"latents": torch.cat(latents).contiguous(), "tokens": torch.cat(tokens).to(device)}
+    stored = {
+        name: torch.cat(x).contiguous() for name, x in (("latents", latents), ("tokens", tokens), ("cells", cells))
+    }
     save_file(stored, path.with_suffix(".partial"), metadata={"fingerprint": mark})
     os.replace(path.with_suffix(".partial"), path)
-    return stored["latents"], stored["tokens"]
+    return stored
+
+
+def factor_cells(scenes: Scenes, silhouettes: torch.Tensor) -> torch.Tensor:
+    """`(batch, 6, 8, 8)` int8: the value of every factor of `ALIGNED` in cells of 8x8 pixels; object factors are -1
+    where no object covers a quarter of the cell."""
+    covered, owner = F.avg_pool2d(silhouettes, 8).max(1)
+    seen = covered >= 0.25
+    maps = [seen.long()]
+    for name in list(ALIGNED)[1:]:
+        code = getattr(scenes, name)
+        if code.ndim == 2:
+            maps.append(
+                torch.where(seen, code[:, :, None, None].expand(-1, -1, 8, 8).gather(1, owner[:, None])[:, 0], -1)
+            )
+        else:
+            maps.append(code[:, None, None].expand(-1, 8, 8))
+    return torch.stack(maps, 1).to(torch.int8)
+
+
+class Alignment(torch.nn.Module):
+    """A linear probe on one site, trained with the denoiser: its tokens shall say what they will show.
+
+    A denoising loss alone hardly notices a wrong shape, so text and shape meet late. Supervised features are an old
+    remedy; for denoisers see REPA (arXiv 2410.06940). The probe is thrown away after training.
+    """
+
+    def __init__(self, site: torch.nn.Module, channels: int):
+        super().__init__()
+        self.probe = torch.nn.Linear(channels, sum(ALIGNED.values()))
+        site.register_forward_hook(self._keep)
+
+    def _keep(self, module, args, output) -> None:
+        self.seen = output[0]
+
+    def loss(self, cells: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy, summed over factors, at the activation last seen `(batch, channels, 8, 8)`."""
+        logits = self.probe(self.seen.movedim(1, -1)).float().split(list(ALIGNED.values()), -1)
+        return sum(
+            F.cross_entropy(part.flatten(0, -2), cells[:, i].flatten().long(), ignore_index=-1)
+            for i, part in enumerate(logits)
+        )
 
 
 def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes: float) -> bool:
@@ -151,7 +210,11 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
     settings, seed = recipe["denoiser"], recipe["seed"]
     started, on_cuda = time.monotonic(), torch.device(device).type == "cuda"
     tokenizer = build_tokenizer(out / "tokenizer", recipe["max_length"])
-    vae = train_autoencoder(recipe, work, device)
+    if recipe.get("start_from"):  # a pipeline whose autoencoder is kept and whose other weights are trained further
+        trained = StableDiffusionPipeline.from_pretrained(recipe["start_from"])
+        vae = trained.vae.to(device)
+    else:
+        trained, vae = None, train_autoencoder(recipe, work, device)
     torch.manual_seed(seed)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -164,27 +227,30 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
         )
     ).to(device)
     unet = UNet2DConditionModel(**settings["unet"]).to(device)
-    if settings.get("start_from"):  # a pipeline folder whose weights are trained further
-        trained = StableDiffusionPipeline.from_pretrained(settings["start_from"])
+    if trained:
         unet.load_state_dict(trained.unet.state_dict())
         text_encoder.load_state_dict(trained.text_encoder.state_dict())
-    if on_cuda:
+    align = Alignment(unet.get_submodule(settings["align"]["site"]), settings["align"]["channels"]).to(device)
+    if not on_cuda:  # the backward pass of fused attention is slow on a CPU: a third of a training step
+        unet.set_attn_processor(AttnProcessor())
+        text_encoder.set_attn_implementation("eager")
+    else:
         unet = unet.to(memory_format=torch.channels_last)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     scheduler = DDIMScheduler(**recipe["scheduler"])
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    trained_parts = {"unet": unet, "text": text_encoder, "align": align}
+    names, parameters = zip(
+        *[(f"{part}.{n}", p) for part, m in trained_parts.items() for n, p in m.named_parameters()], strict=True
+    )
     ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=settings["learning_rate"], weight_decay=0.01, fused=on_cuda)
-    names = [f"unet.{n}" for n, _ in unet.named_parameters()] + [
-        f"text.{n}" for n, _ in text_encoder.named_parameters()
-    ]
     state = dict(zip(names, parameters, strict=True)) | {f"ema.{n}": e for n, e in zip(names, ema, strict=True)}
     checkpoint = work / "denoiser.safetensors"
     mark = fingerprint(recipe)
     done, steps = load_checkpoint(checkpoint, state, optimizer, mark), settings["steps"]
 
     if done < steps:
-        latents, tokens = encode_scenes(recipe, vae, tokenizer, work, device)
+        data = encode_scenes(recipe, vae, tokenizer, work, device)
         empty = tokenize(tokenizer, [""]).to(device, torch.int16)
     log = (work / "denoiser.jsonl").open("a")
     losses = []
@@ -195,9 +261,11 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
         for group in optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * float(rate)
         size = settings["batch_size"]
-        chosen = torch.randint(len(latents), (size,), generator=generator, device=device)
+        chosen = torch.randint(recipe["scenes"], (size,), generator=generator, device=device)
+        version = torch.randint(CAPTIONS_PER_SCENE, (size,), generator=generator, device=device)
         dropped = torch.rand((size, 1), generator=generator, device=device) < settings["caption_dropout"]
-        clean, text = latents[chosen].float(), torch.where(dropped, empty, tokens[chosen]).long()
+        clean = data["latents"][chosen].float()
+        text = torch.where(dropped, empty, data["tokens"][chosen, version]).long()
         noise = torch.randn(clean.shape, generator=generator, device=device)
         # timesteps lean towards high noise, where layout and colour are decided
         place = torch.sigmoid(0.5 + 1.2 * torch.randn(size, generator=generator, device=device))
@@ -206,19 +274,21 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             hidden = text_encoder(text).last_hidden_state
             prediction = unet(noisy, timesteps, hidden).sample
-        loss = F.mse_loss(prediction.float(), target)
+            alignment = align.loss(data["cells"][chosen])
+        error = F.mse_loss(prediction.float(), target)
+        loss = error + settings["align"]["weight"] * alignment
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(ema, parameters, 1 - min(settings["ema_decay"], (1 + step) / (10 + step)))
-        losses.append(loss.detach())
+        losses.append(torch.stack([error, alignment]).detach())
         if (step + 1) % 100 == 0:
-            mean = torch.stack(losses).mean().item()
+            mean = torch.stack(losses).mean(0).tolist()
             losses.clear()
-            progress.set_postfix(loss=f"{mean:.4f}")
-            log.write(json.dumps({"step": step + 1, "loss": round(mean, 5)}) + "\n")
+            progress.set_postfix(loss=f"{mean[0]:.4f}", alignment=f"{mean[1]:.3f}")
+            log.write(json.dumps({"step": step + 1, "loss": round(mean[0], 5), "alignment": round(mean[1], 4)}) + "\n")
             log.flush()
         out_of_time = time.monotonic() - started > 60 * max_minutes
         if (step + 1) % settings["checkpoint_every"] == 0 or step + 1 == steps or out_of_time:
@@ -229,6 +299,7 @@ def train_denoiser(recipe: dict, work: Path, out: Path, device: str, max_minutes
     with torch.no_grad():
         for parameter, average in zip(parameters, ema, strict=True):
             parameter.copy_(average)
+    text_encoder.set_attn_implementation("sdpa")
     save_pipeline(out, vae, text_encoder, tokenizer, unet, scheduler)
     return done == steps
 

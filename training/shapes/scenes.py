@@ -183,9 +183,9 @@ def render(scenes: Scenes) -> torch.Tensor:
     return render_layers(scenes)[0]
 
 
-def render_layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
-    """The picture `(batch, 3, 64, 64)` and how much of each pixel its objects cover `(batch, 1, 64, 64)`, in [0,
-    1]."""
+def render_layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The picture `(batch, 3, 64, 64)`, how much of each pixel its objects paint `(batch, 1, 64, 64)` and the filled
+    silhouette of each object `(batch, 2, 64, 64)`, both in [0, 1]."""
     device, n = scenes.count.device, len(scenes)
     axis = torch.arange(IMAGE_SIZE, device=device) + 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -205,6 +205,7 @@ def render_layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
     palette = torch.tensor(list(BACKGROUNDS.values()), device=device)[scenes.background]
     image = _towards_contrast((palette + 0.025 * scenes.global_jitter[:, :3])[..., None], 0.6 * texture)
     covered = torch.zeros(n, 1, grid.shape[1], device=device)
+    silhouettes = torch.zeros(n, 2, grid.shape[1], device=device)
     outlines = _outlines().to(device)
     centres = torch.tensor(list(PLACES.values()), dtype=torch.float32, device=device)
     radii = torch.tensor(list(SIZES.values()), device=device)
@@ -219,14 +220,15 @@ def render_layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
         polygon = outlines[scenes.shape[index, i]] @ rotation.transpose(1, 2) * radius[:, None, None] + centre[:, None]
         distance = _signed_distance(grid.expand(len(index), -1, 2), polygon)
         outlined = (scenes.style[index] == STYLES.index("outline"))[:, None]
-        cover = ((0.5 - distance).clamp(0, 1) - (-2.1 - distance).clamp(0, 1) * outlined)[:, None]
+        silhouettes[index, i] = (0.5 - distance).clamp(0, 1)
+        cover = (silhouettes[index, i] - (-2.1 - distance).clamp(0, 1) * outlined)[:, None]
         colour = _towards_contrast(
             (palette[scenes.colour[index, i]] + 0.03 * jitter[:, 4:]).clamp(0, 1)[..., None], texture[index]
         )
         image[index] = image[index] + (colour - image[index]) * cover
         covered[index] = torch.maximum(covered[index], cover)
     shape = (n, -1, IMAGE_SIZE, IMAGE_SIZE)
-    return image.clamp(0, 1).reshape(shape), covered.reshape(shape)
+    return image.clamp(0, 1).reshape(shape), covered.reshape(shape), silhouettes.reshape(shape)
 
 
 def render_pictures(count: int, seed: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, Scenes]:
@@ -235,7 +237,7 @@ def render_pictures(count: int, seed: int, device: str = "cpu") -> tuple[torch.T
     scenes = sample_scenes(count, seed, held_out=False).to(device)
     pictures, objects = [], []
     for start in tqdm(range(0, count, 250), desc="rendering", unit="chunk", mininterval=5):
-        images, cover = render_layers(scenes[slice(start, start + 250)])
+        images, cover, _ = render_layers(scenes[slice(start, start + 250)])
         pictures.append((images * 255).round().to(torch.uint8))
         objects.append(cover > 0.1)
     return torch.cat(pictures), torch.cat(objects), scenes
