@@ -1,27 +1,61 @@
-"""Dictionaries on disk and on the Hub: one folder a site, `rtsae_config.json` and `labels.json` at the root."""
+"""Dictionaries: loaded from a folder, the Hub or memory, and saved or pushed there."""
 
 from __future__ import annotations
 
 import difflib
+import glob
+import hashlib
 import json
-import math
 import os
 import re
+import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
+from .card import CARD_NAME, LIBRARY_NAME, is_generated, model_card
+from .files import (
+    CONFIG_NAME,
+    DTYPES,
+    LABELS_NAME,
+    WEIGHTS_NAME,
+    brief,
+    check_label,
+    check_sites,
+    is_site,
+    load_site,
+    read_json,
+    save_site,
+    write_json,
+)
 from .models import RTSAE
 
-CONFIG_NAME, LABELS_NAME = "rtsae_config.json", "labels.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+__all__ = [
+    "CONFIG_NAME",
+    "LABELS_NAME",
+    "WEIGHTS_NAME",
+    "Dictionary",
+    "list_pretrained",
+    "load_dictionary",
+    "signature",
+    "write_json",
+]
+
 FORMAT_VERSION = 1
-_MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a site is also a folder, and must not lead out of its own
+_HUB_ERRORS = (HTTPError, HFValidationError, OSError)
 
 
 def signature(denoiser: torch.nn.Module) -> dict:
@@ -61,6 +95,8 @@ class Dictionary:
             if not isinstance(rtsae, RTSAE) or rtsae.config.site != site:
                 found = rtsae.config.site if isinstance(rtsae, RTSAE) else type(rtsae).__name__
                 raise ValueError(f"Expected an RTSAE of site {site!r} under that name, got {found!r}.")
+            if not is_site(site):
+                raise ValueError(f"A site is the path of a module, got {brief(site)}.")
 
     def features(self, name: str | int | tuple[str, int]) -> tuple[list[dict], dict]:
         """The `(site, latents, weights, where)` entries a label, an index or a `(site, index)` stands for, and its
@@ -101,169 +137,299 @@ class Dictionary:
         """Raise `ValueError` unless the dictionary was made for a denoiser like this one."""
         wanted, found = self.config.get("signature", {}), signature(denoiser)
         if not isinstance(wanted, dict):
-            raise ValueError(f"The `signature` in {CONFIG_NAME} must be an object, got {wanted!r}.")
+            raise ValueError(f"The `signature` in {CONFIG_NAME} must be an object, got {brief(wanted)}.")
         if wanted and wanted != found:
             different = {k: (wanted.get(k), found.get(k)) for k in wanted | found if wanted.get(k) != found.get(k)}
-            details = ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in different.items())
+            details = ", ".join(f"{name} {brief(a)} there, {b!r} here" for name, (a, b) in different.items())
             raise ValueError(
                 f"The dictionary is for {self.config.get('base_model', 'another model')}, which is no match for this "
                 f"pipeline: {details}."
             )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the folder; encoder and decoder rows as float16, statistics as float32."""
+        """
+        Write the folder, with a model card: encoder and decoder rows as float16, statistics as float32.
+
+        All is written beside it first and then moved in, the configuration last, so that readers (and this dictionary
+        itself, whose rows may still lie in the old files) never see a part. A card without the comment that calls it
+        generated is somebody's own and stays.
+
+        Args:
+            folder (`str` or `os.PathLike`): where to; created if need be.
+
+        Raises:
+            `ValueError`: a weight is NaN or inf, or a label cannot be used.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).unlink(missing_ok=True)  # written last: a folder without it is no dictionary
-        for site, rtsae in self.sites.items():
-            stored = RTSAE(**{k: v for k, v in rtsae.config.items() if not k.startswith("_")})
-            stored.load_state_dict(rtsae.state_dict())
-            for tensor in (stored.encoder, stored.decoder, stored.dynamics.transition):
-                tensor.data = tensor.data.half()
-            stored.save_pretrained(folder / site)
-        write_json(folder / LABELS_NAME, self.labels)
-        config = {"format_version": FORMAT_VERSION, "sites": list(self.sites)} | self.config
+        for site in self.sites:
+            if (folder / site).is_symlink():
+                raise OSError(f"{folder / site} is a link, and nothing is written through one.")
+        with tempfile.TemporaryDirectory(dir=folder, prefix="saving-", suffix=".partial") as partial:
+            files = self._write(Path(partial))
+            if not is_generated(folder / CARD_NAME):
+                files.remove(CARD_NAME)
+            (folder / CONFIG_NAME).unlink(missing_ok=True)  # a folder without it is no dictionary
+            for name in files:
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.replace(Path(partial) / name, folder / name)
+
+    def _write(self, folder: Path, repo_id: str | None = None) -> list[str]:
+        """Write everything into a new folder; returns the files, the configuration last."""
+        sizes = dict.fromkeys(self.config.get("sites", ())) | {s: r.config.num_latents for s, r in self.sites.items()}
+        labels = {}
+        for name, label in self.labels.items():
+            check_label(folder / LABELS_NAME, name, label, sizes)
+            kept = [entry for entry in label["features"] if entry["site"] in self.sites]
+            labels |= {name: label | {"features": kept}} if kept else {}
+        config = {"format_version": FORMAT_VERSION, "sites": list(self.sites)}
+        config |= {name: value for name, value in self.config.items() if name not in config}
+        write_json(folder / LABELS_NAME, labels)
         write_json(folder / CONFIG_NAME, config)
+        card = model_card(self.sites, labels, config, repo_id)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
+        for site, rtsae in self.sites.items():
+            save_site(folder, site, rtsae)
+        inner = [f"{site}/{name}" for site in self.sites for name in ("config.json", WEIGHTS_NAME)]
+        return [*inner, LABELS_NAME, CARD_NAME, CONFIG_NAME]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """
+        Upload the dictionary with a model card, in one commit. A card that somebody made their own there stays.
+
+        Args:
+            repo_id (`str`): `"user/name"`; created if need be.
+            private (`bool`, *optional*): of a new repository; what the account is set to by default.
+            token (`str` or `bool`, *optional*): of the Hub; that of `hf auth login` by default.
+            revision (`str`, *optional*): a branch that exists, `"main"` by default.
+            commit_message (`str`, *optional*): names the sites by default.
+            create_pr (`bool`, defaults to `False`): open a pull request instead.
+
+        Returns:
+            `str`: URL of the commit.
+
+        Raises:
+            `OSError`: the Hub did not take it. `ValueError`: the dictionary cannot be saved.
+        """
+        api = HfApi(token=token, library_name=LIBRARY_NAME)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary, "dictionary")
+            folder.mkdir()
+            files = self._write(folder, repo_id)
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                if not is_generated(_card_there(repo_id, revision, token, Path(temporary, "cache"))):
+                    files.remove(CARD_NAME)
+                commit = api.create_commit(
+                    repo_id,
+                    [CommitOperationAdd(name, folder / name) for name in files],
+                    commit_message=commit_message or f"Upload dictionary of {', '.join(self.sites)}",
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+            except (*_HUB_ERRORS, ValueError, RuntimeError) as error:
+                raise OSError(f"{repo_id!r} could not be pushed to the Hub: {_reason(error, revision)}") from error
+        return commit.commit_url
 
 
-def write_json(path: Path, content) -> None:
-    """Write a JSON file so that readers see the old or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def _read_json(path: Path) -> dict:
+def _card_there(repo_id: str, revision: str | None, token: str | bool | None, cache: Path) -> Path:
+    """The card a repository has, or a path where none is."""
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
-    return content
+        return Path(hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token, cache_dir=cache))
+    except LocalEntryNotFoundError:  # the Hub could not be asked
+        raise
+    except EntryNotFoundError:
+        return cache / "none"
 
 
-def _load_site(folder: Path, site: str, dtype: torch.dtype | None) -> RTSAE:
-    path = folder / site
-    weights = path / WEIGHTS_NAME
-    if not (path / "config.json").is_file() or not weights.is_file():
-        found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "nothing"
-        raise OSError(f"Expected config.json and {WEIGHTS_NAME} (safetensors only) in {path}, found {found}.")
-    config = {name: value for name, value in _read_json(path / "config.json").items() if not name.startswith("_")}
+def list_pretrained(refresh: bool = False, token: str | bool | None = None) -> list[dict]:
+    """
+    The dictionaries that are known to exist.
+
+    Args:
+        refresh (`bool`, defaults to `False`): also ask the Hub for repositories tagged `diffusers-rtsae`.
+        token (`str` or `bool`, *optional*): of the Hub, to see private ones.
+
+    Returns:
+        `list[dict]`: of each its `id` (what `load_rtsae` takes), `base_model`, `sites` and `description`.
+
+    Raises:
+        `OSError`: the Hub did not answer.
+    """
+    known = json.loads(Path(__file__).with_name("pretrained.json").read_text(encoding="utf-8"))
+    if not refresh:
+        return known
     try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise OSError(f"{weights} is damaged or no safetensors file: {error}") from None
-    try:
-        rtsae = RTSAE(**config)
-        rtsae.load_state_dict(tensors)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"The weights in {weights} do not fit its config.json, or that is none of ours: {reason}"
-        ) from None
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise ValueError(f"{weights} holds NaN or inf.")
-    if dtype is not None:  # statistics stay float32
-        for tensor in (rtsae.encoder, rtsae.decoder, rtsae.dynamics.transition):
-            tensor.data = tensor.data.to(dtype)
-    return rtsae
-
-
-def _check_label(path: Path, name: str, label, sizes: dict[str, int]) -> None:
-    """Raise `ValueError` unless a label is well formed and names rows that its dictionary has."""
-    features = label.get("features") if isinstance(label, dict) else None
-    if not isinstance(features, list) or not features or not isinstance(label.get("edit", {}), dict):
-        raise ValueError(f"{path}: label {name!r} must have a list of `features`.")
-    for entry in features:
-        size = sizes.get(entry.get("site"), None) if isinstance(entry, dict) else None
-        rows, weights = (entry.get("latents"), entry.get("weights")) if isinstance(entry, dict) else (None, None)
-        known = isinstance(entry, dict) and (entry.get("site") in sizes)
-        if (
-            not known
-            or not isinstance(rows, list)
-            or not isinstance(weights, list)
-            or not 0 < len(rows) == len(weights)
-        ):
-            raise ValueError(
-                f"{path}: each feature of {name!r} needs a site of {list(sizes)}, and as many weights as latents."
-            )
-        for row in rows + (entry.get("where") or []):
-            if size is not None and not (type(row) is int and 0 <= row < size):
-                raise ValueError(f"{path}: {name!r} names latent {row!r}, but {entry['site']} has 0 to {size - 1}.")
-        if not all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
-            raise ValueError(f"{path}: the weights of {name!r} must be finite numbers, got {weights}.")
+        found = list(HfApi(token=token, library_name=LIBRARY_NAME).list_models(filter=LIBRARY_NAME, cardData=True))
+    except _HUB_ERRORS as error:
+        raise OSError(f"The Hub could not be asked for dictionaries: {_reason(error)}") from error
+    listed = {entry["id"] for entry in known}
+    for model in found:
+        card = model.card_data.to_dict() if model.card_data else {}  # anybody's: it may say anything
+        base_model, sites = card.get("base_model"), card.get("sites")
+        entry = {
+            "id": model.id,
+            "base_model": base_model if isinstance(base_model, str) else None,
+            "sites": [site for site in sites if is_site(site)] if isinstance(sites, list) else [],
+            "description": str(card.get("description") or ""),
+        }
+        known += [entry] if model.id not in listed else []
+    return known
 
 
 def load_dictionary(
     source: str | os.PathLike | dict[str, RTSAE] | Dictionary,
     layers: list[str] | None = None,
     dtype: torch.dtype | None = None,
+    *,
     subfolder: str | None = None,
-    **hub_kwargs,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
 ) -> Dictionary:
     """
-    Read a dictionary from a local folder, the Hub, or memory.
+    Open a dictionary from a local folder, the Hub, or memory. Its rows are read from disk when they are used.
 
     Args:
         source (`str`, `os.PathLike`, `dict` or `Dictionary`): Hub id, folder, or `{site: RTSAE}`.
         layers (`list[str]`, *optional*): sites to load; all by default. Others are not downloaded.
-        dtype (`torch.dtype`, *optional*): of the weights in memory, float32 by default. Arithmetic is always float32.
-        subfolder (`str`, *optional*): of the dictionary inside the repository.
-        hub_kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+        dtype (`torch.dtype`, *optional*): of the weights in memory: `torch.float16`, `torch.bfloat16` or
+            `torch.float32`; as they are stored by default. Statistics and arithmetic are always float32.
+        subfolder (`str`, *optional*): of the dictionary inside the folder or repository.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        token (`str` or `bool`, *optional*): of the Hub, for private and gated repositories.
+        cache_dir (`str` or `os.PathLike`, *optional*): of what is downloaded.
+        force_download (`bool`, defaults to `False`): download what is in the cache again.
+        local_files_only (`bool`, defaults to `False`): use what is in the cache, and no network.
 
     Raises:
         `OSError`: nothing readable there. `ValueError`: readable, but not what was asked for.
     """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"Expected `dtype` to be one of {list(DTYPES.values())}, got {dtype!r}.")
     if isinstance(source, Dictionary | dict):
+        if subfolder is not None or revision is not None:
+            raise ValueError("`subfolder` and `revision` are for folders and the Hub, but a dictionary was passed.")
         dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
         chosen = {site: dictionary.sites[site] for site in _choose(dictionary.sites, layers)}
         return Dictionary(chosen, dictionary.labels, dictionary.config)
     if not isinstance(source, str | os.PathLike) or not str(source):
         raise ValueError(f"Expected a Hub id, a folder or a dict of RTSAE by site, got {source!r}.")
-    prefix = f"{subfolder}/" if subfolder else ""
+    inside = PureWindowsPath(subfolder or "")  # knows the separators, drives and roots of every system
+    if inside.anchor or ".." in inside.parts:
+        raise ValueError(f"`subfolder` must lie inside the folder or repository, got {subfolder!r}.")
     folder = Path(source)
     if not folder.is_dir():
-        try:
-            names = [prefix + CONFIG_NAME, prefix + LABELS_NAME]
-            folder = Path(snapshot_download(str(source), allow_patterns=names, **hub_kwargs))
-            config = folder / prefix / CONFIG_NAME
-            if config.is_file():
-                wanted = [f"{prefix}{site}/*" for site in _choose(_sites(_read_json(config), config), layers)]
-                folder = Path(snapshot_download(str(source), allow_patterns=names + wanted, **hub_kwargs))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise OSError(
-                f"{source!r} is no folder here, and no dictionary that could be fetched from the Hub: {reason}"
-            ) from error
-    folder = folder / (subfolder or "")
-    config_path = folder / CONFIG_NAME
-    if not config_path.is_file():
-        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "nothing"
-        raise OSError(f"{folder} is no dictionary: expected {CONFIG_NAME} in it, found {found}.")
-    config = _read_json(config_path)
-    if config.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{config_path} has format version {config.get('format_version')!r}, this version reads {FORMAT_VERSION}."
+        if force_download and local_files_only:
+            raise ValueError("`force_download` and `local_files_only` exclude each other.")
+        folder = _fetch(
+            str(source), inside.as_posix(), layers, revision, force_download,
+            token=token, cache_dir=cache_dir, local_files_only=local_files_only, library_name=LIBRARY_NAME,
+        )  # fmt: skip
+    elif revision is not None:
+        raise ValueError(f"`revision` is for the Hub, but {str(source)!r} is a folder here.")
+    return _read(folder / inside.as_posix(), layers, dtype)
+
+
+def _fetch(
+    repo_id: str, subfolder: str, layers: list[str] | None, revision: str | None, force_download: bool, **options
+) -> Path:
+    """Download what is needed of a repository; returns the folder that mirrors it."""
+    prefix = "" if subfolder == "." else f"{subfolder}/"
+
+    def download(names: list[str], revision: str | None, force_download: bool) -> Path:
+        patterns = [glob.escape(prefix + name) for name in names]
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=patterns, force_download=force_download, **options
+            )
         )
-    known = _sites(config, config_path)
-    sites = {site: _load_site(folder, site, dtype) for site in _choose(known, layers)}
-    labels = _read_json(folder / LABELS_NAME) if (folder / LABELS_NAME).is_file() else {}
+
+    try:
+        folder = download([CONFIG_NAME, LABELS_NAME], revision, force_download)
+        config = folder / prefix / CONFIG_NAME
+        if not config.is_file():
+            raise OSError(f"it has no {prefix}{CONFIG_NAME}.")
+        sites = _choose(check_sites(read_json(config).get("sites"), config), layers)
+        names = [f"{site}/{name}" for site in sites for name in ("config.json", WEIGHTS_NAME)]
+        new = [name for name in names if force_download or not (folder / prefix / name).is_file()]
+        download(names, folder.name, force_download)  # of the same commit, whatever is pushed meanwhile
+        for name in new:
+            _check_sum(folder / prefix / name)
+    except _HUB_ERRORS as error:
+        raise OSError(
+            f"{repo_id!r} is no folder here, and no dictionary that could be fetched from the Hub: "
+            f"{_reason(error, revision)}"
+        ) from error
+    return folder
+
+
+def _check_sum(path: Path) -> None:
+    """Raise `OSError` if a download is not what the Hub has: the cache names large files by their SHA-256."""
+    name = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if not re.fullmatch("[0-9a-f]{64}", name):
+        return
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != name:
+        path.resolve().unlink()
+        path.unlink()
+        raise OSError(f"{path.name} arrived damaged: its SHA-256 is {found[:12]}… instead of {name[:12]}… .")
+
+
+def _reason(error: Exception, revision: str | None = None) -> str:
+    """One sentence on what went wrong between here and the Hub."""
+    if isinstance(error, LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__  # the client says "not in the cache" or "while uploading"; this is why
+    if isinstance(error, GatedRepoError):
+        return "its owner grants access on request: ask for it on its page, and pass a `token`."
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private and needs a `token`."
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {revision or 'main'!r}."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so there is only the cache."
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not in the cache, or not all of it, and nothing may be downloaded."
+    if isinstance(error, HfHubHTTPError):
+        said = f" ({error.server_message})" if error.server_message else ""
+        return f"the Hub answered {error.response.status_code}{said}."
+    text = (str(error).strip().splitlines() or ["?"])[0]
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
+
+
+def _read(folder: Path, layers: list[str] | None, dtype: torch.dtype | None) -> Dictionary:
+    """Read a local folder. No name in its files leads out of it. Links in it are followed, since caches are made of
+    them, but only to regular files; nothing is ever written."""
+    for name in (CONFIG_NAME, LABELS_NAME):
+        if not (folder / name).is_file():
+            found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "nothing"
+            raise OSError(f"{folder} is no dictionary: expected {name} in it, found {found}.")
+    path = folder / CONFIG_NAME
+    config = read_json(path)
+    if config.get("format_version") != FORMAT_VERSION:
+        version = brief(config.get("format_version"))
+        raise ValueError(f"{path} has format version {version}, this version reads {FORMAT_VERSION}.")
+    if not isinstance(config.get("base_model", ""), str):
+        raise ValueError(f"{path} must name its `base_model`, got {brief(config['base_model'])}.")
+    known = check_sites(config.get("sites"), path)
+    sites = {site: load_site(folder, site, dtype) for site in _choose(known, layers)}
     sizes = {site: sites[site].config.num_latents if site in sites else None for site in known}
+    labels = read_json(folder / LABELS_NAME)
     for name, label in labels.items():
-        _check_label(folder / LABELS_NAME, name, label, sizes)
+        check_label(folder / LABELS_NAME, name, label, sizes)
     return Dictionary(sites, labels, config)
-
-
-def _sites(config: dict, path: Path) -> list[str]:
-    sites = config.get("sites")
-    if (
-        not isinstance(sites, list)
-        or not sites
-        or not all(isinstance(site, str) and _MODULE_PATH.fullmatch(site) for site in sites)
-    ):
-        raise ValueError(f"{path} must list its `sites` as module paths, got {sites!r}.")
-    return sites
 
 
 def _choose(sites, layers: list[str] | None) -> list[str]:
@@ -271,5 +437,5 @@ def _choose(sites, layers: list[str] | None) -> list[str]:
         raise ValueError(f"Expected `layers` as a list of sites, got the string {layers!r}.")
     unknown = [layer for layer in layers or () if layer not in sites]
     if unknown:
-        raise ValueError(f"The dictionary has no site {unknown[0]!r}; it has {list(sites)}.")
+        raise ValueError(f"The dictionary has no site {unknown[0]!r}; it has {brief(list(sites))}.")
     return list(layers or sites)

@@ -75,7 +75,9 @@ def measure_activations(rtsae: RTSAE, trajectories: torch.Tensor, batch: int = 4
     columns, values = torch.cat(columns), torch.cat(values)
     order = torch.argsort(values)
     order = order[torch.argsort(columns[order], stable=True)]  # by latent, each ascending
-    for j, active in enumerate(values[order].split(torch.bincount(columns, minlength=rtsae.config.num_latents).tolist())):
+    for j, active in enumerate(
+        values[order].split(torch.bincount(columns, minlength=rtsae.config.num_latents).tolist())
+    ):
         rtsae.density[j] = len(active) / len(trajectories)
         rtsae.mean_activation[j] = active.sum() / len(trajectories)
         rtsae.typical_activation[j] = active[int(0.99 * (len(active) - 1))] if len(active) else 1.0
@@ -207,7 +209,7 @@ def run(recipe: dict, out: Path, work: Path, device: str) -> Dictionary:
         report[site] = fitted | evaluate(sites[site], validation.float(), recipe["train"]["k"])
         print(json.dumps(report[site], indent=2))
     config = {
-        "base_model": recipe["base_model"], "signature": signature(pipe.unet), "anchors": anchors, "recipe": recipe,
+        "base_model": recipe["base_model"], "license": recipe["license"], "signature": signature(pipe.unet), "anchors": anchors, "recipe": recipe,
         "prediction_type": pipe.scheduler.config.prediction_type, "sampler": "DDIM", "metrics": report,
     }  # fmt: skip
     labels = json.loads((out / LABELS_NAME).read_text()) if _unchanged(sites, out) else {}
@@ -223,7 +225,7 @@ def _unchanged(sites: dict[str, RTSAE], folder: Path) -> bool:
         return False
     before = load_dictionary(folder).sites
     same = before.keys() == sites.keys()
-    return same and all(torch.equal(before[site].encoder, sites[site].encoder) for site in sites)
+    return same and all(torch.equal(before[site].encoder.half(), sites[site].encoder.half()) for site in sites)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ class PrefixEncoder:
                 rows = rows + length * (rows @ self.rtsae.dynamics.transition[g].float() - rows)
         return rows
 
-    def _fold(self, then: float | None, coordinate: float) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
+    def _fold(
+        self, then: float | None, coordinate: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
         """
         What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation, rows
         for the past one, a constant, and the threshold.
@@ -212,7 +214,13 @@ class SitePlan:
             )
 
     def _steps(
-        self, run: Trajectory, tokens: torch.Tensor, timestep: float, size, edits: list[Edit], report: list | None = None
+        self,
+        run: Trajectory,
+        tokens: torch.Tensor,
+        timestep: float,
+        size,
+        edits: list[Edit],
+        report: list | None = None,
     ) -> list[tuple[Edit, torch.Tensor]]:
         """The change `(B, N or 1, d)` each of `edits` asks for."""
         if self.device != tokens.device:
@@ -220,7 +228,9 @@ class SitePlan:
         reads = any(edit.read for edit in edits)
         latents = self.encoder.observe(run, tokens, timestep) if reads else None
         coordinate, steps = self.grid.coordinate(timestep), []
-        for edit, directions, (typical, mean, highest) in zip(self.edits, self.directions, self.statistics, strict=True):
+        for edit, directions, (typical, mean, highest) in zip(
+            self.edits, self.directions, self.statistics, strict=True
+        ):
             if edit not in edits or not edit.acts_at(timestep):
                 continue
             strength = torch.tensor(edit.strength_at(timestep), device=tokens.device, dtype=torch.float32)

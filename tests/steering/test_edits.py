@@ -39,6 +39,33 @@ def test_idle_edits():
     assert not edit(operation="set", strength=0.0).is_idle and not edit(strength=(0.0, 1.0)).is_idle
 
 
+def test_transfer_and_replace_need_a_source_and_others_have_none():
+    for operation in ("transfer", "replace"):
+        with pytest.raises(ValueError, match=f"'{operation}' needs a `source` feature"):
+            edit(operation=operation)
+    with pytest.raises(ValueError, match="`source` is for 'transfer' and 'replace', not for 'add'"):
+        edit(source=(1,))
+    with pytest.raises(ValueError, match="`source` names no latent of this site"):
+        edit(operation="transfer", source=())
+
+
+def test_schedules():
+    for schedule in (torch.tensor([0.0, 1.0, 0.0]), lambda progress: 1 - abs(2 * progress - 1)):
+        ramp = edit(strength=schedule)
+        assert [ramp.strength_at(t)[0] for t in (1000, 750, 500, 0)] == pytest.approx([0, 0.5, 1, 0])
+        assert not ramp.is_idle
+    assert edit(strength=torch.tensor([[1.0, 2.0], [3.0, 4.0]])).strength_at(500) == pytest.approx((2.0, 3.0))
+    assert edit(strength=torch.tensor([2.0])).strength_at(300) == (2.0,)
+    assert edit(strength=torch.zeros(3)).is_idle
+
+
+def test_schedules_must_give_finite_numbers():
+    with pytest.raises(ValueError, match=r"\(steps,\) or \(steps, prompts\)"):
+        edit(strength=torch.zeros(2, 2, 2))
+    with pytest.raises(ValueError, match="The schedule gave nan at progress 0.5"):
+        edit(strength=lambda progress: float("nan")).strength_at(500)
+
+
 def test_masks_of_all_kinds():
     picture = Image.new("L", (8, 4), 255)
     for mask in (picture, np.ones((4, 8)), torch.ones(4, 8), torch.ones(1, 1, 4, 8)):

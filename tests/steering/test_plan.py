@@ -4,6 +4,7 @@ from diffusers import DDIMScheduler
 
 from diffusers_rtsae import RTSAE
 from diffusers_rtsae.steering import Edit, PlanState, PrefixEncoder, SitePlan, TimeGrid, Trajectory
+from diffusers_rtsae.steering.edits import OPERATIONS
 
 ALPHAS = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
 ANCHORS = [961, 721, 481, 241, 1]
@@ -102,7 +103,7 @@ def plan_delta(edit: Edit, tokens: torch.Tensor, timestep: float, rtsae: RTSAE, 
 
 def test_adding_one_typical_activation_moves_along_the_feature_trajectory():
     rtsae, tokens = random_rtsae(3), torch.randn(2, 4, D)
-    edit = Edit(latents=(5,), weights=(1.0,), strength=2.0, apply_to="contrast")
+    edit = Edit(latents=(5,), weights=(1.0,), strength=2.0, clip=False)
     for g, timestep in enumerate(ANCHORS):
         on_cond, on_uncond = plan_delta(edit, tokens, timestep, rtsae)
         expected = 2 * rtsae.typical_activation[5] * rtsae.feature_trajectories([5])[0, g]
@@ -112,7 +113,7 @@ def test_adding_one_typical_activation_moves_along_the_feature_trajectory():
 
 def test_residual_injection_adds_only_the_innovation():
     rtsae, tokens = random_rtsae(3), torch.randn(1, 4, D)
-    edit = Edit(latents=(5,), weights=(1.0,), strength=1.0, injection="residual", apply_to="cond")
+    edit = Edit(latents=(5,), weights=(1.0,), strength=1.0, injection="residual", apply_to="cond", clip=False)
     on_cond, on_uncond = plan_delta(edit, tokens, 481, rtsae)
     torch.testing.assert_close(on_cond[0, 0], rtsae.typical_activation[5] * rtsae.residual_directions([5])[0, 2])
     assert on_uncond is None
@@ -132,13 +133,110 @@ def test_ablating_removes_exactly_what_the_latent_wrote():
 def test_where_and_mask_restrict_the_change():
     rtsae, tokens = random_rtsae(5), torch.randn(1, 4, D)
     active = rtsae.encode(tokens[0, :, None])[:, 7] > 0
-    base = {"latents": (5,), "weights": (1.0,), "strength": 1.0}
+    base = {"latents": (5,), "weights": (1.0,), "strength": 1.0, "clip": False}
     gated, _ = plan_delta(Edit(**base, where=(7,)), tokens, 961, rtsae)
     assert torch.equal(gated[0].abs().sum(1) > 0, active) and 0 < active.sum() < 4
     mask = torch.tensor([[[1.0, 0.0], [0.0, 0.5]]])
     masked, _ = plan_delta(Edit(**base, mask=mask), tokens, 961, rtsae)
     whole, _ = plan_delta(Edit(**base), tokens, 961, rtsae)
     torch.testing.assert_close(masked[0], whole[0] * mask.flatten()[:, None])
+
+
+def dense_change(rtsae: RTSAE, edit: Edit, h: torch.Tensor, g: int) -> torch.Tensor:
+    """What `edit` must add at anchor `g`, from the definition: encode everything, edit, decode the difference."""
+    z = rtsae.encode(h[:, :, : g + 1].flatten(0, 1)).unflatten(0, h.shape[:2])
+    new, strength = z.clone(), torch.tensor(edit.strength)[:, None]
+    level = torch.zeros(h.shape[:2])
+    if edit.source:
+        level = (z[..., edit.source] / rtsae.typical_activation[list(edit.source)]).amax(-1)
+    for row, weight in zip(edit.latents, edit.weights, strict=True):
+        now, full = z[..., row], weight * rtsae.typical_activation[row]
+        new[..., row] = {
+            "add": now + strength * full,
+            "set": strength * full + 0 * now,
+            "scale": strength * now,
+            "clamp": torch.minimum(now, strength * full),
+            "ablate": (1 - strength) * now,
+            "ablate_to_mean": now + strength * (rtsae.mean_activation[row] - now),
+            "transfer": now + strength * level * full,
+            "replace": torch.where(level > 0, strength * full, now),
+        }[edit.operation]
+    for row in edit.source or ():
+        keep = 1 - strength.clamp(0, 1) if edit.operation == "transfer" else torch.zeros(())
+        new[..., row] = keep * z[..., row]
+    if edit.clip:
+        new = new.clamp(min=0).minimum(torch.maximum(z, rtsae.max_activation))
+    change = new - z
+    if edit.where:
+        change = change * (z[..., list(edit.where)] > 0).any(-1, keepdim=True)
+    paths = rtsae.feature_trajectories() if edit.injection == "trajectory" else rtsae.residual_directions()
+    return (change @ paths[:, g]).detach()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_lazy_edits_equal_the_dense_path(operation, seed, dtype):
+    rtsae, rng = random_rtsae(seed), torch.Generator().manual_seed(seed)
+    rtsae.mean_activation.uniform_(0, 0.3)
+    h = torch.randn(2, 5, 5, D, generator=rng).to(dtype).float()  # the activation as the network rounds it
+    rows = torch.randperm(M, generator=rng).tolist()
+    edit = Edit(
+        latents=tuple(rows[:3]), weights=(1.0, 0.5, 0.2), strength=(0.7, 2.5 - seed), operation=operation,
+        source=tuple(rows[3:6]) if operation in ("transfer", "replace") else None,
+        where=tuple(rows[6:16]) if seed % 2 else None, clip=seed % 3 > 0, apply_to="all",
+        injection="residual" if seed % 4 == 0 else "trajectory",
+    )  # fmt: skip
+    plan, state = SitePlan(rtsae, [edit], ALPHAS), PlanState()
+    for g, timestep in enumerate(ANCHORS):
+        tokens = h[:, :, g].to(dtype)
+        change = plan.conditional(state, tokens, timestep, None)
+        other = plan.unconditional(state, 0, tokens, timestep, None)
+        expected = dense_change(rtsae, edit, h, g)
+        torch.testing.assert_close(change.expand_as(expected), expected, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(other.expand_as(expected), expected, atol=2e-4, rtol=2e-4)
+        for run in (state.conditional, *state.others.values()):
+            run.continue_with(tokens)
+
+
+def test_the_report_counts_edited_tokens_and_wishes_outside_the_training_range():
+    rtsae, tokens = random_rtsae(4), torch.randn(1, 4, D)
+    for strength, outside in ((1.0, 0.0), (6.0, 1.0), (-1.0, 1.0)):
+        plan, state = SitePlan(rtsae, [Edit(latents=(5,), weights=(1.0,), strength=strength)], ALPHAS), PlanState()
+        rtsae.threshold.fill_(1e9)  # nothing is active: the present activation is 0
+        plan.conditional(state, tokens, 961, None)
+        assert [(r["edited"], r["out_of_range"]) for r in state.report] == [(1.0, outside)]
+
+
+def test_edits_do_not_depend_on_their_order():
+    rtsae, tokens = random_rtsae(4), torch.randn(1, 4, D)
+    edits = [
+        Edit(latents=(1,), weights=(1.0,), strength=1.0),
+        Edit(latents=(1, 2), weights=(1.0, 1.0), strength=0.5, operation="scale"),
+        Edit(latents=(3,), weights=(1.0,), strength=1.0, operation="transfer", source=(1,)),
+    ]
+    one, other = (
+        SitePlan(rtsae, order, ALPHAS).conditional(PlanState(), tokens, 961, None) for order in (edits, edits[::-1])
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_contrast_is_taken_from_the_conditional_rows_of_the_same_step():
+    rtsae, tokens = random_rtsae(4), torch.randn(1, 4, D)
+    plan, state = SitePlan(rtsae, [Edit(latents=(1,), weights=(1.0,), strength=1.0)], ALPHAS), PlanState()
+    change = plan.conditional(state, tokens, 961, None)
+    torch.testing.assert_close(plan.unconditional(state, 0, torch.randn(1, 4, D), 961, None), -change)
+    torch.testing.assert_close(plan.perturbed(state, 961), change)
+    with pytest.raises(ValueError, match="apply_to='cond'"):
+        plan.unconditional(state, 0, tokens, 721, None)
+
+
+def test_rows_that_hold_nan_are_refused():
+    rtsae = random_rtsae(4)
+    rtsae.decoder.data[7, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"holds NaN or inf in rows \[7\]"):
+        plan_delta(Edit(latents=(7,), weights=(1.0,), strength=1.0), torch.randn(1, 4, D), 961, rtsae)
+    plan_delta(Edit(latents=(6,), weights=(1.0,), strength=1.0), torch.randn(1, 4, D), 961, rtsae)
 
 
 def test_outside_its_window_an_edit_does_nothing():

@@ -126,7 +126,7 @@ def main() -> None:
         FactorScorer.from_pretrained(recipe["scorer"]).to(a.device),
     )
     store = open_store(recipe, a.work, anchor_timesteps(pipe, recipe["collect"]["steps"], recipe["anchors"]), pipe)
-    dictionary = load_dictionary(a.dictionary)
+    dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     probes = [probe(factor, value, "open", a.images, seed=50) for factor, value in TARGETS]
     plain = score(scorer, run(pipe, probes, None, a.steps, guidance, a.batch_size), probes)
     base = {t: measure(p, p, *t) for p, t in zip(plain, TARGETS, strict=True)}

@@ -1,0 +1,354 @@
+"""Every kind of pipeline: its guidance layout is understood, edits reach the rows they are for and no others.
+
+Pipelines of the SD 1 family run on the bundled weights, the others at small random geometry.
+"""
+
+from inspect import signature
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    T2IAdapter,
+    UNet2DConditionModel,
+)
+
+from diffusers_rtsae import RTSAE
+from diffusers_rtsae.pipeline import get_denoiser
+from diffusers_rtsae.steering import get_site
+from diffusers_rtsae.steering.sites import read_output
+
+PROMPTS = ["a star", "a large blue heart on the left"]
+UNET_SITE, DIT_SITE = "up_blocks.1.attentions.1", "transformer_blocks.0"
+
+
+def picture(count: int = 1, size: int = 64) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+def dictionary(site: str, width: int) -> dict[str, RTSAE]:
+    torch.manual_seed(0)
+    rtsae = RTSAE(site, width, [961, 481, 1], 16, 4)
+    rtsae.typical_activation.fill_(20.0)
+    rtsae.max_activation.fill_(40.0)
+    return {site: rtsae}
+
+
+def bundled(kind, **extra):
+    def build(pipe):
+        known = signature(kind.__init__).parameters
+        components = {name: part for name, part in pipe.components.items() if name in known}
+        built = kind(**(components | extra), requires_safety_checker=False)
+        built.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        return built, UNET_SITE, 160
+
+    return build
+
+
+def controlnet(pipe):
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 96))
+    return bundled(StableDiffusionControlNetPipeline, controlnet=net)(pipe)
+
+
+def changed_unet(pipe, **changes) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**{k: v for k, v in pipe.unet.config.items() if not k.startswith("_")} | changes)
+
+
+def adapter(pipe):
+    extra = T2IAdapter(channels=[64, 160, 192], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter")
+    unet = changed_unet(
+        pipe,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    return bundled(StableDiffusionAdapterPipeline, adapter=extra, unet=unet)(pipe)
+
+
+def latent_consistency(pipe):
+    built, site, width = bundled(LatentConsistencyModelPipeline, unet=changed_unet(pipe, time_cond_proj_dim=32))(pipe)
+    built.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return built, site, width
+
+
+def instruct(pipe):
+    return bundled(StableDiffusionInstructPix2PixPipeline, unet=changed_unet(pipe, in_channels=8))(pipe)
+
+
+def small_vae(latent_channels: int = 4) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=[8], norm_num_groups=4, latent_channels=latent_channels, down_block_types=["DownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D"], sample_size=16, scaling_factor=1.0, shift_factor=0.0,
+    )  # fmt: skip
+
+
+def xl_unet(time_ids: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=(2, 4),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=8 * time_ids + 32,
+        cross_attention_dim=48,
+    )  # fmt: skip
+
+
+def xl(pipe):
+    torch.manual_seed(0)
+    built = StableDiffusionXLPipeline(
+        vae=small_vae(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=xl_unet(6),
+        scheduler=EulerDiscreteScheduler(), add_watermarker=False,
+    )  # fmt: skip
+    return built, "up_blocks.0.attentions.1", 64
+
+
+def xl_refiner(pipe):
+    torch.manual_seed(0)
+    built = StableDiffusionXLImg2ImgPipeline(
+        vae=small_vae(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=xl_unet(5),
+        scheduler=EulerDiscreteScheduler(), requires_aesthetics_score=True, add_watermarker=False,
+    )  # fmt: skip
+    return built, "up_blocks.0.attentions.1", 64
+
+
+def pixart(pipe):
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=16, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=48,
+        in_channels=4, cross_attention_dim=24, out_channels=8,
+    )  # fmt: skip
+    parts = {"tokenizer": None, "text_encoder": None, "vae": small_vae(), "scheduler": DDIMScheduler()}
+    return PixArtAlphaPipeline(**parts, transformer=transformer), DIT_SITE, 24
+
+
+def sd3(pipe):
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        caption_projection_dim=32, joint_attention_dim=48, pooled_projection_dim=32, out_channels=4,
+    )  # fmt: skip
+    nothing = dict.fromkeys(
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return StableDiffusion3Pipeline(transformer, scheduler, small_vae(), **nothing), DIT_SITE, 32
+
+
+def flux(pipe, site=DIT_SITE):
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return FluxPipeline(scheduler, small_vae(1), **nothing, transformer=transformer), site, 32
+
+
+def flux_single(pipe):
+    return flux(pipe, "single_transformer_blocks.0")
+
+
+def embeddings(seed: int, **shapes) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+TEXT = {"prompt": PROMPTS, "guidance_scale": 4.0}
+XL_TEXT = embeddings(
+    1, prompt_embeds=(2, 7, 48), negative_prompt_embeds=(2, 7, 48), pooled_prompt_embeds=(2, 32),
+    negative_pooled_prompt_embeds=(2, 32),
+) | {"guidance_scale": 4.0}  # fmt: skip
+PIXART_TEXT = embeddings(1, prompt_embeds=(2, 7, 48), negative_prompt_embeds=(2, 7, 48)) | {
+    "prompt_attention_mask": torch.ones(2, 7), "negative_prompt_attention_mask": torch.ones(2, 7),
+    "negative_prompt": None, "use_resolution_binning": False, "height": 16, "width": 16,
+}  # fmt: skip
+FLUX_TEXT = embeddings(1, prompt_embeds=(2, 7, 48), pooled_prompt_embeds=(2, 32)) | {"height": 16, "width": 32}
+TRUE_CFG = embeddings(2, negative_prompt_embeds=(2, 7, 48), negative_pooled_prompt_embeds=(2, 32))
+
+#: name -> how it is built, how it is called, and for each denoiser call of one step the rows that the second of two
+#: prompts has besides the unconditional ones
+PIPELINES = {
+    "text-to-image": (bundled(StableDiffusionPipeline), TEXT, [(4, [3])]),
+    "two images a prompt": (bundled(StableDiffusionPipeline), TEXT | {"num_images_per_prompt": 2}, [(8, [6, 7])]),
+    "no guidance": (bundled(StableDiffusionPipeline), TEXT | {"guidance_scale": 1.0}, [(2, [1])]),
+    "image-to-image": (bundled(StableDiffusionImg2ImgPipeline), TEXT | {"image": picture(2), "strength": 0.5}, [(4, [3])]),
+    "inpaint": (
+        bundled(StableDiffusionInpaintPipeline),
+        TEXT | {"image": picture(2), "mask_image": torch.ones(2, 1, 64, 64), "strength": 1.0, "height": 64, "width": 64},
+        [(4, [3])],
+    ),
+    "ControlNet": (controlnet, TEXT | {"image": picture(2)}, [(4, [3])]),
+    "T2I adapter": (adapter, TEXT | {"image": [picture()[0], picture()[0]]}, [(4, [3])]),
+    "perturbed attention": (bundled(StableDiffusionPAGPipeline), TEXT | {"pag_scale": 3.0}, [(6, [3, 5])]),
+    "perturbed attention alone": (
+        bundled(StableDiffusionPAGPipeline), TEXT | {"pag_scale": 3.0, "guidance_scale": 0.0}, [(4, [1, 3])],
+    ),
+    "InstructPix2Pix": (instruct, TEXT | {"image": picture(2), "image_guidance_scale": 1.5}, [(6, [1])]),
+    "latent consistency": (latent_consistency, TEXT, [(2, [1])]),
+    "SDXL": (xl, XL_TEXT, [(4, [3])]),
+    "SDXL refiner": (xl_refiner, XL_TEXT | {"image": picture(2, 16), "strength": 0.5}, [(4, [3])]),
+    "PixArt": (pixart, PIXART_TEXT, [(4, [3])]),
+    "SD3": (sd3, XL_TEXT | {"height": 16, "width": 16}, [(4, [3])]),
+    "SD3 with skipped layers": (
+        sd3, XL_TEXT | {"height": 16, "width": 16, "skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0},
+        [(4, [3]), (4, [3]), (2, [1])],
+    ),
+    "Flux": (flux, FLUX_TEXT, [(2, [1])]),
+    "Flux, single block": (flux_single, FLUX_TEXT, [(2, [1])]),
+    "Flux with true guidance": (flux, FLUX_TEXT | TRUE_CFG | {"true_cfg_scale": 3.0}, [(2, [1]), (2, [])]),
+}  # fmt: skip
+
+
+@pytest.fixture(params=PIPELINES)
+def case(request, pipe):
+    build, call, rows = PIPELINES[request.param]
+    built, site, width = build(pipe)
+    built.set_progress_bar_config(disable=True)
+    steps = 2 if "strength" not in call else 4
+
+    def run(steps=steps, **options):
+        generator = torch.Generator().manual_seed(3)
+        images = built(num_inference_steps=steps, generator=generator, output_type="latent", **(call | options)).images
+        return images.detach().float().numpy()
+
+    built.load_rtsae(dictionary(site, width))
+    yield built, site, run, rows
+    built.unload_rtsae()
+
+
+def record(pipeline, site: str, run) -> list[torch.Tensor]:
+    """The activation at `site` that the network continued with, for each denoiser call."""
+    seen = []
+    hook = get_site(get_denoiser(pipeline), site).register_forward_hook(
+        lambda module, args, output: seen.append(read_output(output).clone())
+    )
+    run()
+    hook.remove()
+    return seen
+
+
+def changed(before: torch.Tensor, after: torch.Tensor) -> list[int]:
+    return [i for i in range(len(before)) if not torch.equal(before[i], after[i])]
+
+
+def test_only_the_rows_of_the_steered_prompt_change(case):
+    pipeline, site, run, rows = case
+    plain = record(pipeline, site, run)
+    with pipeline.rtsae_steering({0: [0.0, 1.0]}, apply_to="cond"):
+        steered = record(pipeline, site, run)
+    assert [len(a) for a in plain[: len(rows)]] == [count for count, _ in rows]
+    assert changed(plain[0], steered[0]) == rows[0][1]
+    assert changed(plain[len(rows) - 1], steered[len(rows) - 1]) == rows[-1][1]
+
+
+def test_contrast_moves_the_unconditional_rows_the_other_way(case):
+    pipeline, site, run, rows = case
+    plain = record(pipeline, site, run)
+    with pipeline.rtsae_steering({0: [0.0, 1.0]}):
+        steered = record(pipeline, site, run)
+    change = (steered[0] - plain[0])[rows[0][1][0]]
+    for before, after, (_, wanted) in zip(plain, steered, rows if not rows[-1][1] else rows[:1], strict=False):
+        moved = changed(before, after)  # in the first step, where nothing else differs
+        assert set(wanted) <= set(moved)
+        for row in moved:
+            expected = change if row in wanted else -change
+            torch.testing.assert_close((after - before)[row], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_loaded_but_idle_is_bit_exact_and_steering_shows(case):
+    pipeline, _, run, _ = case
+    idle = run()
+    with pipeline.rtsae_steering({0: [0.0, 2.0]}):
+        steered = run()
+    half = len(idle) // 2
+    assert np.isfinite(steered).all()
+    assert np.array_equal(steered[:half], idle[:half]) and not np.array_equal(steered[half:], idle[half:])
+    pipeline.unload_rtsae()
+    assert np.array_equal(run(), idle)
+
+
+@pytest.mark.parametrize("name", ["text-to-image", "SDXL", "PixArt", "SD3", "Flux"])
+def test_masks_follow_the_token_grid(pipe, name):
+    build, call, _ = PIPELINES[name]
+    built, site, width = build(pipe)
+    built.set_progress_bar_config(disable=True)
+    built.load_rtsae(dictionary(site, width))
+
+    def run():
+        built(num_inference_steps=1, generator=torch.Generator().manual_seed(3), output_type="latent", **call)
+
+    mask = np.zeros((4, 4))
+    mask[:, :2] = 1  # the left half
+    plain = record(built, site, run)
+    with built.rtsae_steering({0: 1.0}, mask=mask, apply_to="cond"):
+        steered = record(built, site, run)
+    change = (steered[0] - plain[0])[-1]
+    tokens = change.flatten(1).T if change.ndim == 3 else change
+    width = {"Flux": 16}.get(name, round(len(tokens) ** 0.5))
+    grid = tokens.abs().sum(1).view(-1, width) > 0
+    assert grid[:, : width // 2].all() and not grid[:, width // 2 :].any()
+    built.unload_rtsae()
+
+
+def test_a_down_block_is_edited_with_its_skip_connection(pipe, draw):
+    pipe.load_rtsae(dictionary("down_blocks.1", 160))
+    seen = []
+    hook = pipe.unet.down_blocks[1].register_forward_hook(lambda m, a, out: seen.append(out))
+    with pipe.rtsae_steering({0: 1.0}):
+        hook.remove()
+        hook = pipe.unet.down_blocks[1].register_forward_hook(lambda m, a, out: seen.append(out))
+        draw(pipe, steps=1)
+    hook.remove()
+    hidden_states, residuals = seen[0]
+    assert residuals[-1] is hidden_states
+
+
+def test_from_pipe_and_components_share_the_dictionary(pipe, draw):
+    pipe.load_rtsae(dictionary(UNET_SITE, 160))
+    pipe.set_rtsae_features({0: 1.0})
+    expected = draw(pipe, steps=2)
+    for other in (
+        StableDiffusionPipeline.from_pipe(pipe, requires_safety_checker=False),
+        StableDiffusionPipeline(**pipe.components, requires_safety_checker=False),
+    ):
+        other.set_progress_bar_config(disable=True)
+        assert other.get_active_rtsae() == ["default"] and np.array_equal(draw(other, steps=2), expected)
+
+
+def test_guidance_that_stops_in_mid_run(pipe, draw):
+    pipe.load_rtsae(dictionary(UNET_SITE, 160))
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    call = {"callback_on_step_end": stop, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    plain = draw(pipe, steps=4, **call)
+    with pipe.rtsae_steering({0: [0.0, 1.0]}):
+        steered = draw(pipe, steps=4, **call)
+    assert np.array_equal(steered[0], plain[0]) and not np.array_equal(steered[1], plain[1])

@@ -1,0 +1,252 @@
+"""The ways people run diffusers: precision, memory layout, offloading, compilation, adapters, threads."""
+
+import copy
+import pickle
+import threading
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.hooks import apply_group_offloading
+
+from diffusers_rtsae import load_dictionary
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+SITE = "up_blocks.1.attentions.1"
+PROMPTS = ["a star", "a large blue heart on the left"]
+
+
+@pytest.fixture
+def fresh():
+    """A pipeline of its own, for what cannot be undone."""
+    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "shapes-sd")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def reference(draw):
+    """Plain pictures, and those with latent 3 added and latent 5 ablated."""
+    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "shapes-sd")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    plain = draw(pipe, steps=3)
+    pipe.load_rtsae(EXAMPLES / "shapes-rtsae")
+    steer(pipe)
+    return plain, draw(pipe, steps=3)
+
+
+def steer(pipe, strength=1.0):
+    pipe.set_rtsae_features({(SITE, 3): [0.0, strength]})
+
+
+def compile_denoiser(pipe, how: str, **options):
+    torch.compiler.reset()
+    if how == "wrapped":
+        pipe.unet = torch.compile(pipe.unet, **options)
+    elif how == "in place":
+        pipe.unet.compile(**options)
+    else:
+        pipe.unet.compile_repeated_blocks(**options)
+
+
+MODES = {
+    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
+    "fused projections": lambda pipe: pipe.fuse_qkv_projections(vae=False),
+    "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+    "model offload": lambda pipe: accelerate.cpu_offload_with_hook(pipe.unet, "cpu"),
+    "sequential offload": lambda pipe: accelerate.cpu_offload(pipe.unet, "cpu"),
+    "group offload": lambda pipe: apply_group_offloading(
+        pipe.unet, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    ),
+    "vae slicing": lambda pipe: pipe.vae.enable_slicing(),
+    "FreeU": lambda pipe: pipe.enable_freeu(s1=1.0, s2=1.0, b1=1.0, b2=1.0),
+}
+
+
+@pytest.mark.parametrize("order", ["before loading", "after loading"])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_that_do_not_change_the_pictures(fresh, dictionary, draw, reference, mode, order):
+    plain, steered = reference
+    if order == "before loading":
+        MODES[mode](fresh)
+    fresh.load_rtsae(dictionary)
+    if order == "after loading":
+        MODES[mode](fresh)
+    np.testing.assert_allclose(draw(fresh, steps=3), plain, atol=2e-3)
+    steer(fresh)
+    for _ in range(2):  # some hooks are lost after the first generation
+        np.testing.assert_allclose(draw(fresh, steps=3), steered, atol=2e-3)
+    fresh.unload_rtsae()
+    np.testing.assert_allclose(draw(fresh, steps=3), plain, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_steers_as_float32_does(fresh, dictionary, draw, reference, dtype):
+    fresh.to(dtype)
+    plain = draw(fresh, steps=3)
+    fresh.load_rtsae(dictionary)
+    assert np.array_equal(draw(fresh, steps=3), plain)
+    steer(fresh)
+    images = draw(fresh, steps=3)
+    assert np.array_equal(images[0], plain[0]) and np.isfinite(images).all()
+    moved, expected = (images[1] - plain[1]).ravel(), (reference[1][1] - reference[0][1]).ravel()
+    assert np.dot(moved, expected) / (np.linalg.norm(moved) * np.linalg.norm(expected)) > 0.9
+
+
+def test_layerwise_casting(fresh, dictionary, draw, reference):
+    fresh.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    plain = draw(fresh, steps=3)
+    fresh.load_rtsae(dictionary)
+    steer(fresh)
+    images = draw(fresh, steps=3)
+    assert np.array_equal(images[0], plain[0]) and not np.array_equal(images[1], plain[1])
+    np.testing.assert_allclose(images[1] - plain[1], reference[1][1] - reference[0][1], atol=0.25)
+
+
+def test_from_pipe_in_another_precision(fresh, dictionary, draw):
+    fresh.to(torch.bfloat16)
+    fresh.load_rtsae(dictionary)
+    steer(fresh)
+    other = StableDiffusionPipeline.from_pipe(fresh, torch_dtype=torch.float32, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    images = draw(other, steps=3)
+    assert np.isfinite(images).all()
+    other.set_rtsae_features({(SITE, 3): 0.0})
+    assert not np.array_equal(draw(other, steps=3)[1], images[1])
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
+def test_compiled_denoisers(fresh, dictionary, draw, reference, how):
+    """The compiler's own passes are left out (`backend="eager"`): what is tested is what it traces."""
+    plain, steered = reference
+    compile_denoiser(fresh, how, backend="eager")
+    draw(fresh, steps=2)  # compiled before anything is loaded
+    fresh.load_rtsae(dictionary)
+    np.testing.assert_allclose(draw(fresh, steps=3), plain, atol=1e-3)
+    steer(fresh)
+    np.testing.assert_allclose(draw(fresh, steps=3), steered, atol=1e-3)
+    fresh.unload_rtsae()
+    np.testing.assert_allclose(draw(fresh, steps=3), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_one_graph_serves_all_steps_and_strengths(fresh, dictionary, draw, how):
+    counter = torch._dynamo.testing.CompileCounter()
+    compile_denoiser(fresh, how, backend=counter)
+    fresh.load_rtsae(dictionary)
+    images = []
+    for strength in (0.5, 1.0, 2.0):
+        fresh.set_rtsae_features({(SITE, 3): strength}, operation="set")
+        images.append(draw(fresh, steps=4))
+    assert counter.frame_count <= 2
+    assert not np.array_equal(images[0], images[1]) and not np.array_equal(images[1], images[2])
+
+
+def test_lora_before_and_after(fresh, dictionary, draw, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights="gaussian")
+    fresh.load_rtsae(dictionary)
+    steer(fresh)
+    before = draw(fresh, steps=3)
+    fresh.unet.add_adapter(config)
+    for name, parameter in fresh.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.02)
+    with_lora = draw(fresh, steps=3)
+    assert not np.array_equal(with_lora, before)
+    fresh.unload_rtsae()
+    plain = draw(fresh, steps=3)
+    assert np.array_equal(with_lora[0], plain[0]) and not np.array_equal(with_lora[1], plain[1])
+    fresh.load_rtsae(dictionary)  # after the LoRA
+    steer(fresh)
+    assert np.array_equal(draw(fresh, steps=3), with_lora)
+    fresh.unload_lora_weights()
+    np.testing.assert_allclose(draw(fresh, steps=3), before, atol=1e-5)
+
+
+def test_textual_inversion(fresh, dictionary, draw, tmp_path):
+    fresh.load_rtsae(dictionary)
+    steer(fresh)
+    width = fresh.text_encoder.config.hidden_size
+    fresh.load_textual_inversion({"<new>": torch.randn(width, generator=torch.Generator().manual_seed(0))})
+    prompts = ["a <new>", "a <new> on the left"]
+    steered = draw(fresh, prompts, steps=3)
+    fresh.disable_rtsae()
+    plain = draw(fresh, prompts, steps=3)
+    assert np.array_equal(steered[0], plain[0]) and not np.array_equal(steered[1], plain[1])
+
+
+def test_resolution_may_change_between_generations(fresh, dictionary, draw):
+    fresh.load_rtsae(dictionary)
+    steer(fresh)
+    for size in ((64, 64), (96, 64), (64, 128)):
+        steered = draw(fresh, steps=2, height=size[0], width=size[1])
+        fresh.disable_rtsae()
+        plain = draw(fresh, steps=2, height=size[0], width=size[1])
+        fresh.enable_rtsae()
+        assert np.array_equal(steered[0], plain[0]) and not np.array_equal(steered[1], plain[1])
+
+
+def test_several_threads_on_one_denoiser(fresh, dictionary, draw):
+    fresh.load_rtsae(dictionary)
+    fresh.set_rtsae_features({(SITE, 3): 1.0}, operation="set")
+    pipes = [StableDiffusionPipeline(**fresh.components, requires_safety_checker=False) for _ in range(3)]
+    for pipe in pipes:
+        pipe.scheduler = DDIMScheduler.from_config(fresh.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+    expected = [draw(pipe, steps=4, seed=i) for i, pipe in enumerate(pipes)]
+    results = [None] * len(pipes)
+
+    def work(i):
+        results[i] = draw(pipes[i], steps=4, seed=i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(pipes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result, wanted in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, wanted, atol=1e-5)
+
+
+def test_interrupt_and_callbacks(fresh, dictionary, draw):
+    fresh.load_rtsae(dictionary)
+    fresh.set_rtsae_features({(SITE, 3): 1.0}, operation="set")
+    whole = draw(fresh, steps=4)
+
+    def interrupt(pipe, step, timestep, tensors):
+        pipe._interrupt = step >= 1
+        return tensors
+
+    assert not np.array_equal(draw(fresh, steps=4, callback_on_step_end=interrupt), whole)
+    assert np.array_equal(draw(fresh, steps=4), whole)
+
+
+def test_a_copied_or_pickled_denoiser_keeps_its_features(fresh, dictionary, draw):
+    fresh.load_rtsae(dictionary)
+    fresh.set_rtsae_features({(SITE, 3): 1.0}, operation="set")
+    expected = draw(fresh, steps=2)
+    for unet in (copy.deepcopy(fresh.unet), pickle.loads(pickle.dumps(fresh.unet))):
+        other = StableDiffusionPipeline(**(fresh.components | {"unet": unet}), requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+        assert np.array_equal(draw(other, steps=2), expected)
+        other.set_rtsae_features({(SITE, 3): 0.0})
+        assert not np.array_equal(draw(other, steps=2), expected)
+        assert np.array_equal(draw(fresh, steps=2), expected)
+
+
+def test_dictionary_dtype_and_device(fresh, draw):
+    images = []
+    for dtype in (None, torch.float16, torch.float32):
+        fresh.load_rtsae(load_dictionary(EXAMPLES / "shapes-rtsae", dtype=dtype))
+        fresh.set_rtsae_device("cpu")
+        steer(fresh)
+        images.append(draw(fresh, steps=2))
+        fresh.unload_rtsae()
+    assert np.array_equal(images[0], images[1]) and np.allclose(images[0], images[2], atol=1e-4)
