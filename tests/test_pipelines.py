@@ -100,8 +100,9 @@ def instruct(pipe):
 
 def small_vae(latent_channels: int = 4) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=[8], norm_num_groups=4, latent_channels=latent_channels, down_block_types=["DownEncoderBlock2D"],
-        up_block_types=["UpDecoderBlock2D"], sample_size=16, scaling_factor=1.0, shift_factor=0.0,
+        block_out_channels=[8], norm_num_groups=4, latent_channels=latent_channels, sample_size=16,
+        down_block_types=["DownEncoderBlock2D"], up_block_types=["UpDecoderBlock2D"], scaling_factor=1.0,
+        shift_factor=0.0,
     )  # fmt: skip
 
 
@@ -194,10 +195,12 @@ PIPELINES = {
     "text-to-image": (bundled(StableDiffusionPipeline), TEXT, [(4, [3])]),
     "two images a prompt": (bundled(StableDiffusionPipeline), TEXT | {"num_images_per_prompt": 2}, [(8, [6, 7])]),
     "no guidance": (bundled(StableDiffusionPipeline), TEXT | {"guidance_scale": 1.0}, [(2, [1])]),
-    "image-to-image": (bundled(StableDiffusionImg2ImgPipeline), TEXT | {"image": picture(2), "strength": 0.5}, [(4, [3])]),
+    "image-to-image": (
+        bundled(StableDiffusionImg2ImgPipeline), TEXT | {"image": picture(2), "strength": 0.5}, [(4, [3])],
+    ),
     "inpaint": (
         bundled(StableDiffusionInpaintPipeline),
-        TEXT | {"image": picture(2), "mask_image": torch.ones(2, 1, 64, 64), "strength": 1.0, "height": 64, "width": 64},
+        TEXT | {"image": picture(2), "mask_image": torch.ones(2, 1, 64, 64), "height": 64, "width": 64},
         [(4, [3])],
     ),
     "ControlNet": (controlnet, TEXT | {"image": picture(2)}, [(4, [3])]),

@@ -29,8 +29,7 @@ from .evaluate import evaluate
 from .fit import fit_dynamics
 from .store import TrajectoryStore
 
-
-CALIBRATION_TOKENS = 200_000  # whose activations make the statistics of the latents
+STATISTICS_TOKENS = 200_000  # whose activations make the statistics of the latents
 
 
 def geometric_median(points: torch.Tensor, iterations: int = 20) -> torch.Tensor:
@@ -89,12 +88,14 @@ def train_site(
     site: str,
     anchors: list[int],
     data: torch.Tensor,
+    unseen: torch.Tensor,
     dynamics: LinearDynamics,
     work: Path,
     device: str,
     collected: str,
 ) -> RTSAE:
-    """Train the dictionary of one site on `data (tokens, G, d)` float16; `collected` says how these came about."""
+    """Train the dictionary of one site on `data (tokens, G, d)` float16, set its thresholds on `unseen`, as many more
+    float16 trajectories; `collected` says how these came about."""
     settings, seed = recipe["train"], recipe["seed"]
     torch.manual_seed(seed)
     rtsae = RTSAE(site, data.shape[2], anchors, settings["num_latents"], settings["k"])
@@ -150,9 +151,9 @@ def train_site(
             save_checkpoint(checkpoint, step + 1, state, optimizer, mark)
     for tensor in (rtsae.encoder, rtsae.decoder):  # rounded as it will be stored, then calibrated
         tensor.data = tensor.data.half().float()
-    sample = torch.randperm(len(data), generator=step_generator(seed, steps))[:16384]
-    calibrate(rtsae, data[sample].float().to(device), settings["k"])
-    measure_activations(rtsae, data[:CALIBRATION_TOKENS])
+    sample = torch.randperm(len(unseen), generator=step_generator(seed, steps))[:16384]
+    calibrate(rtsae, unseen[sample].float().to(device), settings["k"])
+    measure_activations(rtsae, data[:STATISTICS_TOKENS])
     return rtsae.cpu()
 
 
@@ -204,13 +205,14 @@ def run(recipe: dict, out: Path, work: Path, device: str) -> Dictionary:
         )  # fmt: skip
         print(f"{site}: R² of the predictors {fitted['r2']}")
         data = torch.cat([store.load(shard, site) for shard in shards[:-held_out]])
-        sites[site] = train_site(recipe, site, anchors, data, dynamics, work, device, store.fingerprint)
-        validation = torch.cat([store.load(shard, site) for shard in shards[-held_out:]])
+        unseen, validation = torch.cat([store.load(shard, site) for shard in shards[-held_out:]]).chunk(2)
+        sites[site] = train_site(recipe, site, anchors, data, unseen, dynamics, work, device, store.fingerprint)
         report[site] = fitted | evaluate(sites[site], validation.float(), recipe["train"]["k"])
         print(json.dumps(report[site], indent=2))
     config = {
-        "base_model": recipe["base_model"], "license": recipe["license"], "signature": signature(pipe.unet), "anchors": anchors, "recipe": recipe,
-        "prediction_type": pipe.scheduler.config.prediction_type, "sampler": "DDIM", "metrics": report,
+        "base_model": recipe["base_model"], "license": recipe["license"], "signature": signature(pipe.unet),
+        "anchors": anchors, "recipe": recipe, "prediction_type": pipe.scheduler.config.prediction_type,
+        "sampler": "DDIM", "metrics": report,
     }  # fmt: skip
     labels = json.loads((out / LABELS_NAME).read_text()) if _unchanged(sites, out) else {}
     dictionary = Dictionary(sites, labels, config)

@@ -68,12 +68,10 @@ class PrefixEncoder:
                 rows = rows + length * (rows @ self.rtsae.dynamics.transition[g].float() - rows)
         return rows
 
-    def _fold(
-        self, then: float | None, coordinate: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
+    def _fold(self, then: float | None, coordinate: float) -> tuple:
         """
-        What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation, rows
-        for the past one, a constant, and the threshold.
+        What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation,
+        rows for the past one (`None` if there is none), a constant, and the threshold.
         """
         key = (then, coordinate)
         if key not in self._folds:

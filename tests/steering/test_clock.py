@@ -73,9 +73,7 @@ def test_generation_changes_with_new_timesteps_only():
 
 
 def test_a_layout_of_guidance_that_is_not_known_is_refused():
-    with pytest.raises(
-        ValueError, match="Caller calls the denoiser with 3 rows for 1 images.*expected uncond \\+ cond"
-    ):
+    with pytest.raises(ValueError, match="Caller calls the denoiser with 3 rows for 1 images.*uncond \\+ cond"):
         Caller()(Clock(), 3, 900)
 
 

@@ -39,7 +39,9 @@ def dynamics_of(data: torch.Tensor) -> LinearDynamics:
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
     data = sparse_data()
-    whole = train_site(recipe(), "mid_block", ANCHORS, data, dynamics_of(data), tmp_path / "whole", "cpu", "data")
+    whole = train_site(
+        recipe(), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path / "whole", "cpu", "data"
+    )
 
     class Killed(Exception):
         pass
@@ -54,8 +56,10 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
 
     monkeypatch.setattr("training.train.save_checkpoint", save_then_die)
     with pytest.raises(Killed):
-        train_site(recipe(), "mid_block", ANCHORS, data, dynamics_of(data), tmp_path / "killed", "cpu", "data")
-    resumed = train_site(recipe(), "mid_block", ANCHORS, data, dynamics_of(data), tmp_path / "killed", "cpu", "data")
+        train_site(recipe(), *known, tmp_path / "killed", "cpu", "data")
+    resumed = train_site(
+        recipe(), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path / "killed", "cpu", "data"
+    )
     assert len(saves) == 4  # twenty steps were kept, twenty were made
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -63,15 +67,15 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
 
 def test_a_changed_recipe_does_not_continue_another_run(tmp_path):
     data = sparse_data()
-    train_site(recipe(steps=10), "mid_block", ANCHORS, data, dynamics_of(data), tmp_path, "cpu", "data")
+    train_site(recipe(steps=10), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path, "cpu", "data")
     with pytest.raises(ValueError, match="belongs to a run with other settings"):
-        train_site(recipe(steps=10, k=4), "mid_block", ANCHORS, data, dynamics_of(data), tmp_path, "cpu", "data")
+        train_site(recipe(steps=10, k=4), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path, "cpu", "data")
 
 
 def test_known_features_are_found(tmp_path):
     data = sparse_data()
     rtsae = train_site(
-        recipe(steps=600, prefix=0.2), "mid_block", ANCHORS, data, dynamics_of(data), tmp_path, "cpu", "data"
+        recipe(steps=600, prefix=0.2), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path, "cpu", "data"
     )
     report = evaluate(rtsae, sparse_data(1000, seed=1).float(), k=3)
     assert report["fvu_residual"] < 0.15
@@ -83,7 +87,7 @@ def test_known_features_are_found(tmp_path):
 
 def test_auxiliary_loss_pulls_dead_latents_towards_the_error(tmp_path):
     data = sparse_data(256)
-    rtsae = train_site(recipe(steps=1), "mid_block", ANCHORS, data, dynamics_of(data), tmp_path, "cpu", "data")
+    rtsae = train_site(recipe(steps=1), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path, "cpu", "data")
     rtsae.zero_grad()
     error = torch.randn(64, 3, D)
     dead = torch.zeros(32, dtype=torch.bool)

@@ -53,6 +53,7 @@ def generate(
     images = pipe(
         list(prompts),
         latents=fixed_noise(pipe, seeds),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # of samplers that draw noise on the way
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="pt",
