@@ -34,6 +34,10 @@ from diffusers import (
     T2IAdapter,
     UNet2DConditionModel,
 )
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
+    StableDiffusionXLCoreDenoiseStep,
+)
 
 from diffusers_rtsae import RTSAE
 from diffusers_rtsae.pipeline import get_denoiser
@@ -291,6 +295,27 @@ def test_loaded_but_idle_is_bit_exact_and_steering_shows(case):
     assert np.array_equal(steered[:half], idle[:half]) and not np.array_equal(steered[half:], idle[half:])
     pipeline.unload_rtsae()
     assert np.array_equal(run(), idle)
+
+
+def test_modular_pipelines_which_call_once_for_each_part_of_guidance(pipe):
+    torch.manual_seed(0)
+    built = StableDiffusionXLCoreDenoiseStep().init_pipeline()
+    guider = ClassifierFreeGuidance(guidance_scale=4.0)
+    built.update_components(unet=xl_unet(6), scheduler=EulerDiscreteScheduler(), vae=small_vae(), guider=guider)
+    text = {name: value for name, value in XL_TEXT.items() if name != "guidance_scale"}
+    site = "up_blocks.0.attentions.1"
+    built.load_rtsae(dictionary(site, 64))
+
+    def run():
+        generator = torch.Generator().manual_seed(3)
+        built(**text, num_inference_steps=1, generator=generator, height=16, width=16, output="latents")
+
+    plain = record(built, site, run)
+    for apply_to, wanted in (("cond", [[1], []]), ("contrast", [[1], [1]]), ("all", [[1], [1]])):
+        with built.rtsae_steering({0: [0.0, 1.0]}, apply_to=apply_to):
+            steered = record(built, site, run)
+        assert [changed(a, b) for a, b in zip(plain, steered, strict=True)] == wanted
+    built.unload_rtsae()
 
 
 @pytest.mark.parametrize("name", ["text-to-image", "SDXL", "PixArt", "SD3", "Flux"])

@@ -1,6 +1,9 @@
-"""What the plugin costs: generations with and without it, alternating in one run, as ratios of medians.
+"""What the plugin costs: the same denoising with and without it, alternating in one run, as ratios.
 
-python tests/benchmarks/overhead.py
+    python tests/benchmarks/overhead.py                    # whole generations of the bundled pipeline
+    python tests/benchmarks/overhead.py --model sd15       # one denoiser call at Stable Diffusion 1.5's geometry
+
+Prints, for each setting, the median of the ratios to the plain run of the same round, and their quartiles.
 """
 
 from __future__ import annotations
@@ -11,50 +14,86 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
-from diffusers_rtsae.pipeline import get_dictionary
+from diffusers_rtsae import RTSAE, list_sites
+from diffusers_rtsae.steering import get_site
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+ANCHORS = [961, 721, 481, 241, 1]
+
+
+def bundled() -> tuple[StableDiffusionPipeline, dict]:
+    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "shapes-sd")
+    return pipe, {"prompt": ["a star"] * 8, "num_inference_steps": 10}
+
+
+def sd15(device: str) -> tuple[StableDiffusionPipeline, dict]:
+    """Random weights in the shapes of Stable Diffusion 1.5."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
+        )
+        vae = AutoencoderKL(block_out_channels=[32])
+    unet = unet.to(torch.float16 if device != "cpu" else torch.bfloat16)
+    pipe = StableDiffusionPipeline(
+        vae=vae.to(unet.dtype), text_encoder=None, tokenizer=None, unet=unet, scheduler=DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    text = torch.randn(2, 1, 77, 768, dtype=unet.dtype, device=device)
+    call = {"prompt_embeds": text[0], "negative_prompt_embeds": text[1], "height": 512, "width": 512}
+    return pipe, call | {"num_inference_steps": 1}
+
+
+def random_dictionary(unet: torch.nn.Module, sites: list[str]) -> dict[str, RTSAE]:
+    """Random dictionaries; only rows in use cost anything, so 64 latents stand for any number."""
+    made = {}
+    for site in sites:
+        width = get_site(unet, site).in_channels
+        made[site] = RTSAE(site, width, ANCHORS, num_latents=64, k=8)
+    return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--model", choices=["bundled", "sd15"], default="bundled")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "shapes-sd")
+    pipe, call = bundled() if arguments.model == "bundled" else sd15(arguments.device)
+    pipe.to(arguments.device)
     pipe.set_progress_bar_config(disable=True)
+    attentions = [site for site in list_sites(pipe.unet) if site.rpartition(".")[0].endswith("attentions")]
+    one, four = attentions[-1:], attentions[-4:]
 
     def generate() -> float:
         generator = torch.Generator().manual_seed(0)
         started = time.perf_counter()
-        pipe(
-            ["a star"] * arguments.batch,
-            num_inference_steps=arguments.steps,
-            generator=generator,
-            output_type="latent",
-        )
+        pipe(generator=generator, output_type="latent", **call)
+        if arguments.device != "cpu":
+            torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    def loaded(features: dict | None, **options):
+    def steer(sites: list[str], count: int, **options):
         def prepare():
-            pipe.load_rtsae(EXAMPLES / "shapes-rtsae")
-            site = next(iter(get_dictionary(pipe).sites))
-            if features is not None:
-                pipe.set_rtsae_features({(site, index): value for index, value in features.items()}, **options)
+            pipe.load_rtsae(random_dictionary(pipe.unet, sites))
+            if count:
+                pipe.set_rtsae_features({(site, i): 0.01 for site in sites for i in range(count)}, **options)
 
         return prepare
 
     settings = {
         "plain": lambda: None,
-        "plain again": lambda: None,
-        "loaded, idle": loaded(None),
-        "add 1 feature": loaded({0: 1.0}),
-        "add 5 features": loaded(dict.fromkeys(range(5), 1.0)),
-        "ablate 5 features (encodes)": loaded(dict.fromkeys(range(5), 0.0), operation="scale"),
+        "plain, again": lambda: None,
+        "loaded, idle": steer(one, 0),
+        "1 feature, 1 site": steer(one, 1),
+        "5 features, 1 site": steer(one, 5),
+        "5 features, 1 site, unclipped": steer(one, 5, clip=False),
+        "50 features, 1 site": steer(one, 50),
+        "1 feature, 4 sites": steer(four, 1),
+        "5 features, 4 sites": steer(four, 5),
+        "50 features, 4 sites": steer(four, 50),
     }
     times: dict[str, list[float]] = {name: [] for name in settings}
     for round_ in range(arguments.rounds + 1):  # the first round warms up
@@ -64,10 +103,11 @@ def main() -> None:
             pipe.unload_rtsae()
             if round_:
                 times[name].append(seconds)
-    base = statistics.median(times["plain"])
+    print(f"{arguments.model} on {arguments.device}, {arguments.rounds} rounds")
     for name, values in times.items():
-        ratios = sorted(value / reference for value, reference in zip(values, times["plain"], strict=True))
-        print(f"{name:30} {statistics.median(values) / base:6.3f}   paired {ratios[0]:.3f} to {ratios[-1]:.3f}")
+        ratios = [value / reference for value, reference in zip(values, times["plain"], strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4) if len(set(ratios)) > 1 else (1.0, 1.0, 1.0)
+        print(f"{name:32} {median:6.3f}   quartiles {low:.3f} to {high:.3f}")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,8 @@ def dynamics_of(data: torch.Tensor) -> LinearDynamics:
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
     data = sparse_data()
-    whole = train_site(
-        recipe(), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path / "whole", "cpu", "data"
-    )
+    known = ("mid_block", ANCHORS, data, data, dynamics_of(data))
+    whole = train_site(recipe(), *known, tmp_path / "whole", "cpu", "data")
 
     class Killed(Exception):
         pass
@@ -57,9 +56,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr("training.train.save_checkpoint", save_then_die)
     with pytest.raises(Killed):
         train_site(recipe(), *known, tmp_path / "killed", "cpu", "data")
-    resumed = train_site(
-        recipe(), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path / "killed", "cpu", "data"
-    )
+    resumed = train_site(recipe(), *known, tmp_path / "killed", "cpu", "data")
     assert len(saves) == 4  # twenty steps were kept, twenty were made
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
