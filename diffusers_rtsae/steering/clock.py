@@ -75,9 +75,16 @@ class Clock:
         timestep = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
         is_new = timesteps is not self._timesteps
         if is_new and timesteps is not None:
-            self._unit = 1000 if timesteps.max() <= 1 else 1  # some samplers count time from 0 to 1
+            if timesteps.min() < -1 or timesteps.max() > 1001:
+                raise ValueError(
+                    f"{type(pipeline.scheduler).__name__} calls with timesteps from {timesteps.max():.4g} to "
+                    f"{timesteps.min():.4g}, expected 0 to 1000: a sampler that counts time in another unit cannot be "
+                    "followed."
+                )
+            # some samplers count time from 0 to 1
+            self._unit = 1000 if 0 <= timesteps.min() and timesteps.max() <= 1 else 1
         timestep *= self._unit if timesteps is not None else 1
-        if self._unit == 1 and timestep <= 1 and timesteps is not None and timestep not in timesteps:
+        if self._unit == 1 and 0 <= timestep <= 1 and timesteps is not None and timestep not in timesteps:
             timestep *= 1000  # the sampler counts in training steps, the denoiser from 0 to 1
         if pipeline is None:
             is_new = self.timestep is None or (timestep > self.timestep and timestep >= self._first)

@@ -1,6 +1,9 @@
 """Can this model be steered at all, and where? Difference-of-means directions at every site, judged by the scorer.
 
-python -m training.shapes.capacity --pipeline examples/shapes-sd --out training/results/capacity.json
+    python -m training.shapes.capacity --pipeline examples/shapes-sd --out training/results/capacity.json
+
+Rows are added to the JSON as they are measured; the same command, with more sites or strengths too, adds what is
+missing.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from tqdm import tqdm
 
 from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.hub import write_json
 
 from .evaluate import add_arguments, load_pipeline
 from .steering import STEERED, TARGETS, difference_of_means, measure, probe, run, score
@@ -35,22 +39,29 @@ def main() -> None:
     sets = a.sites or [site for site in list_sites(pipe.unet) if site.rpartition(".")[0].endswith("attentions")]
     sites = list(dict.fromkeys(site for group in sets for site in group.split("+")))
     pipe.load_rtsae(difference_of_means(pipe, sites, a.samples, a.steps, a.guidance, a.batch_size))
-    rows = []
+    settings = {
+        k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "sites", "strengths")
+    }
+    rows: list[dict] = []
+    if a.out.exists():
+        stored = json.loads(a.out.read_text())
+        if stored["settings"] != settings:
+            raise ValueError(f"{a.out} was measured with other settings: {stored['settings']}. Choose another --out.")
+        rows = stored["rows"]
+    trials = [("none", 0.0, "")]
+    trials += [(group, strength, apply_to) for group in sets for strength in a.strengths for apply_to in a.apply_to]
     for kind in a.kinds:
         probes = [probe(factor, value, kind, a.images, seed=0) for factor, value in TARGETS]
         plain = score(scorer, run(pipe, probes, None, a.steps, a.guidance, a.batch_size), probes)
-        settings = [
-            (group, strength, apply_to) for group in sets for strength in a.strengths for apply_to in a.apply_to
-        ]
-        for group, strength, apply_to in tqdm([(None, 0.0, ""), *settings], desc=kind, unit="setting"):
-            if group is None:
-                steered = plain
-            else:
+        for group, strength, apply_to in tqdm(trials, desc=kind, unit="setting"):
+            row = {"prompts": kind, "sites": group, "strength": strength, "apply_to": apply_to}
+            if any(row.items() <= done.items() for done in rows):
+                continue
+            steered = plain
+            if group != "none":
                 strengths = [{(site, t): strength for site in group.split("+")} for t in range(len(TARGETS))]
-                steered = score(
-                    scorer, run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, apply_to=apply_to), probes
-                )
-            row = {"prompts": kind, "sites": group or "none", "strength": strength, "apply_to": apply_to}
+                images = run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, apply_to=apply_to, clip=False)
+                steered = score(scorer, images, probes)
             for factor in STEERED:
                 cells = [
                     measure(s, p, factor, v)
@@ -59,18 +70,10 @@ def main() -> None:
                 ]
                 row[factor] = {name: round(sum(c[name] for c in cells) / len(cells), 4) for name in cells[0]}
             rows.append(row)
-            print(
-                kind,
-                group,
-                strength,
-                apply_to,
-                *(f"{f} {row[f]['success']:.2f}/{row[f]['leakage']:.2f}" for f in STEERED),
-                flush=True,
-            )
+            found = [f"{f} {row[f]['success']:.2f}/{row[f]['leakage_mean']:.2f}" for f in STEERED]
+            print(kind, group, strength, apply_to, *found, flush=True)
             a.out.parent.mkdir(parents=True, exist_ok=True)
-            a.out.write_text(
-                json.dumps({"settings": {k: str(v) for k, v in vars(a).items()}, "rows": rows}, indent=1) + "\n"
-            )
+            write_json(a.out, {"settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":
