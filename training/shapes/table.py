@@ -131,7 +131,8 @@ def main() -> None:
                     entries = [(f["site"], target if method == "means" else i) for f in label["features"]]
                     chosen = {name: strength} if method == "feature" else dict.fromkeys(entries, strength)
                     strengths += [chosen] * len(a.seeds)
-            options = {"adapter_name": method} if strengths else {}
+            # directions that are no features have no range to be kept in
+            options = {"adapter_name": method, "clip": method == "feature"} if strengths else {}
             images = run(
                 pipe,
                 probes,
