@@ -181,6 +181,63 @@ def test_bfloat16_steers_and_stays_finite(pipe, dictionary, feature):
     assert steered.dtype == torch.bfloat16 and torch.isfinite(steered).all() and not torch.equal(steered, plain)
 
 
+def test_schedules_and_their_adapter_weight(steered, feature, draw):
+    plain = draw(steered)
+    ramps = {"tensor": torch.tensor([0.0, 1.0, 2.0]), "function": lambda progress: 2 * progress}
+    images = {}
+    for name, ramp in ramps.items():
+        with steered.rtsae_steering({feature: ramp}):
+            images[name] = draw(steered)
+    np.testing.assert_allclose(images["tensor"], images["function"], atol=1e-5)
+    assert not np.array_equal(images["tensor"], plain)
+    for ramp in ramps.values():
+        steered.set_rtsae_features({feature: ramp})
+        steered.set_rtsae("default", 0.5)
+        halved = draw(steered)
+        steered.set_rtsae("default", 1.0)
+        steered.set_rtsae_features({feature: torch.tensor([0.0, 0.5, 1.0])})
+        np.testing.assert_allclose(halved, draw(steered), atol=1e-5)
+    with steered.rtsae_steering({feature: torch.tensor([[0.0, 1.0], [0.0, 2.0]])}):
+        steered.set_rtsae_features({})
+        images = draw(steered)
+    assert np.array_equal(images[0], plain[0]) and not np.array_equal(images[1], plain[1])
+
+
+def test_nested_edits_do_not_depend_on_their_order(steered, dictionary, draw):
+    one, two = list(dictionary.labels)[:2]
+    with steered.rtsae_steering({one: 1.0}), steered.rtsae_steering({two: 0.5}, start=0.3):
+        inner = draw(steered)
+    with steered.rtsae_steering({two: 0.5}, start=0.3), steered.rtsae_steering({one: 1.0}):
+        np.testing.assert_allclose(draw(steered), inner, atol=1e-4)
+
+
+@pytest.mark.parametrize("operation", ["transfer", "replace"])
+def test_transfer_touches_only_tokens_that_have_the_source(steered, dictionary, draw, operation):
+    one, two = [name for name, label in dictionary.labels.items() if label["factor"] == "background"][:2]
+    plain = draw(steered)
+    steered.set_rtsae_features({one: 1.0}, operation=operation, source=two, where="everywhere")
+    images = draw(steered)
+    report = steered.rtsae_report()
+    assert not np.array_equal(images, plain)
+    assert all(0 <= row["edited"] < 1 for rows in report.values() for row in rows)
+
+
+def test_the_report_says_what_the_last_generation_did(steered, dictionary, feature, draw):
+    entry = dictionary.labels[feature]["features"][0]
+    with steered.rtsae_steering({feature: 1.0}, where="everywhere", start=0.5):
+        draw(steered, steps=10)
+        rows = steered.rtsae_report()[entry["site"]]
+    assert {tuple(row["latents"]) for row in rows} == {tuple(entry["latents"])}
+    assert all(row["timestep"] <= 500 and row["edited"] == 1.0 and 0 <= row["out_of_range"] <= 1 for row in rows)
+    assert len(rows) == len({row["timestep"] for row in rows}) >= 5
+    with steered.rtsae_steering({feature: 50.0}):
+        draw(steered, steps=2)
+        assert all(row["out_of_range"] == 1.0 for row in steered.rtsae_report()[entry["site"]])
+    with steered.rtsae_steering({feature: 1.0}, clip=False, where="everywhere"):
+        draw(steered, steps=2)
+        assert all(row["out_of_range"] is None for row in steered.rtsae_report()[entry["site"]])
+
+
 class TestMisuse:
     """Each misuse is one clear sentence that says what exists."""
 
@@ -200,6 +257,14 @@ class TestMisuse:
     def test_unknown_site_of_a_feature(self, steered):
         with pytest.raises(ValueError, match="has no site 'mid'"):
             steered.set_rtsae_features({("mid", 3): 1.0})
+
+    def test_unknown_option(self, steered, feature):
+        with pytest.raises(ValueError, match="Unknown option 'strenght'; an edit has .*'operation'"):
+            steered.set_rtsae_features({feature: 1.0}, strenght=2.0)
+
+    def test_transfer_without_source(self, steered, feature):
+        with pytest.raises(ValueError, match="needs a `source` feature"):
+            steered.set_rtsae_features({feature: 1.0}, operation="transfer")
 
     def test_features_must_be_a_dict(self, steered):
         with pytest.raises(ValueError, match="as a dict"):

@@ -139,7 +139,7 @@ class Controller:
                 changes = [change for change in changes if change is not None]
                 if changes:
                     edited = hidden_states.clone() if edited is hidden_states else edited
-                    edited[part] += from_tokens(torch.stack(torch.broadcast_tensors(*changes)).sum(0), hidden_states)
+                    edited[part] += from_tokens(sum(changes[1:], changes[0]), hidden_states)
             for stream, (role, part) in enumerate(rows):
                 for plan in self._plans[site]:
                     state = run.states[plan]

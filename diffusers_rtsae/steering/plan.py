@@ -13,7 +13,6 @@ from .clock import TimeGrid
 from .edits import Edit
 
 _REACHED = 0.1  # a step this close before an anchor, in units of anchors, stands for it
-_FOLDS_KEPT = 64  # encoder rows folded for one step, kept for the next generation
 
 
 def _at(values: torch.Tensor, coordinate: float, dim: int = 0) -> torch.Tensor:
@@ -58,42 +57,49 @@ class PrefixEncoder:
         self.offset = (self.encoder * rtsae.decoder_bias.detach()).sum(-1)  # (rows, G)
         self.bias = rtsae.encoder_bias[rows].detach().float().to(device)
         self.threshold = rtsae.threshold.tolist()
-        self._folds: dict[tuple[float | None, float], tuple] = {}
+        self._products: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
 
-    def _carry(self, rows: torch.Tensor, start: float, end: float) -> torch.Tensor:
+    def _product(self, block: int, intervals: tuple[int, ...]) -> torch.Tensor:
+        """Encoder rows of an anchor, carried back over whole intervals between anchors; kept, as they are few."""
+        if (block, intervals) not in self._products:
+            if intervals:
+                transition = self.rtsae.dynamics.transition[intervals[-1]].to(self.encoder)
+                product = self._product(block, intervals[:-1]) @ transition
+            else:
+                product = self.encoder[:, block] / self.rtsae.dynamics.residual_scale[block]
+            self._products[block, intervals] = product
+        return self._products[block, intervals]
+
+    def _carry(self, block: int, start: float, end: float) -> torch.Tensor:
         """`rows @ Φ(start → end)`: the linear dynamics between two coordinates, part of an interval to first order."""
+        terms: dict[tuple[int, ...], float] = {(): 1.0}
         for g in range(len(self.threshold) - 2, -1, -1):
-            length = min(end, g + 1) - max(start, g)
-            if length > 0:
-                rows = rows + length * (rows @ self.rtsae.dynamics.transition[g].float() - rows)
-        return rows
+            part = min(end, g + 1) - max(start, g)
+            if part > 0:
+                stayed = {intervals: c * (1 - part) for intervals, c in terms.items() if part < 1}
+                terms = stayed | {(*intervals, g): c * part for intervals, c in terms.items()}
+        return sum(c * self._product(block, intervals) for intervals, c in terms.items())
 
     def _fold(self, then: float | None, coordinate: float) -> tuple:
         """
         What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation,
         rows for the past one (`None` if there is none), a constant, and the threshold.
         """
-        key = (then, coordinate)
-        if key not in self._folds:
-            dynamics, last = self.rtsae.dynamics, len(self.threshold) - 1
-            mean, scale = _at(dynamics.mean, coordinate), _at(dynamics.scale, coordinate)
-            carried = None
-            if then is None:  # the first activation is its own innovation
-                now = self.encoder[:, 0] / (dynamics.residual_scale[0] * scale)
-                constant, threshold = -(now @ mean) - self.offset[:, 0], self.threshold[0]
-            else:
-                passed = int(then + _REACHED)
-                block = min(max(passed + 1, -int(-(coordinate - _REACHED) // 1)), last)
-                progress = min(max((coordinate - then) / (block - then), 0.0), 1.0)
-                rows = self.encoder[:, block] / dynamics.residual_scale[block]
-                now, carried = rows / scale, self._carry(rows, then, coordinate) / _at(dynamics.scale, then)
-                constant = carried @ _at(dynamics.mean, then) - now @ mean - progress * self.offset[:, block]
-                threshold = self.threshold[passed] + progress * (self.threshold[block] - self.threshold[passed])
-                carried = carried.to(self.device)
-            if len(self._folds) >= _FOLDS_KEPT:
-                self._folds.clear()
-            self._folds[key] = now.to(self.device), carried, constant.to(self.device), threshold
-        return self._folds[key]
+        dynamics, last = self.rtsae.dynamics, len(self.threshold) - 1
+        mean, scale = _at(dynamics.mean, coordinate), _at(dynamics.scale, coordinate)
+        if then is None:  # the first activation is its own innovation
+            now = self._product(0, ()) / scale
+            return now.to(self.device), None, (-(now @ mean) - self.offset[:, 0]).to(self.device), self.threshold[0]
+        passed = int(then + _REACHED)
+        block = min(max(passed + 1, -int(-(coordinate - _REACHED) // 1)), last)
+        progress = min(max((coordinate - then) / (block - then), 0.0), 1.0)
+        now, carried = (
+            self._product(block, ()) / scale,
+            self._carry(block, then, coordinate) / _at(dynamics.scale, then),
+        )
+        constant = carried @ _at(dynamics.mean, then) - now @ mean - progress * self.offset[:, block]
+        threshold = self.threshold[passed] + progress * (self.threshold[block] - self.threshold[passed])
+        return now.to(self.device), carried.to(self.device), constant.to(self.device), threshold
 
     def _commit(self, state: Trajectory) -> None:
         """Once time moves on, a step that reached the next anchor becomes the past that later steps are predicted
@@ -185,7 +191,8 @@ class SitePlan:
         steps = self._steps(state.conditional, tokens, timestep, size, self.edits, state.report)
         state.timestep = timestep
         state.on_conditional = _total([step for _, step in steps])
-        state.contrast = _total([step for edit, step in steps if edit.apply_to == "contrast"])
+        contrast = [step for edit, step in steps if edit.apply_to == "contrast"]
+        state.contrast = state.on_conditional if len(contrast) == len(steps) else _total(contrast)
         return state.on_conditional
 
     def unconditional(
@@ -257,7 +264,9 @@ class SitePlan:
 
 
 def _total(changes: list[torch.Tensor]) -> torch.Tensor | None:
-    return torch.stack(torch.broadcast_tensors(*changes)).sum(0) if changes else None
+    if len(changes) < 2:
+        return changes[0] if changes else None
+    return torch.stack(torch.broadcast_tensors(*changes)).sum(0)
 
 
 def _counts(asked: torch.Tensor, out_of_range: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
