@@ -92,7 +92,7 @@ def demo(
 
     def generate(prompts: list[str], first_seed: int):
         seeds = [torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))]
-        images = pipe(prompts, generator=seeds, num_inference_steps=steps, guidance_scale=4.0, output_type="pt").images
+        images = pipe(prompts, generator=seeds, num_inference_steps=steps, guidance_scale=3.0, output_type="pt").images
         return images.clamp(0, 1)
 
     table = Table(title="Steering with one feature, prompts that leave the factor open", title_justify="left")
@@ -104,7 +104,7 @@ def demo(
             seeds = [torch.Generator().manual_seed(7) for _ in strengths]
             with pipe.rtsae_steering({label: strengths}):
                 images = pipe(
-                    [prompt] * len(strengths), generator=seeds, num_inference_steps=steps, guidance_scale=4.0
+                    [prompt] * len(strengths), generator=seeds, num_inference_steps=steps, guidance_scale=3.0
                 ).images
             rows.append((f"{kind}: {label}", prompt, images))
         many = (scenes[kind] * prompts)[:prompts]
@@ -136,7 +136,7 @@ def demo(
         )
     )
     image, timesteps, maps = trace_features(
-        pipe, prompt, traced, generator=torch.Generator().manual_seed(3), num_inference_steps=steps, guidance_scale=4.0
+        pipe, prompt, traced, generator=torch.Generator().manual_seed(3), num_inference_steps=steps, guidance_scale=3.0
     )
     plot_heat_maps(image, timesteps, maps, traced).savefig(out / "heat_maps.png", dpi=130)
     (out / "measured.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -24,6 +24,7 @@ def feature(dictionary):
     return next(iter(dictionary.labels))
 
 
+@pytest.mark.way(7)
 def test_loaded_but_unused_is_bit_exact(pipe, dictionary, feature, draw):
     plain = draw(pipe)
     keys = list(pipe.unet.state_dict())
@@ -64,6 +65,7 @@ def test_strengths_are_per_prompt(steered, feature, draw, injection, apply_to):
     assert np.array_equal(images[0], plain[0]) and not np.array_equal(images[1], plain[1])
 
 
+@pytest.mark.way(15)
 def test_one_strength_per_prompt_serves_all_its_images(steered, feature, draw):
     plain = draw(steered, num_images_per_prompt=2)
     with steered.rtsae_steering({feature: [0.0, 2.0]}):
@@ -102,6 +104,7 @@ def test_a_zero_mask_protects_and_a_window_limits(steered, feature, draw):
     assert not np.array_equal(late, plain) and not np.array_equal(late, always)
 
 
+@pytest.mark.way(2)
 def test_interrupted_run_leaves_no_trace_in_image_to_image(steered, dictionary, feature, draw):
     latents = [entry["latents"][0] for entry in dictionary.labels[feature]["features"]]
     site = dictionary.labels[feature]["features"][0]["site"]

@@ -261,6 +261,7 @@ def changed(before: torch.Tensor, after: torch.Tensor) -> list[int]:
     return [i for i in range(len(before)) if not torch.equal(before[i], after[i])]
 
 
+@pytest.mark.way(4)
 def test_only_the_rows_of_the_steered_prompt_change(case):
     pipeline, site, run, rows = case
     plain = record(pipeline, site, run)
@@ -341,6 +342,7 @@ def test_masks_follow_the_token_grid(pipe, name):
     built.unload_rtsae()
 
 
+@pytest.mark.way(6)
 def test_a_down_block_is_edited_with_its_skip_connection(pipe, draw):
     pipe.load_rtsae(dictionary("down_blocks.1", 160))
     seen = []
@@ -354,6 +356,7 @@ def test_a_down_block_is_edited_with_its_skip_connection(pipe, draw):
     assert residuals[-1] is hidden_states
 
 
+@pytest.mark.way(8)
 def test_from_pipe_and_components_share_the_dictionary(pipe, draw):
     pipe.load_rtsae(dictionary(UNET_SITE, 160))
     pipe.set_rtsae_features({0: 1.0})
@@ -366,6 +369,7 @@ def test_from_pipe_and_components_share_the_dictionary(pipe, draw):
         assert other.get_active_rtsae() == ["default"] and np.array_equal(draw(other, steps=2), expected)
 
 
+@pytest.mark.way(5)
 def test_guidance_that_stops_in_mid_run(pipe, draw):
     pipe.load_rtsae(dictionary(UNET_SITE, 160))
 

@@ -69,6 +69,8 @@ MODES = {
 }
 
 
+@pytest.mark.way(1)
+@pytest.mark.way(13)
 @pytest.mark.parametrize("order", ["before loading", "after loading"])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_that_do_not_change_the_pictures(fresh, dictionary, draw, reference, mode, order):
@@ -86,6 +88,7 @@ def test_modes_that_do_not_change_the_pictures(fresh, dictionary, draw, referenc
     np.testing.assert_allclose(draw(fresh, steps=3), plain, atol=2e-3)
 
 
+@pytest.mark.way(11)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_steers_as_float32_does(fresh, dictionary, draw, reference, dtype):
     fresh.to(dtype)
@@ -109,6 +112,17 @@ def test_layerwise_casting(fresh, dictionary, draw, reference):
     np.testing.assert_allclose(images[1] - plain[1], reference[1][1] - reference[0][1], atol=0.25)
 
 
+@pytest.mark.way(14)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow_at_absurd_strengths(fresh, dictionary, draw, dtype):
+    fresh.to(dtype)
+    fresh.load_rtsae(dictionary)
+    for strength in (1e6, -1e6):
+        fresh.set_rtsae_features({(SITE, 3): strength, (SITE, 5): strength})
+        assert np.isfinite(draw(fresh, steps=3)).all()
+
+
+@pytest.mark.way(11)
 def test_from_pipe_in_another_precision(fresh, dictionary, draw):
     fresh.to(torch.bfloat16)
     fresh.load_rtsae(dictionary)
@@ -121,6 +135,7 @@ def test_from_pipe_in_another_precision(fresh, dictionary, draw):
     assert not np.array_equal(draw(other, steps=3)[1], images[1])
 
 
+@pytest.mark.way(9)
 @pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
 def test_compiled_denoisers(fresh, dictionary, draw, reference, how):
     """The compiler's own passes are left out (`backend="eager"`): what is tested is what it traces."""
@@ -135,6 +150,7 @@ def test_compiled_denoisers(fresh, dictionary, draw, reference, how):
     np.testing.assert_allclose(draw(fresh, steps=3), plain, atol=1e-3)
 
 
+@pytest.mark.way(10)
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_one_graph_serves_all_steps_and_strengths(fresh, dictionary, draw, how):
     counter = torch._dynamo.testing.CompileCounter()
@@ -148,6 +164,7 @@ def test_one_graph_serves_all_steps_and_strengths(fresh, dictionary, draw, how):
     assert not np.array_equal(images[0], images[1]) and not np.array_equal(images[1], images[2])
 
 
+@pytest.mark.way(12)
 def test_lora_before_and_after(fresh, dictionary, draw, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights="gaussian")
@@ -170,6 +187,41 @@ def test_lora_before_and_after(fresh, dictionary, draw, tmp_path):
     np.testing.assert_allclose(draw(fresh, steps=3), before, atol=1e-5)
 
 
+def ip_adapter_weights(unet, width: int = 16) -> dict:
+    """Random weights of an IP-Adapter that fit a U-Net."""
+    generator, cross = torch.Generator().manual_seed(0), unet.config.cross_attention_dim
+    weights, index = {}, 1
+    for name in unet.attn_processors:
+        if name.endswith("attn2.processor"):
+            hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            for part in ("to_k_ip", "to_v_ip"):
+                weights[f"{index}.{part}.weight"] = torch.randn(hidden, cross, generator=generator) * 0.1
+            index += 2
+    projection = {
+        "proj.weight": torch.randn(4 * cross, width, generator=generator) * 0.1, "proj.bias": torch.zeros(4 * cross),
+        "norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross),
+    }  # fmt: skip
+    return {"image_proj": projection, "ip_adapter": weights}
+
+
+@pytest.mark.way(13)
+def test_ip_adapter_before_and_after(fresh, dictionary, draw):
+    without = draw(fresh, steps=3)
+    fresh.load_rtsae(dictionary)
+    steer(fresh)
+    fresh.unet._load_ip_adapter_weights([ip_adapter_weights(fresh.unet)])
+    embeds = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))  # unconditional, conditional
+    call = {"steps": 3, "ip_adapter_image_embeds": [embeds.repeat_interleave(2, 0)]}
+    steered = draw(fresh, **call)
+    fresh.unload_rtsae()
+    plain = draw(fresh, **call)
+    assert np.array_equal(steered[0], plain[0]) and not np.array_equal(steered[1], plain[1])
+    assert not np.array_equal(plain, without)
+    fresh.load_rtsae(dictionary)  # after the IP-Adapter
+    steer(fresh)
+    assert np.array_equal(draw(fresh, **call), steered)
+
+
 def test_textual_inversion(fresh, dictionary, draw, tmp_path):
     fresh.load_rtsae(dictionary)
     steer(fresh)
@@ -182,6 +234,7 @@ def test_textual_inversion(fresh, dictionary, draw, tmp_path):
     assert np.array_equal(steered[0], plain[0]) and not np.array_equal(steered[1], plain[1])
 
 
+@pytest.mark.way(15)
 def test_resolution_may_change_between_generations(fresh, dictionary, draw):
     fresh.load_rtsae(dictionary)
     steer(fresh)
@@ -193,6 +246,7 @@ def test_resolution_may_change_between_generations(fresh, dictionary, draw):
         assert np.array_equal(steered[0], plain[0]) and not np.array_equal(steered[1], plain[1])
 
 
+@pytest.mark.way(15)
 def test_several_threads_on_one_denoiser(fresh, dictionary, draw):
     fresh.load_rtsae(dictionary)
     fresh.set_rtsae_features({(SITE, 3): 1.0}, operation="set")
@@ -228,6 +282,7 @@ def test_interrupt_and_callbacks(fresh, dictionary, draw):
     assert np.array_equal(draw(fresh, steps=4), whole)
 
 
+@pytest.mark.way(15)
 def test_a_copied_or_pickled_denoiser_keeps_its_features(fresh, dictionary, draw):
     fresh.load_rtsae(dictionary)
     fresh.set_rtsae_features({(SITE, 3): 1.0}, operation="set")

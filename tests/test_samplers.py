@@ -50,6 +50,8 @@ def sampler(request, steered):
     return request.param
 
 
+@pytest.mark.way(2)
+@pytest.mark.way(3)
 @pytest.mark.parametrize("steps", [1, 4, 7])
 def test_edits_act_and_seeds_repeat(steered, sampler, draw, steps, monkeypatch):
     if (sampler, steps) == ("IPNDM", 1):

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="prompts for each target value")
     parser.add_argument("--samples", type=int, default=512, help="pictures behind the means")
     a = parser.parse_args()
-    pipe, scorer = load_pipeline(a.pipeline, a.device), FactorScorer.from_pretrained(a.scorer).to(a.device)
+    pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
     sets = a.sites or [site for site in list_sites(pipe.unet) if site.rpartition(".")[0].endswith("attentions")]
     sites = list(dict.fromkeys(site for group in sets for site in group.split("+")))
     pipe.load_rtsae(difference_of_means(pipe, sites, a.samples, a.steps, a.guidance, a.batch_size))

@@ -27,13 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", type=Path, default=Path("examples/shapes-sd"))
     parser.add_argument("--scorer", type=Path, default=Path("examples/shapes-scorer"))
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the pipeline")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_pipeline(folder: Path | str, device: str) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(folder).to(device)
+def load_pipeline(folder: Path | str, device: str, dtype: str = "float32") -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     return pipe
@@ -43,11 +44,11 @@ def fixed_noise(pipe: StableDiffusionPipeline, seeds: Sequence[int]) -> torch.Te
     """Initial latents `(images, 4, 16, 16)`, one seed an image, the same on every device."""
     shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(noise).to(pipe.device)
+    return torch.stack(noise).to(pipe.device, pipe.unet.dtype)
 
 
 def generate(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int = 25, guidance: float = 4.0
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int = 25, guidance: float = 3.0
 ) -> torch.Tensor:
     """Images `(prompts, 3, 64, 64)` in [0, 1] on the CPU, one seed an image."""
     images = pipe(
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/shapes-sd-metrics.json"))
     parser.add_argument("--prompts", type=int, default=512)
     a = parser.parse_args()
-    pipe, scorer = load_pipeline(a.pipeline, a.device), FactorScorer.from_pretrained(a.scorer).to(a.device)
+    pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
     result, sheet = evaluate(pipe, scorer, a.prompts, a.steps, a.guidance, a.batch_size)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -117,12 +117,13 @@ def main() -> None:
     parser.add_argument("--set-sizes", nargs="*", type=int, default=list(SET_SIZES))
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the pipeline")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     recipe = yaml.safe_load(a.recipe.read_text())
     guidance = recipe["collect"]["guidance_scale"]
     pipe, scorer = (
-        load_pipeline(recipe["pipeline"], a.device),
+        load_pipeline(recipe["pipeline"], a.device, a.dtype),
         FactorScorer.from_pretrained(recipe["scorer"]).to(a.device),
     )
     store = open_store(recipe, a.work, anchor_timesteps(pipe, recipe["collect"]["steps"], recipe["anchors"]), pipe)

@@ -311,11 +311,15 @@ def save_pipeline(out: Path, vae, text_encoder, tokenizer, unet, scheduler) -> N
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.to("cpu", torch.float16).save_pretrained(out)
+    for part in ("unet", "vae"):  # where a part was loaded from is nobody's business
+        path = out / part / "config.json"
+        config = {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n")
     # the tokenizer's file format of transformers 4, beside that of 5
     build_tokenizer(out / "tokenizer", tokenizer.model_max_length)
-    config = out / "text_encoder" / "config.json"
+    path = out / "text_encoder" / "config.json"
     # transformers loads in the dtype the config names, diffusers in float32: make them agree
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="for each label")
     parser.add_argument("--step-counts", nargs="*", type=int, default=[25, 4, 10, 50])
     a = parser.parse_args()
-    pipe, scorer = load_pipeline(a.pipeline, a.device), FactorScorer.from_pretrained(a.scorer).to(a.device)
+    pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
     dictionary = load_dictionary(a.dictionary)
     labels = {name: dictionary.labels[name] for name in a.labels or dictionary.labels}
     pipe.load_rtsae(dictionary)

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 2.0, 0.5, -1.0])
     parser.add_argument("--samples", type=int, default=512, help="pictures behind the difference of means")
     a = parser.parse_args()
-    pipe, scorer = load_pipeline(a.pipeline, a.device), FactorScorer.from_pretrained(a.scorer).to(a.device)
+    pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     sites, labels = list(dictionary.sites), dictionary.labels
     pipe.load_rtsae(difference_of_means(pipe, sites, a.samples, a.steps, a.guidance, a.batch_size), "means")

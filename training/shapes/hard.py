@@ -1,0 +1,114 @@
+"""The hard case: prompts that name another value than the one that is steered to (a green star, steered red).
+
+    python -m training.shapes.hard --out training/results/hard.json
+
+For each pair of labelled values of a factor: `add` alone, and the token-local edits `transfer` and `replace`, which
+take from the feature of the value that the prompt names. Rows are added to the JSON as they are measured; the same
+command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.hub import write_json
+
+from .evaluate import add_arguments, generate, load_pipeline
+from .scenes import FACTORS
+from .steering import Probe, code, measure, probe, run, score
+
+METHODS = ("add", "transfer", "replace")
+
+
+def steer(
+    pipe, probes: list[Probe], targets: list[str], labels: dict, method: str, strength: float, a
+) -> torch.Tensor:
+    """Generate the pictures of all probes, each prompt steered from the value it names to its probe's target."""
+    rows = []
+    for one, target in zip(probes, targets, strict=True):
+        for i, prompt in enumerate(one.prompts):
+            named = FACTORS[one.factor][code(one.scenes, one.factor)[i]]
+            rows.append((prompt, one.seeds[i], target, named))
+    images = []
+    for start in range(0, len(rows), a.batch_size):
+        part = rows[start : start + a.batch_size]
+        with ExitStack() as stack:
+            for target, named in dict.fromkeys((r[2], r[3]) for r in part):
+                chosen = torch.tensor([float((r[2], r[3]) == (target, named)) for r in part])
+                options = {"mask": chosen[:, None, None].expand(-1, 8, 8)}
+                if method != "add" and named in labels:
+                    options |= {"operation": method, "source": named}
+                stack.enter_context(pipe.rtsae_steering({target: strength}, **options))
+            images.append(generate(pipe, [r[0] for r in part], [r[1] for r in part], a.steps, a.guidance))
+    return torch.cat(images)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Success / leakage / valid of each factor, at each method's best strength."""
+    factors = list(dict.fromkeys(r["factor"] for r in rows))
+    text = ["| edit | " + " | ".join(factors) + " |", "| --- |" + " --- |" * len(factors)]
+    for method in dict.fromkeys(r["method"] for r in rows):
+        cells = []
+        for factor in factors:
+            found = [r for r in rows if (r["factor"], r["method"]) == (factor, method)]
+            best = max(found, key=lambda r: r["success"] - r["leakage"])
+            cells.append(f"{best['success']:.2f} / {best['leakage']:.2f} / {best['valid']:.2f} @{best['strength']:g}")
+        text.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--dictionary", type=Path, default=Path("examples/shapes-rtsae"))
+    parser.add_argument("--out", type=Path, default=Path("runs/hard.json"))
+    parser.add_argument("--prompts", type=int, default=8, help="for each label")
+    parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 1.5])
+    a = parser.parse_args()
+    pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
+    dictionary = load_dictionary(a.dictionary)
+    pipe.load_rtsae(dictionary)
+    labels = dictionary.labels
+    settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "strengths")}
+    rows: list[dict] = []
+    if a.out.exists():
+        stored = json.loads(a.out.read_text())
+        if stored["settings"] != settings:
+            raise ValueError(f"{a.out} was measured with other settings: {stored['settings']}. Choose another --out.")
+        rows = stored["rows"]
+    targets = list(labels)
+    probes = [
+        probe(labels[name]["factor"], labels[name]["value"], "contradicted", a.prompts, seed=400) for name in targets
+    ]
+    plain = score(scorer, run(pipe, probes, None, a.steps, a.guidance, a.batch_size), probes)
+    trials = [(method, strength) for method in METHODS for strength in a.strengths]
+    for method, strength in tqdm(trials, unit="setting"):
+        if any((r["method"], r["strength"]) == (method, strength) for r in rows):
+            continue
+        steered = score(scorer, steer(pipe, probes, targets, labels, method, strength, a), probes)
+        for factor in dict.fromkeys(label["factor"] for label in labels.values()):
+            cells = [
+                measure(steered[i], plain[i], factor, labels[name]["value"])
+                for i, name in enumerate(targets)
+                if labels[name]["factor"] == factor
+            ]
+            mean = {key: round(sum(cell[key] for cell in cells) / len(cells), 4) for key in cells[0]}
+            row = {"factor": factor, "method": method, "strength": strength, "n": len(cells) * a.prompts}
+            rows.append(row | mean)
+            print(rows[-1], flush=True)
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(a.out, {"settings": settings, "rows": rows})
+    a.out.with_suffix(".md").write_text(markdown(rows))
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
