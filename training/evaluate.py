@@ -26,8 +26,9 @@ def evaluate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> dict:
         `dict`: FVU per anchor and over all, in residual space and in activation space. In activation space anchors are
         weighed by their own variance (each divided by its scale): `online` rolls the reconstruction out from the
         first anchor, `teacher_forced` predicts each anchor from the true one before. L0 with BatchTopK and with the
-        threshold, share of dead latents, and how well the code of each prefix agrees with the whole: cosine of the
-        codes, and the share of the whole code's active latents that the prefix finds.
+        threshold, share of latents that never fired when their statistics were measured, and how well the code of each
+        prefix agrees with the whole: cosine of the codes, and the share of the whole code's active latents that the
+        prefix finds.
     """
     dynamics = rtsae.dynamics
     codes, residuals = [], dynamics.residuals(trajectories)
@@ -49,7 +50,7 @@ def evaluate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> dict:
         "cosine_online": round(torch.cosine_similarity(online.flatten(1), truth.flatten(1)).mean().item(), 4),
         "l0_batch_topk": round((topk > 0).float().sum(1).mean().item(), 2),
         "l0_threshold": round(active.float().sum(1).mean().item(), 2),
-        "dead": round((~active.any(0)).float().mean().item(), 4),
+        "dead": round((rtsae.density == 0).float().mean().item(), 4),
         "prefix_cosine": [round(torch.cosine_similarity(c, whole).mean().item(), 4) for c in codes],
         "prefix_recall": [round(((c > 0) & active).sum().item() / active.sum().item(), 4) for c in codes],
         "prefix_l0": [round((c > 0).float().sum(1).mean().item(), 2) for c in codes],

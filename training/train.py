@@ -225,7 +225,10 @@ def _unchanged(sites: dict[str, RTSAE], folder: Path) -> bool:
     """Whether `folder` holds these very dictionaries, so that its labels still hold."""
     if not (folder / CONFIG_NAME).exists() or not (folder / LABELS_NAME).exists():
         return False
-    before = load_dictionary(folder).sites
+    try:
+        before = load_dictionary(folder).sites
+    except (OSError, ValueError):  # of another version, or damaged: about to be replaced
+        return False
     same = before.keys() == sites.keys()
     return same and all(torch.equal(before[site].encoder.half(), sites[site].encoder.half()) for site in sites)
 

@@ -123,10 +123,11 @@ def main() -> None:
     recipe = yaml.safe_load(a.recipe.read_text())
     guidance = recipe["collect"]["guidance_scale"]
     pipe, scorer = (
-        load_pipeline(recipe["pipeline"], a.device, a.dtype),
+        load_pipeline(recipe["pipeline"], a.device),
         FactorScorer.from_pretrained(recipe["scorer"]).to(a.device),
     )
     store = open_store(recipe, a.work, anchor_timesteps(pipe, recipe["collect"]["steps"], recipe["anchors"]), pipe)
+    pipe.to(getattr(torch, a.dtype))
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     probes = [probe(factor, value, "open", a.images, seed=50) for factor, value in TARGETS]
     plain = score(scorer, run(pipe, probes, None, a.steps, guidance, a.batch_size), probes)
