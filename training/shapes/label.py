@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.hub import write_json
 
 from ..collect import anchor_timesteps
 from ..store import TrajectoryStore
@@ -178,7 +177,9 @@ def main() -> None:
                 # strength 1 is where it was verified to work
                 entry["weights"] = [round(w * label["measured"]["strength"], 4) for w in entry["weights"]]
             kept[value] = label
-    write_json(a.dictionary / "labels.json", kept)
+    stored = load_dictionary(a.dictionary)
+    stored.labels = kept
+    stored.save(a.dictionary)
 
 
 if __name__ == "__main__":
