@@ -109,7 +109,6 @@ def main() -> None:
     plans += [
         (method, s) for s in a.strengths for method in ("feature", "means", "random") if method != "random" or s > 0
     ]
-    plans.append(("means", 4.0))
     for kind in KINDS:
         probes: list[Probe] = []
         for label in labels.values():
