@@ -42,8 +42,8 @@ def sd15(device: str) -> tuple[StableDiffusionPipeline, dict]:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     text = torch.randn(2, 1, 77, 768, dtype=unet.dtype, device=device)
-    call = {"prompt_embeds": text[0], "negative_prompt_embeds": text[1], "height": 64, "width": 64}  # the autoencoder does not scale
-    return pipe, call | {"num_inference_steps": 1}
+    call = {"prompt_embeds": text[0], "negative_prompt_embeds": text[1], "num_inference_steps": 1}
+    return pipe, call | {"height": 64, "width": 64}  # of the latents: this autoencoder does not scale
 
 
 def random_dictionary(unet: torch.nn.Module, sites: list[str]) -> dict[str, RTSAE]:
