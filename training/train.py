@@ -210,9 +210,9 @@ def run(recipe: dict, out: Path, work: Path, device: str) -> Dictionary:
         report[site] = fitted | evaluate(sites[site], validation.float(), recipe["train"]["k"])
         print(json.dumps(report[site], indent=2))
     config = {
-        "base_model": recipe["base_model"], "license": recipe["license"], "signature": signature(pipe.unet),
-        "anchors": anchors, "recipe": recipe, "prediction_type": pipe.scheduler.config.prediction_type,
-        "sampler": "DDIM", "metrics": report,
+        "base_model": recipe["base_model"], "license": recipe.get("license", "unknown"),
+        "signature": signature(pipe.unet), "anchors": anchors, "recipe": recipe,
+        "prediction_type": pipe.scheduler.config.prediction_type, "sampler": "DDIM", "metrics": report,
     }  # fmt: skip
     labels = json.loads((out / LABELS_NAME).read_text()) if _unchanged(sites, out) else {}
     dictionary = Dictionary(sites, labels, config)

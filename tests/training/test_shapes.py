@@ -51,7 +51,7 @@ def test_held_out_combinations_never_appear_in_training():
 def test_flat_pictures_have_the_named_colours():
     scenes = sample_scenes(4000, 2, objects=1)
     scenes = scenes[scenes.style == 0][slice(50)]
-    images, cover = render_layers(scenes)
+    images, cover, _ = render_layers(scenes)
     palette, backgrounds = torch.tensor(list(COLOURS.values())), torch.tensor(list(BACKGROUNDS.values()))
     for i in range(len(scenes)):
         inside, outside = images[i][:, cover[i, 0] > 0.99].mean(1), images[i][:, cover[i, 0] == 0].mean(1)
