@@ -9,7 +9,6 @@ missing.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, load_pipeline
+from .evaluate import add_arguments, load_pipeline, stored_rows
 from .steering import STEERED, TARGETS, difference_of_means, measure, probe, run, score
 
 
@@ -42,12 +41,7 @@ def main() -> None:
     settings = {
         k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "sites", "strengths")
     }
-    rows: list[dict] = []
-    if a.out.exists():
-        stored = json.loads(a.out.read_text())
-        if stored["settings"] != settings:
-            raise ValueError(f"{a.out} was measured with other settings: {stored['settings']}. Choose another --out.")
-        rows = stored["rows"]
+    rows = stored_rows(a.out, settings)
     trials = [("none", 0.0, "")]
     trials += [(group, strength, apply_to) for group in sets for strength in a.strengths for apply_to in a.apply_to]
     for kind in a.kinds:

@@ -33,6 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def stored_rows(path: Path, settings: dict[str, str]) -> list[dict]:
+    """The rows that an earlier run of a measurement wrote; raises `ValueError` if its settings were others."""
+    if not path.exists():
+        return []
+    stored = json.loads(path.read_text())
+    if stored["settings"] != settings:
+        raise ValueError(f"{path} was measured with other settings: {stored['settings']}. Choose another --out.")
+    return stored["rows"]
+
+
 def load_pipeline(folder: Path | str, device: str, dtype: str = "float32") -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)

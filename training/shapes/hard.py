@@ -10,7 +10,6 @@ command continues where it was stopped.
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, generate, load_pipeline
+from .evaluate import add_arguments, generate, load_pipeline, stored_rows
 from .scenes import FACTORS
 from .steering import Probe, code, measure, probe, run, score
 
@@ -78,12 +77,7 @@ def main() -> None:
     pipe.load_rtsae(dictionary)
     labels = dictionary.labels
     settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "strengths")}
-    rows: list[dict] = []
-    if a.out.exists():
-        stored = json.loads(a.out.read_text())
-        if stored["settings"] != settings:
-            raise ValueError(f"{a.out} was measured with other settings: {stored['settings']}. Choose another --out.")
-        rows = stored["rows"]
+    rows = stored_rows(a.out, settings)
     targets = list(labels)
     probes = [
         probe(labels[name]["factor"], labels[name]["value"], "contradicted", a.prompts, seed=400) for name in targets

@@ -9,7 +9,6 @@ are added to the JSON as they are measured; the same command continues where it 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import diffusers
@@ -19,7 +18,7 @@ from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, load_pipeline
+from .evaluate import add_arguments, load_pipeline, stored_rows
 from .steering import measure, probe, run, score
 
 SAMPLERS = {
@@ -68,12 +67,7 @@ def main() -> None:
     labels = {name: dictionary.labels[name] for name in a.labels or dictionary.labels}
     pipe.load_rtsae(dictionary)
     settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "steps")}
-    rows: list[dict] = []
-    if a.out.exists():
-        stored = json.loads(a.out.read_text())
-        if stored["settings"] != settings:
-            raise ValueError(f"{a.out} was measured with other settings: {stored['settings']}. Choose another --out.")
-        rows = stored["rows"]
+    rows = stored_rows(a.out, settings)
     probes = [probe(label["factor"], label["value"], "open", a.prompts, seed=300) for label in labels.values()]
     config = pipe.scheduler.config
     for steps in a.step_counts:

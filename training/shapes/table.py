@@ -8,7 +8,6 @@ Rows are added to the JSON as they are measured; the same command continues wher
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, load_pipeline
+from .evaluate import add_arguments, load_pipeline, stored_rows
 from .steering import (
     TARGETS,
     Probe,
@@ -98,12 +97,7 @@ def main() -> None:
     pipe.load_rtsae(dictionary, "feature")
     pipe.load_rtsae(random_directions(dictionary), "random")
     settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size")}
-    rows: list[dict] = []
-    if a.out.exists():
-        stored = json.loads(a.out.read_text())
-        if stored["settings"] != settings:
-            raise ValueError(f"{a.out} was measured with other settings: {stored['settings']}. Choose another --out.")
-        rows = stored["rows"]
+    rows = stored_rows(a.out, settings)
 
     plans = [("plain", 0.0), ("prompt", 0.0)]
     plans += [
