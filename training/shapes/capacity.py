@@ -38,9 +38,8 @@ def main() -> None:
     sets = a.sites or [site for site in list_sites(pipe.unet) if site.rpartition(".")[0].endswith("attentions")]
     sites = list(dict.fromkeys(site for group in sets for site in group.split("+")))
     pipe.load_rtsae(difference_of_means(pipe, sites, a.samples, a.steps, a.guidance, a.batch_size))
-    settings = {
-        k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "sites", "strengths")
-    }
+    asked = ("out", "device", "batch_size", "sites", "strengths", "apply_to", "kinds")  # what rows say themselves
+    settings = {k: str(v) for k, v in vars(a).items() if k not in asked}
     rows = stored_rows(a.out, settings)
     trials = [("none", 0.0, "")]
     trials += [(group, strength, apply_to) for group in sets for strength in a.strengths for apply_to in a.apply_to]
