@@ -258,10 +258,13 @@ class RTSAELoaderMixin:
     def delete_rtsae(self, adapter_names: str | list[str]) -> None:
         """Remove single dictionaries."""
         controller = _controller(self)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:  # a wrong name deletes none
             _adapter(controller, name)
-            del controller.adapters[name]
+        controller.adapters = {name: one for name, one in controller.adapters.items() if name not in names}
         _install(self)
+        if not controller.adapters:
+            self.unload_rtsae()
 
     def unload_rtsae(self) -> None:
         """Remove every dictionary; the pipeline is as before `load_rtsae`."""

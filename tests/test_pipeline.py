@@ -167,6 +167,17 @@ def test_several_dictionaries(pipe, dictionary, feature, draw):
     assert list(pipe.get_list_rtsae()) == ["first"]
 
 
+def test_a_wrong_name_deletes_nothing_and_the_last_takes_the_hooks_along(steered, feature, draw):
+    plain = draw(steered)
+    steered.set_rtsae_features({feature: 1.0})
+    images = draw(steered)
+    with pytest.raises(ValueError, match="'second'"):
+        steered.delete_rtsae(["default", "second"])
+    assert list(steered.get_list_rtsae()) == ["default"] and np.array_equal(draw(steered), images)
+    steered.delete_rtsae(["default"])
+    assert np.array_equal(draw(steered), plain) and not steered.unet._forward_pre_hooks
+
+
 def test_bfloat16_steers_and_stays_finite(pipe, dictionary, feature):
     modules = {name: copy.deepcopy(getattr(pipe, name)).bfloat16() for name in ("unet", "vae", "text_encoder")}
     other = StableDiffusionPipeline(**(pipe.components | modules), requires_safety_checker=False)
