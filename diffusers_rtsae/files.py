@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import reprlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,6 +29,14 @@ _JSON_BYTES, _JSON_DEPTH = 64 * 2**20, 32
 _short = reprlib.Repr()  # what a file holds may be long, a message about it must not be
 _short.maxstring = _short.maxother = 120
 brief = _short.repr
+_names = reprlib.Repr()
+_names.maxlist, _names.maxstring = 30, 120
+
+
+def closest(name, known: Iterable[str]) -> str:
+    """How a message on an unknown name ends: with those that may have been meant, or else with what there is."""
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    return f"Did you mean {near}?" if near else f"It has {_names.repr(sorted(known))}."
 
 
 def write_json(path: Path, content) -> None:
@@ -90,7 +100,9 @@ def check_label(path: Path, name: str, label, sizes: dict[str, int | None]) -> N
     name = brief(name)
     features, edit = (label.get("features"), label.get("edit", {})) if isinstance(label, dict) else (None, None)
     if not isinstance(features, list) or not features or not isinstance(edit, dict):
-        raise ValueError(f"{path}: label {name} must have a list of `features`.")
+        raise ValueError(
+            f"{path}: label {name} must be an object with a list `features` and, if any, an object `edit`."
+        )
     for entry in features:
         entry = entry if isinstance(entry, dict) else {}
         site, rows, weights, where = (entry.get(key) for key in ("site", "latents", "weights", "where"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import json
@@ -35,6 +34,7 @@ from .files import (
     brief,
     check_label,
     check_sites,
+    closest,
     is_site,
     load_site,
     read_json,
@@ -103,9 +103,7 @@ class Dictionary:
         options."""
         if isinstance(name, str):
             if name not in self.labels:
-                near = difflib.get_close_matches(name, self.labels, n=3, cutoff=0.4)
-                hint = f"Did you mean {near}?" if near else f"It has {sorted(self.labels)}."
-                raise ValueError(f"The dictionary has no feature labelled {name!r}. {hint}")
+                raise ValueError(f"The dictionary has no feature labelled {name!r}. {closest(name, self.labels)}")
             label = self.labels[name]
             entries = [entry for entry in label["features"] if entry["site"] in self.sites]
             if not entries:
@@ -125,7 +123,7 @@ class Dictionary:
             raise ValueError(f"Expected a label, an index or (site, index) as a feature, got {name!r}.")
         site, index = name
         if site not in self.sites:
-            raise ValueError(f"The dictionary has no site {site!r}; it has {list(self.sites)}.")
+            raise ValueError(f"The dictionary has no site {site!r}. {closest(site, self.sites)}")
         count = self.sites[site].config.num_latents
         if type(index) is not int or not 0 <= index < count:
             raise ValueError(
@@ -319,13 +317,16 @@ def load_dictionary(
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"Expected `dtype` to be one of {list(DTYPES.values())}, got {dtype!r}.")
     if isinstance(source, Dictionary | dict):
-        if subfolder is not None or revision is not None:
-            raise ValueError("`subfolder` and `revision` are for folders and the Hub, but a dictionary was passed.")
+        if any(option is not None for option in (subfolder, revision, dtype)):
+            raise ValueError(
+                "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed."
+            )
         dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
         chosen = {site: dictionary.sites[site] for site in _choose(dictionary.sites, layers)}
         return Dictionary(chosen, dictionary.labels, dictionary.config)
     if not isinstance(source, str | os.PathLike) or not str(source):
-        raise ValueError(f"Expected a Hub id, a folder or a dict of RTSAE by site, got {source!r}.")
+        found = "an empty string" if isinstance(source, str) else type(source).__name__
+        raise ValueError(f"Expected a Hub id, a folder or a dict of RTSAE by site, got {found}.")
     inside = PureWindowsPath(subfolder or "")  # knows the separators, drives and roots of every system
     if inside.anchor or ".." in inside.parts:
         raise ValueError(f"`subfolder` must lie inside the folder or repository, got {subfolder!r}.")
@@ -437,5 +438,5 @@ def _choose(sites, layers: list[str] | None) -> list[str]:
         raise ValueError(f"Expected `layers` as a list of sites, got the string {layers!r}.")
     unknown = [layer for layer in layers or () if layer not in sites]
     if unknown:
-        raise ValueError(f"The dictionary has no site {unknown[0]!r}; it has {brief(list(sites))}.")
+        raise ValueError(f"The dictionary has no site {unknown[0]!r}. {closest(unknown[0], sites)}")
     return list(layers or sites)

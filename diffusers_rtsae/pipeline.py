@@ -67,9 +67,9 @@ def _edits(
     """Resolve feature names to `(site, Edit)`; what the caller leaves open is taken from the label."""
     if not isinstance(features, dict):
         raise ValueError(f"Expected features as a dict {{label or index: strength}}, got {type(features).__name__}.")
-    unknown = options.keys() - {f.name for f in fields(Edit)}
+    known = sorted({f.name for f in fields(Edit)} - {"latents", "weights", "strength"})
+    unknown = options.keys() - set(known)
     if unknown:
-        known = sorted({f.name for f in fields(Edit)} - {"latents", "weights", "strength"})
         raise ValueError(f"Unknown option {min(unknown)!r}; an edit has {known}.")
     mask, result = as_mask(mask), []
     for name, strength in features.items():
@@ -220,7 +220,7 @@ class RTSAELoaderMixin:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
         if len(names) != len(weights):
-            raise ValueError(f"Expected one weight per adapter, got {len(weights)} for {len(names)}.")
+            raise ValueError(f"Expected one weight per adapter, got {len(weights)} weights for {names}.")
         if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
             raise ValueError(f"Expected finite weights, got {weights}.")
         chosen = {id(_adapter(controller, name)): weight for name, weight in zip(names, weights, strict=True)}

@@ -1,4 +1,4 @@
-"""The plugin on the bundled pipeline: what it changes, what it must not, and what it says when misused."""
+"""The plugin on the bundled pipeline: what it changes, and what it must not."""
 
 import copy
 import pickle
@@ -13,8 +13,6 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-
-from diffusers_rtsae import RTSAE, Dictionary
 
 PROMPTS = ["a star", "a large blue heart on the left"]
 
@@ -152,8 +150,6 @@ def test_other_pipelines_share_the_denoiser(steered, feature, draw):
 def test_several_dictionaries(pipe, dictionary, feature, draw):
     pipe.load_rtsae(dictionary, "first")
     pipe.load_rtsae(dictionary, "second")
-    with pytest.raises(ValueError, match=r"\['first', 'second'\]"):
-        pipe.set_rtsae_features({feature: 1.0})
     pipe.set_rtsae_features({feature: 1.0}, "first", clip=False)
     once = draw(pipe)
     pipe.set_rtsae_features({feature: 1.0}, "second", clip=False)
@@ -249,88 +245,3 @@ def test_the_report_says_what_the_last_generation_did(steered, dictionary, featu
     with steered.rtsae_steering({feature: 1.0}, clip=False, where="everywhere"):
         draw(steered, steps=2)
         assert all(row["out_of_range"] is None for row in steered.rtsae_report()[entry["site"]])
-
-
-class TestMisuse:
-    """Each misuse is one clear sentence that says what exists."""
-
-    def test_nothing_loaded(self, pipe):
-        with pytest.raises(ValueError, match="call `load_rtsae` first"):
-            pipe.set_rtsae_features({"red": 1.0})
-
-    def test_unknown_label_suggests_the_closest(self, steered, feature):
-        with pytest.raises(ValueError, match=f"Did you mean .*{feature}"):
-            steered.set_rtsae_features({feature[:-1] + "x": 1.0})
-
-    def test_unknown_index(self, steered, dictionary):
-        site = next(iter(dictionary.sites))
-        with pytest.raises(ValueError, match="has features 0 to"):
-            steered.set_rtsae_features({(site, 10**6): 1.0})
-
-    def test_unknown_site_of_a_feature(self, steered):
-        with pytest.raises(ValueError, match="has no site 'mid'"):
-            steered.set_rtsae_features({("mid", 3): 1.0})
-
-    def test_unknown_option(self, steered, feature):
-        with pytest.raises(ValueError, match="Unknown option 'strenght'; an edit has .*'operation'"):
-            steered.set_rtsae_features({feature: 1.0}, strenght=2.0)
-
-    def test_transfer_without_source(self, steered, feature):
-        with pytest.raises(ValueError, match="needs a `source` feature"):
-            steered.set_rtsae_features({feature: 1.0}, operation="transfer")
-
-    def test_features_must_be_a_dict(self, steered):
-        with pytest.raises(ValueError, match="as a dict"):
-            steered.set_rtsae_features("red")
-
-    def test_number_of_strengths(self, steered, feature, draw):
-        steered.set_rtsae_features({feature: [1.0, 2.0, 3.0]})
-        with pytest.raises(ValueError, match="3 strengths were given for 2 prompts"):
-            draw(steered)
-
-    def test_two_strengths_for_four_prompts_is_no_repetition(self, steered, feature, draw):
-        steered.set_rtsae_features({feature: [1.0, 2.0]})
-        with pytest.raises(ValueError, match="2 strengths were given for 4 prompts"):
-            draw(steered, ["a star", "a heart", "a cross", "a circle"])
-
-    def test_number_of_masks(self, steered, feature, draw):
-        steered.set_rtsae_features({feature: 1.0}, mask=np.ones((3, 8, 8)))
-        with pytest.raises(ValueError, match="3 masks were given"):
-            draw(steered)
-
-    def test_name_taken(self, steered, dictionary):
-        with pytest.raises(ValueError, match="loaded already"):
-            steered.load_rtsae(dictionary)
-
-    def test_unknown_adapter(self, steered):
-        with pytest.raises(ValueError, match=r"one of \['default'\]"):
-            steered.set_rtsae("other")
-
-    def test_unknown_layer(self, pipe, dictionary):
-        with pytest.raises(ValueError, match="it has"):
-            pipe.load_rtsae(dictionary, layers=["mid_block.nowhere"])
-
-    def test_site_that_the_model_lacks(self, pipe):
-        with pytest.raises(ValueError, match="has no site 'up_blocks.7.attentions.0'. Close: "):
-            pipe.load_rtsae({"up_blocks.7.attentions.0": RTSAE("up_blocks.7.attentions.0", 8, [900, 1], 8, 2)})
-
-    def test_width_of_the_site(self, pipe, dictionary):
-        site = next(iter(dictionary.sites))
-        with pytest.raises(ValueError, match="is for 8 channels, the model has"):
-            pipe.load_rtsae({site: RTSAE(site, 8, [900, 1], 8, 2)})
-
-    def test_other_base_model(self, pipe, dictionary):
-        foreign = dict(
-            dictionary.config,
-            base_model="sd15",
-            signature={"class": "UNet2DConditionModel", "cross_attention_dim": 768},
-        )
-        with pytest.raises(ValueError, match="is for sd15.*cross_attention_dim 768 there, 192 here"):
-            pipe.load_rtsae(Dictionary(dictionary.sites, dictionary.labels, foreign))
-
-    def test_a_pipeline_without_denoiser(self, dictionary):
-        class Empty:
-            pass
-
-        with pytest.raises(ValueError, match="expected a component `unet` or `transformer`"):
-            StableDiffusionPipeline.load_rtsae(Empty(), dictionary)

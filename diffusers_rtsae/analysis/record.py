@@ -32,14 +32,17 @@ class Recorder:
         self, pipeline, sites: list[str], timesteps: list[float] | None = None, activation: str = "output",
         dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
+        if activation not in ("output", "update"):
+            raise ValueError(f"`activation` must be 'output' or 'update', got {activation!r}.")
         self.denoiser = get_denoiser(pipeline)
         self.modules = {site: get_site(self.denoiser, site) for site in sites}
         self.wanted, self.activation, self.dtype = timesteps, activation, dtype
         self.clock = Clock()
+        self._kept: dict[str, list[torch.Tensor]] = {}
 
     def __enter__(self) -> Recorder:
         self.timesteps: list[float] = []
-        self._kept: dict[str, list[torch.Tensor]] = {site: [] for site in self.modules}
+        self._kept = {site: [] for site in self.modules}
         self._hooks = [self.denoiser.register_forward_pre_hook(self._tick, with_kwargs=True)]
         for site, module in self.modules.items():
             self._hooks.append(module.register_forward_hook(self._keep(site), with_kwargs=True))
@@ -76,6 +79,10 @@ class Recorder:
 
     def trajectories(self, site: str) -> torch.Tensor:
         """Activations `(images, tokens, steps, d)` of the generation inside the `with` block."""
+        if not self._kept.get(site):
+            raise ValueError(
+                f"Nothing was recorded at {site!r}; recorded were {[s for s, h in self._kept.items() if h]}."
+            )
         return torch.stack(self._kept[site], dim=2)
 
     def size(self) -> tuple[int, int]:
@@ -102,11 +109,10 @@ def trace_features(
     """
     dictionary = get_dictionary(pipeline, adapter_name)
     entries = [entry for feature in features for entry in dictionary.features(feature)[0][:1]]
-    site = entries[0]["site"]
-    if any(entry["site"] != site for entry in entries):
-        raise ValueError(
-            f"The features live at several sites {sorted({e['site'] for e in entries})}; trace one site at a time."
-        )
+    sites = sorted({entry["site"] for entry in entries})
+    if len(sites) != 1:
+        raise ValueError(f"Expected features that live at one site, got {features} at {sites}.")
+    site = sites[0]
     rtsae = dictionary.sites[site]
     with Recorder(pipeline, [site], activation=rtsae.config.activation) as recorder:
         image = pipeline(prompt, num_images_per_prompt=1, **call).images[0]

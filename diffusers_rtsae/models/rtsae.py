@@ -57,8 +57,10 @@ class RTSAE(ModelMixin, ConfigMixin):
         self, site: str, in_channels: int, anchors: list[int], num_latents: int, k: int, activation: str = "output"
     ):
         super().__init__()
-        if list(anchors) != sorted(set(anchors), reverse=True):
+        if not anchors or list(anchors) != sorted(set(anchors), reverse=True):
             raise ValueError(f"`anchors` must be strictly descending timesteps, got {anchors}.")
+        if activation not in ("output", "update"):
+            raise ValueError(f"`activation` must be 'output' or 'update', got {activation!r}.")
         shape = (num_latents, len(anchors), in_channels)
         self.dynamics = LinearDynamics(len(anchors), in_channels)
         decoder = F.normalize(torch.randn(num_latents, len(anchors) * in_channels), dim=1).view(shape)
@@ -91,13 +93,13 @@ class RTSAE(ModelMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: latents `(batch, m)`, non-negative.
         """
-        g = hidden_states.shape[-2]
-        if hidden_states.shape[-1] != self.config.in_channels or not 1 <= g <= len(self.config.anchors):
+        channels, anchors, shape = self.config.in_channels, len(self.config.anchors), tuple(hidden_states.shape)
+        if len(shape) < 2 or shape[-1] != channels or not 1 <= shape[-2] <= anchors:
             raise ValueError(
-                f"Expected trajectories (batch, 1 to {len(self.config.anchors)} anchors, {self.config.in_channels} "
-                f"channels), got {tuple(hidden_states.shape)}."
+                f"Expected trajectories (batch, 1 to {anchors} anchors, {channels} channels), got shape {shape}."
             )
-        return jump_relu(self.pre_activations(self.dynamics.residuals(hidden_states.float())), self.threshold[g - 1])
+        pre_activations = self.pre_activations(self.dynamics.residuals(hidden_states.float()))
+        return jump_relu(pre_activations, self.threshold[shape[-2] - 1])
 
     def decode_residuals(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised residuals `(batch, G, d)` of latents `(batch, m)`."""

@@ -126,8 +126,7 @@ class Controller:
                 for plan in self._plans[site]:
                     state = run.state(plan)
                     tokens = _activation(plan, block_input, hidden_states, part)
-                    if tokens.shape[-1] != plan.rtsae.config.in_channels:
-                        raise ValueError(_width_error(site, plan.rtsae.config.in_channels, tokens.shape[-1]))
+                    _check_channels(site, plan.rtsae.config.in_channels, tokens.shape[-1])
                     masked = any(edit.mask is not None for edit in plan.edits)
                     size = spatial_size(hidden_states.shape, clock.latent_size) if masked else None
                     if role == "cond":
@@ -162,7 +161,7 @@ def _check_batch(edit: Edit, clock: Clock) -> None:
     strengths, masks = len(edit.strength_at(1000)), 1 if edit.mask is None else len(edit.mask)
     for what, given in {"strengths": strengths, "masks": masks}.items():
         if given not in (1, prompts, images) or images % given:
-            raise ValueError(f"{given} {what} were given for {prompts} prompts.")
+            raise ValueError(f"Expected 1 or as many {what} as prompts ({prompts}), got {given}.")
 
 
 def _activation(plan: SitePlan, block_input: torch.Tensor, hidden_states: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -176,12 +175,12 @@ def check_width(denoiser: nn.Module, site: str, channels: int) -> None:
     """Raise `ValueError` if the module at `site` is known to have another width than `channels`."""
     module = get_site(denoiser, site)
     width = getattr(module, "out_channels", None) or getattr(module, "in_channels", None) or channels
-    if width != channels:
-        raise ValueError(_width_error(site, channels, width))
+    _check_channels(site, channels, width)
 
 
-def _width_error(site: str, expected: int, found: int) -> str:
-    return f"The dictionary of {site} is for {expected} channels, the model has {found} there."
+def _check_channels(site: str, expected: int, found: int) -> None:
+    if found != expected:
+        raise ValueError(f"The dictionary of {site} is for {expected} channels, the model has {found} there.")
 
 
 class _TickHook:

@@ -80,11 +80,11 @@ class Edit:
         _choice("apply_to", self.apply_to, APPLY_TO)
         _choice("injection", self.injection, INJECTIONS)
         if torch.is_tensor(self.strength):
-            if self.strength.ndim not in (1, 2) or not self.strength.numel() or not self.strength.isfinite().all():
-                raise ValueError(
-                    "A schedule must be a finite tensor (steps,) or (steps, prompts), got shape "
-                    f"{tuple(self.strength.shape)}."
-                )
+            if self.strength.ndim not in (1, 2) or not self.strength.numel():
+                shape = tuple(self.strength.shape)
+                raise ValueError(f"A schedule must be a tensor (steps,) or (steps, prompts), got shape {shape}.")
+            if not self.strength.isfinite().all():
+                raise ValueError("A schedule must hold finite numbers, got NaN or inf.")
         elif not callable(self.strength):
             strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
             if not _is_finite(strengths):
@@ -102,8 +102,8 @@ class Edit:
                 f"`{'where' if self.where == () else 'source'}` names no latent of this site, so the edit would act "
                 "nowhere."
             )
-        if not 0 <= self.start <= self.end <= 1:
-            raise ValueError(f"Expected 0 <= start <= end <= 1, got start={self.start}, end={self.end}.")
+        if not _is_finite((self.start, self.end)) or not 0 <= self.start <= self.end <= 1:
+            raise ValueError(f"Expected 0 <= start <= end <= 1, got start={self.start!r}, end={self.end!r}.")
 
     @property
     def is_idle(self) -> bool:

@@ -26,9 +26,10 @@ def get_site(denoiser: nn.Module, name: str) -> nn.Module:
     """The module at path `name`; raises `ValueError` with the closest sites if there is none."""
     modules = dict(denoiser.named_modules())
     if name not in modules or not name:
-        sites = list_sites(denoiser)
-        near = difflib.get_close_matches(name, sites, n=3, cutoff=0.3) or sites[:3]
-        raise ValueError(f"{type(denoiser).__name__} has no site {name!r}. Close: {near}; see `list_sites(denoiser)`.")
+        near = difflib.get_close_matches(name, list_sites(denoiser), n=3, cutoff=0)
+        raise ValueError(
+            f"{type(denoiser).__name__} has no site {name!r}. The closest are {near}; `list_sites(denoiser)` has all."
+        )
     return modules[name]
 
 

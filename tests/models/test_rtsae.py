@@ -61,15 +61,3 @@ def test_save_and_load_keep_everything(rtsae, tmp_path):
     again = RTSAE.from_pretrained(tmp_path)
     assert again.config.site == "mid_block" and again.config.anchors == [900, 500, 100]
     assert torch.equal(again.encode(trajectories()), rtsae.encode(trajectories()))
-
-
-@pytest.mark.parametrize("anchors", [[100, 500], [500, 500]])
-def test_anchors_must_descend(anchors):
-    with pytest.raises(ValueError, match="strictly descending"):
-        RTSAE("mid_block", 4, anchors, 8, 2)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 4, 6)])
-def test_encode_says_which_shape_it_expects(rtsae, shape):
-    with pytest.raises(ValueError, match="6 channels"):
-        rtsae.encode(torch.zeros(shape))

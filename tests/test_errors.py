@@ -1,0 +1,808 @@
+"""
+Every message that a misuse can provoke, in one table: what was done, and what is said to it, word for word. What the
+Hub answers and what damaged files hold is tested where the server and the fuzzing are, in test_hub.py and
+test_security.py; that nothing else is missing is tested at the end.
+"""
+
+import ast
+import json
+import re
+import runpy
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import typer
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import diffusers_rtsae
+from diffusers_rtsae import RTSAE, Dictionary, cli, load_dictionary
+from diffusers_rtsae.analysis.record import Recorder, trace_features
+from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME
+
+SITE = "up_blocks.1.attentions.1"
+# 32 tokens of text, no grid; and a layer that does not tell its width
+TEXT_SITE = f"{SITE}.transformer_blocks.0.attn2.to_k"
+SMALL = "mid_block"
+
+
+@pytest.fixture
+def world(steered, dictionary, draw, tmp_path):
+    """The bundled pipeline with its dictionary, and the folder of a small one."""
+    torch.manual_seed(0)
+    labels = {"red": {"features": [{"site": SMALL, "latents": [1], "weights": [1.0]}]}}
+    Dictionary({SMALL: RTSAE(SMALL, 8, [900, 500, 1], 16, 4)}, labels, {"base_model": "test"}).save(tmp_path / "small")
+    return SimpleNamespace(pipe=steered, dictionary=dictionary, draw=draw, folder=tmp_path / "small", empty=tmp_path)
+
+
+class Caller(DiffusionPipeline):
+    """A pipeline that calls the denoiser once."""
+
+    do_classifier_free_guidance = True
+
+    def __init__(self, pipe: StableDiffusionPipeline):
+        super().__init__()
+        self.register_modules(unet=pipe.unet, scheduler=pipe.scheduler)
+
+    @torch.no_grad()
+    def __call__(self, rows: int, batch_size: int, unconditional: bool = False):
+        text = torch.zeros(rows, 32, 192)
+        negative_prompt_embeds = text if unconditional else None  # noqa: F841 - the clock reads it
+        self.unet(torch.zeros(rows, 4, 16, 16), 999, encoder_hidden_states=text)
+
+
+def steer(value=1.0, **options):
+    return lambda world: world.pipe.set_rtsae_features({"red": value}, **options)
+
+
+def feature(name):
+    return lambda world: world.pipe.set_rtsae_features({name: 1.0})
+
+
+def generate(world, features, prompts=("a star", "a heart"), steps=1, **options):
+    world.pipe.set_rtsae_features(features, **options)
+    world.draw(world.pipe, prompts, steps=steps)
+
+
+def other(world, site: str = SITE, channels: int = 160, broken: str | None = None, **options) -> None:
+    """Steer with a new dictionary, in which latent 1 may be broken."""
+    rtsae = RTSAE(site, channels, [900, 1], 8, 2).requires_grad_(False)
+    if broken:
+        getattr(rtsae, broken)[1] = float("nan")
+    world.pipe.unload_rtsae()
+    world.pipe.load_rtsae({site: rtsae})
+    generate(world, {1: 1.0}, **options)
+
+
+def two_sites() -> Dictionary:
+    labels = {"low": {"features": [{"site": "down", "latents": [1], "weights": [1.0]}]}}
+    return Dictionary({site: RTSAE(site, 8, [900, 1], 8, 2) for site in ("down", "up")}, labels)
+
+
+def rewritten(name: str, **changes):
+    """The small folder with other values in a JSON file."""
+
+    def load(world):
+        path = world.folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        load_dictionary(world.folder)
+
+    return load
+
+
+def label(**changes):
+    entry = {"site": SMALL, "latents": [1], "weights": [1.0]} | changes
+    return rewritten(LABELS_NAME, red={"features": [entry]})
+
+
+def replaced(name: str, content: bytes | None):
+    """The small folder with another file there, or none."""
+
+    def load(world):
+        (world.folder / name).unlink()
+        if content is not None:
+            (world.folder / name).write_bytes(content)
+        load_dictionary(world.folder)
+
+    return load
+
+
+def weights(**changes):
+    """The small folder with other tensors."""
+
+    def load(world):
+        path = world.folder / SMALL / WEIGHTS_NAME
+        save_file(load_file(path) | changes, path)
+        load_dictionary(world.folder)
+
+    return load
+
+
+def local(**options):
+    return lambda world: load_dictionary(world.folder, **options)
+
+
+def save_nan(world):
+    broken = RTSAE(SMALL, 8, [900, 1], 8, 2).requires_grad_(False)
+    broken.decoder[3] = float("nan")
+    Dictionary({SMALL: broken}).save(world.empty / "new")
+
+
+def save_through_link(world):
+    (world.empty / "link").mkdir()
+    (world.empty / "link" / SMALL).symlink_to(world.folder)
+    load_dictionary(world.folder).save(world.empty / "link")
+
+
+def another_model(world, **config):
+    world.pipe.unload_rtsae()
+    world.pipe.load_rtsae(Dictionary(world.dictionary.sites, {}, world.dictionary.config | config))
+
+
+def another_sampler(world):
+    world.pipe.scheduler = diffusers.EDMEulerScheduler()
+    generate(world, {"red": 1.0}, steps=2)
+
+
+def unloaded(world):
+    world.pipe.unload_rtsae()
+    world.pipe.set_rtsae_features({"red": 1.0})
+
+
+def deleted(world):
+    world.pipe.delete_rtsae("default")
+    world.pipe.set_rtsae_features({"red": 1.0})
+
+
+def several_adapters(world):
+    world.pipe.load_rtsae(world.dictionary, "second")
+    world.pipe.set_rtsae_features({"red": 1.0})
+
+
+def record_elsewhere(world):
+    with Recorder(world.pipe, [SITE]) as recorder:
+        world.draw(world.pipe, steps=1)
+    recorder.trajectories("mid_block")
+
+
+def trace_two_sites(world):
+    world.pipe.unload_rtsae()
+    sites = ("mid_block", SITE)
+    world.pipe.load_rtsae({site: RTSAE(site, n, [900, 1], 8, 2) for site, n in zip(sites, (192, 160), strict=True)})
+    trace_features(world.pipe, "a star", [(site, 1) for site in sites])
+
+
+def demo_without_labels(world):
+    Dictionary(world.dictionary.sites, {}, world.dictionary.config).save(world.empty / "unlabelled")
+    cli.demo(world.empty / "out", None, world.empty / "unlabelled", steps=1, prompts=1)
+
+
+def command_line_without_typer(world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "typer", None)  # what Python finds where it is not installed
+        runpy.run_path(cli.__file__)
+
+
+# what was done: how, what is raised, and the whole message, where … stands for anything
+MISUSE = {
+    # Pipelines and adapters
+    "nothing is loaded": (unloaded, ValueError, "No dictionary is loaded; call `load_rtsae` first."),
+    "the last was deleted": (deleted, ValueError, "No dictionary is loaded; call `load_rtsae` first."),
+    "a pipeline without denoiser": (
+        lambda world: DiffusionPipeline().load_rtsae(world.dictionary),
+        ValueError,
+        "DiffusionPipeline has no denoiser: expected a component `unet` or `transformer`.",
+    ),
+    "a name that is taken": (
+        lambda world: world.pipe.load_rtsae(world.dictionary),
+        ValueError,
+        "A dictionary named 'default' is loaded already; pass another `adapter_name` or call `unload_rtsae`.",
+    ),
+    "an unknown adapter": (
+        lambda world: world.pipe.set_rtsae("second"),
+        ValueError,
+        "Expected `adapter_name` to be one of ['default'], got 'second'.",
+    ),
+    "no adapter of several": (
+        several_adapters,
+        ValueError,
+        "Expected `adapter_name` to be one of ['default', 'second'], got None.",
+    ),
+    "more weights than adapters": (
+        lambda world: world.pipe.set_rtsae(["default"], [1.0, 2.0]),
+        ValueError,
+        "Expected one weight per adapter, got 2 weights for ['default'].",
+    ),
+    "a weight that is no number": (
+        lambda world: world.pipe.set_rtsae("default", float("nan")),
+        ValueError,
+        "Expected finite weights, got [nan].",
+    ),
+    # Features
+    "features without strengths": (
+        lambda world: world.pipe.set_rtsae_features("red"),
+        ValueError,
+        "Expected features as a dict {label or index: strength}, got str.",
+    ),
+    "a misspelt label": (
+        feature("purpel"),
+        ValueError,
+        "The dictionary has no feature labelled 'purpel'. Did you mean ['purple', …]?",
+    ),
+    "a label like none": (
+        feature("x"),
+        ValueError,
+        "The dictionary has no feature labelled 'x'. It has ['black', 'blue', …, 'white', 'yellow'].",
+    ),
+    "a label of a site that is not loaded": (
+        lambda world: Dictionary({"up": two_sites().sites["up"]}, two_sites().labels).features("low"),
+        ValueError,
+        "'low' lives at ['down'], of which none is loaded; loaded are ['up'].",
+    ),
+    "an index of several sites": (
+        lambda world: two_sites().features(3),
+        ValueError,
+        "Several sites are loaded, so feature 3 needs one: use (site, 3) with a site of ['down', 'up'].",
+    ),
+    "an index that is no number": (
+        feature(1.5),
+        ValueError,
+        "Expected a label, an index or (site, index) as a feature, got 1.5.",
+    ),
+    "an index that does not exist": (
+        feature(2048),
+        ValueError,
+        f"Feature 2048 does not exist: the dictionary of {SITE} has features 0 to 2047.",
+    ),
+    "a feature of an unknown site": (
+        feature(("up_blocks.2", 3)),
+        ValueError,
+        f"The dictionary has no site 'up_blocks.2'. Did you mean ['{SITE}']?",
+    ),
+    "a strength that is no number": (
+        steer("strong"),
+        ValueError,
+        "A strength must be a finite number or a list of them, one per prompt; got 'strong'.",
+    ),
+    "a strength that is not finite": (
+        steer([1.0, float("inf")]),
+        ValueError,
+        "A strength must be a finite number or a list of them, one per prompt; got (1.0, inf).",
+    ),
+    "no strength": (
+        steer([]),
+        ValueError,
+        "A strength must be a finite number or a list of them, one per prompt; got ().",
+    ),
+    "a schedule of another shape": (
+        steer(torch.zeros(2, 2, 2)),
+        ValueError,
+        "A schedule must be a tensor (steps,) or (steps, prompts), got shape (2, 2, 2).",
+    ),
+    "a schedule that is not finite": (
+        steer(torch.tensor([0.0, float("nan")])),
+        ValueError,
+        "A schedule must hold finite numbers, got NaN or inf.",
+    ),
+    "a function that gives no number": (
+        lambda world: generate(world, {"red": lambda progress: "strong"}),
+        ValueError,
+        "The schedule gave 'strong' at progress 0, expected finite numbers.",
+    ),
+    "three strengths for two prompts": (
+        lambda world: generate(world, {"red": [1.0, 2.0, 3.0]}),
+        ValueError,
+        "Expected 1 or as many strengths as prompts (2), got 3.",
+    ),
+    "two strengths for four prompts": (
+        lambda world: generate(world, {"red": [1.0, 2.0]}, ["a star", "a heart", "a cross", "a circle"]),
+        ValueError,
+        "Expected 1 or as many strengths as prompts (4), got 2.",
+    ),
+    "three masks for two prompts": (
+        lambda world: generate(world, {"red": 1.0}, mask=np.ones((3, 8, 8))),
+        ValueError,
+        "Expected 1 or as many masks as prompts (2), got 3.",
+    ),
+    # Options
+    "a misspelt option": (
+        steer(strenght=2.0),
+        ValueError,
+        "Unknown option 'strenght'; an edit has ['apply_to', 'clip', 'end', 'injection', 'mask', 'operation', "
+        "'source', 'start', 'where'].",
+    ),
+    "an option that the feature decides": (
+        steer(latents=(1,)),
+        ValueError,
+        "Unknown option 'latents'; an edit has ['apply_to', …].",
+    ),
+    "an unknown operation": (
+        steer(operation="erase"),
+        ValueError,
+        "`operation` must be one of ['add', 'set', 'scale', 'clamp', 'ablate', 'ablate_to_mean', 'transfer', "
+        "'replace'], got 'erase'.",
+    ),
+    "an unknown half": (
+        steer(apply_to="uncond"),
+        ValueError,
+        "`apply_to` must be one of ['cond', 'all', 'contrast'], got 'uncond'.",
+    ),
+    "an unknown injection": (
+        steer(injection="step"),
+        ValueError,
+        "`injection` must be one of ['trajectory', 'residual'], got 'step'.",
+    ),
+    "a window before the beginning": (
+        steer(start=-0.1),
+        ValueError,
+        "Expected 0 <= start <= end <= 1, got start=-0.1, end=1.0.",
+    ),
+    "a window after the end": (steer(end=1.5), ValueError, "Expected 0 <= start <= end <= 1, got start=0.0, end=1.5."),
+    "a window that ends before it begins": (
+        steer(start=0.6, end=0.5),
+        ValueError,
+        "Expected 0 <= start <= end <= 1, got start=0.6, end=0.5.",
+    ),
+    "a window that is no number": (
+        steer(start="0.2"),
+        ValueError,
+        "Expected 0 <= start <= end <= 1, got start='0.2', end=1.0.",
+    ),
+    "transfer from nothing": (
+        steer(operation="transfer"),
+        ValueError,
+        "'transfer' needs a `source` feature at the same site to take from.",
+    ),
+    "replace of nothing": (
+        steer(operation="replace"),
+        ValueError,
+        "'replace' needs a `source` feature at the same site to take from.",
+    ),
+    "a source that is not used": (
+        steer(source="blue"),
+        ValueError,
+        "`source` is for 'transfer' and 'replace', not for 'add'.",
+    ),
+    "a source without features": (
+        steer(operation="transfer", source=[]),
+        ValueError,
+        "`source` names no latent of this site, so the edit would act nowhere.",
+    ),
+    "nowhere": (steer(where=[]), ValueError, "`where` names no latent of this site, so the edit would act nowhere."),
+    "a mask that is a path": (
+        steer(mask="mask.png"),
+        ValueError,
+        "A mask must be a PIL image, an array or a tensor, got str.",
+    ),
+    "a mask of one dimension": (
+        steer(mask=np.ones(4)),
+        ValueError,
+        "A mask must be (height, width) or (prompts, height, width), got shape (4,).",
+    ),
+    "a mask of four dimensions": (
+        steer(mask=np.ones((2, 3, 4, 5))),
+        ValueError,
+        "A mask must be (height, width) or (prompts, height, width), got shape (2, 3, 4, 5).",
+    ),
+    "a mask without pixels": (
+        steer(mask=np.ones((0, 4))),
+        ValueError,
+        "A mask must be (height, width) or (prompts, height, width), got shape (1, 0, 4).",
+    ),
+    "a mask of bytes": (
+        steer(mask=np.array([[0, 255]])),
+        ValueError,
+        "A mask must lie in [0, 1], got values from 0 to 255.",
+    ),
+    "a mask where no grid is": (
+        lambda world: other(world, TEXT_SITE, mask=np.ones((8, 8))),
+        ValueError,
+        "Cannot lay 32 tokens out over a 16x16 latent; spatial masks need a grid.",
+    ),
+    # What does not fit the pipeline
+    "a site that the model lacks": (
+        lambda world: other(world, "up_blocks.1.attentions.7", 8),
+        ValueError,
+        f"UNet2DConditionModel has no site 'up_blocks.1.attentions.7'. The closest are […'{SITE}'…]; "
+        "`list_sites(denoiser)` has all.",
+    ),
+    "a dictionary of another width": (
+        lambda world: other(world, SITE, 8),
+        ValueError,
+        f"The dictionary of {SITE} is for 8 channels, the model has 160 there.",
+    ),
+    "another width that shows only when running": (
+        lambda world: other(world, TEXT_SITE, 8),
+        ValueError,
+        f"The dictionary of {TEXT_SITE} is for 8 channels, the model has 160 there.",
+    ),
+    "a dictionary of another model": (
+        lambda world: another_model(
+            world, base_model="sd15", signature=world.dictionary.config["signature"] | {"cross_attention_dim": 768}
+        ),
+        ValueError,
+        "The dictionary is for sd15, which is no match for this pipeline: cross_attention_dim 768 there, 192 here.",
+    ),
+    "a signature of another form": (
+        lambda world: another_model(world, signature="UNet"),
+        ValueError,
+        "The `signature` in rtsae_config.json must be an object, got 'UNet'.",
+    ),
+    "a broken decoder": (
+        lambda world: other(world, broken="decoder"),
+        ValueError,
+        f"The dictionary of {SITE} holds NaN or inf in rows [1].",
+    ),
+    "a broken encoder": (
+        lambda world: other(world, broken="encoder"),
+        ValueError,
+        f"The dictionary of {SITE} holds NaN or inf in rows [1].",
+    ),
+    "a sampler with another unit of time": (
+        another_sampler,
+        ValueError,
+        "EDMEulerScheduler calls with timesteps from … to …, expected 0 to 1000: a sampler that counts time in "
+        "another unit cannot be followed.",
+    ),
+    "a batch of an unknown layout": (
+        lambda world: (feature("red")(world), Caller(world.pipe)(3, 1)),
+        ValueError,
+        "Caller calls the denoiser with 3 rows for 1 images: this layout of guidance is not supported; expected "
+        "uncond + cond.",
+    ),
+    "guidance in another order": (
+        lambda world: (feature("red")(world), Caller(world.pipe)(1, 1, unconditional=True)),
+        ValueError,
+        "This pipeline calls the denoiser for another part of guidance before the conditional one, which "
+        "apply_to='contrast' follows. Use apply_to='cond'.",
+    ),
+    # Dictionaries in memory
+    "a dictionary without sites": (lambda world: Dictionary({}), ValueError, "A dictionary needs at least one site."),
+    "a dictionary of something else": (
+        lambda world: world.pipe.load_rtsae({SITE: "folder"}, "second"),
+        ValueError,
+        f"Expected an RTSAE of site '{SITE}' under that name, got 'str'.",
+    ),
+    "a dictionary under another name": (
+        lambda world: world.pipe.load_rtsae({"mid_block": world.dictionary.sites[SITE]}, "second"),
+        ValueError,
+        f"Expected an RTSAE of site 'mid_block' under that name, got '{SITE}'.",
+    ),
+    "a site that is no path": (
+        lambda world: Dictionary({"../up": RTSAE("../up", 8, [900, 1], 8, 2)}),
+        ValueError,
+        "A site is the path of a module, got '../up'.",
+    ),
+    "a subfolder of what is in memory": (
+        lambda world: world.pipe.load_rtsae(world.dictionary, "second", subfolder="v2"),
+        ValueError,
+        "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
+    ),
+    "a revision of what is in memory": (
+        lambda world: world.pipe.load_rtsae(world.dictionary, "second", revision="v2"),
+        ValueError,
+        "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
+    ),
+    "a dtype of what is in memory": (
+        lambda world: world.pipe.load_rtsae(world.dictionary, "second", dtype=torch.float16),
+        ValueError,
+        "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
+    ),
+    "an unknown layer in memory": (
+        lambda world: world.pipe.load_rtsae(world.dictionary, "second", layers=["down"]),
+        ValueError,
+        f"The dictionary has no site 'down'. It has ['{SITE}'].",
+    ),
+    "anchors that ascend": (
+        lambda world: RTSAE(SMALL, 8, [1, 900], 8, 2),
+        ValueError,
+        "`anchors` must be strictly descending timesteps, got [1, 900].",
+    ),
+    "anchors that repeat": (
+        lambda world: RTSAE(SMALL, 8, [900, 900], 8, 2),
+        ValueError,
+        "`anchors` must be strictly descending timesteps, got [900, 900].",
+    ),
+    "no anchors": (
+        lambda world: RTSAE(SMALL, 8, [], 8, 2),
+        ValueError,
+        "`anchors` must be strictly descending timesteps, got [].",
+    ),
+    "an unknown activation": (
+        lambda world: RTSAE(SMALL, 8, [900, 1], 8, 2, activation="input"),
+        ValueError,
+        "`activation` must be 'output' or 'update', got 'input'.",
+    ),
+    "trajectories of another width": (
+        lambda world: world.dictionary.sites[SITE].encode(torch.zeros(2, 5, 8)),
+        ValueError,
+        "Expected trajectories (batch, 1 to 5 anchors, 160 channels), got shape (2, 5, 8).",
+    ),
+    "trajectories of too many anchors": (
+        lambda world: world.dictionary.sites[SITE].encode(torch.zeros(2, 6, 160)),
+        ValueError,
+        "Expected trajectories (batch, 1 to 5 anchors, 160 channels), got shape (2, 6, 160).",
+    ),
+    "one activation": (
+        lambda world: world.dictionary.sites[SITE].encode(torch.zeros(160)),
+        ValueError,
+        "Expected trajectories (batch, 1 to 5 anchors, 160 channels), got shape (160,).",
+    ),
+    # Folders
+    "nothing": (
+        lambda world: load_dictionary(None),
+        ValueError,
+        "Expected a Hub id, a folder or a dict of RTSAE by site, got NoneType.",
+    ),
+    "an empty string": (
+        lambda world: load_dictionary(""),
+        ValueError,
+        "Expected a Hub id, a folder or a dict of RTSAE by site, got an empty string.",
+    ),
+    "one RTSAE": (
+        lambda world: load_dictionary(world.dictionary.sites[SITE]),
+        ValueError,
+        "Expected a Hub id, a folder or a dict of RTSAE by site, got RTSAE.",
+    ),
+    "a Hub id that is not in the cache": (
+        lambda world: load_dictionary("org/none", cache_dir=world.empty / "cache", local_files_only=True),
+        OSError,
+        "'org/none' is no folder here, and no dictionary that could be fetched from the Hub: it is not in the cache, "
+        "or not all of it, and nothing may be downloaded.",
+    ),
+    "a folder that does not exist": (
+        lambda world: load_dictionary(world.empty / "nowhere", local_files_only=True),
+        OSError,
+        "'…nowhere' is no folder here, and no dictionary that could be fetched from the Hub: …",
+    ),
+    "a folder of something else": (
+        lambda world: load_dictionary(world.empty),
+        OSError,
+        "… is no dictionary: expected rtsae_config.json in it, found ['small'].",
+    ),
+    "a folder without labels": (
+        replaced(LABELS_NAME, None),
+        OSError,
+        "… is no dictionary: expected labels.json in it, found ['README.md', 'mid_block', 'rtsae_config.json'].",
+    ),
+    "a subfolder that does not exist": (
+        local(subfolder="v2"),
+        OSError,
+        "…v2 is no dictionary: expected rtsae_config.json in it, found nothing.",
+    ),
+    "a subfolder outside": (
+        local(subfolder="../small"),
+        ValueError,
+        "`subfolder` must lie inside the folder or repository, got '../small'.",
+    ),
+    "a revision of a folder": (
+        local(revision="v1"),
+        ValueError,
+        "`revision` is for the Hub, but '…small' is a folder here.",
+    ),
+    "a download without the network": (
+        lambda world: load_dictionary("org/name", force_download=True, local_files_only=True),
+        ValueError,
+        "`force_download` and `local_files_only` exclude each other.",
+    ),
+    "a name as dtype": (
+        local(dtype="float16"),
+        ValueError,
+        "Expected `dtype` to be one of [torch.float16, torch.bfloat16, torch.float32], got 'float16'.",
+    ),
+    "a dtype that weights cannot have": (
+        local(dtype=torch.float64),
+        ValueError,
+        "Expected `dtype` to be one of [torch.float16, torch.bfloat16, torch.float32], got torch.float64.",
+    ),
+    "one layer without a list": (
+        local(layers=SMALL),
+        ValueError,
+        "Expected `layers` as a list of sites, got the string 'mid_block'.",
+    ),
+    "an unknown layer": (
+        local(layers=["mid_blocks"]),
+        ValueError,
+        "The dictionary has no site 'mid_blocks'. Did you mean ['mid_block']?",
+    ),
+    # Files
+    "damaged JSON": (
+        replaced(LABELS_NAME, b"{"),
+        ValueError,
+        "…labels.json is not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    ),
+    "JSON of something else": (
+        replaced(CONFIG_NAME, b"[]"),
+        ValueError,
+        "…rtsae_config.json must hold a JSON object, got list.",
+    ),
+    "another format": (
+        rewritten(CONFIG_NAME, format_version=99),
+        ValueError,
+        "…rtsae_config.json has format version 99, this version reads 1.",
+    ),
+    "a base model that is no name": (
+        rewritten(CONFIG_NAME, base_model=3),
+        ValueError,
+        "…rtsae_config.json must name its `base_model`, got 3.",
+    ),
+    "sites that are no paths": (
+        rewritten(CONFIG_NAME, sites=["../up"]),
+        ValueError,
+        "…rtsae_config.json must list its `sites` as module paths, got ['../up'].",
+    ),
+    "a label of another form": (
+        rewritten(LABELS_NAME, red=[1]),
+        ValueError,
+        "…labels.json: label 'red' must be an object with a list `features` and, if any, an object `edit`.",
+    ),
+    "a label of an unknown site": (
+        label(site="up"),
+        ValueError,
+        "…labels.json: each feature of 'red' needs a site of ['mid_block'], and as many weights as latents.",
+    ),
+    "a label of a latent that does not exist": (
+        label(latents=[16]),
+        ValueError,
+        "…labels.json: 'red' names latent 16, but mid_block has 0 to 15.",
+    ),
+    "a label with weights that are no numbers": (
+        label(weights=["1"]),
+        ValueError,
+        "…labels.json: the weights of 'red' must be finite numbers, got ['1'].",
+    ),
+    "a label with options of no edit": (
+        rewritten(
+            LABELS_NAME,
+            red={"features": [{"site": SMALL, "latents": [1], "weights": [1.0]}], "edit": {"apply_to": "none"}},
+        ),
+        ValueError,
+        "…labels.json: 'red' cannot be used: `apply_to` must be one of ['cond', 'all', 'contrast'], got 'none'.",
+    ),
+    "a site without safetensors": (
+        replaced(f"{SMALL}/{WEIGHTS_NAME}", None),
+        OSError,
+        "Expected config.json and diffusion_pytorch_model.safetensors (safetensors only) in …mid_block, found "
+        "['config.json'].",
+    ),
+    "damaged weights": (
+        replaced(f"{SMALL}/{WEIGHTS_NAME}", b"weights"),
+        OSError,
+        "…diffusion_pytorch_model.safetensors is damaged or no safetensors file: …",
+    ),
+    "weights that are not finite": (
+        weights(threshold=torch.tensor([0.0, float("nan"), 0.0])),
+        ValueError,
+        "…diffusion_pytorch_model.safetensors holds NaN or inf in 'threshold'.",
+    ),
+    "weights of another shape": (
+        weights(threshold=torch.zeros(4)),
+        ValueError,
+        "The weights in …diffusion_pytorch_model.safetensors do not fit its config.json: 'threshold' has shape [4] "
+        "instead of [3].",
+    ),
+    "a configuration of another site": (
+        rewritten(f"{SMALL}/config.json", site="up"),
+        ValueError,
+        "…config.json must be of site 'mid_block', got 'up'.",
+    ),
+    "a configuration without width": (
+        rewritten(f"{SMALL}/config.json", in_channels=None),
+        ValueError,
+        "…config.json: expected `in_channels` as a positive int, got None.",
+    ),
+    "a configuration with other anchors": (
+        rewritten(f"{SMALL}/config.json", anchors=[0.5]),
+        ValueError,
+        "…config.json: expected `anchors` as a list of 1 to 1000 timesteps, got [0.5].",
+    ),
+    "a configuration with another activation": (
+        rewritten(f"{SMALL}/config.json", activation="input"),
+        ValueError,
+        "…config.json: expected `activation` 'output' or 'update', got 'input'.",
+    ),
+    "a configuration of nothing known": (
+        rewritten(f"{SMALL}/config.json", anchors=[1, 900]),
+        ValueError,
+        "…config.json describes no dictionary: `anchors` must be strictly descending timesteps, got [1, 900].",
+    ),
+    "saving what is not finite": (
+        save_nan,
+        ValueError,
+        "'decoder' of mid_block holds NaN, inf, or what is too large for torch.float16.",
+    ),
+    "saving through a link": (save_through_link, OSError, "…mid_block is a link, and nothing is written through one."),
+    # Analysis
+    "recording an unknown activation": (
+        lambda world: Recorder(world.pipe, [SITE], activation="input"),
+        ValueError,
+        "`activation` must be 'output' or 'update', got 'input'.",
+    ),
+    "trajectories that were not recorded": (
+        record_elsewhere,
+        ValueError,
+        f"Nothing was recorded at 'mid_block'; recorded were ['{SITE}'].",
+    ),
+    "tracing features of two sites": (
+        trace_two_sites,
+        ValueError,
+        f"Expected features that live at one site, got [('mid_block', 1), ('{SITE}', 1)] at ['mid_block', '{SITE}'].",
+    ),
+    "tracing nothing": (
+        lambda world: trace_features(world.pipe, "a star", []),
+        ValueError,
+        "Expected features that live at one site, got [] at [].",
+    ),
+    # The command line
+    "the command line without its packages": (
+        command_line_without_typer,
+        SystemExit,
+        'The command line needs typer: pip install "diffusers-rtsae[analysis]"',
+    ),
+    "bundled files that are not there": (  # in a clone all are, so by another name
+        lambda world: cli._bundled("none"),
+        typer.BadParameter,
+        "examples/none was not found: run this from a clone of the repository, or pass a folder.",
+    ),
+    "a demonstration without labels": (
+        demo_without_labels,
+        typer.BadParameter,
+        "the dictionary has no labels to steer with.",
+    ),
+}
+
+# messages that need a server or huge files: what the tests elsewhere look for, and in which file
+ELSEWHERE = {
+    "it has no rtsae_config.json.": ("it has no rtsae_config.json", "test_hub.py"),
+    "… arrived damaged: its SHA-256 is … instead of … .": ("arrived damaged: its SHA-256 is", "test_hub.py"),
+    "… could not be pushed to the Hub: …": ("could not be pushed to the Hub: ", "test_hub.py"),
+    "The Hub could not be asked for dictionaries: …": ("The Hub could not be asked for dictionaries: ", "test_hub.py"),
+    "… is too large: expected at most … MB of JSON.": ("is too large", "test_security.py"),
+    "… is nested more than … levels deep.": ("nested more than 32 levels deep", "test_security.py"),
+}
+
+
+@pytest.mark.parametrize(("misuse", "kind", "message"), MISUSE.values(), ids=MISUSE)
+def test_misuse_says(world, misuse, kind, message):
+    pattern = re.escape(message).replace("…", ".*")
+    with pytest.raises(kind, match=rf"(?s)\A{pattern}\Z"):
+        misuse(world)
+
+
+def messages(source: str):
+    """The kind and the message of each `raise` in a module, as a regular expression in which anything may vary."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Raise) or node.exc is None:
+            continue
+        assert isinstance(node.exc, ast.Call), f"write the message out: {ast.unparse(node)}"
+        kind, text = ast.unparse(node.exc.func), node.exc.args[0]
+        for said in (text.body, text.orelse) if isinstance(text, ast.IfExp) else (text,):
+            if isinstance(said, ast.Constant) and isinstance(said.value, int):
+                continue  # the status a process exits with
+            assert isinstance(said, ast.JoinedStr | ast.Constant), f"write the message out: {ast.unparse(node)}"
+            parts = said.values if isinstance(said, ast.JoinedStr) else [said]
+            constant = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+            assert sum(map(len, filter(None, constant))) >= 10, f"say more: {ast.unparse(node)}"
+            yield kind, "".join(".*" if part is None else re.escape(part) for part in constant)
+
+
+def test_every_message_has_its_misuse():
+    package, tests = Path(diffusers_rtsae.__file__).parent, Path(__file__).parent
+    said = [(kind, m) for path in sorted(package.rglob("*.py")) for kind, m in messages(path.read_text())]
+    assert {kind for kind, _ in said} == {"ValueError", "OSError", "SystemExit", "typer.BadParameter"}
+    expected = Counter(message for _, message in said)
+    found = Counter()
+    for message in [message for _, _, message in MISUSE.values()] + list(ELSEWHERE):
+        fitting = [pattern for pattern in expected if re.fullmatch(pattern, message, re.DOTALL)]
+        assert fitting, f"nothing says {message!r}"
+        found[max(fitting, key=lambda pattern: len(pattern.replace(".*", "")))] += 1  # the one with most words
+    missing = [pattern for pattern, count in expected.items() if found[pattern] < count]
+    assert not missing, f"no test provokes {missing}"
+    for text, file in ELSEWHERE.values():
+        assert text in (tests / file).read_text(), f"{file} does not provoke {text!r}"
