@@ -100,9 +100,7 @@ def main() -> None:
     rows = stored_rows(a.out, settings)
 
     plans = [("plain", 0.0), ("prompt", 0.0)]
-    plans += [
-        (method, s) for s in a.strengths for method in ("feature", "means", "random") if method != "random" or s > 0
-    ]
+    plans += [(m, s) for s in a.strengths for m in ("feature", "means", "random") if m != "random" or s == 1]
     for kind in KINDS:
         probes: list[Probe] = []
         for label in labels.values():
