@@ -171,6 +171,11 @@ def record_elsewhere(world):
     recorder.trajectories("mid_block")
 
 
+def record_a_stream_that_is_not_there(world):
+    with Recorder(world.pipe, [SITE], streams=("cond", "perturbed")):
+        world.draw(world.pipe, steps=1)
+
+
 def trace_two_sites(world):
     world.pipe.unload_rtsae()
     sites = ("mid_block", SITE)
@@ -723,6 +728,11 @@ MISUSE = {
         lambda world: Recorder(world.pipe, [SITE], activation="input"),
         ValueError,
         "`activation` must be 'output' or 'update', got 'input'.",
+    ),
+    "recording a part of guidance that is not there": (
+        record_a_stream_that_is_not_there,
+        ValueError,
+        "This call of the denoiser has no ['perturbed'], it has ['cond', 'uncond'].",
     ),
     "trajectories that were not recorded": (
         record_elsewhere,

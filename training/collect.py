@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -12,79 +15,132 @@ from tqdm import tqdm
 from diffusers_rtsae.analysis.record import Recorder
 
 from .checkpoint import step_generator
+from .recipe import Collect, Recipe
 from .store import TrajectoryStore
 
 
-def anchor_timesteps(pipe: DiffusionPipeline, steps: int, anchors: int) -> list[int]:
-    """`anchors` of the DDIM sampler's `steps` timesteps, evenly spaced, first and last included."""
+class Sample(NamedTuple):
+    """One picture to generate."""
+
+    prompt: str
+    seed: int
+
+
+def anchor_timesteps(pipe: DiffusionPipeline, steps: int, anchors: int | list[int]) -> list[int]:
+    """`anchors` of the DDIM sampler's `steps` timesteps, evenly spaced, first and last included; or those given."""
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.set_timesteps(steps)
     timesteps = [int(t) for t in pipe.scheduler.timesteps]
-    return [timesteps[round(i * (steps - 1) / (anchors - 1))] for i in range(anchors)]
+    if isinstance(anchors, int):
+        return [timesteps[round(i * (steps - 1) / (anchors - 1))] for i in range(anchors)]
+    if unknown := [t for t in anchors if t not in timesteps]:
+        raise ValueError(f"The anchors {unknown} are no steps of the sampler, which visits {timesteps}.")
+    return sorted(set(anchors), reverse=True)
+
+
+def read_samples(settings: Collect, seed: int) -> list[Sample]:
+    """
+    The pictures a recipe asks for, each prompt and seed once.
+
+    Prompts are the captions of the bundled world (`"shapes"`); the lines of a text file; the rows of a `.jsonl` or
+    `.parquet` file; or those of a dataset on the Hub. Rows without a seed get one each.
+
+    Raises:
+        `ValueError`: if there are none, or the column is not there.
+        `OSError`: if there is no such file or dataset.
+    """
+    source = settings.prompts
+    if source == "shapes":
+        from .shapes.captions import captions
+        from .shapes.scenes import sample_scenes
+
+        rows = [
+            {"prompt": p} for p in captions(sample_scenes(settings.count, 40_000_000 + seed, held_out=False), seed)
+        ]
+        return [Sample(row["prompt"], seed * 1_000_003 + i) for i, row in enumerate(rows)]
+    if source.endswith(".txt"):
+        rows = [{settings.column: line.strip()} for line in Path(source).read_text().splitlines() if line.strip()]
+    elif source.endswith(".jsonl"):
+        rows = [json.loads(line) for line in Path(source).read_text().splitlines() if line.strip()]
+    else:
+        from datasets import load_dataset
+
+        parquet = source.endswith(".parquet")
+        loaded = load_dataset("parquet", data_files=source) if parquet else load_dataset(source)
+        rows = loaded["train" if parquet else settings.split].to_list()
+    if not rows:
+        raise ValueError(f"{source} holds no prompts: expected one a line.")
+    if missing := [i for i, row in enumerate(rows) if not isinstance(row, dict) or settings.column not in row]:
+        raise ValueError(
+            f"Row {missing[0]} of {source} has no column {settings.column!r}, it has: {rows[missing[0]]!r}."
+        )
+    random.Random(seed).shuffle(rows)
+    samples = [Sample(row[settings.column], row.get("seed", seed * 1_000_003 + i)) for i, row in enumerate(rows)]
+    return list(dict.fromkeys(samples))[: settings.count]
 
 
 @torch.no_grad()
+def trajectories(
+    pipe: DiffusionPipeline, samples: Sequence[Sample], first: int, recipe: Recipe, anchors: list[int]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """
+    Generate a batch of pictures and keep a random choice of tokens.
+
+    Args:
+        first (`int`): index of the first sample in the whole collection.
+
+    Returns:
+        the tensors of a shard (see `TrajectoryStore`) and the pictures `(batch, 3, height, width)` in [0, 1].
+    """
+    config, settings = pipe.unet.config, recipe.collect
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    latents = [torch.randn(shape, generator=torch.Generator().manual_seed(sample.seed)) for sample in samples]
+    streams = ("cond",) if settings.streams == "cond" else ("cond", "uncond")
+    with Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, streams) as recorder:
+        images = pipe(
+            [sample.prompt for sample in samples], latents=torch.stack(latents).to(pipe.device, pipe.unet.dtype),
+            num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, output_type="pt",
+        ).images  # fmt: skip
+    tensors = {}
+    for site in recipe.sites:
+        whole = recorder.trajectories(site)
+        if whole.shape[2] != len(anchors):
+            raise ValueError(f"The sampler visited {recorder.timesteps}, not all anchors {anchors}.")
+        kept, generator = min(settings.tokens_per_image, whole.shape[1]), step_generator(recipe.seed + 1, first)
+        chosen = torch.stack([torch.randperm(whole.shape[1], generator=generator)[:kept].sort().values for _ in whole])
+        of = torch.arange(first, first + len(samples), dtype=torch.int32).repeat(len(streams))
+        tensors[site] = torch.stack([t[c] for t, c in zip(whole, chosen, strict=True)]).flatten(0, 1)
+        tensors[f"{site}/token"] = chosen.flatten().to(torch.int32)
+        tensors[f"{site}/image"] = of.repeat_interleave(kept)
+    return tensors, images.float().clamp(0, 1)
+
+
+def batches(samples: Sequence[Sample], size: int) -> Iterator[tuple[int, Sequence[Sample]]]:
+    """The samples of each shard, with the index of the first."""
+    for start in range(0, len(samples), size):
+        yield start, samples[start : start + size]
+
+
 def collect(
     pipe: DiffusionPipeline,
-    prompts: Sequence[str],
-    sites: list[str],
+    samples: Sequence[Sample],
+    recipe: Recipe,
     anchors: list[int],
     store: TrajectoryStore,
-    settings: dict,
-    seed: int,
     scorer=None,
+    process: tuple[int, int] = (0, 1),
 ) -> None:
     """
     Fill `store` with one shard per batch of prompts; shards that are there already are kept.
 
     Args:
         anchors (`list[int]`): timesteps of the sampler to keep.
-        settings (`dict`): `steps`, `guidance_scale`, `batch_size` (prompts a shard), `tokens_per_image`.
-        scorer (*optional*): its readings of the finished images are stored with the shard.
+        scorer (*optional*): its readings of the finished pictures are stored with the shard.
+        process (`tuple[int, int]`): which of how many processes this is; each makes its own shards.
     """
-    config, size = pipe.unet.config, settings["batch_size"]
-    starts = range(0, len(prompts), size)
-    missing = [start for start in starts if not store.check(start // size)]
-    progress = tqdm(missing, desc="collect", unit="shard", initial=len(starts) - len(missing), total=len(starts))
-    for start in progress:
-        part = range(start, min(start + size, len(prompts)))
-        latents = [
-            torch.randn(
-                (config.in_channels, config.sample_size, config.sample_size), generator=step_generator(seed, i)
-            )
-            for i in part
-        ]
-        with Recorder(pipe, sites, anchors, dtype=torch.float16) as recorder:
-            images = pipe(
-                [prompts[i] for i in part], latents=torch.stack(latents).to(pipe.device, pipe.unet.dtype),
-                num_inference_steps=settings["steps"], guidance_scale=settings["guidance_scale"], output_type="pt",
-            ).images  # fmt: skip
-        tensors = {}
-        for site in sites:
-            trajectories = recorder.trajectories(site)
-            if trajectories.shape[2] != len(anchors):
-                raise ValueError(f"The sampler visited {recorder.timesteps}, not all anchors {anchors}.")
-            count = trajectories.shape[1]
-            kept = min(settings["tokens_per_image"], count)
-            generator = step_generator(seed + 1, start)
-            chosen = torch.stack([torch.randperm(count, generator=generator)[:kept].sort().values for _ in part])
-            tensors[site] = torch.stack([t[c] for t, c in zip(trajectories, chosen, strict=True)]).flatten(0, 1)
-            tensors[f"{site}/token"] = chosen.flatten().to(torch.int32)
-            tensors[f"{site}/image"] = torch.tensor(list(part), dtype=torch.int32).repeat_interleave(kept)
-        readings = scorer.read(images.float().clamp(0, 1)) if scorer is not None else None
-        store.write(start // size, tensors, readings)
-
-
-def read_prompts(source: str, count: int, seed: int) -> list[str]:
-    """Prompts of a recipe: `"shapes"`, the captions of the bundled world, or the path of a text file, one a line."""
-    if source == "shapes":
-        from .shapes.captions import captions
-        from .shapes.scenes import sample_scenes
-
-        return captions(sample_scenes(count, seed=40_000_000 + seed, held_out=False), seed)
-    with open(source) as file:
-        prompts = [line.strip() for line in file if line.strip()]
-    if not prompts:
-        raise ValueError(f"{source} holds no prompts: expected one a line.")
-    random.Random(seed).shuffle(prompts)
-    return prompts[:count]
+    size = recipe.collect.batch_size
+    mine = [(start, part) for start, part in batches(samples, size) if start // size % process[1] == process[0]]
+    missing = [(start, part) for start, part in mine if not store.check(start // size)]
+    for start, part in tqdm(missing, desc="collect", unit="shard", initial=len(mine) - len(missing), total=len(mine)):
+        tensors, images = trajectories(pipe, part, start, recipe, anchors)
+        store.write(start // size, tensors, scorer.read(images) if scorer is not None else None)

@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import fsspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+
+class Rows:
+    """
+    Trajectories `(rows, G, d)` of many shards as one, read from disk when they are asked for.
+
+    Indexing with a tensor of row numbers gives those rows; memory does not grow with the number of shards.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        self.tensors = tensors
+        self.starts = torch.tensor([0, *(len(t) for t in tensors)]).cumsum(0)
+        self.shape = (len(self), *tensors[0].shape[1:])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(rows), *self.shape[1:], dtype=self.tensors[0].dtype)
+        shard = torch.searchsorted(self.starts, rows, right=True) - 1
+        for i in shard.unique().tolist():
+            here = shard == i
+            out[here] = self.tensors[i][rows[here] - self.starts[i]]
+        return out
 
 
 class TrajectoryStore:
@@ -20,12 +46,20 @@ class TrajectoryStore:
     shard's images, if one was used.
 
     Args:
-        folder (`Path`): where the shards lie.
+        folder (`Path | str`): where the shards lie; a folder, or any URL that fsspec knows.
         fingerprint (`str`): the settings the trajectories were made with; shards of other settings are refused.
+        cache (`Path`, *optional*): where shards of a URL are kept while they are read.
     """
 
-    def __init__(self, folder: Path, fingerprint: str):
-        self.folder, self.fingerprint = Path(folder), fingerprint
+    def __init__(self, folder: Path | str, fingerprint: str, cache: Path | None = None):
+        self.fingerprint, self.remote = fingerprint, None
+        if "://" in str(folder):
+            if cache is None:
+                raise ValueError(f"Shards at {folder} need a local `cache` folder to be read from.")
+            self.remote, self.root = fsspec.core.url_to_fs(str(folder))
+            self.remote.makedirs(self.root, exist_ok=True)
+            folder = cache
+        self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, index: int) -> Path:
@@ -33,18 +67,39 @@ class TrajectoryStore:
 
     def shards(self) -> list[Path]:
         """The shards that are whole, in order."""
-        return sorted(self.folder.glob("shard-*.safetensors"))
+        if self.remote is None:
+            return sorted(self.folder.glob("shard-*.safetensors"))
+        names = [found.rpartition("/")[2] for found in self.remote.ls(self.root, detail=False)]
+        return [
+            self.folder / name for name in sorted(names) if name.startswith("shard-") and not name.endswith(".partial")
+        ]
 
     def write(self, index: int, tensors: dict[str, torch.Tensor], readings: list[dict] | None = None) -> None:
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}: the activations hold NaN or inf, or overflow float16; nothing was written.")
-        partial = self.path(index).with_suffix(".partial")
+        path = self.path(index)
+        partial = path.with_suffix(".partial")
         metadata = {"fingerprint": self.fingerprint, "readings": json.dumps(readings or [])}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-        os.replace(partial, self.path(index))
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+            os.replace(partial, path)
+            if self.remote is not None:
+                there = f"{self.root}/{path.name}"
+                self.remote.put_file(str(path), there + ".partial")
+                self.remote.mv(there + ".partial", there)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                f"{path} could not be written ({error}). Make room or choose another folder, then run the same "
+                "command again: the shards before it are kept."
+            ) from None
 
     def _open(self, path: Path):
+        if self.remote is not None and not path.exists():
+            partial = path.with_suffix(".partial")
+            self.remote.get_file(f"{self.root}/{path.name}", str(partial))
+            os.replace(partial, path)
         try:
             file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
@@ -61,19 +116,24 @@ class TrajectoryStore:
 
     def check(self, index: int) -> bool:
         """Whether shard `index` is there and belongs to this run."""
-        if not self.path(index).exists():
+        path = self.path(index)
+        if not (self.remote.exists(f"{self.root}/{path.name}") if self.remote is not None else path.exists()):
             return False
-        with self._open(self.path(index)):
+        with self._open(path):
             return True
 
     def load(self, path: Path, site: str) -> torch.Tensor:
-        """Trajectories `(tokens, G, d)` float16 of one shard."""
+        """Trajectories `(tokens, G, d)` float16 of one shard, mapped from the file."""
         with self._open(path) as file:
             if site not in file.keys():
                 raise ValueError(
                     f"{path} holds no site {site!r}, it holds {sorted(key for key in file.keys() if '/' not in key)}."
                 )
             return file.get_tensor(site)
+
+    def rows(self, paths: Sequence[Path], site: str) -> Rows:
+        """The trajectories of many shards."""
+        return Rows([self.load(path, site) for path in paths])
 
     def load_origin(self, path: Path, site: str) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
         """Prompt index and token position of each trajectory of a site, and the readings of the shard's images."""

@@ -1,8 +1,9 @@
-"""Train the dictionary of a recipe: collect, fit, train, evaluate, save.
+"""Train the dictionaries of a recipe: collect, fit, train, evaluate, save.
 
     python -m training.train training/recipes/shapes.yaml --out examples/shapes-rtsae
+    accelerate launch -m training.train training/recipes/shapes.yaml --out runs/dictionary
 
-Every stage continues where it was stopped; a GPU is used if there is one.
+Every stage continues where it was stopped; a GPU is used if there is one, several processes share the work.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import shutil
+import time
+import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import yaml
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
@@ -24,145 +29,245 @@ from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, signature, write_json
 from diffusers_rtsae.models import LinearDynamics
 
 from .checkpoint import load_checkpoint, save_checkpoint, step_generator
-from .collect import anchor_timesteps, collect, read_prompts
+from .collect import anchor_timesteps, collect, read_samples
+from .dictionary import DictionaryTrainer, calibrate, measure_activations, new_dictionary
 from .evaluate import evaluate
 from .fit import fit_dynamics
-from .store import TrajectoryStore
+from .recipe import Recipe, load_recipe
+from .store import Rows, TrajectoryStore
+from .stream import Stream
 
 STATISTICS_TOKENS = 200_000  # whose activations make the statistics of the latents
+MEASURED_TOKENS = 16_384  # that set thresholds, and that figures are measured on
 
 
-def geometric_median(points: torch.Tensor, iterations: int = 20) -> torch.Tensor:
-    """Geometric median of `points (n, d)` (Weiszfeld)."""
-    median = points.mean(0)
-    for _ in range(iterations):
-        weight = 1 / (points - median).norm(dim=1).clamp(min=1e-6)
-        median = (points * weight[:, None]).sum(0) / weight.sum()
-    return median
+class Data:
+    """Trajectories of each site: to train on, to set thresholds on, and to measure on."""
+
+    def __init__(self, train: dict[str, Rows | torch.Tensor], held_out: dict[str, torch.Tensor]):
+        self.train = train
+        halves = {site: rows.chunk(2) for site, rows in held_out.items()}
+        self.unseen = {site: half[0][:MEASURED_TOKENS] for site, half in halves.items()}
+        self.validation = {site: half[1][:MEASURED_TOKENS] for site, half in halves.items()}
+
+    def sample(self, site: str, count: int, generator: torch.Generator) -> torch.Tensor:
+        rows = self.train[site]
+        return rows[torch.randint(len(rows), (count,), generator=generator)].float()
 
 
-def auxiliary_loss(
-    rtsae: RTSAE, error: torch.Tensor, pre_activations: torch.Tensor, dead: torch.Tensor, k: int
-) -> torch.Tensor:
-    """AuxK (2406.04093, appendix A.2): dead latents reconstruct the detached error `u − û` of the living."""
-    columns = dead.nonzero()[:, 0]
-    values, chosen = pre_activations[:, columns].topk(min(k, len(columns)), dim=1)
-    code = torch.zeros(len(error), len(columns), device=error.device).scatter(1, chosen, values.relu())
-    guess = (code @ rtsae.decoder[columns].flatten(1)).unflatten(1, error.shape[1:])
-    return F.mse_loss(guess, error.detach()) / error.detach().square().mean()
+def stored_data(recipe: Recipe, store: TrajectoryStore) -> tuple[Data, list[Path], list[Path]]:
+    """The data of a filled store, and its shards: to train on, and held out."""
+    shards = store.shards()
+    held = max(1, round(recipe.train.validation * len(shards)))
+    if held >= len(shards):
+        raise ValueError(
+            f"{store.folder} holds {len(shards)} shards: two are needed, one to train on and one held out."
+        )
+    train = {site: store.rows(shards[:-held], site) for site in recipe.sites}
+    generator, held_out = torch.Generator().manual_seed(recipe.seed), {}
+    for site in recipe.sites:
+        rows = store.rows(shards[-held:], site)
+        half = torch.arange(len(rows)).chunk(2)  # thresholds and figures from different pictures
+        chosen = [part[torch.randperm(len(part), generator=generator)[:MEASURED_TOKENS]] for part in half]
+        held_out[site] = torch.cat([rows[part] for part in chosen])
+    return Data(train, held_out), shards[:-held], shards[-held:]
 
 
-@torch.no_grad()
-def calibrate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> None:
-    """Set each prefix' threshold so that k latents are active on average."""
-    residuals = rtsae.dynamics.residuals(trajectories)
-    for g in range(residuals.shape[1]):
-        pre_activations = rtsae.pre_activations(residuals[:, : g + 1])
-        kept = pre_activations.relu().flatten().topk(k * len(residuals) + 1).values
-        rtsae.threshold[g] = kept[-1].clamp(min=0)
+def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) -> tuple[LinearDynamics, dict]:
+    """The dynamics of a site: those in `path` if they belong to this run, else fitted and written there."""
+    if path.exists():
+        tensors = load_file(path)
+        told = json.loads(bytes(tensors.pop("told").tolist()))
+        if told["mark"] == mark:
+            dynamics = LinearDynamics(*tensors["mean"].shape)
+            dynamics.load_state_dict(tensors)
+            return dynamics, told["fitted"]
+    dynamics, found = fit_dynamics(train, validation, **recipe.fit.model_dump())
+    told = json.dumps({"mark": mark, "fitted": found}).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(dynamics.state_dict() | {"told": torch.tensor(list(told), dtype=torch.uint8)}, partial)
+    os.replace(partial, path)
+    print(f"{site}: R² of the predictors {found['r2']}", flush=True)
+    return dynamics, found
 
 
-@torch.no_grad()
-def measure_activations(rtsae: RTSAE, trajectories: torch.Tensor, batch: int = 4096) -> None:
-    """Set the statistics of each latent's activation on `trajectories (tokens, G, d)`."""
-    device, columns, values = rtsae.encoder.device, [], []
-    for part in trajectories.split(batch):
-        latents = rtsae.encode(part.to(device))
-        at = latents.nonzero()
-        columns.append(at[:, 1].cpu())
-        values.append(latents[at[:, 0], at[:, 1]].cpu())
-    columns, values = torch.cat(columns), torch.cat(values)
-    order = torch.argsort(values)
-    order = order[torch.argsort(columns[order], stable=True)]  # by latent, each ascending
-    for j, active in enumerate(
-        values[order].split(torch.bincount(columns, minlength=rtsae.config.num_latents).tolist())
-    ):
-        rtsae.density[j] = len(active) / len(trajectories)
-        rtsae.mean_activation[j] = active.sum() / len(trajectories)
-        rtsae.typical_activation[j] = active[int(0.99 * (len(active) - 1))] if len(active) else 1.0
-        rtsae.max_activation[j] = active[-1] if len(active) else 1.0
+class Checkpoints:
+    """
+    Everything at one step in one folder, which appears whole or not at all; the latest few are kept.
+
+    Args:
+        folder (`Path`): where they lie.
+        kept (`int`): how many.
+    """
+
+    def __init__(self, folder: Path, kept: int):
+        self.folder, self.kept = folder, kept
+
+    def latest(self) -> Path | None:
+        found = sorted(path for path in self.folder.glob("step-*") if not path.name.endswith(".partial"))
+        return found[-1] if found else None
+
+    def save(self, step: int, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None):
+        path = self.folder / f"step-{step:08d}"
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, trainer in trainers.items():
+            save_checkpoint(
+                partial / f"{name}.safetensors", trainer.done, trainer.state, trainer.optimizer, marks[name]
+            )
+        if stream is not None:
+            stream.save(partial / "stream.safetensors")
+        os.replace(partial, path)
+        for old in sorted(self.folder.glob("step-*"))[: -self.kept]:
+            shutil.rmtree(old)
+
+    def load(self, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None) -> int:
+        """The number of steps done, 0 if there is no checkpoint."""
+        path = self.latest()
+        if path is None:
+            return 0
+        for name, trainer in trainers.items():
+            file = path / f"{name}.safetensors"
+            trainer.done = load_checkpoint(file, trainer.state, trainer.optimizer, marks[name])
+        if stream is not None:
+            stream.load(path / "stream.safetensors")
+        return int(path.name.removeprefix("step-"))
 
 
-def train_site(
-    recipe: dict,
-    site: str,
+def train_dictionaries(
+    recipes: dict[str, Recipe],
+    data: Data,
+    dynamics: dict[str, LinearDynamics],
+    sites: dict[str, str],
     anchors: list[int],
-    data: torch.Tensor,
-    unseen: torch.Tensor,
-    dynamics: LinearDynamics,
     work: Path,
-    device: str,
+    accelerator: Accelerator,
     collected: str,
-) -> RTSAE:
-    """Train the dictionary of one site on `data (tokens, G, d)` float16, set its thresholds on `unseen`, as many more
-    float16 trajectories; `collected` says how these came about."""
-    settings, seed = recipe["train"], recipe["seed"]
-    torch.manual_seed(seed)
-    rtsae = RTSAE(site, data.shape[2], anchors, settings["num_latents"], settings["k"])
-    rtsae.dynamics.load_state_dict(dynamics.state_dict())
-    rtsae.to(device)
-    with torch.no_grad():
-        sample = rtsae.dynamics.residuals(data[:8192].float().to(device))
-        rtsae.decoder_bias.copy_(geometric_median(sample.flatten(1)).view_as(rtsae.decoder_bias))
-    parameters = dict(rtsae.named_parameters())
-    optimizer = torch.optim.Adam(parameters.values(), lr=settings["learning_rate"], fused=True)
-    quiet = torch.zeros(
-        settings["num_latents"], dtype=torch.long, device=device
-    )  # trajectories since each latent fired
-    state = parameters | {"quiet": quiet}
-    checkpoint, mark = work / f"{site}.safetensors", json.dumps([collected, recipe["fit"], settings], sort_keys=True)
-    done, steps, size = load_checkpoint(checkpoint, state, optimizer, mark), settings["steps"], settings["batch_size"]
-    progress = tqdm(range(done, steps), initial=done, total=steps, desc=f"train {site}", unit="step", mininterval=5)
+    stream: Stream | None = None,
+) -> dict[str, RTSAE]:
+    """
+    Train several dictionaries on one pass over the data.
+
+    Args:
+        recipes, dynamics, sites: for each dictionary by name, its own recipe, dynamics and site.
+        collected (`str`): how the data came about; a checkpoint of other data is refused.
+    """
+    device, first = accelerator.device, next(iter(recipes.values()))
+    marks, trainers = {}, {}
+    for name, recipe in recipes.items():
+        rtsae = new_dictionary(sites[name], anchors, recipe, dynamics[name])
+        sample = rtsae.dynamics.residuals(data.sample(sites[name], 8192, step_generator(recipe.seed, -1)))
+        trainers[name] = DictionaryTrainer(rtsae, recipe.train, sample, device)
+        told = recipe.train.model_dump(exclude={"checkpoints", "checkpoint_every", "validate_every", "log_with"})
+        marks[name] = json.dumps([collected, recipe.seed, recipe.fit.model_dump(), told], sort_keys=True)
+    checkpoints = Checkpoints(work / "checkpoints", first.train.checkpoints)
+    done, steps = checkpoints.load(trainers, marks, stream), max(r.train.steps for r in recipes.values())
+    count, rank = accelerator.num_processes, accelerator.process_index
+    renew_every = None
+    if stream is not None:
+        per_batch = first.collect.batch_size * first.collect.tokens_per_image
+        renew_every = max(1, round(per_batch * first.collect.reuse / first.train.batch_size))
+    progress = tqdm(
+        range(done, steps), initial=done, total=steps, desc="train", unit="step", mininterval=5,
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+    watch, began = Watch(accelerator, work), time.perf_counter()
     for step in progress:
-        generator = step_generator(seed, step)
-        rate = min(1.0, (step + 1) / 100, 5 * (steps - step) / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = settings["learning_rate"] * rate
-        batch = data[torch.randint(len(data), (size,), generator=generator)].to(device).float()
-        prefix = None
-        if torch.rand((), generator=generator) < settings["prefix"]:
-            prefix = int(torch.randint(1, len(anchors), (), generator=generator))
-        latents, residuals, reconstruction = rtsae(batch, train_k=settings["k"], prefix=prefix)
-        error = residuals - reconstruction
-        loss = error.square().mean()
-        dead = quiet > settings["dead_after"]
-        if dead.any() and prefix is None:
-            pre_activations = rtsae.pre_activations(residuals)
-            loss = loss + settings["auxiliary"] * auxiliary_loss(
-                rtsae, error, pre_activations, dead, k=data.shape[2] // 2
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        with torch.no_grad():  # the decoder moves on the unit sphere
-            flat, gradient = rtsae.decoder.flatten(1), rtsae.decoder.grad.flatten(1)
-            gradient -= (gradient * flat).sum(1, keepdim=True) * flat
-            torch.nn.utils.clip_grad_norm_(rtsae.parameters(), 1.0)
-            optimizer.step()
-            rtsae.decoder.div_(rtsae.decoder.flatten(1).norm(dim=1).clamp(min=1e-8)[:, None, None])
-            quiet += size
-            quiet[(latents > 0).any(0)] = 0
-        if step % 50 == 0:
-            progress.set_postfix(fvu=f"{error.square().mean().item():.3f}", dead=f"{dead.float().mean().item():.1%}")
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"The loss is {loss.item()} at step {step}. Lower `learning_rate` and delete {checkpoint}."
-            )
-        if (step + 1) % settings["checkpoint_every"] == 0 or step + 1 == steps:
-            save_checkpoint(checkpoint, step + 1, state, optimizer, mark)
-    for tensor in (rtsae.encoder, rtsae.decoder):  # rounded as it will be stored, then calibrated
-        tensor.data = tensor.data.half().float()
-    sample = torch.randperm(len(unseen), generator=step_generator(seed, steps))[:16384]
-    calibrate(rtsae, unseen[sample].float().to(device), settings["k"])
-    measure_activations(rtsae, data[:STATISTICS_TOKENS])
-    return rtsae.cpu()
+        if stream is not None and step > 0 and step % renew_every == 0:
+            stream.renew()
+        batches, prefixed = {}, {}
+        for name, trainer in trainers.items():
+            settings, site = trainer.settings, sites[name]
+            if step >= settings.steps:
+                continue
+            if site not in batches:
+                generator = step_generator(first.seed, step)
+                batches[site] = data.sample(site, first.train.batch_size, generator)[rank::count].to(device)
+                shown = int(torch.randint(1, len(anchors), (), generator=generator))
+                prefixed[site] = shown, torch.rand((), generator=generator).item()
+            shown, draw = prefixed[site]
+            prefix = shown if draw < settings.prefix else None
+            residuals = trainer.rtsae.dynamics.residuals(batches[site])
+            parts = residuals.chunk(settings.accumulate)
+            found = [trainer.backward(part, prefix, len(part) / len(residuals)) for part in parts]
+            if not all(torch.isfinite(torch.tensor(f["loss"])) for f in found):
+                raise ValueError(
+                    f"The loss of {name} is {found[-1]['loss']} at step {step}. Lower `learning_rate` and delete "
+                    f"{checkpoints.folder}."
+                )
+            if count > 1:
+                for parameter in trainer.parameters.values():
+                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
+                trainer.quiet.copy_(accelerator.gather(trainer.quiet[None]).amin(0))
+            trainer.update(step)
+            if (step + 1) % settings.validate_every == 0 or step + 1 == settings.steps:
+                rate = (step + 1 - done) * first.train.batch_size / (time.perf_counter() - began)
+                validation = data.validation[site][:4096].float().to(device)
+                seen = watch(step + 1, name, trainer, found[-1], validation, rate)
+                progress.set_postfix(fvu=f"{seen['fvu_validation']:.3f}", dead=f"{seen['dead']:.1%}")
+        if (step + 1) % first.train.checkpoint_every == 0 or step + 1 == steps:
+            if accelerator.is_main_process:
+                checkpoints.save(step + 1, trainers, marks, stream)
+            accelerator.wait_for_everyone()
+    accelerator.end_training()
+    finished = {}
+    for name, trainer in trainers.items():
+        rtsae, site = trainer.finish(), sites[name]
+        calibrate(rtsae, data.unseen[site].float().to(device), recipes[name].train.k)
+        rows, size = data.train[site], max(256, 2**23 // rtsae.config.num_latents)
+        measured = torch.arange(min(len(rows), STATISTICS_TOKENS))
+        measure_activations(rtsae, (rows[part].float() for part in measured.split(size)))
+        finished[name] = rtsae.cpu()
+    return finished
 
 
-def open_store(recipe: dict, work: Path, anchors: list[int], pipe: DiffusionPipeline) -> TrajectoryStore:
-    """The trajectories of a recipe's run."""
-    made_with = {name: recipe[name] for name in ("pipeline", "sites", "seed", "collect")} | {"anchors": anchors}
-    return TrajectoryStore(
-        work / "trajectories", json.dumps(made_with | {"weights": weights_hash(pipe.unet)}, sort_keys=True)
-    )
+class Watch:
+    """Validation while training: a line in `log.jsonl`, the recipe's trackers, and early warnings."""
+
+    def __init__(self, accelerator: Accelerator, work: Path):
+        self.accelerator, self.path = accelerator, work / "log.jsonl"
+        self.best: dict[str, float] = {}
+        self.warned: set[tuple[str, str]] = set()
+
+    def __call__(
+        self, step: int, name: str, trainer: DictionaryTrainer, train: dict, validation: torch.Tensor, rate: float
+    ) -> dict:
+        seen = {f"{key}_train": value for key, value in train.items()}
+        seen |= trainer.measure(trainer.rtsae.dynamics.residuals(validation))
+        seen |= {"dead": trainer.dead.float().mean().item(), "trajectories_per_second": round(rate)}
+        self._warn(name, "dead", seen["dead"] > 0.2, f"{seen['dead']:.0%} of the latents are dead")
+        settled, k, l0 = step > trainer.settings.steps / 2, trainer.settings.k, seen["l0_validation"]
+        self._warn(
+            name,
+            "gap",
+            settled and abs(l0 / k - 1) > 0.25,
+            f"{l0:.1f} latents are active on held-out data, {k} wanted",
+        )
+        best = self.best.setdefault(name, seen["fvu_validation"])
+        self.best[name] = min(best, seen["fvu_validation"])
+        exploding = seen["fvu_validation"] > 3 * best
+        self._warn(
+            name, "loss", exploding, f"FVU on held-out data rose from {best:.3f} to {seen['fvu_validation']:.3f}"
+        )
+        if self.accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, "dictionary": name} | seen) + "\n")
+        self.accelerator.log({f"{name}/{key}": value for key, value in seen.items()}, step=step)
+        return seen
+
+    def _warn(self, name: str, kind: str, happened: bool, message: str) -> None:
+        if happened and (name, kind) not in self.warned:
+            self.warned.add((name, kind))
+            warnings.warn(f"{name}: {message}.", stacklevel=3)
+
+
+def open_store(recipe: Recipe, work: Path, anchors: list[int], pipe: DiffusionPipeline, shards: str | None = None):
+    """The trajectories of a recipe's run; `shards` may be a URL, then `work` keeps a copy of what is read."""
+    mark = recipe.collected + json.dumps({"anchors": anchors, "weights": weights_hash(pipe.unet)})
+    return TrajectoryStore(shards or work / "trajectories", mark, cache=work / "trajectories")
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -173,46 +278,78 @@ def weights_hash(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the dictionary")
-    parser.add_argument("--work", type=Path, help="shards and checkpoints; runs/<name of the recipe> by default")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    recipe = yaml.safe_load(arguments.recipe.read_text())
-    work = arguments.work or Path("runs") / arguments.recipe.stem
-    run(recipe, arguments.out, work, arguments.device)
+def run(
+    recipe: Recipe, out: Path, work: Path, accelerator: Accelerator | None = None, shards: str | None = None
+) -> dict[str, Dictionary]:
+    """
+    All stages of a recipe.
+
+    Returns:
+        the dictionaries by the names of the recipe's variants, saved in `out/<name>`; without variants one, in `out`.
+    """
+    settings = recipe.train
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    pipe = DiffusionPipeline.from_pretrained(recipe.pipeline, torch_dtype=getattr(torch, recipe.dtype))
+    pipe.to(accelerator.device).set_progress_bar_config(disable=True)
+    scorer = FactorScorer.from_pretrained(recipe.scorer).to(accelerator.device) if recipe.scorer else None
+    anchors = anchor_timesteps(pipe, recipe.collect.steps, recipe.anchors)
+    samples = read_samples(recipe.collect, recipe.seed)
+    variants = {name: recipe.variant(name) for name in recipe.variants} or {"": recipe}
+    stream, process = None, (accelerator.process_index, accelerator.num_processes)
+    if recipe.collect.buffer is None:
+        store = open_store(recipe, work, anchors, pipe, shards)
+        collect(pipe, samples, recipe, anchors, store, scorer, process)
+        accelerator.wait_for_everyone()
+        collected = store.fingerprint
+        data, train, held_out = stored_data(recipe, store)
+        moments = {s: ([store.load(p, s) for p in train], [store.load(p, s) for p in held_out]) for s in recipe.sites}
+    else:
+        if process[1] > 1:
+            raise ValueError("Streaming (`collect.buffer`) runs in one process: its buffer is one.")
+        per_batch = recipe.collect.batch_size * recipe.collect.tokens_per_image
+        held = max(2, round(settings.validation * recipe.collect.buffer / per_batch))
+        stream = Stream(pipe, samples, recipe, anchors, held)
+        kept = [stream.generate(i) for i in range(held)]
+        held_rows = {site: torch.cat([rows[site] for rows in kept]) for site in recipe.sites}
+        while not stream.is_full:
+            stream.renew()
+        collected = recipe.collected + json.dumps(anchors)
+        data = Data(stream.buffer, held_rows)
+        moments = {site: (stream.buffer[site].split(65536), [held_rows[site]]) for site in recipe.sites}
+    names, dynamics, facts = {}, {}, {}
+    for variant, own in variants.items():
+        for site in recipe.sites:
+            mark = json.dumps([collected, own.fit.model_dump()], sort_keys=True)
+            path = (
+                work / "dynamics" / f"{site}-{hashlib.blake2b(mark.encode(), digest_size=6).hexdigest()}.safetensors"
+            )
+            name = f"{variant}/{site}".lstrip("/").replace("/", "@")
+            names[name] = variant, site
+            dynamics[name], facts[name] = fitted(own, site, *moments[site], path, mark)
+    trained = train_dictionaries(
+        {name: variants[variant] for name, (variant, _) in names.items()}, data, dynamics,
+        {name: site for name, (_, site) in names.items()}, anchors, work, accelerator, collected, stream,
+    )  # fmt: skip
+    saved = {}
+    for variant, own in variants.items():
+        sites, report = {}, {}
+        for name, (whose, site) in names.items():
+            if whose == variant:
+                sites[site] = trained[name]
+                report[site] = facts[name] | evaluate(trained[name], data.validation[site].float(), own.train.k)
+        if accelerator.is_main_process:
+            print(json.dumps(report, indent=2))
+            saved[variant] = save(own, sites, report, out / variant, pipe, anchors)
+    accelerator.wait_for_everyone()
+    return saved
 
 
-def run(recipe: dict, out: Path, work: Path, device: str) -> Dictionary:
-    """All stages of a recipe; returns the dictionary it saved to `out`, without labels."""
-    pipe = DiffusionPipeline.from_pretrained(recipe["pipeline"]).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    scorer = FactorScorer.from_pretrained(recipe["scorer"]).to(device) if recipe.get("scorer") else None
-    anchors = anchor_timesteps(pipe, recipe["collect"]["steps"], recipe["anchors"])
-    store = open_store(recipe, work, anchors, pipe)
-    prompts = read_prompts(recipe["collect"]["prompts"], recipe["collect"]["count"], recipe["seed"])
-    collect(pipe, prompts, recipe["sites"], anchors, store, recipe["collect"], recipe["seed"], scorer)
-
-    shards = store.shards()
-    held_out = max(1, round(recipe["train"]["validation"] * len(shards)))
-    sites, report = {}, {}
-    for site in recipe["sites"]:
-        dynamics, fitted = fit_dynamics(
-            (store.load(shard, site) for shard in shards[:-held_out]),
-            (store.load(shard, site) for shard in shards[-held_out:]), **recipe["fit"],
-        )  # fmt: skip
-        print(f"{site}: R² of the predictors {fitted['r2']}")
-        data = torch.cat([store.load(shard, site) for shard in shards[:-held_out]])
-        unseen, validation = torch.cat([store.load(shard, site) for shard in shards[-held_out:]]).chunk(2)
-        sites[site] = train_site(recipe, site, anchors, data, unseen, dynamics, work, device, store.fingerprint)
-        report[site] = fitted | evaluate(sites[site], validation.float(), recipe["train"]["k"])
-        print(json.dumps(report[site], indent=2))
+def save(recipe: Recipe, sites: dict[str, RTSAE], report: dict, out: Path, pipe, anchors: list[int]) -> Dictionary:
+    """Write the dictionary of trained `sites`; labels that are there stay if they are of these very weights."""
     config = {
-        "base_model": recipe["base_model"], "license": recipe.get("license", "unknown"),
-        "signature": signature(pipe.unet), "anchors": anchors, "recipe": recipe,
-        "prediction_type": pipe.scheduler.config.prediction_type, "sampler": "DDIM", "metrics": report,
+        "base_model": recipe.base_model, "license": recipe.license, "signature": signature(pipe.unet),
+        "anchors": anchors, "recipe": recipe.model_dump(), "sampler": "DDIM", "metrics": report,
+        "prediction_type": pipe.scheduler.config.prediction_type,
     }  # fmt: skip
     labels = json.loads((out / LABELS_NAME).read_text()) if _unchanged(sites, out) else {}
     dictionary = Dictionary(sites, labels, config)
@@ -231,6 +368,25 @@ def _unchanged(sites: dict[str, RTSAE], folder: Path) -> bool:
         return False
     same = before.keys() == sites.keys()
     return same and all(torch.equal(before[site].encoder.half(), sites[site].encoder.half()) for site in sites)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the dictionary")
+    parser.add_argument("--work", type=Path, help="shards and checkpoints; runs/<name of the recipe> by default")
+    parser.add_argument("--shards", help="where shards lie if not in the work folder: any URL that fsspec knows")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change the recipe: train.k=8")
+    parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
+    a = parser.parse_args()
+    recipe = load_recipe(a.recipe, a.set)
+    work = a.work or Path("runs") / a.recipe.stem
+    accelerator = Accelerator(
+        cpu=a.cpu or not torch.cuda.is_available(), log_with=recipe.train.log_with or None, project_dir=work
+    )
+    if recipe.train.log_with:
+        accelerator.init_trackers("diffusers-rtsae")
+    run(recipe, a.out, work, accelerator, a.shards)
 
 
 if __name__ == "__main__":

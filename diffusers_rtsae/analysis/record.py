@@ -19,6 +19,7 @@ class Recorder:
         timesteps (`list[float]`, *optional*): steps to keep; all by default.
         activation (`str`, defaults to `"output"`): keep a site's `"output"` or its `"update"` (output − input).
         dtype (`torch.dtype`, defaults to `torch.float32`): of what is kept, on the CPU.
+        streams (`tuple[str, ...]`, defaults to `("cond",)`): parts of guidance to keep, one after the other.
 
     Example:
         ```py
@@ -30,13 +31,13 @@ class Recorder:
 
     def __init__(
         self, pipeline, sites: list[str], timesteps: list[float] | None = None, activation: str = "output",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, streams: tuple[str, ...] = ("cond",),
     ):  # fmt: skip
         if activation not in ("output", "update"):
             raise ValueError(f"`activation` must be 'output' or 'update', got {activation!r}.")
         self.denoiser = get_denoiser(pipeline)
         self.modules = {site: get_site(self.denoiser, site) for site in sites}
-        self.wanted, self.activation, self.dtype = timesteps, activation, dtype
+        self.wanted, self.activation, self.dtype, self.streams = timesteps, activation, dtype, streams
         self.clock = Clock()
         self._kept: dict[str, list[torch.Tensor]] = {}
 
@@ -67,18 +68,21 @@ class Recorder:
             hidden_states = read_output(output)
             if self.activation == "update":
                 hidden_states = hidden_states - (args[0] if args else kwargs["hidden_states"])
-            rows = self.clock.conditional_rows(len(hidden_states))
-            if rows is None:  # a call for another part of guidance alone
+            rows = dict(self.clock.rows(len(hidden_states)))
+            if not rows.keys() & set(self.streams):  # a call for another part of guidance alone
                 return
+            if missing := set(self.streams) - rows.keys():
+                raise ValueError(f"This call of the denoiser has no {sorted(missing)}, it has {sorted(rows)}.")
             self._shape = hidden_states.shape
             if self._again:
                 self._kept[site].pop()
-            self._kept[site].append(to_tokens(hidden_states[rows]).detach().to("cpu", self.dtype, copy=True))
+            kept = [to_tokens(hidden_states[rows[stream]]).detach() for stream in self.streams]
+            self._kept[site].append(torch.cat([part.to("cpu", self.dtype, copy=True) for part in kept]))
 
         return hook
 
     def trajectories(self, site: str) -> torch.Tensor:
-        """Activations `(images, tokens, steps, d)` of the generation inside the `with` block."""
+        """Activations `(streams * images, tokens, steps, d)` of the generation inside the `with` block."""
         if not self._kept.get(site):
             raise ValueError(
                 f"Nothing was recorded at {site!r}; recorded were {[s for s, h in self._kept.items() if h]}."

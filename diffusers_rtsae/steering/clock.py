@@ -110,10 +110,6 @@ class Clock:
         part = batch_size // len(self.streams)
         return [(stream, slice(i * part, (i + 1) * part)) for i, stream in enumerate(self.streams)]
 
-    def conditional_rows(self, batch_size: int) -> slice | None:
-        """Rows of the text-conditional part of the batch, if this call has it."""
-        return dict(self.rows(batch_size)).get("cond")
-
 
 def _streams(pipeline, call: dict, rows: int, images: int | None, text, again: bool) -> tuple[str, ...]:
     """What the equal parts of a batch of `rows` are."""

@@ -44,10 +44,10 @@ class Caller(DiffusionPipeline):
 def test_conditional_rows_follow_guidance_live():
     clock, pipeline = Clock(), Caller()
     pipeline(clock, 4, 900, batch_size=2)
-    assert clock.conditional_rows(4) == slice(2, 4) and clock.prompts == 2
+    assert dict(clock.rows(4))["cond"] == slice(2, 4) and clock.prompts == 2
     pipeline.do_classifier_free_guidance = False
     pipeline(clock, 2, 800, batch_size=2)
-    assert clock.conditional_rows(2) == slice(0, 2)
+    assert dict(clock.rows(2))["cond"] == slice(0, 2)
     assert clock.generation == 1  # dropping guidance in mid-run is no new generation
 
 
@@ -56,9 +56,9 @@ def test_each_pipeline_is_asked_about_its_own_call():
     plain.do_classifier_free_guidance = False
     for _ in range(2):
         guided(clock, 2, 900)
-        assert clock.conditional_rows(2) == slice(1, 2)
+        assert dict(clock.rows(2))["cond"] == slice(1, 2)
         plain(clock, 2, 900, num_images_per_prompt=2)
-        assert clock.conditional_rows(2) == slice(0, 2)
+        assert dict(clock.rows(2))["cond"] == slice(0, 2)
     assert clock.generation == 4
 
 
@@ -76,4 +76,4 @@ def test_without_a_pipeline_time_jumping_back_or_another_shape_is_a_new_generati
     clock = Clock()
     for shape, t in (((2, 4, 8, 8), 900), ((2, 4, 8, 8), 100), ((2, 4, 8, 8), 950), ((2, 4, 16, 8), 900)):
         clock.tick(torch.zeros(shape), torch.tensor([t]))
-    assert clock.generation == 3 and clock.conditional_rows(2) == slice(0, 2)
+    assert clock.generation == 3 and dict(clock.rows(2))["cond"] == slice(0, 2)

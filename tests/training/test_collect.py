@@ -1,24 +1,36 @@
-"""Collection with the bundled pipeline: what lands in the shards, and what happens after a kill."""
+"""Collection with the bundled pipeline: which prompts, what lands in the shards, and what happens after a kill."""
+
+import json
 
 import pytest
 import torch
 
-from training.collect import anchor_timesteps, collect, read_prompts
+from training.collect import Sample, anchor_timesteps, collect, read_samples
+from training.recipe import Collect, Recipe
 from training.store import TrajectoryStore
 
 SITE = "up_blocks.1.attentions.1"
-SETTINGS = {"steps": 5, "guidance_scale": 4.0, "batch_size": 2, "tokens_per_image": 10}
+COLLECT = {
+    "prompts": "shapes", "count": 5, "steps": 5, "guidance_scale": 4.0, "batch_size": 2, "tokens_per_image": 10,
+}  # fmt: skip
+TRAIN = {"num_latents": 8, "k": 2, "steps": 1, "batch_size": 4, "learning_rate": 1e-3}
+
+
+def recipe(sites=(SITE,), activation="output", **changes) -> Recipe:
+    collect = Collect(**(COLLECT | changes))
+    return Recipe(
+        pipeline="x", base_model="x", sites=list(sites), anchors=3, activation=activation, collect=collect, train=TRAIN
+    )
 
 
 @pytest.fixture
-def prompts():
-    return read_prompts("shapes", 5, seed=0)
+def samples():
+    return read_samples(recipe().collect, seed=0)
 
 
-def test_shards_hold_the_trajectories_of_sampled_tokens(pipe, scorer, prompts, tmp_path):
-    anchors = anchor_timesteps(pipe, 5, 3)
-    store = TrajectoryStore(tmp_path, "x")
-    collect(pipe, prompts, [SITE, "mid_block"], anchors, store, SETTINGS, seed=0, scorer=scorer)
+def test_shards_hold_the_trajectories_of_sampled_tokens(pipe, scorer, samples, tmp_path):
+    anchors, store = anchor_timesteps(pipe, 5, 3), TrajectoryStore(tmp_path, "x")
+    collect(pipe, samples, recipe([SITE, "mid_block"]), anchors, store, scorer)
     assert len(store.shards()) == 3
     image, token, readings = store.load_origin(store.shards()[1], SITE)
     assert image.tolist() == [2] * 10 + [3] * 10 and len(readings) == 2 and "style" in readings[0]
@@ -28,10 +40,36 @@ def test_shards_hold_the_trajectories_of_sampled_tokens(pipe, scorer, prompts, t
     assert store.load(store.shards()[2], "mid_block").shape[0] == 10
 
 
-def test_a_killed_collection_loses_only_the_current_shard(pipe, prompts, tmp_path, monkeypatch):
+def test_both_halves_of_guidance_and_the_update_of_a_site(pipe, samples, tmp_path):
+    anchors, found = anchor_timesteps(pipe, 5, 3), {}
+    for streams, activation in (("cond", "output"), ("both", "output"), ("cond", "update")):
+        store, mine = (
+            TrajectoryStore(tmp_path / streams / activation, "x"),
+            recipe((SITE,), activation, streams=streams),
+        )
+        collect(pipe, samples[:2], mine, anchors, store)
+        found[streams, activation] = store.load(store.shards()[0], SITE)
+    both = found["both", "output"]
+    assert torch.equal(both[:20], found["cond", "output"]) and len(both) == 40
+    assert not torch.equal(both[20:], both[:20])  # another prompt: none
+    assert not torch.equal(found["cond", "update"], found["cond", "output"])
+
+
+def test_processes_share_the_shards(pipe, samples, tmp_path):
+    anchors, whole, shared = anchor_timesteps(pipe, 5, 3), TrajectoryStore(tmp_path / "a", "x"), tmp_path / "b"
+    collect(pipe, samples, recipe(), anchors, whole)
+    for rank, expected in ((0, [0, 2]), (1, [0, 1, 2])):
+        store = TrajectoryStore(shared, "x")
+        collect(pipe, samples, recipe(), anchors, store, process=(rank, 2))
+        assert [store.path(i) for i in expected] == store.shards()
+    for a, b in zip(whole.shards(), store.shards(), strict=True):
+        assert torch.equal(whole.load(a, SITE), store.load(b, SITE))
+
+
+def test_a_killed_collection_loses_only_the_current_shard(pipe, samples, tmp_path, monkeypatch):
     anchors = anchor_timesteps(pipe, 5, 3)
     whole, store = TrajectoryStore(tmp_path / "a", "x"), TrajectoryStore(tmp_path / "b", "x")
-    collect(pipe, prompts, [SITE], anchors, whole, SETTINGS, seed=0)
+    collect(pipe, samples, recipe(), anchors, whole)
     original, calls = store.write, []
 
     def write_then_die(index, *rest):
@@ -43,23 +81,50 @@ def test_a_killed_collection_loses_only_the_current_shard(pipe, prompts, tmp_pat
 
     monkeypatch.setattr(store, "write", write_then_die)
     with pytest.raises(KeyboardInterrupt):
-        collect(pipe, prompts, [SITE], anchors, store, SETTINGS, seed=0)
+        collect(pipe, samples, recipe(), anchors, store)
     assert len(store.shards()) == 1
     monkeypatch.undo()
-    collect(pipe, prompts, [SITE], anchors, store, SETTINGS, seed=0)
+    collect(pipe, samples, recipe(), anchors, store)
     for a, b in zip(whole.shards(), store.shards(), strict=True):
         assert torch.equal(whole.load(a, SITE), store.load(b, SITE))
 
 
 def test_anchors_are_steps_of_the_sampler_from_first_to_last(pipe):
-    anchors = anchor_timesteps(pipe, 25, 5)
-    assert anchors == [961, 721, 481, 241, 1]
+    assert anchor_timesteps(pipe, 25, 5) == [961, 721, 481, 241, 1]
+    assert anchor_timesteps(pipe, 25, [1, 481, 961]) == [961, 481, 1]
+    with pytest.raises(ValueError, match=r"anchors \[500\] are no steps of the sampler, which visits \[961, 921"):
+        anchor_timesteps(pipe, 25, [961, 500])
 
 
-def test_prompts_from_a_file(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a cat\n\n  a dog \n")
-    assert sorted(read_prompts(str(path), 10, seed=0)) == ["a cat", "a dog"]
-    path.write_text("\n\n")
+def prompts(path, content: str, **changes) -> list[Sample]:
+    path.write_text(content)
+    return read_samples(recipe(prompts=str(path), **changes).collect, seed=0)
+
+
+def test_prompts_from_a_text_file(tmp_path):
+    found = prompts(tmp_path / "prompts.txt", "a cat\n\n  a dog \n")
+    assert sorted(sample.prompt for sample in found) == ["a cat", "a dog"] and len({s.seed for s in found}) == 2
+    assert len(prompts(tmp_path / "prompts.txt", "a cat\n" * 9, count=4)) == 4  # a prompt again, another picture
+
+
+def test_prompts_with_seeds_are_taken_once_each(tmp_path):
+    rows = [{"caption": "a cat", "seed": 1}, {"caption": "a cat", "seed": 2}, {"caption": "a cat", "seed": 1}]
+    found = prompts(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)), column="caption")
+    assert sorted(found) == [("a cat", 1), ("a cat", 2)]
+
+
+def test_prompts_from_parquet(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    Dataset.from_dict({"prompt": ["a cat", "a dog"]}).to_parquet(tmp_path / "rows.parquet")
+    found = read_samples(recipe(prompts=str(tmp_path / "rows.parquet")).collect, seed=0)
+    assert sorted(sample.prompt for sample in found) == ["a cat", "a dog"]
+
+
+def test_prompts_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="holds no prompts: expected one a line"):
-        read_prompts(str(path), 10, seed=0)
+        prompts(tmp_path / "empty.txt", "\n\n")
+    with pytest.raises(ValueError, match="Row 0 of .* has no column 'prompt', it has: {'text': 'a cat'}"):
+        prompts(tmp_path / "rows.jsonl", '{"text": "a cat"}')
+    with pytest.raises(FileNotFoundError):
+        read_samples(recipe(prompts=str(tmp_path / "none.txt")).collect, seed=0)

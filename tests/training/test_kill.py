@@ -6,10 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 
 from diffusers_rtsae import load_dictionary
-from training.train import run
+from training.recipe import Recipe
+from training.train import Checkpoints, run
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
@@ -21,10 +24,9 @@ RECIPE = {
     "collect": {
         "prompts": "shapes", "count": 12, "steps": 5, "guidance_scale": 4.0, "batch_size": 2, "tokens_per_image": 32,
     },
-    "fit": {"ridge": 1e-3, "residualize": True},
     "train": {
-        "num_latents": 64, "k": 4, "steps": 20, "batch_size": 64, "learning_rate": 1e-3, "auxiliary": 1 / 32,
-        "dead_after": 1000, "prefix": 0.5, "validation": 0.3, "checkpoint_every": 10,
+        "num_latents": 64, "k": 4, "steps": 20, "batch_size": 64, "learning_rate": 1e-3,
+        "dead_after": 1000, "validation": 0.3, "checkpoint_every": 10,
     },
 }  # fmt: skip
 
@@ -32,7 +34,7 @@ RECIPE = {
 def test_a_command_killed_at_a_random_moment_continues(tmp_path):
     recipe, work, out = tmp_path / "recipe.yaml", tmp_path / "work", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(RECIPE))
-    command = [sys.executable, "-m", "training.train", recipe, "--out", out, "--work", work, "--device", "cpu"]
+    command = [sys.executable, "-m", "training.train", recipe, "--out", out, "--work", work, "--cpu"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(list(work.glob("trajectories/*.safetensors"))) < 2 and process.poll() is None:
         time.sleep(0.05)
@@ -40,9 +42,44 @@ def test_a_command_killed_at_a_random_moment_continues(tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not out.exists()
     kept = {path: path.stat().st_mtime_ns for path in work.glob("trajectories/*.safetensors")}
-    run(RECIPE, out, work, "cpu")
+    run(Recipe(**RECIPE), out, work)
     assert 2 <= len(kept) < 6 and all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert len(list(work.glob("trajectories/*.safetensors"))) == 6
-    whole = run(RECIPE, tmp_path / "whole", tmp_path / "other", "cpu")
+    whole = run(Recipe(**RECIPE), tmp_path / "whole", tmp_path / "other")[""]
     again = load_dictionary(out)
     assert again.config["metrics"] == whole.config["metrics"]
+
+
+def streaming(**train) -> Recipe:
+    collect = RECIPE["collect"] | {"buffer": 150, "reuse": 2.0}
+    return Recipe(**RECIPE | {"collect": collect, "train": RECIPE["train"] | train})
+
+
+def test_streaming_keeps_nothing_on_disk_and_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole = run(streaming(), tmp_path / "whole", tmp_path / "a")[""]
+    assert not (tmp_path / "a" / "trajectories").exists()
+    original = Checkpoints.save
+
+    def save_then_die(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(streaming(), tmp_path / "killed", tmp_path / "b")
+    monkeypatch.undo()
+    resumed = run(streaming(), tmp_path / "killed", tmp_path / "b")[""]
+    site = RECIPE["sites"][0]
+    for (name, a), b in zip(
+        whole.sites[site].state_dict().items(), resumed.sites[site].state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_variants_are_saved_each_in_its_folder(tmp_path):
+    recipe = Recipe(**RECIPE, variants={"wide": {"num_latents": 96}, "raw": {"residualize": False, "seed": 1}})
+    saved = run(recipe, tmp_path / "out", tmp_path / "work")
+    assert saved.keys() == {"wide", "raw"}
+    wide, raw = (load_dictionary(tmp_path / "out" / name).sites[RECIPE["sites"][0]] for name in ("wide", "raw"))
+    assert wide.config.num_latents == 96 and wide.dynamics.transition.abs().sum() > 0
+    assert raw.config.num_latents == 64 and raw.dynamics.transition.abs().sum() == 0

@@ -67,3 +67,34 @@ def test_a_file_that_is_no_shard(store):
     save_file({"mid_block": torch.zeros(1)}, store.path(2))
     with pytest.raises(ValueError, match="collected with other settings"):
         store.check(2)
+
+
+def test_rows_of_many_shards_are_read_as_one(store):
+    rows = store.rows(store.shards(), "mid_block")
+    whole = torch.cat([shard(0)["mid_block"], shard(1)["mid_block"]])
+    chosen = torch.tensor([11, 0, 6, 5, 6])
+    assert len(rows) == 12 and rows.shape == (12, 3, 4) and torch.equal(rows[chosen], whole[chosen])
+
+
+def test_shards_behind_a_url(tmp_path):
+    store = TrajectoryStore("memory://bucket/run", "settings", cache=tmp_path / "a")
+    store.write(0, shard(0))
+    elsewhere = TrajectoryStore("memory://bucket/run", "settings", cache=tmp_path / "b")
+    assert elsewhere.check(0) and not elsewhere.check(1)
+    assert torch.equal(elsewhere.load(elsewhere.shards()[0], "mid_block"), shard(0)["mid_block"])
+    with pytest.raises(ValueError, match="other settings"):
+        TrajectoryStore("memory://bucket/run", "other", cache=tmp_path / "c").check(0)
+    with pytest.raises(ValueError, match="need a local `cache`"):
+        TrajectoryStore("memory://bucket/run", "settings")
+
+
+def test_a_full_disk_keeps_what_was_written(store, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.store.save_file", full)
+    with pytest.raises(
+        OSError, match=r"shard-00002.* could not be written .*No space left.*the shards before it are kept"
+    ):
+        store.write(2, shard(2))
+    assert len(store.shards()) == 2 and not list(store.folder.glob("*.partial"))

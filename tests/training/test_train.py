@@ -1,22 +1,38 @@
-"""Training resumes bit for bit, recovers a known dictionary, and says what is wrong."""
+"""Training resumes bit for bit, recovers a known dictionary with every architecture, and says what is wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from diffusers_rtsae.models import LinearDynamics
 from training.checkpoint import load_checkpoint, save_checkpoint
+from training.dictionary import ARCHITECTURES, DictionaryTrainer, auxiliary_loss, geometric_median, new_dictionary
 from training.evaluate import evaluate
-from training.train import auxiliary_loss, geometric_median, train_site
+from training.recipe import Recipe
+from training.train import Checkpoints, Data, train_dictionaries
 
 D, ANCHORS = 16, [900, 500, 1]
 
 
-def recipe(**changes) -> dict:
+def recipe(variants: dict | None = None, **changes) -> Recipe:
     train = {
-        "num_latents": 32, "k": 3, "steps": 40, "batch_size": 128, "learning_rate": 3e-3, "auxiliary": 1 / 32,
-        "dead_after": 1000, "prefix": 0.5, "checkpoint_every": 10,
+        "num_latents": 32, "k": 3, "steps": 40, "batch_size": 128, "learning_rate": 3e-3, "dead_after": 1000,
+        "validate_every": 20, "checkpoint_every": 10,
     }  # fmt: skip
-    return {"seed": 0, "collect": {}, "fit": {}, "train": train | changes}
+    collect = {
+        "prompts": "shapes", "count": 1, "steps": 3, "guidance_scale": 1.0, "batch_size": 1, "tokens_per_image": 1,
+    }  # fmt: skip
+    return Recipe(
+        pipeline="none", base_model="none", sites=["mid_block"], anchors=3, collect=collect, train=train | changes,
+        variants=variants or {},
+    )  # fmt: skip
 
 
 def sparse_data(count: int = 4096, features: int = 24, seed: int = 0) -> torch.Tensor:
@@ -37,66 +53,135 @@ def dynamics_of(data: torch.Tensor) -> LinearDynamics:
     return dynamics
 
 
-def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
+def train(work: Path, *recipes: Recipe):
+    """Train one dictionary for each recipe, on one pass over the same data."""
     data = sparse_data()
-    known = ("mid_block", ANCHORS, data, data, dynamics_of(data))
-    whole = train_site(recipe(), *known, tmp_path / "whole", "cpu", "data")
+    named = {f"r{i}": one for i, one in enumerate(recipes)}
+    trained = train_dictionaries(
+        named, Data({"mid_block": data}, {"mid_block": sparse_data(1000, seed=2)}), dict.fromkeys(named, dynamics_of(data)),
+        dict.fromkeys(named, "mid_block"), ANCHORS, work, Accelerator(cpu=True), "data",
+    )  # fmt: skip
+    return list(trained.values())
 
-    class Killed(Exception):
-        pass
 
-    saves = []
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
+    arms = recipe(), recipe(architecture="jump_relu"), recipe(layout="per_step", steps=30)
+    whole = train(tmp_path / "whole", *arms)
+    original, saves = Checkpoints.save, []
 
     def save_then_die(*arguments):
-        save_checkpoint(*arguments)
+        original(*arguments)
         saves.append(1)
         if len(saves) == 2:
-            raise Killed
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.train.save_checkpoint", save_then_die)
-    with pytest.raises(Killed):
-        train_site(recipe(), *known, tmp_path / "killed", "cpu", "data")
-    resumed = train_site(recipe(), *known, tmp_path / "killed", "cpu", "data")
+    monkeypatch.setattr(Checkpoints, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", *arms)
+    resumed = train(tmp_path / "killed", *arms)
     assert len(saves) == 4  # twenty steps were kept, twenty were made
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    assert all(same(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_a_half_written_checkpoint_is_not_read_and_old_ones_go(tmp_path):
+    whole = train(tmp_path, recipe(checkpoints=2))[0]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000030", "step-00000040"]
+    shutil.copytree(tmp_path / "checkpoints/step-00000030", tmp_path / "checkpoints/step-00000050.partial")
+    assert same(whole, train(tmp_path, recipe(checkpoints=2))[0])
+
+
+def test_several_dictionaries_share_a_pass_and_are_those_of_runs_of_their_own(tmp_path):
+    arms = recipe(), recipe(k=5, num_latents=40), recipe(architecture="topk")
+    together = train(tmp_path / "together", *arms)
+    for i, arm in enumerate(arms):
+        assert same(together[i], train(tmp_path / str(i), arm)[0])
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+    data, gradients = sparse_data(), []
+    for accumulate in (1, 4):
+        settings = recipe(architecture="topk")  # whose rows do not depend on each other
+        trainer = DictionaryTrainer(
+            new_dictionary("mid_block", ANCHORS, settings, dynamics_of(data)),
+            settings.train,
+            data[:512].float(),
+            "cpu",
+        )
+        parts = trainer.rtsae.dynamics.residuals(data[:128].float()).chunk(accumulate)
+        for part in parts:
+            trainer.backward(part, None, len(part) / 128)
+        gradients.append(trainer.rtsae.encoder.grad.clone())
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 def test_a_changed_recipe_does_not_continue_another_run(tmp_path):
-    data = sparse_data()
-    train_site(recipe(steps=10), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path, "cpu", "data")
+    train(tmp_path, recipe(steps=10))
     with pytest.raises(ValueError, match="belongs to a run with other settings"):
-        train_site(recipe(steps=10, k=4), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path, "cpu", "data")
+        train(tmp_path, recipe(steps=10, k=4))
 
 
-def test_known_features_are_found(tmp_path):
-    data = sparse_data()
-    rtsae = train_site(
-        recipe(steps=600, prefix=0.2), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path, "cpu", "data"
-    )
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "bf16"])
+def test_known_features_are_found(tmp_path, name):
+    changes = {"precision": "bf16"} if name == "bf16" else {"architecture": name}
+    rtsae = train(tmp_path, recipe(steps=600, prefix=0.2, **changes))[0]
     report = evaluate(rtsae, sparse_data(1000, seed=1).float(), k=3)
     assert report["fvu_residual"] < 0.15
     assert report["l0_threshold"] == pytest.approx(3, abs=0.3)
-    norms = rtsae.decoder.flatten(1).norm(dim=1)
-    torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-4, rtol=1e-4)
+    if name != "jump_relu":  # which measures each latent in units of its threshold
+        norms = rtsae.decoder.flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-3, rtol=1e-3)
     assert report["prefix_recall"] == sorted(report["prefix_recall"]) and report["prefix_recall"][-1] == 1.0
 
 
-def test_auxiliary_loss_pulls_dead_latents_towards_the_error(tmp_path):
+def test_per_step_latents_see_and_write_one_anchor_each(tmp_path):
+    rtsae = train(tmp_path, recipe(layout="per_step", num_latents=30))[0]
+    for weights in (rtsae.encoder, rtsae.decoder):
+        used = weights.abs().sum(2) > 0
+        assert (used.sum(1) == 1).all() and used.sum(0).tolist() == [10, 10, 10]
+
+
+def test_the_first_latents_of_a_matryoshka_reconstruct_alone(tmp_path):
+    data = sparse_data(1000, seed=1).float()
+    arms = recipe(steps=400, architecture="matryoshka", nested=[0.25, 1.0], prefix=0), recipe(steps=400, prefix=0)
+    left = []
+    for rtsae in train(tmp_path, *arms):
+        with torch.no_grad():
+            latents = rtsae.encode(data)
+            latents[:, 8:] = 0
+            residuals = rtsae.dynamics.residuals(data)
+            left.append((rtsae.decode_residuals(latents) - residuals).square().mean().item())
+    assert left[0] < 0.95 * left[1]
+
+
+def test_validation_is_logged_and_trouble_is_told_early(tmp_path):
+    with pytest.warns(UserWarning, match="r0: .* of the latents are dead"):
+        train(tmp_path, recipe(num_latents=512, dead_after=200, auxiliary=0.0))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40]
+    assert lines[-1]["fvu_validation"] < lines[0]["fvu_validation"] and lines[-1]["dead"] > 0.2
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"The loss of r0 is (nan|inf) at step \d+. Lower `learning_rate`"):
+        train(tmp_path, recipe(learning_rate=1e30))
+
+
+def test_auxiliary_loss_pulls_dead_latents_towards_the_error():
     data = sparse_data(256)
-    rtsae = train_site(recipe(steps=1), "mid_block", ANCHORS, data, data, dynamics_of(data), tmp_path, "cpu", "data")
-    rtsae.zero_grad()
-    error = torch.randn(64, 3, D)
-    dead = torch.zeros(32, dtype=torch.bool)
-    dead[5] = True
-    pre = rtsae.pre_activations(error)
-    before = auxiliary_loss(rtsae, error, pre, dead, k=4)
+    rtsae = new_dictionary("mid_block", ANCHORS, recipe(), dynamics_of(data))
+    error, dead = torch.randn(64, 3, D), torch.tensor([5])
+    centred = error.flatten(1)
+    before = auxiliary_loss(rtsae, centred, centred, dead, k=1)
     before.backward()
-    assert rtsae.decoder.grad[5].abs().sum() > 0
-    assert (rtsae.decoder.grad[~dead] == 0).all()
+    touched = rtsae.decoder.grad.abs().sum((1, 2)) > 0
+    assert touched.nonzero().tolist() == [[5]]
     with torch.no_grad():
         rtsae.decoder -= 0.5 * rtsae.decoder.grad
-    assert auxiliary_loss(rtsae, error, rtsae.pre_activations(error), dead, k=4) < before
+    assert auxiliary_loss(rtsae, centred, centred, dead, k=1) < before
 
 
 def test_geometric_median_resists_outliers():
@@ -107,3 +192,37 @@ def test_geometric_median_resists_outliers():
 def test_checkpoint_without_file_starts_at_zero(tmp_path):
     parameter = torch.nn.Parameter(torch.ones(2))
     assert load_checkpoint(tmp_path / "none", {"p": parameter}, torch.optim.Adam([parameter]), "x") == 0
+
+
+def test_a_damaged_checkpoint_names_the_file_and_the_remedy(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([parameter])
+    save_checkpoint(tmp_path / "c", 1, {"p": parameter}, optimizer, "x")
+    (tmp_path / "c").write_bytes((tmp_path / "c").read_bytes()[:-3])
+    with pytest.raises(OSError, match="c is damaged .*Delete it to train from the beginning"):
+        load_checkpoint(tmp_path / "c", {"p": parameter}, optimizer, "x")
+
+
+def test_two_processes_train_one_dictionary(tmp_path):
+    """Real processes: they share every batch, and end with the same weights as each other."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from pathlib import Path; import torch; from accelerate import Accelerator\n"
+        "from tests.training.test_train import *\n"
+        "accelerator, data = Accelerator(cpu=True), sparse_data()\n"
+        "held = Data({'mid_block': data}, {'mid_block': sparse_data(1000, seed=2)})\n"
+        "one = train_dictionaries({'a': recipe(architecture='topk')}, held, {'a': dynamics_of(data)},\n"
+        "    {'a': 'mid_block'}, ANCHORS, Path(sys.argv[1]), accelerator, 'data')['a']\n"
+        "torch.save(one.state_dict(), f'{sys.argv[1]}/{accelerator.process_index}.pt')\n"
+    )
+    root = Path(__file__).parents[2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, script, tmp_path], cwd=root, check=True, capture_output=True, env=environment)
+    first, second = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
+    alone = train(tmp_path / "alone", recipe(architecture="topk"))[0].state_dict()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    # the batches are those of one process, so the weights are its too, to rounding
+    torch.testing.assert_close(first["encoder"], alone["encoder"], atol=2e-2, rtol=2e-2)

@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 
 import torch
-import yaml
 from scipy.optimize import nnls
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
 from ..collect import anchor_timesteps
+from ..recipe import load_recipe
 from ..store import TrajectoryStore
 from ..train import open_store
 from .evaluate import load_pipeline, read_objects
@@ -126,6 +126,9 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--dictionary", type=Path, default=Path("examples/shapes-rtsae"))
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"))
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes the recipe was trained with"
+    )
     parser.add_argument("--images", type=int, default=16, help="prompts a value is verified on")
     parser.add_argument("--strengths", nargs="*", type=float, default=[0.5, 1.0, 2.0])
     parser.add_argument("--set-sizes", nargs="*", type=int, default=list(SET_SIZES))
@@ -134,13 +137,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the pipeline")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
-    recipe = yaml.safe_load(a.recipe.read_text())
-    guidance = recipe["collect"]["guidance_scale"]
-    pipe, scorer = (
-        load_pipeline(recipe["pipeline"], a.device),
-        FactorScorer.from_pretrained(recipe["scorer"]).to(a.device),
-    )
-    store = open_store(recipe, a.work, anchor_timesteps(pipe, recipe["collect"]["steps"], recipe["anchors"]), pipe)
+    recipe = load_recipe(a.recipe, a.set)
+    guidance = recipe.collect.guidance_scale
+    pipe = load_pipeline(recipe.pipeline, a.device, recipe.dtype)
+    scorer = FactorScorer.from_pretrained(recipe.scorer).to(a.device)
+    store = open_store(recipe, a.work, anchor_timesteps(pipe, recipe.collect.steps, recipe.anchors), pipe)
     pipe.to(getattr(torch, a.dtype))
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     probes = [probe(factor, value, "open", a.images, seed=50) for factor, value in TARGETS]

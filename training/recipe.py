@@ -1,0 +1,143 @@
+"""What a training run is told: a YAML file, checked before anything is computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Collect(Section):
+    """Which pictures are generated, and what is kept of them."""
+
+    prompts: str  # "shapes"; a .txt, .jsonl or .parquet file; or the name of a dataset on the Hub
+    split: str = "train"  # of a dataset on the Hub
+    column: str = "prompt"  # of everything that has columns; a column "seed" is used if there is one
+    count: Positive
+    steps: Positive
+    guidance_scale: float
+    batch_size: Positive  # prompts a shard
+    tokens_per_image: Positive
+    streams: Literal["cond", "both"] = "cond"  # halves of guidance
+    buffer: Positive | None = None  # stream through so many trajectories in memory, nothing on disk
+    reuse: float = Field(4.0, gt=0)  # while streaming: how often a trajectory is trained on, on average
+
+
+class Fit(Section):
+    """The linear dynamics."""
+
+    ridge: float = Field(1e-3, ge=0)
+    residualize: bool = True  # without: a dictionary of raw activations
+
+
+class Train(Section):
+    """The dictionary."""
+
+    architecture: str = "batch_topk"  # see ARCHITECTURES in dictionary.py
+    layout: Literal["concatenated", "per_step"] = "concatenated"
+    num_latents: Positive
+    k: Positive
+    steps: Positive
+    batch_size: Positive
+    accumulate: Positive = 1  # parts a batch is computed in
+    learning_rate: float = Field(gt=0)
+    auxiliary: float = 1 / 32  # weight of the loss that revives dead latents
+    dead_after: Positive = 10_000_000  # trajectories without firing
+    prefix: Share = 0.5  # share of batches that show the encoder only a beginning
+    validation: Share = 0.1  # share of shards held out, one half to set thresholds, the other to measure
+    validate_every: Positive = 500
+    checkpoint_every: Positive = 500
+    checkpoints: Positive = 1  # kept
+    precision: Literal["no", "bf16", "fp16"] = "no"  # of the encoder's product; masters stay float32
+    log_with: list[Literal["tensorboard", "wandb"]] = []
+    nested: list[Share] = [1 / 16, 1 / 4, 1.0]  # of matryoshka
+    bandwidth: float = Field(0.25, gt=0)  # of jump_relu: how near, in first thresholds, moves a threshold
+    penalty: float = Field(0.3, ge=0)  # of jump_relu: for L0 being another than k
+
+
+SHARED = {"batch_size", "validation", "checkpoint_every", "checkpoints", "log_with"}  # one pass over the data
+
+
+class Recipe(Section):
+    """A whole run. `variants` are several dictionaries from one pass over the data: a name, and what differs."""
+
+    pipeline: str
+    base_model: str
+    license: str = "unknown"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the pipeline
+    seed: int = 0
+    sites: list[str] = Field(min_length=1)
+    anchors: int | list[int]  # how many, evenly spaced over the sampler's steps; or which timesteps
+    activation: Literal["output", "update"] = "output"
+    scorer: str | None = None
+    collect: Collect
+    fit: Fit = Fit()
+    train: Train
+    variants: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _check(self):
+        count = self.anchors if isinstance(self.anchors, int) else len(set(self.anchors))
+        if count < 2:
+            raise ValueError("`anchors` must be at least 2: a trajectory has a beginning and an end")
+        for name in self.variants:
+            self.variant(name)
+        return self
+
+    def variant(self, name: str) -> Recipe:
+        """The recipe of one of the `variants`, with its changes to `seed`, `fit` and `train` made."""
+        changes = dict(self.variants[name])
+        whole = self.model_dump() | {"variants": {}, "seed": changes.pop("seed", self.seed)}
+        if shared := SHARED & changes.keys():
+            raise ValueError(f"variant {name!r} changes {sorted(shared)}, which all variants share")
+        for key, value in changes.items():
+            section = next((s for s in ("fit", "train") if key in whole[s]), None)
+            if section is None:
+                raise ValueError(
+                    f"variant {name!r} changes {key!r}; it may change `seed`, and what is in fit and train"
+                )
+            whole[section][key] = value
+        return Recipe.model_validate(whole)
+
+    @property
+    def collected(self) -> str:
+        """What determines the trajectories, as JSON."""
+        told = {name: getattr(self, name) for name in ("pipeline", "dtype", "seed", "sites", "activation")}
+        return json.dumps(told | {"collect": self.collect.model_dump()}, sort_keys=True)
+
+
+def load_recipe(path: Path, changes: list[str] = ()) -> Recipe:
+    """
+    Read a recipe; `changes` are like `"train.k=8"`.
+
+    Raises:
+        `ValueError`: if something in it is unknown, missing or out of range; the message names each.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no recipe: expected a mapping with {sorted(Recipe.model_fields)}.")
+    for change in changes:
+        name, _, value = change.partition("=")
+        *parents, last = name.split(".")
+        section = content
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = yaml.safe_load(value)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+        raise ValueError(f"{path}: " + "; ".join(problems)) from None

@@ -1,0 +1,149 @@
+"""Sparse autoencoding with sparse gradients: nothing as wide as the dictionary is kept between forward and backward.
+
+A code is a list of (row, latent, value), sorted by row. What the dense formulation does with matrix products over all
+latents, decoding and every gradient, is here a weighted sum over the active ones (`embedding_bag`). Only the
+encoder's forward product is dense, made in pieces of a few rows each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+_PIECE = 5_000_000  # entries of the encoder's product held at once
+
+
+class Code(NamedTuple):
+    """
+    A sparse code of a batch, sorted by row.
+
+    rows (`torch.Tensor`): `(active,)` int64, which element of the batch.
+    latents (`torch.Tensor`): `(active,)` int64.
+    values (`torch.Tensor`): `(active,)`.
+    """
+
+    rows: torch.Tensor
+    latents: torch.Tensor
+    values: torch.Tensor
+
+    def where(self, kept: torch.Tensor) -> Code:
+        """The entries where `kept (active,)` is true."""
+        return Code(self.rows[kept], self.latents[kept], self.values[kept])
+
+
+def pre_activations(
+    centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """`centred @ weight.T + bias` computed in `dtype`, in pieces of rows, each with the index of its first row."""
+    centred, weight, bias = centred.to(dtype), weight.to(dtype), bias.to(dtype)
+    step = max(1, _PIECE // len(weight))
+    for start in range(0, len(centred), step):
+        yield start, F.linear(centred[start : start + step], weight, bias)
+
+
+@torch.no_grad()
+def above(
+    centred: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    threshold: torch.Tensor | float,
+    dtype=torch.float32,
+) -> Code:
+    """All pre-activations that exceed `threshold`, a number or one per latent."""
+    found = []
+    for start, piece in pre_activations(centred, weight, bias, dtype):
+        rows, latents = (piece > threshold).nonzero(as_tuple=True)
+        found.append((rows + start, latents, piece[rows, latents].float()))
+    return Code(*map(torch.cat, zip(*found, strict=True)))
+
+
+@torch.no_grad()
+def topk(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, dtype=torch.float32) -> Code:
+    """The `k` largest positive pre-activations of each row (TopK, 2406.04093)."""
+    found = [piece.topk(min(k, len(weight)), dim=1) for _, piece in pre_activations(centred, weight, bias, dtype)]
+    values, latents = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
+    return Code(rows.flatten(), latents.flatten(), values.flatten().float()).where(values.flatten() > 0)
+
+
+@torch.no_grad()
+def batch_topk(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, dtype=torch.float32) -> Code:
+    """
+    The `k * rows` largest positive pre-activations of the batch (BatchTopK, 2412.06410), exactly.
+
+    They are looked for among each row's `4 k` largest; if a row may have more of them, among all.
+    """
+    count, width = k * len(centred), min(4 * k, len(weight))
+    code = topk(centred, weight, bias, width, dtype)
+    if len(code.values) > count:
+        threshold = code.values.topk(count, sorted=False).values.min()
+        if width < len(weight) and torch.bincount(code.rows[code.values >= threshold]).max() == width:
+            code = above(centred, weight, bias, threshold * (1 - 1e-6), dtype)
+        kept = torch.zeros(len(code.values), dtype=torch.bool, device=code.values.device)
+        kept[code.values.topk(count, sorted=False).indices] = True
+        code = code.where(kept)
+    return code
+
+
+def _sum_by(groups: torch.Tensor, count: int, members: torch.Tensor, weights: torch.Tensor, table: torch.Tensor):
+    """`out[g] = Σ weights · table[members]` over the entries of each of `count` groups; `groups` is sorted."""
+    starts = torch.searchsorted(groups, torch.arange(count, device=groups.device, dtype=groups.dtype))
+    return F.embedding_bag(members, table, starts, mode="sum", per_sample_weights=weights)
+
+
+def _by_latent(rows: torch.Tensor, latents: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    latents, order = torch.sort(latents.int(), stable=True)
+    return rows[order], latents, values[order]
+
+
+class _Encode(torch.autograd.Function):
+    """The values of a code whose pre-activations are `(x - centre) @ weight.T + bias`."""
+
+    @staticmethod
+    def forward(ctx, centred, centre, weight, bias, rows, latents, values):
+        ctx.save_for_backward(centred, weight, rows, latents)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        centred, weight, rows, latents = ctx.saved_tensors
+        rows, latents, gradient = _by_latent(rows, latents, gradient)
+        on_bias = torch.zeros(len(weight), device=weight.device).index_add_(0, latents, gradient)
+        on_weight = _sum_by(latents, len(weight), rows, gradient, centred)
+        return None, -(on_bias @ weight), on_weight, on_bias, None, None, None
+
+
+class _DecoderGradient(torch.autograd.Function):
+    """Passes the reconstruction on, and its gradient to the decoder."""
+
+    @staticmethod
+    def forward(ctx, reconstruction, weight, rows, latents, values):
+        ctx.save_for_backward(rows, latents, values)
+        ctx.count = len(weight)
+        return reconstruction.view_as(reconstruction)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, latents, values = _by_latent(*ctx.saved_tensors)
+        return gradient, _sum_by(latents, ctx.count, rows, values, gradient.contiguous()), None, None, None
+
+
+def encode(centred: torch.Tensor, centre: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, code: Code) -> Code:
+    """
+    A code that carries gradients to the encoder.
+
+    Args:
+        centred (`torch.Tensor`): `(rows, d)`, the input minus `centre (d,)`.
+        weight, bias (`torch.Tensor`): `(latents, d)` and `(latents,)`.
+        code (`Code`): chosen among the pre-activations `centred @ weight.T + bias`.
+    """
+    return code._replace(values=_Encode.apply(centred.detach(), centre, weight, bias, *code))
+
+
+def decode(code: Code, weight: torch.Tensor, count: int) -> torch.Tensor:
+    """`(count, d)`: the sum of `values * weight[latents]` of each row, with gradients to values and weight."""
+    reconstruction = _sum_by(code.rows, count, code.latents, code.values, weight.detach())
+    return _DecoderGradient.apply(reconstruction, weight, code.rows, code.latents, code.values.detach())

@@ -1,0 +1,77 @@
+"""Training without a disk: generation feeds a shuffled buffer in memory, for trajectories that would be terabytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .checkpoint import step_generator
+from .collect import Sample, batches, trajectories
+from .recipe import Recipe
+
+
+class Stream:
+    """
+    A buffer of trajectories of each site that generation keeps renewing.
+
+    Every picture is generated in the order of the samples (again from the first after the last, with other seeds), so
+    the buffer's content follows from how often it was renewed.
+
+    Args:
+        held_out (`int`): batches set aside first, to measure on.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, samples: Sequence[Sample], recipe: Recipe, anchors: list[int], held_out: int
+    ):
+        self.pipe, self.recipe, self.anchors, self.held_out = pipe, recipe, anchors, held_out
+        self.batches = list(batches(samples, recipe.collect.batch_size))
+        if len(self.batches) <= held_out:
+            raise ValueError(
+                f"{len(samples)} prompts make {len(self.batches)} batches, expected more than {held_out}."
+            )
+        self.renewed = 0
+        self.buffer: dict[str, torch.Tensor] = {}
+
+    def generate(self, index: int) -> dict[str, torch.Tensor]:
+        """Trajectories of each site from batch `index`."""
+        turn, index = divmod(index, len(self.batches))
+        start, part = self.batches[index]
+        part = [sample._replace(seed=sample.seed + turn * 7_000_003) for sample in part]
+        tensors, _ = trajectories(self.pipe, part, start + turn * len(self.batches), self.recipe, self.anchors)
+        return {site: tensors[site] for site in self.recipe.sites}
+
+    def renew(self) -> None:
+        """Put one more batch into the buffer: at its end until it is full, then in place of random rows."""
+        fresh, generator = (
+            self.generate(self.held_out + self.renewed),
+            step_generator(self.recipe.seed + 2, self.renewed),
+        )
+        for site, rows in fresh.items():
+            held = self.buffer.get(site, rows[:0])
+            room = min(len(rows), self.recipe.collect.buffer - len(held))
+            if room > 0:
+                self.buffer[site] = torch.cat([held, rows[:room]])
+            else:
+                held[torch.randperm(len(held), generator=generator)[: len(rows)]] = rows[: len(held)]
+        self.renewed += 1
+
+    @property
+    def is_full(self) -> bool:
+        return all(len(rows) >= self.recipe.collect.buffer for rows in self.buffer.values()) and bool(self.buffer)
+
+    def save(self, path: Path) -> None:
+        partial = path.with_suffix(".partial")
+        save_file(self.buffer, partial, metadata={"renewed": str(self.renewed)})
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            self.buffer.update({site: file.get_tensor(site).clone() for site in file.keys()})
+            self.renewed = int(file.metadata()["renewed"])
