@@ -58,8 +58,9 @@ def train(work: Path, *recipes: Recipe):
     data = sparse_data()
     named = {f"r{i}": one for i, one in enumerate(recipes)}
     trained = train_dictionaries(
-        named, Data({"mid_block": data}, {"mid_block": sparse_data(1000, seed=2)}), dict.fromkeys(named, dynamics_of(data)),
-        dict.fromkeys(named, "mid_block"), ANCHORS, work, Accelerator(cpu=True), "data",
+        named, Data({"mid_block": data}, {"mid_block": sparse_data(1000, seed=2)}),
+        dict.fromkeys(named, dynamics_of(data)), dict.fromkeys(named, "mid_block"), ANCHORS, work,
+        Accelerator(cpu=True), "data",
     )  # fmt: skip
     return list(trained.values())
 
