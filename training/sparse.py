@@ -78,14 +78,14 @@ def batch_topk(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
     """
     count, width = k * len(centred), min(4 * k, len(weight))
     code = topk(centred, weight, bias, width, dtype)
-    if len(code.values) > count:
-        threshold = code.values.topk(count, sorted=False).values.min()
-        if width < len(weight) and torch.bincount(code.rows[code.values >= threshold]).max() == width:
-            code = above(centred, weight, bias, threshold * (1 - 1e-6), dtype)
-        kept = torch.zeros(len(code.values), dtype=torch.bool, device=code.values.device)
-        kept[code.values.topk(count, sorted=False).indices] = True
-        code = code.where(kept)
-    return code
+    if len(code.values) <= count:
+        return code
+    largest = code.values.topk(count, sorted=False)
+    threshold = largest.values.min()
+    if width < len(weight) and torch.bincount(code.rows[code.values >= threshold]).max() == width:
+        code = above(centred, weight, bias, threshold * (1 - 1e-6), dtype)
+        largest = code.values.topk(count, sorted=False)
+    return code.where(torch.zeros_like(code.values, dtype=torch.bool).index_fill_(0, largest.indices, True))
 
 
 def _sum_by(groups: torch.Tensor, count: int, members: torch.Tensor, weights: torch.Tensor, table: torch.Tensor):

@@ -2,8 +2,10 @@
 
     python -m training.shapes.hard --out training/results/hard.json
 
-For each pair of labelled values of a factor: `add` alone, and the token-local edits `transfer` and `replace`, which
-take from the feature of the value that the prompt names. Rows are added to the JSON as they are measured; the same
+For each pair of labelled values of a factor: `add` alone; the token-local edits `transfer` and `replace`, which take
+from the feature of the value that the prompt names; and `swap`, which adds the one and subtracts the other, both
+beyond the range of the training data, evenly or (`fading`) from twice the strength at the beginning to none at the
+end. Rows are added to the JSON as they are measured; the same
 command continues where it was stopped.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +27,12 @@ from .evaluate import add_arguments, generate, load_pipeline, stored_rows
 from .scenes import FACTORS
 from .steering import Probe, code, measure, probe, run, score
 
-METHODS = ("add", "transfer", "replace")
+METHODS = ("add", "transfer", "replace", "swap", "fading")
+
+
+def fading(strength: float, progress: float) -> float:
+    """A schedule of mean `strength` that ends at 0."""
+    return 2 * strength * (1 - progress)
 
 
 def steer(
@@ -42,10 +50,16 @@ def steer(
         with ExitStack() as stack:
             for target, named in dict.fromkeys((r[2], r[3]) for r in part):
                 chosen = torch.tensor([float((r[2], r[3]) == (target, named)) for r in part])
-                options = {"mask": chosen[:, None, None].expand(-1, 8, 8)}
-                if method != "add" and named in labels:
+                features, options = {target: strength}, {"mask": chosen[:, None, None].expand(-1, 8, 8)}
+                if method in ("swap", "fading"):
+                    sides = {target: strength} | ({named: -strength} if named in labels else {})
+                    options |= {"clip": False}
+                    features = {
+                        name: side if method == "swap" else partial(fading, side) for name, side in sides.items()
+                    }
+                elif method != "add" and named in labels:
                     options |= {"operation": method, "source": named}
-                stack.enter_context(pipe.rtsae_steering({target: strength}, **options))
+                stack.enter_context(pipe.rtsae_steering(features, **options))
             images.append(generate(pipe, [r[0] for r in part], [r[1] for r in part], a.steps, a.guidance))
     return torch.cat(images)
 
@@ -70,20 +84,23 @@ def main() -> None:
     parser.add_argument("--dictionary", type=Path, default=Path("examples/shapes-rtsae"))
     parser.add_argument("--out", type=Path, default=Path("runs/hard.json"))
     parser.add_argument("--prompts", type=int, default=8, help="for each label")
-    parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 1.5])
+    parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 1.25, 1.5])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     a = parser.parse_args()
     pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
     dictionary = load_dictionary(a.dictionary)
     pipe.load_rtsae(dictionary)
     labels = dictionary.labels
-    settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "strengths")}
+    settings = {
+        k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "strengths", "methods")
+    }
     rows = stored_rows(a.out, settings)
     targets = list(labels)
     probes = [
         probe(labels[name]["factor"], labels[name]["value"], "contradicted", a.prompts, seed=400) for name in targets
     ]
     plain = score(scorer, run(pipe, probes, None, a.steps, a.guidance, a.batch_size), probes)
-    trials = [(method, strength) for method in METHODS for strength in a.strengths]
+    trials = [(method, strength) for method in a.methods for strength in a.strengths]
     for method, strength in tqdm(trials, unit="setting"):
         if any((r["method"], r["strength"]) == (method, strength) for r in rows):
             continue
