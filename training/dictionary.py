@@ -293,12 +293,18 @@ def new_dictionary(site: str, anchors: list[int], recipe: Recipe, dynamics: Line
 
 
 @torch.no_grad()
+def residual_code(rtsae: RTSAE, residuals: torch.Tensor, k: int) -> Code:
+    """BatchTopK code of (the beginning of) normalised residuals `(rows, g, d)`."""
+    shown = (residuals - rtsae.decoder_bias[: residuals.shape[1]]).flatten(1)
+    return batch_topk(shown, rtsae.encoder.flatten(1)[:, : shown.shape[1]].float(), rtsae.encoder_bias.float(), k)
+
+
+@torch.no_grad()
 def calibrate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> None:
     """Set each prefix' threshold so that k latents are active on average on `trajectories (tokens, G, d)`."""
-    residuals = rtsae.dynamics.residuals(trajectories) - rtsae.decoder_bias
+    residuals = rtsae.dynamics.residuals(trajectories)
     for g in range(residuals.shape[1]):
-        shown = residuals[:, : g + 1].flatten(1)
-        code = batch_topk(shown, rtsae.encoder.flatten(1)[:, : shown.shape[1]], rtsae.encoder_bias, k)
+        code = residual_code(rtsae, residuals[:, : g + 1], k)
         enough = len(code.values) == k * len(residuals)
         rtsae.threshold[g] = torch.nextafter(code.values.min(), torch.zeros(())) if enough else 0.0
 

@@ -1,17 +1,50 @@
-"""How well a dictionary describes held-out trajectories."""
+"""How well dictionaries describe held-out trajectories, and what the denoiser makes of their reconstruction.
+
+    python -m training.evaluate examples/shapes-rtsae --pipeline examples/shapes-sd --prompts shapes --out runs/report
+
+Works with any pipeline and dictionary; writes `report.json`, `report.md` and plots.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
+from diffusers import DiffusionPipeline
 
-from diffusers_rtsae import RTSAE
-from diffusers_rtsae.models import batch_topk, jump_relu
+from diffusers_rtsae import RTSAE, load_dictionary
+from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae.hub import write_json
+from diffusers_rtsae.models import jump_relu
+from diffusers_rtsae.steering import call_arguments, get_site
+from diffusers_rtsae.steering.sites import from_tokens, read_output, replace_output, to_tokens
+
+from .collect import anchor_timesteps, read_samples, trajectories
+from .dictionary import residual_code
+from .recipe import Collect, Recipe
 
 
-def _unexplained(error: torch.Tensor, truth: torch.Tensor) -> tuple[list[float], float]:
-    """Fraction of variance unexplained, per anchor and over all anchors (ratio of sums)."""
-    errors, total = error.square().sum((0, 2)), (truth - truth.mean(0)).square().sum((0, 2))
-    return [round(v, 4) for v in (errors / total).tolist()], round((errors.sum() / total.sum()).item(), 4)
+class Unexplained:
+    """Fraction of variance unexplained, from streamed sums: per anchor, and over all anchors (ratio of sums)."""
+
+    def __init__(self):
+        self.count, self.error, self.total, self.sum = 0, 0.0, 0.0, 0.0
+
+    def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
+        """`found` instead of `wanted`, both `(tokens, G, d)`."""
+        self.count += len(wanted)
+        self.error += (found - wanted).double().square().sum((0, 2))
+        self.total += wanted.double().square().sum((0, 2))
+        self.sum += wanted.double().sum(0)
+
+    def result(self) -> tuple[list[float], float]:
+        variance = self.total - self.sum.square().sum(1) / self.count
+        return [round(v, 4) for v in (self.error / variance).tolist()], round(
+            (self.error.sum() / variance.sum()).item(), 4
+        )
 
 
 @torch.no_grad()
@@ -21,6 +54,7 @@ def evaluate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> dict:
 
     Args:
         trajectories (`torch.Tensor`): `(tokens, G, d)`, not trained on.
+        k (`int`): latents that BatchTopK keeps, for comparison with the threshold.
 
     Returns:
         `dict`: FVU per anchor and over all, in residual space and in activation space. In activation space anchors are
@@ -30,28 +64,247 @@ def evaluate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> dict:
         prefix agrees with the whole: cosine of the codes, and the share of the whole code's active latents that the
         prefix finds.
     """
-    dynamics = rtsae.dynamics
-    codes, residuals = [], dynamics.residuals(trajectories)
-    for g in range(residuals.shape[1]):
-        codes.append(jump_relu(rtsae.pre_activations(residuals[:, : g + 1]), rtsae.threshold[g]))
-    whole = codes[-1]
-    topk = batch_topk(rtsae.pre_activations(residuals), k)
-    reconstruction = rtsae.decode_residuals(whole)
+    dynamics, anchors = rtsae.dynamics, len(rtsae.config.anchors)
     scale = dynamics.scale[:, None]
-    truth = trajectories / scale
-    online = dynamics.rollout(reconstruction) / scale
-    forced = dynamics.teacher_forced(reconstruction, trajectories) / scale
-    result = {"tokens": len(trajectories)}
-    pairs = {"residual": (reconstruction, residuals), "online": (online, truth), "teacher_forced": (forced, truth)}
-    for name, (found, wanted) in pairs.items():
-        result[f"fvu_{name}_per_anchor"], result[f"fvu_{name}"] = _unexplained(found - wanted, wanted)
-    active = whole > 0
+    unexplained = {name: Unexplained() for name in ("residual", "online", "teacher_forced")}
+    sums, topk_l0 = torch.zeros(3, anchors), 0.0
+    cosine, length = 0.0, max(256, 2**23 // rtsae.config.num_latents)
+    for part in trajectories.split(length):
+        part = part.float()
+        residuals = dynamics.residuals(part)
+        codes = [jump_relu(rtsae.pre_activations(residuals[:, : g + 1]), rtsae.threshold[g]) for g in range(anchors)]
+        whole = codes[-1]
+        reconstruction = rtsae.decode_residuals(whole)
+        online = dynamics.rollout(reconstruction)
+        unexplained["residual"].add(reconstruction, residuals)
+        unexplained["online"].add(online / scale, part / scale)
+        unexplained["teacher_forced"].add(dynamics.teacher_forced(reconstruction, part) / scale, part / scale)
+        cosine += torch.cosine_similarity((online / scale).flatten(1), (part / scale).flatten(1)).sum().item()
+        topk_l0 += len(residual_code(rtsae, residuals, k).values)
+        for g, code in enumerate(codes):
+            both = ((code > 0) & (whole > 0)).sum()
+            sums[:, g] += torch.stack([torch.cosine_similarity(code, whole).sum(), both, (code > 0).sum()])
+    count = len(trajectories)
+    result = {"tokens": count}
+    for name, of in unexplained.items():
+        result[f"fvu_{name}_per_anchor"], result[f"fvu_{name}"] = of.result()
+    active = sums[2, -1]
     return result | {
-        "cosine_online": round(torch.cosine_similarity(online.flatten(1), truth.flatten(1)).mean().item(), 4),
-        "l0_batch_topk": round((topk > 0).float().sum(1).mean().item(), 2),
-        "l0_threshold": round(active.float().sum(1).mean().item(), 2),
+        "cosine_online": round(cosine / count, 4),
+        "l0_batch_topk": round(topk_l0 / count, 2),
+        "l0_threshold": round((active / count).item(), 2),
         "dead": round((rtsae.density == 0).float().mean().item(), 4),
-        "prefix_cosine": [round(torch.cosine_similarity(c, whole).mean().item(), 4) for c in codes],
-        "prefix_recall": [round(((c > 0) & active).sum().item() / active.sum().item(), 4) for c in codes],
-        "prefix_l0": [round((c > 0).float().sum(1).mean().item(), 2) for c in codes],
+        "prefix_cosine": [round(v, 4) for v in (sums[0] / count).tolist()],
+        "prefix_recall": [round(v, 4) for v in (sums[1] / active).tolist()],
+        "prefix_l0": [round(v, 2) for v in (sums[2] / count).tolist()],
     }
+
+
+@torch.no_grad()
+def timing(rtsae: RTSAE) -> dict:
+    """
+    When features act, from the length of their trajectories relative to the activation's scale (2605.27813,
+    section 4): the anchor of the peak, the first and the number of anchors at half of it or more.
+
+    Returns:
+        `dict`: for each a histogram over anchors, of the latents that are alive.
+    """
+    alive = rtsae.density > 0
+    length = (rtsae.feature_trajectories()[alive] / rtsae.dynamics.scale[:, None]).norm(dim=2)
+    strong, anchors = length >= length.amax(1, keepdim=True) / 2, len(rtsae.config.anchors)
+    found = {"peak": length.argmax(1), "onset": strong.int().argmax(1), "lifetime": strong.sum(1) - 1}
+    return {name: torch.bincount(values, minlength=anchors).tolist() for name, values in found.items()}
+
+
+@torch.no_grad()
+def stability(rtsaes: Sequence[RTSAE]) -> float:
+    """
+    Mean over ordered pairs of dictionaries of how well the features of one are found in the other: the largest cosine
+    between their whole trajectories, weighed by how often a feature is active.
+    """
+    paths = []
+    for rtsae in rtsaes:
+        path = (rtsae.feature_trajectories() / rtsae.dynamics.scale[:, None]).flatten(1)
+        paths.append(torch.nn.functional.normalize(path, dim=1))
+    found = []
+    for i, a in enumerate(paths):
+        weight = rtsaes[i].density / rtsaes[i].density.sum()
+        found += [(weight * (a @ b.T).amax(1)).sum().item() for j, b in enumerate(paths) if j != i]
+    return round(sum(found) / len(found), 4)
+
+
+class _Calls:
+    """Keeps the denoiser's calls at chosen timesteps while a pipeline runs."""
+
+    def __init__(self, denoiser, timesteps: Sequence[float]):
+        self.denoiser, self.timesteps, self.kept = denoiser, timesteps, {}
+
+    def __enter__(self):
+        self._hook = self.denoiser.register_forward_pre_hook(self._keep, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error):
+        self._hook.remove()
+
+    def _keep(self, module, args, kwargs):
+        timestep = float(torch.as_tensor(call_arguments(args, kwargs)[1]).flatten()[0])
+        if timestep in self.timesteps:
+            self.kept[timestep] = args, kwargs
+
+
+class _Replaced:
+    """A site whose activation, on some rows of the batch, is `new (rows, tokens, d)`."""
+
+    def __init__(self, site, rows: slice, new: torch.Tensor, activation: str):
+        self.site, self.rows, self.new, self.activation = site, rows, new, activation
+
+    def __enter__(self):
+        self._hook = self.site.register_forward_hook(self._replace, with_kwargs=True)
+
+    def __exit__(self, *error):
+        self._hook.remove()
+
+    def _replace(self, module, args, kwargs, output):
+        hidden_states, new = read_output(output).clone(), self.new
+        if self.activation == "update":
+            new = new + to_tokens((args[0] if args else kwargs["hidden_states"])[self.rows])
+        hidden_states[self.rows] = from_tokens(new, hidden_states[self.rows])
+        return replace_output(output, hidden_states)
+
+
+@torch.no_grad()
+def recovered(pipe: DiffusionPipeline, rtsae: RTSAE, prompts: Sequence[str], generators=None, **call) -> dict:
+    """
+    What the denoiser predicts when a site's activation is replaced by its reconstruction.
+
+    At each anchor of a plain generation the denoiser is called again on the same input, with the conditional rows of
+    the site replaced: by the reconstruction from what is known by then, rolled out (`online`) or from the true
+    activation before (`teacher_forced`); and by the mean activation, which is what 0 stands for.
+
+    Returns:
+        `dict`: the share of the mean replacement's error in the noise prediction that the reconstruction recovers, 1
+        is all: per anchor, and over all (ratio of sums).
+    """
+    denoiser, anchors = pipe.unet, list(rtsae.config.anchors)
+    site = get_site(denoiser, rtsae.config.site)
+    device = next(denoiser.parameters()).device
+    with (
+        _Calls(denoiser, anchors) as calls,
+        Recorder(pipe, [rtsae.config.site], anchors, rtsae.config.activation) as recorder,
+    ):
+        pipe(list(prompts), generator=generators, output_type="latent", **call)
+    whole = recorder.trajectories(rtsae.config.site)
+    if whole.shape[2] != len(anchors):
+        raise ValueError(f"The sampler visited {recorder.timesteps}, not all anchors {anchors}: give its step count.")
+    images, tokens = whole.shape[:2]
+    h = whole.flatten(0, 1)
+    errors = {name: torch.zeros(len(anchors), dtype=torch.float64) for name in ("online", "teacher_forced", "mean")}
+    for g, timestep in enumerate(anchors):
+        args, kwargs = calls.kept[timestep]
+        latents = rtsae.encode(h[:, : g + 1])
+        residuals = rtsae.decode_residuals(latents)
+        replacements = {
+            "online": rtsae.dynamics.rollout(residuals)[:, g],
+            "teacher_forced": rtsae.dynamics.teacher_forced(residuals, h)[:, g],
+            "mean": rtsae.dynamics.mean[g].expand(len(h), -1),
+        }
+        truth = denoiser(*args, **kwargs)[0].float()
+        rows = dict(recorder.clock.rows(len(truth)))["cond"]
+        for name, replacement in replacements.items():
+            new = replacement.unflatten(0, (images, tokens)).to(device)
+            with _Replaced(site, rows, new, rtsae.config.activation):
+                found = denoiser(*args, **kwargs)[0].float()
+            errors[name][g] += (found[rows] - truth[rows]).double().square().mean().item()
+    result = {}
+    for name in ("online", "teacher_forced"):
+        result[f"recovered_{name}_per_anchor"] = [round(v, 4) for v in (1 - errors[name] / errors["mean"]).tolist()]
+        result[f"recovered_{name}"] = round((1 - errors[name].sum() / errors["mean"].sum()).item(), 4)
+    return result
+
+
+def report(found: dict[str, dict], folder: Path) -> None:
+    """Write `report.json`, `report.md` and `report.png` of the figures of several dictionaries (or sites) by name."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", found)
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    titles = ("FVU, teacher-forced", "FVU, rolled out", "noise prediction recovered, rolled out")
+    keys = ("fvu_teacher_forced_per_anchor", "fvu_online_per_anchor", "recovered_online_per_anchor")
+    for axis, title, key in zip(axes, titles, keys, strict=True):
+        for name, figures in found.items():
+            if key in figures:
+                axis.plot(range(len(figures[key])), figures[key], marker="o", label=name)
+        axis.set_title(title, fontsize=9)
+        axis.set(xlabel="anchor (noise → image)", ylim=(0, 1 if "recovered" in key else None))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(folder / "report.png", dpi=120)
+    plain = [key for key in next(iter(found.values())) if not isinstance(next(iter(found.values()))[key], list | dict)]
+    lines = ["| | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
+    lines += [
+        f"| {key} | " + " | ".join(str(figures.get(key, "–")) for figures in found.values()) + " |" for key in plain
+    ]
+    (folder / "report.md").write_text("\n".join(["# Dictionaries", "", *lines, "", "![Per anchor](report.png)", ""]))
+
+
+@torch.no_grad()
+def evaluate_pipeline(pipe: DiffusionPipeline, rtsae: RTSAE, collect: Collect, seed: int = 1) -> dict:
+    """All figures of one dictionary, on pictures a pipeline makes now from the prompts of `collect`."""
+    anchors = anchor_timesteps(pipe, collect.steps, list(rtsae.config.anchors))
+    train = {"num_latents": 1, "k": 1, "steps": 1, "batch_size": 1, "learning_rate": 1.0}
+    recipe = Recipe(
+        pipeline="", base_model="", seed=seed, sites=[rtsae.config.site], anchors=anchors,
+        activation=rtsae.config.activation, collect=collect, train=train,
+    )  # fmt: skip
+    samples, rows, shares = read_samples(collect, seed), [], []
+    for start in range(0, len(samples), collect.batch_size):
+        part = samples[start : start + collect.batch_size]
+        rows.append(trajectories(pipe, part, start, recipe, anchors)[0][rtsae.config.site])
+        if len(shares) * collect.batch_size < 32:  # three more calls an anchor each
+            generators = [torch.Generator().manual_seed(sample.seed) for sample in part]
+            prompts = [sample.prompt for sample in part]
+            call = {"num_inference_steps": collect.steps, "guidance_scale": collect.guidance_scale}
+            shares.append(recovered(pipe, rtsae, prompts, generators, **call))
+    found = evaluate(rtsae, torch.cat(rows).float(), rtsae.config.k)
+    for key in shares[0]:
+        values = torch.tensor([share[key] for share in shares])
+        found[key] = (
+            [round(v, 4) for v in values.mean(0).tolist()] if values.ndim > 1 else round(values.mean().item(), 4)
+        )
+    return found | timing(rtsae)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dictionaries", nargs="+", help="folders or Hub ids, all of one pipeline")
+    parser.add_argument("--pipeline", required=True)
+    parser.add_argument("--prompts", required=True, help="as in a recipe's `collect`")
+    parser.add_argument("--count", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64, help="of each picture")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/report"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args()
+    pipe = DiffusionPipeline.from_pretrained(a.pipeline).to(a.device)
+    pipe.set_progress_bar_config(disable=True)
+    collect = Collect(
+        prompts=a.prompts, count=a.count, steps=a.steps, guidance_scale=a.guidance, batch_size=a.batch_size,
+        tokens_per_image=a.tokens,
+    )  # fmt: skip
+    found = {}
+    for source in a.dictionaries:
+        dictionary = load_dictionary(source, dtype=torch.float32)
+        for site, rtsae in dictionary.sites.items():
+            name = site if len(a.dictionaries) == 1 else f"{Path(source).name} {site}"
+            found[name] = evaluate_pipeline(pipe, rtsae, collect, a.seed)
+            print(name, json.dumps(found[name]), flush=True)
+    report(found, a.out)
+
+
+if __name__ == "__main__":
+    main()
