@@ -12,7 +12,9 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from tqdm import tqdm
 
+from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae.pipeline import get_denoiser
 
 from .checkpoint import step_generator
 from .recipe import Collect, Recipe
@@ -26,13 +28,22 @@ class Sample(NamedTuple):
     seed: int
 
 
-def anchor_timesteps(pipe: DiffusionPipeline, steps: int, anchors: int | list[int]) -> list[int]:
-    """`anchors` of the DDIM sampler's `steps` timesteps, evenly spaced, first and last included; or those given."""
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.scheduler.set_timesteps(steps)
-    timesteps = [int(t) for t in pipe.scheduler.timesteps]
+def anchor_timesteps(pipe: DiffusionPipeline, settings: Collect, anchors: int | list[int]) -> list[int]:
+    """
+    `anchors` of the sampler's timesteps, evenly spaced, first and last included; or those given.
+
+    Models trained on a noise schedule are sampled with DDIM from here on, others with the sampler they have.
+    """
+    if "beta_schedule" in pipe.scheduler.config:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler.set_timesteps(settings.steps)
+        timesteps = [int(t) for t in pipe.scheduler.timesteps]
+    else:  # the timesteps may depend on the size of the picture: generate one
+        with Recorder(pipe, list_sites(get_denoiser(pipe))[:1]) as recorder:
+            pipe("", num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, output_type="latent")
+        timesteps = [round(t) for t in recorder.timesteps]
     if isinstance(anchors, int):
-        return [timesteps[round(i * (steps - 1) / (anchors - 1))] for i in range(anchors)]
+        return [timesteps[round(i * (len(timesteps) - 1) / (anchors - 1))] for i in range(anchors)]
     if unknown := [t for t in anchors if t not in timesteps]:
         raise ValueError(f"The anchors {unknown} are no steps of the sampler, which visits {timesteps}.")
     return sorted(set(anchors), reverse=True)
@@ -92,14 +103,12 @@ def trajectories(
     Returns:
         the tensors of a shard (see `TrajectoryStore`) and the pictures `(batch, 3, height, width)` in [0, 1].
     """
-    config, settings = pipe.unet.config, recipe.collect
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    latents = [torch.randn(shape, generator=torch.Generator().manual_seed(sample.seed)) for sample in samples]
-    streams = ("cond",) if settings.streams == "cond" else ("cond", "uncond")
+    settings, streams = recipe.collect, ("cond",) if recipe.collect.streams == "cond" else ("cond", "uncond")
+    generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
     with Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, streams) as recorder:
         images = pipe(
-            [sample.prompt for sample in samples], latents=torch.stack(latents).to(pipe.device, pipe.unet.dtype),
-            num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, output_type="pt",
+            [sample.prompt for sample in samples], generator=generators, num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale, output_type="pt",
         ).images  # fmt: skip
     tensors = {}
     for site in recipe.sites:

@@ -19,7 +19,8 @@ from diffusers_rtsae import RTSAE, load_dictionary
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.hub import write_json
 from diffusers_rtsae.models import jump_relu
-from diffusers_rtsae.steering import call_arguments, get_site
+from diffusers_rtsae.pipeline import get_denoiser
+from diffusers_rtsae.steering import Clock, call_arguments, get_site
 from diffusers_rtsae.steering.sites import from_tokens, read_output, replace_output, to_tokens
 
 from .collect import anchor_timesteps, read_samples, trajectories
@@ -134,10 +135,10 @@ def stability(rtsaes: Sequence[RTSAE]) -> float:
 
 
 class _Calls:
-    """Keeps the denoiser's calls at chosen timesteps while a pipeline runs."""
+    """Keeps the denoiser's calls at chosen timesteps (to the nearest integer) while a pipeline runs."""
 
-    def __init__(self, denoiser, timesteps: Sequence[float]):
-        self.denoiser, self.timesteps, self.kept = denoiser, timesteps, {}
+    def __init__(self, denoiser, timesteps: Sequence[int]):
+        self.denoiser, self.timesteps, self.kept, self.clock = denoiser, timesteps, {}, Clock()
 
     def __enter__(self):
         self._hook = self.denoiser.register_forward_pre_hook(self._keep, with_kwargs=True)
@@ -147,8 +148,8 @@ class _Calls:
         self._hook.remove()
 
     def _keep(self, module, args, kwargs):
-        timestep = float(torch.as_tensor(call_arguments(args, kwargs)[1]).flatten()[0])
-        if timestep in self.timesteps:
+        self.clock.tick(*call_arguments(args, kwargs))
+        if "cond" in self.clock.streams and (timestep := round(self.clock.timestep)) in self.timesteps:
             self.kept[timestep] = args, kwargs
 
 
@@ -185,7 +186,7 @@ def recovered(pipe: DiffusionPipeline, rtsae: RTSAE, prompts: Sequence[str], gen
         `dict`: the share of the mean replacement's error in the noise prediction that the reconstruction recovers, 1
         is all: per anchor, and over all (ratio of sums).
     """
-    denoiser, anchors = pipe.unet, list(rtsae.config.anchors)
+    denoiser, anchors = get_denoiser(pipe), list(rtsae.config.anchors)
     site = get_site(denoiser, rtsae.config.site)
     device = next(denoiser.parameters()).device
     with (
@@ -252,7 +253,7 @@ def report(found: dict[str, dict], folder: Path) -> None:
 @torch.no_grad()
 def evaluate_pipeline(pipe: DiffusionPipeline, rtsae: RTSAE, collect: Collect, seed: int = 1) -> dict:
     """All figures of one dictionary, on pictures a pipeline makes now from the prompts of `collect`."""
-    anchors = anchor_timesteps(pipe, collect.steps, list(rtsae.config.anchors))
+    anchors = anchor_timesteps(pipe, collect, list(rtsae.config.anchors))
     train = {"num_latents": 1, "k": 1, "steps": 1, "batch_size": 1, "learning_rate": 1.0}
     recipe = Recipe(
         pipeline="", base_model="", seed=seed, sites=[rtsae.config.site], anchors=anchors,

@@ -27,6 +27,7 @@ from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, signature, write_json
 from diffusers_rtsae.models import LinearDynamics
+from diffusers_rtsae.pipeline import get_denoiser
 
 from .checkpoint import load_checkpoint, save_checkpoint, step_generator
 from .collect import anchor_timesteps, collect, read_samples
@@ -266,7 +267,7 @@ class Watch:
 
 def open_store(recipe: Recipe, work: Path, anchors: list[int], pipe: DiffusionPipeline, shards: str | None = None):
     """The trajectories of a recipe's run; `shards` may be a URL, then `work` keeps a copy of what is read."""
-    mark = recipe.collected + json.dumps({"anchors": anchors, "weights": weights_hash(pipe.unet)})
+    mark = recipe.collected + json.dumps({"anchors": anchors, "weights": weights_hash(get_denoiser(pipe))})
     return TrajectoryStore(shards or work / "trajectories", mark, cache=work / "trajectories")
 
 
@@ -292,7 +293,7 @@ def run(
     pipe = DiffusionPipeline.from_pretrained(recipe.pipeline, torch_dtype=getattr(torch, recipe.dtype))
     pipe.to(accelerator.device).set_progress_bar_config(disable=True)
     scorer = FactorScorer.from_pretrained(recipe.scorer).to(accelerator.device) if recipe.scorer else None
-    anchors = anchor_timesteps(pipe, recipe.collect.steps, recipe.anchors)
+    anchors = anchor_timesteps(pipe, recipe.collect, recipe.anchors)
     samples = read_samples(recipe.collect, recipe.seed)
     variants = {name: recipe.variant(name) for name in recipe.variants} or {"": recipe}
     stream, process = None, (accelerator.process_index, accelerator.num_processes)
@@ -347,9 +348,9 @@ def run(
 def save(recipe: Recipe, sites: dict[str, RTSAE], report: dict, out: Path, pipe, anchors: list[int]) -> Dictionary:
     """Write the dictionary of trained `sites`; labels that are there stay if they are of these very weights."""
     config = {
-        "base_model": recipe.base_model, "license": recipe.license, "signature": signature(pipe.unet),
-        "anchors": anchors, "recipe": recipe.model_dump(), "sampler": "DDIM", "metrics": report,
-        "prediction_type": pipe.scheduler.config.prediction_type,
+        "base_model": recipe.base_model, "license": recipe.license, "signature": signature(get_denoiser(pipe)),
+        "anchors": anchors, "recipe": recipe.model_dump(), "sampler": type(pipe.scheduler).__name__, "metrics": report,
+        "prediction_type": pipe.scheduler.config.get("prediction_type", "flow"),
     }  # fmt: skip
     labels = json.loads((out / LABELS_NAME).read_text()) if _unchanged(sites, out) else {}
     dictionary = Dictionary(sites, labels, config)

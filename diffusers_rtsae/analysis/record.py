@@ -16,7 +16,7 @@ class Recorder:
     Args:
         pipeline (`DiffusionPipeline`): its U-Net or transformer is read.
         sites (`list[str]`): paths of the modules.
-        timesteps (`list[float]`, *optional*): steps to keep; all by default.
+        timesteps (`list[float]`, *optional*): steps to keep, to the nearest integer; all by default.
         activation (`str`, defaults to `"output"`): keep a site's `"output"` or its `"update"` (output − input).
         dtype (`torch.dtype`, defaults to `torch.float32`): of what is kept, on the CPU.
         streams (`tuple[str, ...]`, defaults to `("cond",)`): parts of guidance to keep, one after the other.
@@ -55,7 +55,7 @@ class Recorder:
 
     def _tick(self, module, args: tuple, kwargs: dict) -> None:
         self.clock.tick(*call_arguments(args, kwargs))
-        self._skip = self.wanted is not None and self.clock.timestep not in self.wanted
+        self._skip = self.wanted is not None and all(abs(self.clock.timestep - t) > 0.5 for t in self.wanted)
         # a sampler that calls twice at one timestep: the later call stands
         self._again = bool(self.timesteps) and self.timesteps[-1] == self.clock.timestep
         if not self._skip and not self._again:

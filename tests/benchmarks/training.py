@@ -22,7 +22,17 @@ from unittest.mock import MagicMock
 
 import torch
 
-UNUSED = ("nnsight", "wandb", "nltk", "plotly", "sentence_transformers", "babe", "dotenv", "IPython", "transformers_stream_generator")
+UNUSED = (
+    "nnsight",
+    "wandb",
+    "nltk",
+    "plotly",
+    "sentence_transformers",
+    "babe",
+    "dotenv",
+    "IPython",
+    "transformers_stream_generator",
+)
 
 
 class Unused:

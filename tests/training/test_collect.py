@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.test_pipelines import sd3
 from training.collect import Sample, anchor_timesteps, collect, read_samples
 from training.recipe import Collect, Recipe
 from training.store import TrajectoryStore
@@ -29,7 +30,7 @@ def samples():
 
 
 def test_shards_hold_the_trajectories_of_sampled_tokens(pipe, scorer, samples, tmp_path):
-    anchors, store = anchor_timesteps(pipe, 5, 3), TrajectoryStore(tmp_path, "x")
+    anchors, store = anchor_timesteps(pipe, recipe().collect, 3), TrajectoryStore(tmp_path, "x")
     collect(pipe, samples, recipe([SITE, "mid_block"]), anchors, store, scorer)
     assert len(store.shards()) == 3
     image, token, readings = store.load_origin(store.shards()[1], SITE)
@@ -41,7 +42,7 @@ def test_shards_hold_the_trajectories_of_sampled_tokens(pipe, scorer, samples, t
 
 
 def test_both_halves_of_guidance_and_the_update_of_a_site(pipe, samples, tmp_path):
-    anchors, found = anchor_timesteps(pipe, 5, 3), {}
+    anchors, found = anchor_timesteps(pipe, recipe().collect, 3), {}
     for streams, activation in (("cond", "output"), ("both", "output"), ("cond", "update")):
         store, mine = (
             TrajectoryStore(tmp_path / streams / activation, "x"),
@@ -56,7 +57,11 @@ def test_both_halves_of_guidance_and_the_update_of_a_site(pipe, samples, tmp_pat
 
 
 def test_processes_share_the_shards(pipe, samples, tmp_path):
-    anchors, whole, shared = anchor_timesteps(pipe, 5, 3), TrajectoryStore(tmp_path / "a", "x"), tmp_path / "b"
+    anchors, whole, shared = (
+        anchor_timesteps(pipe, recipe().collect, 3),
+        TrajectoryStore(tmp_path / "a", "x"),
+        tmp_path / "b",
+    )
     collect(pipe, samples, recipe(), anchors, whole)
     for rank, expected in ((0, [0, 2]), (1, [0, 1, 2])):
         store = TrajectoryStore(shared, "x")
@@ -67,7 +72,7 @@ def test_processes_share_the_shards(pipe, samples, tmp_path):
 
 
 def test_a_killed_collection_loses_only_the_current_shard(pipe, samples, tmp_path, monkeypatch):
-    anchors = anchor_timesteps(pipe, 5, 3)
+    anchors = anchor_timesteps(pipe, recipe().collect, 3)
     whole, store = TrajectoryStore(tmp_path / "a", "x"), TrajectoryStore(tmp_path / "b", "x")
     collect(pipe, samples, recipe(), anchors, whole)
     original, calls = store.write, []
@@ -90,10 +95,11 @@ def test_a_killed_collection_loses_only_the_current_shard(pipe, samples, tmp_pat
 
 
 def test_anchors_are_steps_of_the_sampler_from_first_to_last(pipe):
-    assert anchor_timesteps(pipe, 25, 5) == [961, 721, 481, 241, 1]
-    assert anchor_timesteps(pipe, 25, [1, 481, 961]) == [961, 481, 1]
+    whole = recipe(steps=25).collect
+    assert anchor_timesteps(pipe, whole, 5) == [961, 721, 481, 241, 1]
+    assert anchor_timesteps(pipe, whole, [1, 481, 961]) == [961, 481, 1]
     with pytest.raises(ValueError, match=r"anchors \[500\] are no steps of the sampler, which visits \[961, 921"):
-        anchor_timesteps(pipe, 25, [961, 500])
+        anchor_timesteps(pipe, whole, [961, 500])
 
 
 def prompts(path, content: str, **changes) -> list[Sample]:
@@ -128,3 +134,22 @@ def test_prompts_that_are_not_there(tmp_path):
         prompts(tmp_path / "rows.jsonl", '{"text": "a cat"}')
     with pytest.raises(FileNotFoundError):
         read_samples(recipe(prompts=str(tmp_path / "none.txt")).collect, seed=0)
+
+
+def test_a_transformer_that_was_trained_on_flows_keeps_its_own_sampler(pipe, tmp_path, monkeypatch):
+    flow, site, width = sd3(pipe)
+    flow.set_progress_bar_config(disable=True)
+
+    def encode_prompt(prompt, **options):  # it has no text encoder
+        count = 1 if isinstance(prompt, str) else len(prompt)
+        generator = torch.Generator().manual_seed(count)
+        text = torch.randn(2, count, 7, 48, generator=generator), torch.randn(2, count, 32, generator=generator)
+        return text[0][0], text[0][1], text[1][0], text[1][1]
+
+    monkeypatch.setattr(flow, "encode_prompt", encode_prompt)
+    mine, store = recipe([site], count=4), TrajectoryStore(tmp_path, "x")
+    anchors = anchor_timesteps(flow, mine.collect, 3)
+    assert anchors[0] == 1000 and anchors == sorted(anchors, reverse=True)
+    collect(flow, read_samples(mine.collect, 0)[:2], mine, anchors, store)
+    assert type(flow.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert store.load(store.shards()[0], site).shape == (20, 3, width)

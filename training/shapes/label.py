@@ -141,7 +141,7 @@ def main() -> None:
     guidance = recipe.collect.guidance_scale
     pipe = load_pipeline(recipe.pipeline, a.device, recipe.dtype)
     scorer = FactorScorer.from_pretrained(recipe.scorer).to(a.device)
-    store = open_store(recipe, a.work, anchor_timesteps(pipe, recipe.collect.steps, recipe.anchors), pipe)
+    store = open_store(recipe, a.work, anchor_timesteps(pipe, recipe.collect, recipe.anchors), pipe)
     pipe.to(getattr(torch, a.dtype))
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     probes = [probe(factor, value, "open", a.images, seed=50) for factor, value in TARGETS]
