@@ -34,6 +34,7 @@ from .collect import anchor_timesteps, collect, read_samples
 from .dictionary import DictionaryTrainer, calibrate, measure_activations, new_dictionary
 from .evaluate import evaluate
 from .fit import fit_dynamics
+from .plan import describe, plan
 from .recipe import Recipe, load_recipe
 from .store import Rows, TrajectoryStore
 from .stream import Stream
@@ -265,6 +266,24 @@ class Watch:
             warnings.warn(f"{name}: {message}.", stacklevel=3)
 
 
+def announce(recipe: Recipe, samples: int, store: TrajectoryStore) -> None:
+    """Say how much disk the collection takes; raise `OSError` before it starts if there is too little."""
+    try:
+        found = plan(recipe, 1.0)
+    except ValueError as error:
+        print(f"The size of the collection is not known beforehand: {error}")
+        return
+    needed = int(sum(site["trajectories_gib"] for site in found["sites"].values()) * 2**30)
+    there = sum(path.stat().st_size for path in store.folder.glob("shard-*.safetensors"))
+    free = shutil.disk_usage(store.folder).free
+    print(f"{samples} pictures, {needed / 2**30:.2f} GiB of trajectories in {store.folder}", flush=True)
+    if needed - there > free:
+        raise OSError(
+            f"{store.folder} has {free / 2**30:.2f} GiB free, {(needed - there) / 2**30:.2f} GiB are needed. Keep "
+            "fewer `tokens_per_image` or prompts, choose another --work, or stream (`collect.buffer`)."
+        )
+
+
 def open_store(recipe: Recipe, work: Path, anchors: list[int], pipe: DiffusionPipeline, shards: str | None = None):
     """The trajectories of a recipe's run; `shards` may be a URL, then `work` keeps a copy of what is read."""
     mark = recipe.collected + json.dumps({"anchors": anchors, "weights": weights_hash(get_denoiser(pipe))})
@@ -299,6 +318,8 @@ def run(
     stream, process = None, (accelerator.process_index, accelerator.num_processes)
     if recipe.collect.buffer is None:
         store = open_store(recipe, work, anchors, pipe, shards)
+        if accelerator.is_main_process:
+            announce(recipe, len(samples), store)
         collect(pipe, samples, recipe, anchors, store, scorer, process)
         accelerator.wait_for_everyone()
         collected = store.fingerprint
@@ -374,13 +395,20 @@ def _unchanged(sites: dict[str, RTSAE], folder: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the dictionary")
+    parser.add_argument("--out", type=Path, help="folder of the dictionary")
     parser.add_argument("--work", type=Path, help="shards and checkpoints; runs/<name of the recipe> by default")
     parser.add_argument("--shards", help="where shards lie if not in the work folder: any URL that fsspec knows")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change the recipe: train.k=8")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would take, and stop")
+    parser.add_argument("--teraflops", type=float, default=50.0, help="what the device sustains, for the dry run")
     a = parser.parse_args()
     recipe = load_recipe(a.recipe, a.set)
+    if a.dry_run:
+        print(describe(plan(recipe, a.teraflops), a.teraflops))
+        return
+    if a.out is None:
+        parser.error("the following arguments are required: --out")
     work = a.work or Path("runs") / a.recipe.stem
     accelerator = Accelerator(
         cpu=a.cpu or not torch.cuda.is_available(), log_with=recipe.train.log_with or None, project_dir=work

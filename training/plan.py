@@ -1,0 +1,128 @@
+"""What a run would take, from the model's configuration alone: shapes, bytes, steps, hours. Nothing is generated.
+
+python -m training.train training/recipes/sd15.yaml --dry-run
+"""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_rtsae.steering import get_site
+from diffusers_rtsae.steering.sites import read_output, to_tokens
+
+from .recipe import Recipe
+
+GIB, PETA = 2**30, 1e15
+
+
+def _denoiser(pipeline: str):
+    """The denoiser of a pipeline on the meta device, built from its configuration; `(module, config)`."""
+    index = diffusers.DiffusionPipeline.load_config(pipeline)
+    part = next((name for name in ("unet", "transformer") if name in index), None)
+    if part is None:
+        raise ValueError(f"{pipeline} has no denoiser: expected a component `unet` or `transformer`.")
+    kind = getattr(diffusers, index[part][1])
+    config = kind.load_config(pipeline, subfolder=part)
+    with torch.device("meta"):
+        return kind.from_config(config), dict(config)
+
+
+def _inputs(config: dict) -> dict[str, torch.Tensor]:
+    """One row of a U-Net's arguments on the meta device."""
+    if "cross_attention_dim" not in config or "block_out_channels" not in config:
+        raise ValueError("A dry run knows U-Nets only; collect a few prompts to learn the shapes of other denoisers.")
+    size, text = config["sample_size"], config["cross_attention_dim"]
+    size, text = size if isinstance(size, list | tuple) else (size, size), text[0] if isinstance(text, list) else text
+    inputs = {
+        "sample": torch.empty(1, config["in_channels"], *size, device="meta"),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.empty(1, 77, text, device="meta"),
+    }
+    if config.get("addition_embed_type") == "text_time":
+        times = 6
+        pooled = config["projection_class_embeddings_input_dim"] - times * config["addition_time_embed_dim"]
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, pooled, device="meta"),
+            "time_ids": torch.empty(1, times, device="meta"),
+        }
+    return inputs
+
+
+def plan(recipe: Recipe, teraflops: float) -> dict:
+    """
+    Args:
+        teraflops (`float`): what the device sustains, 1e12 operations a second.
+
+    Returns:
+        `dict`: for each site its tokens and channels, what is kept of a picture, bytes on disk (or in memory, if
+        streaming), size of the dictionary and memory while it trains; and hours of computation.
+
+    Raises:
+        `ValueError`: if the denoiser or a site is not there.
+    """
+    collect, train = recipe.collect, recipe.train
+    anchors = recipe.anchors if isinstance(recipe.anchors, int) else len(recipe.anchors)
+    denoiser, config = _denoiser(recipe.pipeline)
+    shapes, hooks = {}, []
+    for site in recipe.sites:
+
+        def keep(module, args, output, site=site):
+            shapes[site] = tuple(to_tokens(read_output(output)).shape[1:])
+
+        hooks.append(get_site(denoiser, site).register_forward_hook(keep))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        denoiser(**_inputs(config))
+    for hook in hooks:
+        hook.remove()
+    rows = (2 if collect.guidance_scale > 1 else 1) * collect.count * collect.steps
+    generating = counter.get_total_flops() * rows
+    sites, training = {}, 0
+    for site, (tokens, channels) in shapes.items():
+        kept = min(collect.tokens_per_image, tokens) * (2 if collect.streams == "both" else 1)
+        width = anchors * channels
+        weights = 2 * train.num_latents * width
+        # forward product of the encoder; decoding and gradients touch k latents of m
+        training += (
+            train.steps * train.batch_size * 2 * train.num_latents * width * (1 + 6 * train.k / train.num_latents)
+        )
+        sites[site] = {
+            "tokens": tokens, "channels": channels, "kept_tokens": kept,
+            "trajectories": kept * (collect.buffer and collect.buffer // kept or collect.count),
+            "dictionary_gib": round((weights * 2 + anchors * channels**2 * 2) / GIB, 3),
+            "training_memory_gib": round(weights * 16 / GIB, 2),
+        }  # fmt: skip
+        sites[site]["trajectories_gib"] = round(sites[site]["trajectories"] * width * 2 / GIB, 2)
+    variants = max(1, len(recipe.variants))
+    return {
+        "sites": sites,
+        "anchors": anchors,
+        "stored": "in memory" if collect.buffer else "on disk",
+        "generation_petaflop": round(generating / PETA, 1),
+        "training_petaflop": round(training * variants / PETA, 1),
+        "generation_hours": round(generating / teraflops / 1e12 / 3600, 2),
+        "training_hours": round(training * variants / teraflops / 1e12 / 3600, 2),
+        "pictures": collect.count,
+        "steps": train.steps,
+    }
+
+
+def describe(found: dict, teraflops: float) -> str:
+    """The plan in words."""
+    lines = []
+    for site, s in found["sites"].items():
+        lines.append(
+            f"{site}: {s['tokens']} tokens x {s['channels']} channels; {s['kept_tokens']} tokens a picture at "
+            f"{found['anchors']} anchors make {s['trajectories']:,} trajectories, {s['trajectories_gib']} GiB "
+            f"{found['stored']}; dictionary {s['dictionary_gib']} GiB (float16), {s['training_memory_gib']} GiB "
+            "while it trains"
+        )
+    lines.append(
+        f"{found['pictures']:,} pictures: {found['generation_petaflop']} petaflop, {found['generation_hours']} h at "
+        f"{teraflops:g} teraflop/s"
+    )
+    lines.append(
+        f"{found['steps']:,} training steps: {found['training_petaflop']} petaflop, {found['training_hours']} h"
+    )
+    return "\n".join(lines)
