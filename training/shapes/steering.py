@@ -105,6 +105,7 @@ def run(
     batch_size: int,
     prompts: list[list[str]] | None = None,
     masks: bool = True,
+    neutral: float = 0.0,
     **options,
 ) -> torch.Tensor:
     """
@@ -114,6 +115,7 @@ def run(
         strengths (`list[dict]`, *optional*): for each probe `{feature: strength}`; `None` generates plainly.
         prompts (*optional*): to use instead of the probes' own.
         masks (`bool`): steer only on the probes' masks.
+        neutral (`float`): the strength of a probe's pictures for the features of other probes.
     """
     rows = [(p, i) for p, one in enumerate(probes) for i in range(len(one.prompts))]
     texts = [(prompts[p] if prompts else probes[p].prompts)[i] for p, i in rows]
@@ -125,7 +127,7 @@ def run(
             images.append(generate(pipe, texts[part], seeds[part], steps, guidance))
             continue
         names = dict.fromkeys(name for p in {p for p, _ in rows[part]} for name in strengths[p])
-        features = {name: [strengths[p].get(name, 0.0) for p, _ in rows[part]] for name in names}
+        features = {name: [strengths[p].get(name, neutral) for p, _ in rows[part]] for name in names}
         with pipe.rtsae_steering(features, mask=where[part] if masks else None, **options):
             images.append(generate(pipe, texts[part], seeds[part], steps, guidance))
     return torch.cat(images)

@@ -1,0 +1,161 @@
+"""The paper's comparison on the bundled world: which kind of dictionary describes, survives a new seed, and steers?
+
+    python -m training.train training/recipes/arms.yaml --out runs/arms
+    python -m training.shapes.arms --dictionaries runs/arms --out training/results/arms.json
+
+Steering follows RIEBench's protocol: pairs of prompts that differ in one value give the features (the latents whose
+mean activation differs most between the two pictures); on other prompts that name the first value these are moved by
+that difference. *Gain* is the share of pictures that then show the second value, *distance* how far the pictures moved
+relative to the edited prompt's, *efficiency* gain over distance. Rows are added to the JSON as they are measured; the
+same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
+from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.hub import write_json
+
+from ..evaluate import recovered, stability
+from .captions import captions
+from .evaluate import add_arguments, generate, load_pipeline, stored_rows
+from .scenes import FACTORS
+from .steering import NAMED, Probe, measure, probe, prompted, run, score
+
+TARGETS = [(factor, value) for factor in ("background", "style", "colour", "shape") for value in FACTORS[factor]]
+FIGURES = ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead", "recovered_online", "recovered_teacher_forced")
+STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
+
+
+def tokens_on(one: Probe, side: int) -> torch.Tensor:
+    """`(prompts, tokens)` bool: where a probe's factor lives."""
+    return torch.nn.functional.adaptive_avg_pool2d(one.mask[:, None], side).flatten(1) > 0.35
+
+
+@torch.no_grad()
+def pair_trajectories(pipe, site: str, anchors: list[int], probes: list[Probe], a) -> list[torch.Tensor]:
+    """For each probe the trajectories of its own prompts and of the edited ones, `(2, prompts, tokens, G, d)`."""
+    texts = [t for one in probes for t in one.prompts], [t for one in probes for t in prompted(one)]
+    seeds, kept = [s for one in probes for s in one.seeds], ([], [])
+    for side, prompts in enumerate(texts):
+        for start in range(0, len(seeds), a.batch_size):
+            part = slice(start, start + a.batch_size)
+            with Recorder(pipe, [site], anchors) as recorder:
+                generate(pipe, prompts[part], seeds[part], a.steps, a.guidance)
+            kept[side].append(recorder.trajectories(site).float())
+    both = torch.stack([torch.cat(side) for side in kept])
+    return list(both.split([len(one.prompts) for one in probes], dim=1))
+
+
+@torch.no_grad()
+def pair_features(rtsae: RTSAE, pairs: list[torch.Tensor], probes: list[Probe], count: int) -> dict[str, dict]:
+    """Labels: for each target the `count` latents that differ most between its pairs of pictures, and by how much."""
+    length = (rtsae.feature_trajectories() / rtsae.dynamics.scale[:, None]).flatten(1).norm(dim=1)
+    labels = {}
+    for (factor, value), both, one in zip(TARGETS, pairs, probes, strict=True):
+        where = tokens_on(one, int(both.shape[2] ** 0.5))
+        before, after = (rtsae.encode(side[where]).mean(0) for side in both)
+        difference = after - before
+        chosen = (difference.abs() * length).topk(count).indices
+        weights = (difference[chosen] / rtsae.typical_activation[chosen]).tolist()
+        entry = {"site": rtsae.config.site, "latents": chosen.tolist(), "weights": weights, "where": None}
+        labels[f"{factor}={value}"] = {"factor": factor, "value": value, "features": [entry], "edit": {}}
+    return labels
+
+
+def summary(rows: list[dict]) -> str:
+    """Mean ± standard deviation over the seeds of each kind, at its most efficient strength."""
+    text = ["| | " + " | ".join((*FIGURES, "stability", *STEERING)) + " |", "| --- |" + " --- |" * 13]
+    for kind in dict.fromkeys(r["kind"] for r in rows):
+        own = [r for r in rows if r["kind"] == kind]
+        strengths = dict.fromkeys(s["strength"] for r in own for s in r["steering"])
+
+        def at(strength, key, own=own):
+            return [s[key] for r in own for s in r["steering"] if s["strength"] == strength]
+
+        best = max(strengths, key=lambda s: statistics.mean(at(s, "efficiency")))
+        cells = [[r[key] for r in own] for key in FIGURES] + [[own[0].get("stability", float("nan"))]]
+        cells += [at(best, key) for key in STEERING]
+        told = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in cells]
+        text.append(f"| {kind} @{best:g} | " + " | ".join(told) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument(
+        "--dictionaries", type=Path, default=Path("runs/arms"), help="folder of `<kind>-<seed>` folders"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/arms.json"))
+    parser.add_argument("--pairs", type=int, default=4, help="that choose the features of a target, and to steer")
+    parser.add_argument("--features", type=int, default=8)
+    parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 2.0, 3.0])
+    a = parser.parse_args()
+    pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
+    folders = sorted(path for path in a.dictionaries.iterdir() if path.is_dir())
+    if not folders:
+        raise ValueError(f"{a.dictionaries} holds no dictionaries: train `recipes/arms.yaml` first.")
+    settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size")}
+    rows = stored_rows(a.out, settings)
+    choose = [probe(*target, "contradicted", a.pairs, seed=500) for target in TARGETS]
+    steer = [probe(*target, "contradicted", a.pairs, seed=501) for target in TARGETS]
+    plain_images = run(pipe, steer, None, a.steps, a.guidance, a.batch_size)
+    edited = run(pipe, steer, None, a.steps, a.guidance, a.batch_size, [prompted(one) for one in steer])
+    plain = score(scorer, plain_images, steer)
+    reach = (edited - plain_images).square().mean((1, 2, 3)).sqrt().mean().item()
+    pairs, found = None, {}
+    for folder in tqdm(folders, unit="dictionary"):
+        dictionary = load_dictionary(folder, dtype=torch.float32)
+        ((site, rtsae),) = dictionary.sites.items()
+        found[folder.name] = rtsae
+        if any(r["dictionary"] == folder.name for r in rows):
+            continue
+        anchors = list(rtsae.config.anchors)
+        pairs = pairs or pair_trajectories(pipe, site, anchors, choose, a)
+        row = {"dictionary": folder.name, "kind": folder.name.rpartition("-")[0]} | dictionary.config["metrics"][site]
+        prompts = captions(choose[0].scenes, 0, NAMED)
+        call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        row |= recovered(pipe, rtsae, prompts, generators, **call)
+        labels = pair_features(rtsae, pairs, choose, a.features)
+        pipe.load_rtsae(Dictionary({site: rtsae}, labels, dictionary.config))
+        row["steering"] = []
+        for strength in a.strengths:
+            images = run(
+                pipe, steer, [{name: strength} for name in labels], a.steps, a.guidance, a.batch_size, clip=False
+            )
+            steered = score(scorer, images, steer)
+            cells = [measure(s, p, *target) for s, p, target in zip(steered, plain, TARGETS, strict=True)]
+            figures = {key: sum(c[key] for c in cells) / len(cells) for key in cells[0]}
+            before = [measure(p, p, *target)["success"] for p, target in zip(plain, TARGETS, strict=True)]
+            figures["gain"] = figures["success"] - sum(before) / len(before)
+            figures["distance"] = (images - plain_images).square().mean((1, 2, 3)).sqrt().mean().item() / reach
+            figures["efficiency"] = figures["gain"] / figures["distance"]
+            row["steering"].append({"strength": strength} | {k: round(v, 4) for k, v in figures.items()})
+        pipe.unload_rtsae()
+        rows.append(row)
+        print(row["dictionary"], row["steering"], flush=True)
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(a.out, {"settings": settings, "rows": rows})
+    for kind in dict.fromkeys(r["kind"] for r in rows):
+        own = [r for r in rows if r["kind"] == kind]
+        if len(own) > 1:
+            shared = stability([found[r["dictionary"]] for r in own])
+            for r in own:
+                r["stability"] = shared
+    write_json(a.out, {"settings": settings, "rows": rows})
+    a.out.with_suffix(".md").write_text(summary(rows))
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    main()
