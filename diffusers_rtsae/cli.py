@@ -54,7 +54,7 @@ def demo(
     import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
 
     from .analysis.plots import plot_feature_trajectories, plot_heat_maps, plot_strengths
-    from .analysis.record import trace_features
+    from .analysis.record import record
     from .analysis.scorer import FactorScorer, shows
     from .pipeline import get_dictionary
 
@@ -135,10 +135,10 @@ def demo(
             for k, d in (("colour", "red"), ("shape", "star"), ("style", "flat"), ("background", "white"))
         )
     )
-    image, timesteps, maps = trace_features(
-        pipe, prompt, traced, generator=torch.Generator().manual_seed(3), num_inference_steps=steps, guidance_scale=3.0
+    recording = record(
+        pipe, prompt, generator=torch.Generator().manual_seed(3), num_inference_steps=steps, guidance_scale=3.0
     )
-    plot_heat_maps(image, timesteps, maps, traced).savefig(out / "heat_maps.png", dpi=130)
+    plot_heat_maps(recording, traced).savefig(out / "heat_maps.png", dpi=130)
     (out / "measured.json").write_text(json.dumps(results, indent=2) + "\n")
     console.print(table)
     console.print(

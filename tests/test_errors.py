@@ -18,12 +18,15 @@ import numpy as np
 import pytest
 import torch
 import typer
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffusers_rtsae
 from diffusers_rtsae import RTSAE, Dictionary, cli, load_dictionary
-from diffusers_rtsae.analysis.record import Recorder, trace_features
+from diffusers_rtsae.analysis import find
+from diffusers_rtsae.analysis.plots import plot_crops
+from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME
 
 SITE = "up_blocks.1.attentions.1"
@@ -176,11 +179,31 @@ def record_a_stream_that_is_not_there(world):
         world.draw(world.pipe, steps=1)
 
 
+def flow_pipeline(world):
+    world.pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    return world.pipe
+
+
+def quiet_feature(world):
+    return SITE, int(recorded(world).presence(SITE).sum((0, 1)).argmin())
+
+
 def trace_two_sites(world):
     world.pipe.unload_rtsae()
     sites = ("mid_block", SITE)
     world.pipe.load_rtsae({site: RTSAE(site, n, [900, 1], 8, 2) for site, n in zip(sites, (192, 160), strict=True)})
-    trace_features(world.pipe, "a star", [(site, 1) for site in sites])
+    recorded(world).maps([(site, 1) for site in sites])
+
+
+def record_two_kinds(world):
+    world.pipe.unload_rtsae()
+    kinds = {"mid_block": (192, "output"), SITE: (160, "update")}
+    world.pipe.load_rtsae({site: RTSAE(site, n, [900, 1], 8, 2, kind) for site, (n, kind) in kinds.items()})
+    recorded(world)
+
+
+def recorded(world, **options):
+    return record(world.pipe, "a star", num_inference_steps=1, **options)
 
 
 def demo_without_labels(world):
@@ -745,9 +768,56 @@ MISUSE = {
         f"Expected features that live at one site, got [('mid_block', 1), ('{SITE}', 1)] at ['mid_block', '{SITE}'].",
     ),
     "tracing nothing": (
-        lambda world: trace_features(world.pipe, "a star", []),
+        lambda world: recorded(world).maps([]),
         ValueError,
         "Expected features that live at one site, got [] at [].",
+    ),
+    "recording a site that the dictionary has not": (
+        lambda world: recorded(world, sites=["mid_block"]),
+        ValueError,
+        f"The dictionary has no site 'mid_block'. It has ['{SITE}'].",
+    ),
+    "recording two kinds of activation": (
+        record_two_kinds,
+        ValueError,
+        f"Expected sites of one kind of activation, got ['output', 'update'] at ['mid_block', '{SITE}'].",
+    ),
+    "an empty mask": (
+        lambda world: recorded(world).presence(SITE, torch.zeros(8, 8)),
+        ValueError,
+        "The mask is empty.",
+    ),
+    "finding without examples": (
+        lambda world: find.find_features(world.pipe, ["a star"], []),
+        ValueError,
+        "Expected positive and negative examples, got 1 and 0.",
+    ),
+    "finding with examples of two kinds": (
+        lambda world: find.find_features(world.pipe, ["a star"], [Image.new("RGB", (64, 64))], num_inference_steps=1),
+        ValueError,
+        "Expected examples of one kind: prompts or pictures, for positive and negative alike.",
+    ),
+    "verifying without prompts": (
+        lambda world: find.find_features(
+            world.pipe, *[[Image.new("RGB", (64, 64), c)] for c in ("red", "white")], verify=True
+        ),
+        ValueError,
+        "Features are verified on negative prompts, and there are none.",
+    ),
+    "pictures for a pipeline that cannot read them": (
+        lambda world: find.record_images(flow_pipeline(world), []),
+        ValueError,
+        "Pictures can be read with noise-schedule pipelines only, not with StableDiffusionPipeline.",
+    ),
+    "a label that is not there": (
+        lambda world: find.search_labels(world.dictionary, "reddish"),
+        ValueError,
+        "No label contains 'reddish'. …",
+    ),
+    "crops of what is active nowhere": (
+        lambda world: plot_crops([recorded(world)], quiet_feature(world)),
+        ValueError,
+        "… is active in none of these pictures.",
     ),
     # The command line
     "the command line without its packages": (

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from matplotlib.figure import Figure
 
 from ..hub import Dictionary
+from .find import Feature
+from .record import Recording
 
 
 def plot_strengths(rows: list[tuple[str, str, list]], strengths: list[float], title: str) -> Figure:
@@ -62,32 +65,133 @@ def plot_feature_trajectories(dictionary: Dictionary, labels: list[str]) -> Figu
     return figure
 
 
-def plot_heat_maps(
-    image, timesteps: list[float], activations: torch.Tensor, labels: list[str], columns: int = 8
-) -> Figure:
-    """Where and when features are active: one row a feature over denoising time, beside the finished picture."""
-    steps = [round(i * (len(timesteps) - 1) / (columns - 1)) for i in range(columns)]
-    figure = Figure(figsize=(1.1 * (columns + 1) + 1, 1.2 * len(labels) + 0.5), layout="constrained")
-    axes = figure.subplots(len(labels), columns + 1, squeeze=False)
-    for y, label in enumerate(labels):
-        top = max(activations[y].max().item(), 1e-6)
-        for x, step in enumerate(steps):
-            axes[y, x].imshow(image, extent=(0, 1, 0, 1), alpha=0.35, interpolation="nearest")
-            axes[y, x].imshow(
-                activations[y, step],
-                vmin=0,
-                vmax=top,
-                cmap="magma",
-                alpha=0.75,
-                extent=(0, 1, 0, 1),
-                interpolation="nearest",
-            )
-            if y == 0:
-                axes[y, x].set_title(f"t = {timesteps[step]:g}", fontsize=8)
-        axes[y, -1].imshow(image, extent=(0, 1, 0, 1), interpolation="nearest")
-        axes[y, 0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
-    axes[0, -1].set_title("picture", fontsize=8)
-    for axis in axes.flat:
+def _bare(axes) -> None:
+    for axis in axes:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
+
+
+def _overlay(axis, image, activation: torch.Tensor, top: float) -> None:
+    """An activation map `(height, width)` over a picture; brightest at `top`."""
+    whole = {"extent": (0, 1, 0, 1), "interpolation": "nearest"}
+    axis.imshow(image, alpha=0.35, **whole)
+    axis.imshow(activation, vmin=0, vmax=top, cmap="magma", alpha=0.75, **whole)
+
+
+def _name(feature) -> str:
+    """What a label, an index, a `(site, index)` or a found feature is called in a figure."""
+    if isinstance(feature, Feature):
+        return ", ".join([*feature.labels, str(feature.index)])
+    return str(feature[1] if isinstance(feature, tuple) else feature)
+
+
+def _key(feature):
+    return (feature.site, feature.index) if isinstance(feature, Feature) else feature
+
+
+def plot_heat_maps(recording: Recording, features: Sequence, image: int = 0, columns: int = 8) -> Figure:
+    """
+    Where and when features are active: one row a feature over denoising time, beside the finished picture.
+
+    Args:
+        features (`Sequence`): labels, indices, `(site, index)` or found features, all at one site.
+        image (`int`): which picture of the recording.
+    """
+    activations, timesteps = recording.maps([_key(f) for f in features])[image], recording.timesteps
+    columns = min(columns, len(timesteps))
+    steps = [round(i * (len(timesteps) - 1) / max(columns - 1, 1)) for i in range(columns)]
+    figure = Figure(figsize=(1.1 * (columns + 1) + 1, 1.2 * len(features) + 0.5), layout="constrained")
+    axes = figure.subplots(len(features), columns + 1, squeeze=False)
+    for y, feature in enumerate(features):
+        top = max(activations[y].max().item(), 1e-6)
+        for x, step in enumerate(steps):
+            _overlay(axes[y, x], recording.images[image], activations[y, step], top)
+            if y == 0:
+                axes[y, x].set_title(f"t = {timesteps[step]:g}", fontsize=8)
+        axes[y, -1].imshow(recording.images[image], extent=(0, 1, 0, 1), interpolation="nearest")
+        axes[y, 0].set_ylabel(_name(feature), fontsize=9, rotation=0, ha="right", va="center")
+    axes[0, -1].set_title("picture", fontsize=8)
+    _bare(axes.flat)
+    return figure
+
+
+def plot_presence(recording: Recording, features: Sequence, image: int = 0) -> Figure:
+    """How present features are in a picture over denoising time: mean activation over its tokens."""
+    present = recording.maps([_key(f) for f in features])[image].mean((2, 3))
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for feature, curve in zip(features, present, strict=True):
+        axis.plot(recording.timesteps, curve, marker=".", label=_name(feature))
+    axis.set(xlabel="timestep (noise → image)", ylabel="presence (of a typical full activation)", ylim=(0, None))
+    axis.invert_xaxis()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def plot_crops(recordings: Sequence[Recording], feature, count: int = 12, size: float = 0.5) -> Figure:
+    """
+    Where a feature is most active in many pictures: the crops around its strongest tokens at the last step.
+
+    Args:
+        recordings (`Sequence`): whose pictures are looked through; one crop of a picture at most.
+        size (`float`): of a crop, relative to the picture.
+    """
+    found = []
+    for recording in recordings:
+        for image, last in zip(recording.images, recording.maps([_key(feature)])[:, 0, -1], strict=True):
+            y, x = divmod(int(last.argmax()), last.shape[1])
+            found.append((last.max().item(), image, (x + 0.5) / last.shape[1], (y + 0.5) / last.shape[0]))
+    found = sorted((f for f in found if f[0] > 0), key=lambda f: -f[0])[:count]
+    if not found:
+        raise ValueError(f"{_name(feature)!r} is active in none of these pictures.")
+    columns = min(6, len(found))
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(1.3 * columns, 1.45 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.suptitle(f"where {_name(feature)} is most active", fontsize=10)
+    for axis, (strength, image, x, y) in zip(axes.flat, found, strict=False):
+        wide, high = size * image.width, size * image.height
+        left, top = (min(max(c * full - part / 2, 0), full - part) for c, full, part in
+                     ((x, image.width, wide), (y, image.height, high)))  # fmt: skip
+        axis.imshow(
+            image.crop((round(left), round(top), round(left + wide), round(top + high))), interpolation="nearest"
+        )
+        axis.set_title(f"{strength:.2f}", fontsize=8)
+    _bare(axes.flat)
+    return figure
+
+
+def plot_activations(recordings: Sequence[Recording], feature, bins: int = 40) -> Figure:
+    """Histogram of a feature's activation over all tokens on which it is active, at the last step."""
+    values = torch.cat([r.maps([_key(feature)])[:, 0, -1].flatten() for r in recordings])
+    active = values[values > 0]
+    figure = Figure(figsize=(4.5, 2.8), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(active.numpy(), bins=bins, color="#4c72b0")
+    axis.axvline(1, color="black", linewidth=1, linestyle=":")
+    axis.set(xlabel="activation (1: the typical full one)", ylabel="tokens")
+    axis.set_title(
+        f"{_name(feature)}: active on {len(active) / len(values):.1%} of {len(values):,} tokens", fontsize=9
+    )
+    return figure
+
+
+def plot_similarity(dictionary: Dictionary, features: Sequence) -> Figure:
+    """Cosines between the whole trajectories of features, each its first site's latents together."""
+    paths = []
+    for feature in features:
+        entry = dictionary.features(_key(feature))[0][0]
+        rtsae = dictionary.sites[entry["site"]]
+        unit = rtsae.typical_activation[entry["latents"]] * torch.tensor(entry["weights"])
+        path = torch.einsum("n,ngd->gd", unit, rtsae.feature_trajectories(entry["latents"]).detach())
+        paths.append((path / rtsae.dynamics.scale[:, None]).flatten())
+    paths = torch.nn.functional.normalize(torch.stack(paths), dim=1)
+    figure = Figure(figsize=(0.32 * len(paths) + 2.4, 0.32 * len(paths) + 1.8), layout="constrained")
+    axis = figure.subplots()
+    shown = axis.imshow(paths @ paths.T, vmin=-1, vmax=1, cmap="RdBu_r")
+    names = [_name(feature) for feature in features]
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    figure.colorbar(shown, ax=axis, shrink=0.7, label="cosine of trajectories")
     return figure

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
 
+from ..files import closest
+from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary
-from ..steering import Clock, PrefixEncoder, TimeGrid, Trajectory, call_arguments, get_site
+from ..steering import Clock, PrefixEncoder, TimeGrid, Trajectory, as_mask, call_arguments, get_site
 from ..steering.sites import read_output, spatial_size, to_tokens
 
 
@@ -44,6 +49,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         self.timesteps: list[float] = []
         self._kept = {site: [] for site in self.modules}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._hooks = [self.denoiser.register_forward_pre_hook(self._tick, with_kwargs=True)]
         for site, module in self.modules.items():
             self._hooks.append(module.register_forward_hook(self._keep(site), with_kwargs=True))
@@ -73,7 +79,7 @@ class Recorder:
                 return
             if missing := set(self.streams) - rows.keys():
                 raise ValueError(f"This call of the denoiser has no {sorted(missing)}, it has {sorted(rows)}.")
-            self._shape = hidden_states.shape
+            self._shapes[site] = hidden_states.shape
             if self._again:
                 self._kept[site].pop()
             kept = [to_tokens(hidden_states[rows[stream]]).detach() for stream in self.streams]
@@ -89,45 +95,122 @@ class Recorder:
             )
         return torch.stack(self._kept[site], dim=2)
 
-    def size(self) -> tuple[int, int]:
-        """Height and width of the token grid of the last site."""
-        return spatial_size(self._shape, self.clock.latent_size)
+    def size(self, site: str) -> tuple[int, int]:
+        """Height and width of a site's token grid."""
+        return spatial_size(self._shapes[site], self.clock.latent_size)
+
+
+@dataclass
+class Recording:
+    """
+    What a dictionary saw while a pipeline generated pictures.
+
+    Args:
+        images (`list`): the pictures.
+        prompts (`list[str]`): what they show.
+        timesteps (`list[float]`): the sampler's, in order.
+        trajectories (`dict[str, torch.Tensor]`): activations of each site, `(images, tokens, steps, d)`.
+        sizes (`dict[str, tuple[int, int]]`): height and width of each site's token grid.
+        dictionary (`Dictionary`): that reads them.
+        alphas_cumprod (`torch.Tensor`, *optional*): of the model's noise schedule.
+    """
+
+    images: list
+    prompts: list[str]
+    timesteps: list[float]
+    trajectories: dict[str, torch.Tensor]
+    sizes: dict[str, tuple[int, int]]
+    dictionary: Dictionary
+    alphas_cumprod: torch.Tensor | None
+
+    @torch.no_grad()
+    def latents(self, site: str, rows: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
+        """
+        Latents of a site step by step, each `(images, tokens, rows)`, in units of their typical activation.
+
+        Args:
+            rows (`Sequence[int]`, *optional*): which; all by default.
+        """
+        rtsae, trajectories = self.dictionary.sites[site], self.trajectories[site]
+        rows = list(range(rtsae.config.num_latents)) if rows is None else list(rows)
+        grid = TimeGrid(rtsae.config.anchors, self.alphas_cumprod)
+        encoder, state = PrefixEncoder(rtsae, rows, grid, trajectories.device), Trajectory()
+        for i, timestep in enumerate(self.timesteps):
+            latents = encoder.observe(state, trajectories[:, :, i], timestep)
+            state.continue_with(trajectories[:, :, i])
+            yield latents / rtsae.typical_activation[rows]
+
+    def maps(self, features: Sequence[str | int | tuple[str, int]]) -> torch.Tensor:
+        """
+        Where and when features are active, `(images, features, steps, height, width)`.
+
+        Args:
+            features (`Sequence`): labels, indices or `(site, index)`, all at one site. A label's map sums its latents'
+                activations there, each in units of its typical activation.
+        """
+        entries = [entry for feature in features for entry in self.dictionary.features(feature)[0][:1]]
+        sites = sorted({entry["site"] for entry in entries})
+        if len(sites) != 1:
+            raise ValueError(f"Expected features that live at one site, got {list(features)} at {sites}.")
+        rows = sorted({row for entry in entries for row in entry["latents"]})
+        columns = [[rows.index(row) for row in entry["latents"]] for entry in entries]
+        steps = [torch.stack([z[..., c].sum(-1) for c in columns], 1) for z in self.latents(sites[0], rows)]
+        return torch.stack(steps, 2).unflatten(3, self.sizes[sites[0]])
+
+    def presence(self, site: str, mask=None) -> torch.Tensor:
+        """
+        How present each latent is in each picture at each step, `(images, steps, num_latents)`: its mean activation
+        over the tokens, in units of its typical one.
+
+        Args:
+            mask (*optional*): `(height, width)` or one a picture, image, array or tensor; only there.
+        """
+        weight = torch.ones(len(self.images), self.trajectories[site].shape[1])
+        if mask is not None:
+            small = torch.nn.functional.adaptive_avg_pool2d(as_mask(mask)[:, None], self.sizes[site])
+            weight = small.flatten(1).expand(len(self.images), -1)
+            if not weight.sum(1).all():
+                raise ValueError("The mask is empty.")
+        weight = weight / weight.sum(1, keepdim=True)
+        count, parts = self.dictionary.sites[site].config.num_latents, []
+        for start in range(0, count, 4096):  # all at once would be large
+            rows = range(start, min(start + 4096, count))
+            parts.append(torch.stack([torch.einsum("bnr,bn->br", z, weight) for z in self.latents(site, rows)], 1))
+        return torch.cat(parts, 2)
 
 
 @torch.no_grad()
-def trace_features(
-    pipeline, prompt: str, features: list[str | int | tuple[str, int]], adapter_name: str | None = None, **call
-):
+def record(
+    pipeline, prompt: str | Sequence[str], adapter_name: str | None = None, sites: Sequence[str] | None = None, **call
+) -> Recording:
     """
-    Generate one picture and follow features of a loaded dictionary through denoising time and space.
+    Generate pictures and keep what a loaded dictionary needs to read them.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.
-        prompt (`str`): what to generate.
-        features (`list`): labels, indices or `(site, index)`, all at one site. A label's trace sums its latents'
-            activations there, each in units of its typical activation.
+        prompt (`str` or `Sequence[str]`): what to generate, one picture each.
+        sites (`Sequence[str]`, *optional*): of the dictionary; all by default.
         call: passed to the pipeline.
 
-    Returns:
-        the picture (PIL), the timesteps, and the activations `(features, steps, height, width)`.
+    Example:
+        ```py
+        >>> recording = record(pipe, "a red star", num_inference_steps=25)
+        >>> recording.maps(["red", 1234]).shape  # (images, features, steps, height, width)
+        ```
     """
     dictionary = get_dictionary(pipeline, adapter_name)
-    entries = [entry for feature in features for entry in dictionary.features(feature)[0][:1]]
-    sites = sorted({entry["site"] for entry in entries})
-    if len(sites) != 1:
-        raise ValueError(f"Expected features that live at one site, got {features} at {sites}.")
-    site = sites[0]
-    rtsae = dictionary.sites[site]
-    with Recorder(pipeline, [site], activation=rtsae.config.activation) as recorder:
-        image = pipeline(prompt, num_images_per_prompt=1, **call).images[0]
-    trajectories = recorder.trajectories(site)[:1]
-    rows = sorted({row for entry in entries for row in entry["latents"]})
-    grid = TimeGrid(rtsae.config.anchors, getattr(pipeline.scheduler, "alphas_cumprod", None))
-    encoder = PrefixEncoder(rtsae, rows, grid, trajectories.device)
-    maps, state = [], Trajectory()
-    for i, timestep in enumerate(recorder.timesteps):
-        latents = encoder.observe(state, trajectories[:, :, i], timestep)[0] / rtsae.typical_activation[rows]
-        state.continue_with(trajectories[:, :, i])
-        maps.append(torch.stack([latents[:, [rows.index(r) for r in e["latents"]]].sum(-1) for e in entries]))
-    activations = torch.stack(maps, dim=1)
-    return image, recorder.timesteps, activations.unflatten(2, recorder.size())
+    sites = list(dictionary.sites if sites is None else sites)
+    for site in sites:
+        if site not in dictionary.sites:
+            raise ValueError(f"The dictionary has no site {site!r}. {closest(site, dictionary.sites)}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    kinds = {dictionary.sites[site].config.activation for site in sites}
+    if len(kinds) != 1:
+        raise ValueError(f"Expected sites of one kind of activation, got {sorted(kinds)} at {sites}.")
+    with Recorder(pipeline, sites, activation=kinds.pop()) as recorder:
+        images = pipeline(prompts, num_images_per_prompt=1, **call).images
+    return Recording(
+        list(images), prompts, recorder.timesteps, {site: recorder.trajectories(site) for site in sites},
+        {site: recorder.size(site) for site in sites}, dictionary,
+        getattr(pipeline.scheduler, "alphas_cumprod", None),
+    )  # fmt: skip

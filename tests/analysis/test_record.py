@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_rtsae.analysis.record import Recorder, trace_features
+from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.scorer import shows
 
 
@@ -41,12 +41,24 @@ def test_traced_activations_equal_the_dense_code(steered, dictionary, site):
         steered("a large red star", generator=generator, **call)
     latents = rtsae.encode(recorder.trajectories(site)[0])
     index = int(latents.sum(0).argmax())
-    _, timesteps, maps = trace_features(
-        steered, "a large red star", [(site, index)], generator=torch.Generator().manual_seed(0), **call
-    )
-    assert maps.shape == (1, 25, 8, 8) and timesteps[-1] == rtsae.config.anchors[-1]
+    recording = record(steered, "a large red star", generator=torch.Generator().manual_seed(0), **call)
+    maps = recording.maps([(site, index)])[0]
+    assert maps.shape == (1, 25, 8, 8) and recording.timesteps[-1] == rtsae.config.anchors[-1]
     expected = latents[:, index].view(8, 8) / rtsae.typical_activation[index]
     torch.testing.assert_close(maps[0, -1], expected, atol=1e-3, rtol=1e-3)
+    whole = recording.presence(site)
+    torch.testing.assert_close(whole[0, :, index], maps[0].mean((1, 2)), atol=1e-4, rtol=1e-3)
+
+
+def test_presence_under_a_mask_counts_only_there(steered, site):
+    recording = record(steered, ["a star on the left", "a heart"], num_inference_steps=4)
+    mask = torch.zeros(64, 64)
+    mask[:, :32] = 1
+    left, right, whole = recording.presence(site, mask), recording.presence(site, 1 - mask), recording.presence(site)
+    assert whole.shape == (2, 4, 2048)
+    torch.testing.assert_close((left + right) / 2, whole, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="The mask is empty"):
+        recording.presence(site, torch.zeros(64, 64))
 
 
 def test_shows_needs_a_valid_picture_and_every_filled_slot():

@@ -1,0 +1,321 @@
+"""Find the latents that stand for a concept, from what changes in them with the prompt, and check them causally."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..files import closest
+from ..hub import Dictionary
+from ..pipeline import get_denoiser, get_dictionary
+from ..steering import as_mask
+from .record import Recorder, Recording, record
+
+_DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
+
+
+@dataclass
+class Feature:
+    """
+    A latent that was found.
+
+    Args:
+        site (`str`), index (`int`): which; `pipe.set_rtsae_features({(site, index): 1.0})` steers it.
+        score (`float`): `present * specific`, what the table is sorted by.
+        present (`float`): how much more present it is with the concept than without, at its best step, in units of its
+            typical full activation.
+        specific (`float`): from 0, as present without the concept (or everywhere in the training data), to 1, only
+            with it.
+        timestep (`float`): when the difference is largest.
+        labels (`list[str]`): of the dictionary, that contain it.
+        duplicates (`list[int]`): latents with almost the same trajectory that were left out.
+        verified (`dict`): what steering it does, if that was asked for.
+    """
+
+    site: str
+    index: int
+    score: float
+    present: float
+    specific: float
+    timestep: float
+    labels: list[str] = field(default_factory=list)
+    duplicates: list[int] = field(default_factory=list)
+    verified: dict[str, float] = field(default_factory=dict)
+
+
+class FeatureTable(list):
+    """A list of [`Feature`] that prints as a table."""
+
+    def to_pandas(self):
+        """As a `pandas.DataFrame`, one row a feature; pandas must be installed."""
+        import pandas
+
+        return pandas.DataFrame([(row := asdict(f)) | row.pop("verified") for f in self])
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no features"
+        measured = list(dict.fromkeys(key for f in self for key in f.verified))
+        head = ["site", "index", "score", "present", "specific", "timestep", *measured, "labels"]
+        rows = [
+            [
+                f.site, str(f.index), f"{f.score:.3f}", f"{f.present:.3f}", f"{f.specific:.2f}", f"{f.timestep:g}",
+                *(f"{f.verified[key]:.3f}" if key in f.verified else "" for key in measured), ", ".join(f.labels),
+            ]
+            for f in self
+        ]  # fmt: skip
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+        )
+
+
+def search_labels(dictionary: Dictionary, text: str) -> list[str]:
+    """The labels of a dictionary that contain `text`, or else resemble it most."""
+    found = [label for label in dictionary.labels if text.lower() in label.lower()]
+    if not found:
+        raise ValueError(f"No label contains {text!r}. {closest(text, dictionary.labels)}")
+    return found
+
+
+def rank(
+    dictionary: Dictionary,
+    site: str,
+    timesteps: Sequence[float],
+    present: torch.Tensor,
+    absent: torch.Tensor,
+    count: int,
+) -> FeatureTable:
+    """
+    The latents of a site that are more present with a concept than without.
+
+    Args:
+        present, absent (`torch.Tensor`): mean presence at each step, `(steps, num_latents)`.
+    """
+    rtsae = dictionary.sites[site]
+    difference, when = (present - absent).max(0)
+    steps = when[None]
+    with_it, without = present.gather(0, steps)[0], absent.gather(0, steps)[0]
+    usual = rtsae.mean_activation / rtsae.typical_activation  # a latent that is often active says little
+    specific = (with_it - torch.maximum(without, usual)) / (with_it + torch.maximum(without, usual)).clamp(min=1e-9)
+    score = difference.clamp(min=0) * specific.clamp(min=0)
+    table = FeatureTable()
+    for index in score.argsort(descending=True).tolist():
+        if len(table) == count or score[index] <= 0:
+            break
+        path = rtsae.feature_trajectories([index]).detach().flatten()
+        kept = rtsae.feature_trajectories([f.index for f in table]).detach().flatten(1)
+        same = torch.cosine_similarity(kept, path[None]) > _DUPLICATE
+        if same.any():
+            table[int(same.int().argmax())].duplicates.append(index)
+            continue
+        table.append(
+            Feature(
+                site, index, round(score[index].item(), 4), round(difference[index].item(), 4),
+                round(specific[index].item(), 4), timesteps[when[index]],
+                [
+                    name for name, label in dictionary.labels.items()
+                    if any(e["site"] == site and index in e["latents"] for e in label["features"])
+                ],
+            )
+        )  # fmt: skip
+    return table
+
+
+def _generators(count: int, seeds: int) -> list[torch.Generator]:
+    """The same few seeds for each of several prompts."""
+    return [torch.Generator().manual_seed(seed) for _ in range(count) for seed in range(seeds)]
+
+
+@torch.no_grad()
+def record_images(
+    pipeline, images: Sequence[Image.Image], adapter_name: str | None = None, caption: str = ""
+) -> Recording:
+    """
+    What a dictionary sees in given pictures: each is encoded, noised to every anchor with the same noise (seed 0), and
+    shown to the denoiser.
+
+    Args:
+        pipeline: a text-to-image pipeline with a VAE and a noise schedule, such as `StableDiffusionPipeline`.
+        images (`Sequence`): PIL pictures; resized to the model's size.
+        caption (`str`): of all of them.
+
+    The latents that see something in a picture need not be those that a prompt paints it with: verify before steering.
+    """
+    dictionary = get_dictionary(pipeline, adapter_name)
+    if not hasattr(pipeline.scheduler, "alphas_cumprod") or not hasattr(pipeline, "encode_prompt"):
+        raise ValueError(
+            f"Pictures can be read with noise-schedule pipelines only, not with {type(pipeline).__name__}."
+        )
+    denoiser, vae = get_denoiser(pipeline), pipeline.vae
+    size = denoiser.config.sample_size * pipeline.vae_scale_factor
+    pixels = pipeline.image_processor.preprocess(list(images), size, size).to(vae.device, vae.dtype)
+    clean = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(0)).to(clean)
+    text, _ = pipeline.encode_prompt(caption, denoiser.device, 1, False)
+    sites = list(dictionary.sites)
+    anchors = dictionary.sites[sites[0]].config.anchors
+    with Recorder(pipeline, sites, activation=dictionary.sites[sites[0]].config.activation) as recorder:
+        for anchor in anchors:
+            alpha = pipeline.scheduler.alphas_cumprod[anchor].to(clean)
+            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+            denoiser(noisy, torch.tensor(anchor), encoder_hidden_states=text.expand(len(clean), -1, -1))
+    return Recording(
+        list(images), [caption] * len(images), recorder.timesteps, {s: recorder.trajectories(s) for s in sites},
+        {s: recorder.size(s) for s in sites}, dictionary, pipeline.scheduler.alphas_cumprod,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def find_features(
+    pipeline,
+    positive: Sequence[str | Image.Image],
+    negative: Sequence[str | Image.Image],
+    count: int = 10,
+    adapter_name: str | None = None,
+    seeds: int = 2,
+    verify: int | bool = False,
+    scorer: Callable[[list], Sequence[float]] | None = None,
+    strength: float = 1.0,
+    caption: str = "",
+    **call,
+) -> FeatureTable:
+    """
+    The features of a loaded dictionary that stand for what the positive examples have and the negative have not.
+
+    Args:
+        pipeline (`DiffusionPipeline`): with a dictionary loaded; it need not steer.
+        positive, negative (`Sequence`): prompts, or pictures (PIL). Prompts that differ in nothing else give the
+            clearest answer.
+        count (`int`): how many features, of each site.
+        seeds (`int`): pictures made of each prompt, with the same seeds for all.
+        verify (`int` or `bool`): steer so many of the best (`True`: five) on the negative prompts, and say what that
+            does.
+        scorer (*optional*): from a list of PIL pictures to one number each, larger where they show the concept. With
+            it the verified features are sorted by how much they raise it.
+        strength (`float`): to verify with.
+        caption (`str`): of all pictures, if examples are pictures: what they share, not what they differ in.
+        call: passed to the pipeline.
+
+    Returns:
+        [`FeatureTable`]: sorted by score. `verified` holds `image_distance`, the RMS change of the pictures, 0 to 1;
+        `prediction_change`, of the denoiser's output, relative to its length; and `gain` of the scorer.
+
+    Raises:
+        `ValueError`: if there are no examples, or prompts are needed and there are none.
+
+    Example:
+        ```py
+        >>> find_features(pipe, ["a red star", "a red circle"], ["a star", "a circle"], verify=True)
+        ```
+    """
+    if not positive or not negative:
+        raise ValueError(f"Expected positive and negative examples, got {len(positive)} and {len(negative)}.")
+    dictionary = get_dictionary(pipeline, adapter_name)
+
+    def read(examples: Sequence) -> Recording:
+        if isinstance(examples[0], str):
+            prompts = [prompt for prompt in examples for _ in range(seeds)]
+            return record(pipeline, prompts, adapter_name, generator=_generators(len(examples), seeds), **call)
+        return record_images(pipeline, examples, adapter_name, caption)
+
+    with_it, without = read(list(positive)), read(list(negative))
+    if with_it.timesteps != without.timesteps:
+        raise ValueError("Expected examples of one kind: prompts or pictures, for positive and negative alike.")
+    table = FeatureTable()
+    for site in dictionary.sites:
+        present, absent = (r.presence(site).mean(0) for r in (with_it, without))
+        table += rank(dictionary, site, with_it.timesteps, present, absent, count)
+    table.sort(key=lambda f: -f.score)
+    if verify:
+        prompts = [example for example in negative if isinstance(example, str)]
+        if not prompts:
+            raise ValueError("Features are verified on negative prompts, and there are none.")
+        verify_features(
+            pipeline, table[: 5 if verify is True else verify], prompts, scorer, strength, adapter_name, seeds, **call
+        )
+        if scorer is not None:
+            table.sort(key=lambda f: -f.verified.get("gain", float("-inf")))
+    return table
+
+
+class _Outputs:
+    """Keeps what the denoiser returns while a pipeline runs."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.kept = denoiser, []
+
+    def __enter__(self):
+        self._hook = self.denoiser.register_forward_hook(
+            lambda module, args, output: self.kept.append(
+                (output[0] if isinstance(output, tuple) else output.sample).float()
+            )
+        )
+        return self
+
+    def __exit__(self, *error):
+        self._hook.remove()
+
+
+@torch.no_grad()
+def verify_features(
+    pipeline, features: Sequence[Feature], prompts: Sequence[str], scorer=None, strength: float = 1.0,
+    adapter_name: str | None = None, seeds: int = 2, **call,
+) -> None:  # fmt: skip
+    """Steer each feature alone on `prompts`, and write into its `verified` what that does; see [`find_features`]."""
+
+    def generate() -> tuple[list, torch.Tensor, list[torch.Tensor]]:
+        repeated = [prompt for prompt in prompts for _ in range(seeds)]
+        with _Outputs(get_denoiser(pipeline)) as outputs:
+            images = pipeline(repeated, generator=_generators(len(prompts), seeds), **call).images
+        return images, _pixels(images), outputs.kept
+
+    images, pixels, outputs = generate()
+    before = scorer(images) if scorer is not None else None
+    for feature in features:
+        with pipeline.rtsae_steering({(feature.site, feature.index): strength}, adapter_name):
+            steered, steered_pixels, steered_outputs = generate()
+        pairs = zip(steered_outputs, outputs, strict=True)
+        changes = [((new - old).norm() / old.norm()).item() for new, old in pairs]
+        feature.verified = {
+            "image_distance": round((steered_pixels - pixels).square().mean((1, 2, 3)).sqrt().mean().item(), 4),
+            "prediction_change": round(sum(changes) / len(changes), 4),
+        }
+        if scorer is not None:
+            after = scorer(steered)
+            feature.verified["gain"] = round(
+                sum(float(a) - float(b) for a, b in zip(after, before, strict=True)) / len(after), 4
+            )
+
+
+def _pixels(images: list) -> torch.Tensor:
+    """PIL pictures as `(images, height, width, 3)` in [0, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images]) / 255)
+
+
+def top_features(recording: Recording, image: int = 0, mask=None, count: int = 10) -> FeatureTable:
+    """
+    What is active in a picture, and when.
+
+    Args:
+        image (`int`): which picture of the recording.
+        mask (*optional*): `(height, width)`, image, array or tensor: what is active there more than elsewhere in the
+            picture. Without it: more than usual, over the training data.
+    """
+    table = FeatureTable()
+    for site, rtsae in recording.dictionary.sites.items():
+        if site not in recording.trajectories:
+            continue
+        present = recording.presence(site, mask)[image]
+        if mask is None:
+            usual = (rtsae.mean_activation / rtsae.typical_activation)[None].expand_as(present)
+            table += rank(recording.dictionary, site, recording.timesteps, present, usual, count)
+        else:
+            elsewhere = recording.presence(site, 1 - as_mask(mask))[image]
+            table += rank(recording.dictionary, site, recording.timesteps, present, elsewhere, count)
+    table.sort(key=lambda f: -f.score)
+    return FeatureTable(table[:count])
