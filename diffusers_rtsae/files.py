@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from .models import RTSAE
 from .steering.edits import Edit
 
-CONFIG_NAME, LABELS_NAME = "rtsae_config.json", "labels.json"
+CONFIG_NAME, LABELS_NAME, PRESETS_NAME = "rtsae_config.json", "labels.json", "presets.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a site is also a folder, and must not lead out of its own
@@ -131,6 +131,36 @@ def check_label(path: Path, name: str, label, sizes: dict[str, int | None]) -> N
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {name} cannot be used: {_line(error)}") from None
+
+
+def check_preset(path: Path, name: str, preset) -> None:
+    """Raise `ValueError` unless a preset is well formed: features with strengths, and options of an edit."""
+    name, preset = brief(name), preset if isinstance(preset, dict) else {}
+    features, options = preset.get("features"), preset.get("options", {})
+    pairs = isinstance(features, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in features)
+    if not pairs or not features or not isinstance(options, dict) or preset.keys() - {"features", "options"}:
+        raise ValueError(
+            f"{path}: preset {name} must be an object with a list `features` of [feature, strength] and, if any, an "
+            "object `options`."
+        )
+    for feature, strength in features:
+        one_of_site = isinstance(feature, list) and len(feature) == 2 and is_site(feature[0])
+        index = feature[1] if one_of_site else feature
+        if not isinstance(feature, str) and not _is_int(index, 0, 2**31 - 1):
+            raise ValueError(
+                f"{path}: {name} has feature {brief(feature)}, expected a label, an index or [site, index]."
+            )
+        many = strength if isinstance(strength, list) else [strength]
+        if not many or not all(type(value) in (int, float) and abs(value) < 1e9 for value in many):
+            raise ValueError(
+                f"{path}: {name} has strength {brief(strength)}, expected a finite number or a list of them."
+            )
+    try:
+        source = (0,) if options.get("operation") in ("transfer", "replace") else None
+        told = {key: value for key, value in options.items() if key not in ("where", "source")}
+        Edit(latents=(0,), weights=(1.0,), strength=1.0, source=source, mask=None, **told)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {name} cannot be used: {_line(error)}") from None
 
 
 def load_site(folder: Path, site: str, dtype: torch.dtype | None) -> RTSAE:

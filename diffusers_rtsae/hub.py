@@ -30,9 +30,11 @@ from .files import (
     CONFIG_NAME,
     DTYPES,
     LABELS_NAME,
+    PRESETS_NAME,
     WEIGHTS_NAME,
     brief,
     check_label,
+    check_preset,
     check_sites,
     closest,
     is_site,
@@ -82,11 +84,13 @@ class Dictionary:
         labels (`dict[str, dict]`): for each label its `features` (site, latents, weights, where), the edit options it
             was verified with and what was measured.
         config (`dict`): `base_model`, `signature` of its denoiser, and how the trajectories were made.
+        presets (`dict[str, dict]`): named edits: `features`, a list of `[feature, strength]`, and `options` of them.
     """
 
     sites: dict[str, RTSAE]
     labels: dict[str, dict] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
+    presets: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.sites:
@@ -131,6 +135,15 @@ class Dictionary:
             )
         return [{"site": site, "latents": [index], "weights": [1.0], "where": None}], {}
 
+    def preset(self, name: str) -> tuple[dict, dict]:
+        """The features with their strengths, and the options, of a preset."""
+        if name not in self.presets:
+            raise ValueError(f"The dictionary has no preset {name!r}. {closest(name, self.presets)}")
+        check_preset(Path(PRESETS_NAME), name, self.presets[name])
+        pairs = self.presets[name]["features"]
+        features = {tuple(feature) if isinstance(feature, list) else feature: strength for feature, strength in pairs}
+        return features, dict(self.presets[name].get("options", {}))
+
     def check(self, denoiser: torch.nn.Module) -> None:
         """Raise `ValueError` unless the dictionary was made for a denoiser like this one."""
         wanted, found = self.config.get("signature", {}), signature(denoiser)
@@ -168,6 +181,7 @@ class Dictionary:
             if not is_generated(folder / CARD_NAME):
                 files.remove(CARD_NAME)
             (folder / CONFIG_NAME).unlink(missing_ok=True)  # a folder without it is no dictionary
+            (folder / PRESETS_NAME).unlink(missing_ok=True)
             for name in files:
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(Path(partial) / name, folder / name)
@@ -182,14 +196,18 @@ class Dictionary:
             labels |= {name: label | {"features": kept}} if kept else {}
         config = {"format_version": FORMAT_VERSION, "sites": list(self.sites)}
         config |= {name: value for name, value in self.config.items() if name not in config}
+        for name, preset in self.presets.items():
+            check_preset(folder / PRESETS_NAME, name, preset)
         write_json(folder / LABELS_NAME, labels)
+        if self.presets:
+            write_json(folder / PRESETS_NAME, self.presets)
         write_json(folder / CONFIG_NAME, config)
         card = model_card(self.sites, labels, config, repo_id)
         (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
         for site, rtsae in self.sites.items():
             save_site(folder, site, rtsae)
         inner = [f"{site}/{name}" for site in self.sites for name in ("config.json", WEIGHTS_NAME)]
-        return [*inner, LABELS_NAME, CARD_NAME, CONFIG_NAME]
+        return [*inner, LABELS_NAME, *[PRESETS_NAME] * bool(self.presets), CARD_NAME, CONFIG_NAME]
 
     def push_to_hub(
         self,
@@ -202,7 +220,8 @@ class Dictionary:
         create_pr: bool = False,
     ) -> str:
         """
-        Upload the dictionary with a model card, in one commit. A card that somebody made their own there stays.
+        Upload the dictionary with a model card, in one commit. A card that somebody made their own there stays, and so
+        do presets if the dictionary has none.
 
         Args:
             repo_id (`str`): `"user/name"`; created if need be.
@@ -323,7 +342,7 @@ def load_dictionary(
             )
         dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
         chosen = {site: dictionary.sites[site] for site in _choose(dictionary.sites, layers)}
-        return Dictionary(chosen, dictionary.labels, dictionary.config)
+        return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets)
     if not isinstance(source, str | os.PathLike) or not str(source):
         found = "an empty string" if isinstance(source, str) else type(source).__name__
         raise ValueError(f"Expected a Hub id, a folder or a dict of RTSAE by site, got {found}.")
@@ -358,7 +377,7 @@ def _fetch(
         )
 
     try:
-        folder = download([CONFIG_NAME, LABELS_NAME], revision, force_download)
+        folder = download([CONFIG_NAME, LABELS_NAME, PRESETS_NAME], revision, force_download)
         config = folder / prefix / CONFIG_NAME
         if not config.is_file():
             raise OSError(f"it has no {prefix}{CONFIG_NAME}.")
@@ -430,7 +449,10 @@ def _read(folder: Path, layers: list[str] | None, dtype: torch.dtype | None) -> 
     labels = read_json(folder / LABELS_NAME)
     for name, label in labels.items():
         check_label(folder / LABELS_NAME, name, label, sizes)
-    return Dictionary(sites, labels, config)
+    presets = read_json(folder / PRESETS_NAME) if (folder / PRESETS_NAME).is_file() else {}
+    for name, preset in presets.items():
+        check_preset(folder / PRESETS_NAME, name, preset)
+    return Dictionary(sites, labels, config, presets)
 
 
 def _choose(sites, layers: list[str] | None) -> list[str]:

@@ -192,6 +192,11 @@ class RTSAELoaderMixin:
         adapter.edits = _edits(adapter, features, **options)
         _install(self)
 
+    def set_rtsae_preset(self, name: str, adapter_name: str | None = None) -> None:
+        """Steer every following generation with a preset of a dictionary, replacing the features set before."""
+        features, options = get_dictionary(self, adapter_name).preset(name)
+        self.set_rtsae_features(features, adapter_name, **options)
+
     @contextlib.contextmanager
     def rtsae_steering(self, features: dict[Name, Strength], adapter_name: str | None = None, **options):
         """

@@ -179,6 +179,10 @@ def record_a_stream_that_is_not_there(world):
         world.draw(world.pipe, steps=1)
 
 
+def preset(world, content):
+    Dictionary(world.dictionary.sites, {}, {}, {"mine": content}).preset("mine")
+
+
 def flow_pipeline(world):
     world.pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     return world.pipe
@@ -746,6 +750,33 @@ MISUSE = {
         "'decoder' of mid_block holds NaN, inf, or what is too large for torch.float16.",
     ),
     "saving through a link": (save_through_link, OSError, "…mid_block is a link, and nothing is written through one."),
+    # Presets
+    "an unknown preset": (
+        lambda world: world.pipe.set_rtsae_preset("sunset"),
+        ValueError,
+        "The dictionary has no preset 'sunset'. …",
+    ),
+    "a preset without features": (
+        lambda world: preset(world, {"options": {}}),
+        ValueError,
+        "presets.json: preset 'mine' must be an object with a list `features` of [feature, strength] and, if any, an "
+        "object `options`.",
+    ),
+    "a preset of no feature": (
+        lambda world: preset(world, {"features": [[1.5, 1.0]]}),
+        ValueError,
+        "presets.json: 'mine' has feature 1.5, expected a label, an index or [site, index].",
+    ),
+    "a preset without strength": (
+        lambda world: preset(world, {"features": [["red", "much"]]}),
+        ValueError,
+        "presets.json: 'mine' has strength 'much', expected a finite number or a list of them.",
+    ),
+    "a preset with an option that is none": (
+        lambda world: preset(world, {"features": [["red", 1.0]], "options": {"start": 2}}),
+        ValueError,
+        "presets.json: 'mine' cannot be used: …",
+    ),
     # Analysis
     "recording an unknown activation": (
         lambda world: Recorder(world.pipe, [SITE], activation="input"),
