@@ -1,22 +1,31 @@
-"""`diffusers-rtsae`: the command line."""
+"""`diffusers-rtsae`: the command line. What is on standard output with `--json` is JSON and nothing else."""
 
 from __future__ import annotations
 
 import json
-import time
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
 try:
     import typer
     from rich.console import Console
-    from rich.progress import track
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f'The command line needs {error.name}: pip install "diffusers-rtsae[analysis]"') from None
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+console, errors = Console(), Console(stderr=True)
+CLONE = Path(__file__).resolve().parents[1]
+
+Pipeline = Annotated[str | None, typer.Option(help="Pipeline: a folder or Hub id; the bundled one by default.")]
+Source = Annotated[str | None, typer.Option(help="Dictionary: a folder or Hub id; the bundled one by default.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Guidance = Annotated[float, typer.Option(help="Guidance scale.")]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -26,7 +35,7 @@ def main() -> None:
 
 def _bundled(name: str) -> Path:
     """A folder of `examples/`, in the working directory or beside the package of a clone."""
-    for root in (Path.cwd(), Path(__file__).resolve().parents[1]):
+    for root in (Path.cwd(), CLONE):
         if (root / "examples" / name).is_dir():
             return root / "examples" / name
     raise typer.BadParameter(
@@ -34,116 +43,248 @@ def _bundled(name: str) -> Path:
     )
 
 
+def _pipeline(pipeline: str | None, dictionary: str | None):
+    """A text-to-image pipeline with a dictionary loaded, on a GPU if there is one."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
+
+    logging.disable_progress_bar()
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.float16 if on_gpu else torch.float32
+    pipe = DiffusionPipeline.from_pretrained(pipeline or _bundled("shapes-sd"), torch_dtype=dtype)
+    pipe.set_progress_bar_config(file=sys.stderr, leave=False)
+    pipe.load_rtsae(dictionary or _bundled("shapes-rtsae"))
+    return pipe.to("cuda") if on_gpu else pipe
+
+
+def _feature(name: str) -> str | int | tuple[str, int]:
+    """A label, an index, or `site:index`, as it was typed."""
+    site, _, index = name.rpartition(":")
+    if index.isdigit():
+        return (site, int(index)) if site else int(index)
+    return name
+
+
+def _strengths(features: list[str]) -> dict:
+    """`red=1.5` → `{"red": 1.5}`."""
+    chosen = {}
+    for feature in features:
+        name, separator, strength = feature.rpartition("=")
+        try:
+            chosen[_feature(name)] = float(strength)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise ValueError(f"Expected FEATURE=STRENGTH, like red=1.5 or 1234=-0.5, got {feature!r}.")
+    return chosen
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("rtsae-demo"),
-    pipeline: Annotated[Path | None, typer.Option(help="Pipeline folder; the bundled one by default.")] = None,
-    dictionary: Annotated[Path | None, typer.Option(help="Dictionary folder; the bundled one by default.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    pipeline: Pipeline = None,
+    dictionary: Source = None,
+    steps: Steps = 20,
     prompts: Annotated[int, typer.Option(min=1, help="Pictures each feature is measured on.")] = 10,
 ) -> None:
     """Steer the bundled pipeline, draw what happens, and measure it. Needs no network.
 
     Example: diffusers-rtsae demo --out rtsae-demo
     """
-    started = time.monotonic()
-    import torch
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging
+    from .analysis.scorer import FactorScorer
+    from .demo import demonstrate
 
-    import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
-
-    from .analysis.plots import plot_feature_trajectories, plot_heat_maps, plot_strengths
-    from .analysis.record import record
-    from .analysis.scorer import FactorScorer, shows
-    from .pipeline import get_dictionary
-
-    logging.disable_progress_bar()
-    pipe = StableDiffusionPipeline.from_pretrained(pipeline or _bundled("shapes-sd"))
+    pipe, scorer = _pipeline(pipeline, dictionary), FactorScorer.from_pretrained(_bundled("shapes-scorer"))
     pipe.set_progress_bar_config(disable=True)
-    scorer = FactorScorer.from_pretrained(_bundled("shapes-scorer"))
-    pipe.load_rtsae(dictionary or _bundled("shapes-rtsae"))
-    labels = get_dictionary(pipe).labels
-    chosen: dict[str, str] = {}  # the best measured label of each kind
-    for kind in ("colour", "shape", "background", "style"):
-        known = {name: label for name, label in labels.items() if label.get("factor") == kind}
-        if known:
-            chosen[kind] = max(known, key=lambda name: known[name]["measured"]["success"])
-    if not chosen:
-        raise typer.BadParameter("the dictionary has no labels to steer with.")
+    demonstrate(pipe, scorer, out, steps, prompts, console)
 
-    # prompts that say everything but the factor that is steered
-    scenes = {
-        "colour": [
-            "a large heart on the left, flat, on a gray background",
-            "a small star at the top, striped, on white",
-        ],
-        "shape": [
-            "a large blue object in the centre, flat, on a white background",
-            "a large pink thing on the right, dotted, on navy",
-        ],
-        "background": ["a large red star in the centre, flat", "a small cyan heart on the right, dotted"],
-        "style": [
-            "a large green circle in the centre, on a white background",
-            "a large orange star at the bottom, on black",
-        ],
-    }
-    strengths, rows = [-1.0, 0.0, 0.5, 1.0, 2.0], []
 
-    def generate(prompts: list[str], first_seed: int):
-        seeds = [torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))]
-        images = pipe(prompts, generator=seeds, num_inference_steps=steps, guidance_scale=3.0, output_type="pt").images
-        return images.clamp(0, 1)
+@app.command()
+def steer(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    features: Annotated[list[str] | None, typer.Argument(help="FEATURE=STRENGTH, as many as you like.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A preset of the dictionary instead.")] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write; the plain one lies beside it.")] = Path("steered.png"),
+    start: Annotated[float, typer.Option(min=0, max=1, help="Denoising time from which on to steer.")] = 0.0,
+    end: Annotated[float, typer.Option(min=0, max=1, help="And until when.")] = 1.0,
+    mask: Annotated[Path | None, typer.Option(help="Picture that is white where to steer.")] = None,
+    operation: Annotated[str | None, typer.Option(help="add, set, scale, clamp, ablate, …")] = None,
+    steps: Steps = 25,
+    guidance: Guidance = 3.0,
+    seed: Seed = 0,
+    pipeline: Pipeline = None,
+    dictionary: Source = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a prompt with some features steered, and without.
 
-    table = Table(title="Steering with one feature, prompts that leave the factor open", title_justify="left")
-    for name in ("feature", "latents", "without", "strength 1", "strength 2", "valid pictures"):
-        table.add_column(name)
-    results = {}
-    for kind, label in track(chosen.items(), description="steering", console=console):
-        for prompt in scenes[kind]:
-            seeds = [torch.Generator().manual_seed(7) for _ in strengths]
-            with pipe.rtsae_steering({label: strengths}):
-                images = pipe(
-                    [prompt] * len(strengths), generator=seeds, num_inference_steps=steps, guidance_scale=3.0
-                ).images
-            rows.append((f"{kind}: {label}", prompt, images))
-        many = (scenes[kind] * prompts)[:prompts]
-        readings = {0.0: scorer.read(generate(many, 100))}
-        for strength in (1.0, 2.0):
-            with pipe.rtsae_steering({label: strength}):
-                readings[strength] = scorer.read(generate(many, 100))
-        value = labels[label]["value"]
-        hits = {s: sum(shows(r, kind, value) for r in read) / prompts for s, read in readings.items()}
-        valid = sum(r["valid"] == "yes" for s in (1.0, 2.0) for r in readings[s]) / (2 * prompts)
-        latents = sum(len(f["latents"]) for f in labels[label]["features"])
-        table.add_row(f"{kind}: {label}", str(latents), *(f"{h:.0%}" for h in hits.values()), f"{valid:.0%}")
-        results[label] = {
-            "factor": kind,
-            "success": {str(s): h for s, h in hits.items()},
-            "valid": valid,
-            "pictures": prompts,
-        }
+    Example: diffusers-rtsae steer "a star" red=1.5 --out star.png
+    """
+    import torch
+    from PIL import Image
 
-    out.mkdir(parents=True, exist_ok=True)
-    plot_strengths(rows, strengths, "One feature each, by strength").savefig(out / "steering.png", dpi=130)
-    plot_feature_trajectories(get_dictionary(pipe), list(chosen.values())).savefig(out / "trajectories.png", dpi=130)
-    site = labels[next(iter(chosen.values()))]["features"][0]["site"]
-    traced = [label for label in chosen.values() if labels[label]["features"][0]["site"] == site]
-    prompt = "a large {} {} on the left, {}, on a {} background".format(
-        *(
-            chosen.get(k, d)
-            for k, d in (("colour", "red"), ("shape", "star"), ("style", "flat"), ("background", "white"))
+    if bool(features) == bool(preset):
+        raise ValueError("Expected either features, like red=1.5, or --preset.")
+    pipe = _pipeline(pipeline, dictionary)
+
+    def draw():
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(prompt, generator=generator, num_inference_steps=steps, guidance_scale=guidance).images[0]
+
+    plain = draw()
+    if preset:
+        pipe.set_rtsae_preset(preset)
+    else:
+        options = {"start": start, "end": end, "mask": Image.open(mask) if mask else None, "operation": operation}
+        pipe.set_rtsae_features(_strengths(features), **options)
+    steered, beside = draw(), out.with_name(f"{out.stem}-plain{out.suffix}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plain.save(beside)
+    steered.save(out)
+    report = pipe.rtsae_report()
+    if as_json:
+        print(json.dumps({"steered": str(out), "plain": str(beside), "report": report}))
+    else:
+        console.print(f"{out} and, without steering, {beside}")
+
+
+@app.command()
+def find(
+    positive: Annotated[list[str], typer.Option("--with", help="A prompt with the concept; repeatable.")],
+    negative: Annotated[list[str], typer.Option("--without", help="A prompt without it; repeatable.")],
+    count: Annotated[int, typer.Option(min=1, help="How many features, of each site.")] = 10,
+    verify: Annotated[int, typer.Option(min=0, help="Steer so many of the best, and measure what that does.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 2,
+    steps: Steps = 25,
+    guidance: Guidance = 3.0,
+    pipeline: Pipeline = None,
+    dictionary: Source = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the features that stand for a concept.
+
+    Example: diffusers-rtsae find --with "a red star" --without "a blue star" --verify 3
+    """
+    from dataclasses import asdict
+
+    from .analysis.find import find_features
+
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+    pipe = _pipeline(pipeline, dictionary)
+    table = find_features(pipe, positive, negative, count, seeds=seeds, verify=verify, **call)
+    print(json.dumps([asdict(feature) for feature in table]) if as_json else table)
+
+
+@app.command()
+def inspect(
+    dictionary: Annotated[str | None, typer.Argument(help="Folder or Hub id; the bundled one by default.")] = None,
+    label: Annotated[str | None, typer.Option(help="Only labels that contain this.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a dictionary holds: its sites, figures, labels and presets.
+
+    Example: diffusers-rtsae inspect org/sd15-rtsae --label red
+    """
+    from . import load_dictionary
+    from .analysis.find import search_labels
+
+    loaded = load_dictionary(dictionary or _bundled("shapes-rtsae"))
+    labels = search_labels(loaded, label) if label else list(loaded.labels)
+    metrics = loaded.config.get("metrics", {})
+    if as_json:
+        sites = {site: dict(rtsae.config) | {"metrics": metrics.get(site)} for site, rtsae in loaded.sites.items()}
+        sites = {site: {k: v for k, v in told.items() if not k.startswith("_")} for site, told in sites.items()}
+        told = {"base_model": loaded.config.get("base_model"), "sites": sites, "presets": loaded.presets}
+        print(json.dumps(told | {"labels": {name: loaded.labels[name] for name in labels}}))
+        return
+    console.print(f"for {loaded.config.get('base_model', 'an unnamed model')}")
+    for site, rtsae in loaded.sites.items():
+        c, m = rtsae.config, metrics.get(site, {})
+        figures = [
+            f"{name} {m[name]}" for name in ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead") if name in m
+        ]
+        console.print(
+            f"{site}: {c.num_latents:,} latents of {c.in_channels} channels at {len(c.anchors)} anchors", *figures
         )
-    )
-    recording = record(
-        pipe, prompt, generator=torch.Generator().manual_seed(3), num_inference_steps=steps, guidance_scale=3.0
-    )
-    plot_heat_maps(recording, traced).savefig(out / "heat_maps.png", dpi=130)
-    (out / "measured.json").write_text(json.dumps(results, indent=2) + "\n")
+    table = Table("label", "latents", "measured")
+    for name in labels:
+        measured = loaded.labels[name].get("measured", {})
+        latents = [str(i) for entry in loaded.labels[name]["features"] for i in entry["latents"]]
+        kept = ("success", "leakage", "valid", "prompts")
+        table.add_row(name, ", ".join(latents), ", ".join(f"{k} {measured[k]:.2g}" for k in kept if k in measured))
     console.print(table)
-    console.print(
-        f"{out}/steering.png, trajectories.png, heat_maps.png, measured.json in {time.monotonic() - started:.0f} s"
-    )
+    if loaded.presets:
+        console.print("presets:", ", ".join(loaded.presets))
+
+
+@app.command("list")
+def list_(
+    refresh: Annotated[bool, typer.Option(help="Ask the Hub too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The dictionaries that are known to exist.
+
+    Example: diffusers-rtsae list --refresh
+    """
+    from . import list_pretrained
+
+    known = list_pretrained(refresh)
+    if as_json:
+        print(json.dumps(known))
+    elif not known:
+        console.print("None is published yet." if refresh else "None is known; --refresh asks the Hub.")
+    else:
+        table = Table("id", "base model", "sites", "description")
+        for entry in known:
+            table.add_row(entry["id"], entry["base_model"], ", ".join(entry["sites"]), entry["description"])
+        console.print(table)
+
+
+@app.command()
+def push(
+    dictionary: Annotated[str, typer.Argument(help="Folder of the dictionary.")],
+    repo_id: Annotated[str, typer.Argument(help="user/name on the Hub.")],
+    private: Annotated[bool, typer.Option(help="A new repository only you see.")] = False,
+) -> None:
+    """Upload a dictionary with a model card. Log in first: hf auth login.
+
+    Example: diffusers-rtsae push runs/sd15 you/sd15-rtsae
+    """
+    from . import load_dictionary
+
+    console.print(load_dictionary(dictionary).push_to_hub(repo_id, private=private or None))
+
+
+def _training(module: str, arguments: list[str]) -> None:
+    """Hand the arguments to the trainer, which is part of a clone and not of the package."""
+    if not (CLONE / "training").is_dir():
+        raise ValueError("Training needs a clone of the repository: the trainer is no part of the installed package.")
+    command = [sys.executable, "-m", f"training.{module}", *arguments]
+    sys.exit(subprocess.run(command, env=os.environ | {"PYTHONPATH": str(CLONE)}).returncode)
+
+
+FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=FORWARDED)
+def train(context: typer.Context) -> None:
+    """Collect, fit, train, evaluate and save the dictionaries of a recipe (in a clone).
+
+    Example: diffusers-rtsae train training/recipes/sd15.yaml --out runs/sd15 --dry-run
+    """
+    _training("train", context.args)
+
+
+@app.command(context_settings=FORWARDED)
+def evaluate(context: typer.Context) -> None:
+    """Report how well dictionaries describe a pipeline (in a clone).
+
+    Example: diffusers-rtsae evaluate runs/sd15 --pipeline MODEL --prompts prompts.txt
+    """
+    _training("evaluate", context.args)
 
 
 def run() -> None:
@@ -151,7 +292,7 @@ def run() -> None:
     try:
         app()
     except (OSError, ValueError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 

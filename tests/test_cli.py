@@ -1,8 +1,12 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -26,7 +30,81 @@ def test_demo_with_a_wrong_dictionary_is_one_sentence(tmp_path):
     assert run.returncode != 0 and "rtsae_config.json" in run.stderr and "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
-def test_help(arguments):
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0 and "demo" in result.output
+COMMANDS = ("demo", "steer", "find", "inspect", "list", "push", "train", "evaluate")
+
+
+def invoke(*arguments: str, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def test_every_command_explains_itself_with_an_example():
+    listed = invoke("--help")
+    for name in COMMANDS[:-2]:
+        assert name in listed
+        told = " ".join(invoke(name, "--help").split())
+        assert f"Example: diffusers-rtsae {name}" in told
+
+
+def test_steer_writes_both_pictures_and_says_what_it_did(tmp_path, scorer):
+    out = tmp_path / "star.png"
+    prompt = "a large red thing on the left, flat, on white"
+    told = json.loads(invoke("steer", prompt, "square=1", "--out", out, "--steps", 12, "--json"))
+    assert set(told) == {"steered", "plain", "report"} and told["report"]
+    steered, plain = (np.asarray(Image.open(told[name]).convert("RGB")) for name in ("steered", "plain"))
+    reading = scorer.read(torch.from_numpy(np.stack([steered, plain])).permute(0, 3, 1, 2) / 255)
+    assert (reading[0]["left.shape"], reading[0]["left.colour"]) == ("square", "red")
+    assert reading[1]["left.shape"] != "square"
+
+
+def test_steer_by_mask_window_and_index(tmp_path):
+    mask = Image.new("L", (64, 64), 255)
+    mask.save(tmp_path / "mask.png")
+    site = "up_blocks.1.attentions.1:1877"
+    options = [
+        "--mask",
+        tmp_path / "mask.png",
+        "--start",
+        0.2,
+        "--end",
+        0.9,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "a.png",
+    ]
+    assert "a.png" in invoke("steer", "a star", f"{site}=1.0", "1122=0.5", *options)
+
+
+def test_find_and_inspect_speak_json():
+    arguments = ["--with", "a red star", "--without", "a blue star", "--seeds", 1, "--steps", 4, "--json"]
+    found = json.loads(invoke("find", *arguments, "--count", 3))
+    assert len(found) == 3 and found[0]["score"] >= found[1]["score"] > 0
+    told = json.loads(invoke("inspect", "--label", "red", "--json"))
+    assert list(told["labels"]) == ["red"] and told["sites"]["up_blocks.1.attentions.1"]["num_latents"] == 2048
+    assert "red" in invoke("inspect") and "2,048 latents" in invoke("inspect")
+    assert json.loads(invoke("list", "--json")) == [] and "None is known" in invoke("list")
+
+
+def test_training_commands_hand_their_arguments_on(tmp_path):
+    recipe = Path(__file__).parents[1] / "training" / "recipes" / "shapes.yaml"
+    command = [sys.executable, "-m", "diffusers_rtsae.cli", "train", str(recipe), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and "98,304 trajectories" in done.stdout
+    done = subprocess.run([*command[:3], "train", "none.yaml"], capture_output=True, text=True)
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["steer", "a star"], "Expected either features, like red=1.5, or --preset."),
+    (["steer", "a star", "red"], "Expected FEATURE=STRENGTH, like red=1.5 or 1234=-0.5, got 'red'."),
+    (["steer", "a star", "redd=1"], "no feature labelled 'redd'"),
+    (["inspect", "nowhere/at-all"], "is no folder here"),
+    (["push", "nowhere/at-all", "you/name"], "is no folder here"),
+])  # fmt: skip
+def test_what_a_user_got_wrong_is_one_sentence(arguments, message, monkeypatch):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "diffusers_rtsae.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr and not done.stdout

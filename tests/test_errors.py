@@ -215,6 +215,12 @@ def demo_without_labels(world):
     cli.demo(world.empty / "out", None, world.empty / "unlabelled", steps=1, prompts=1)
 
 
+def train_without_a_clone(world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "CLONE", world.empty)
+        cli._training("train", [])
+
+
 def command_line_without_typer(world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "typer", None)  # what Python finds where it is not installed
@@ -863,8 +869,23 @@ MISUSE = {
     ),
     "a demonstration without labels": (
         demo_without_labels,
-        typer.BadParameter,
-        "the dictionary has no labels to steer with.",
+        ValueError,
+        "The dictionary has no labels to steer with.",
+    ),
+    "steering with nothing": (
+        lambda world: cli.steer("a star"),
+        ValueError,
+        "Expected either features, like red=1.5, or --preset.",
+    ),
+    "a feature without strength": (
+        lambda world: cli._strengths(["red"]),
+        ValueError,
+        "Expected FEATURE=STRENGTH, like red=1.5 or 1234=-0.5, got 'red'.",
+    ),
+    "training without a clone": (
+        train_without_a_clone,
+        ValueError,
+        "Training needs a clone of the repository: the trainer is no part of the installed package.",
     ),
 }
 

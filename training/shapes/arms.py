@@ -112,21 +112,22 @@ def main() -> None:
     edited = run(pipe, steer, None, a.steps, a.guidance, a.batch_size, [prompted(one) for one in steer])
     plain = score(scorer, plain_images, steer)
     reach = (edited - plain_images).square().mean((1, 2, 3)).sqrt().mean().item()
-    pairs, found = None, {}
+    pairs, found = {}, {}  # trajectories by anchors, dictionaries by name
     for folder in tqdm(folders, unit="dictionary"):
         dictionary = load_dictionary(folder, dtype=torch.float32)
         ((site, rtsae),) = dictionary.sites.items()
         found[folder.name] = rtsae
         if any(r["dictionary"] == folder.name for r in rows):
             continue
-        anchors = list(rtsae.config.anchors)
-        pairs = pairs or pair_trajectories(pipe, site, anchors, choose, a)
+        anchors = tuple(rtsae.config.anchors)
+        if anchors not in pairs:
+            pairs[anchors] = pair_trajectories(pipe, site, list(anchors), choose, a)
         row = {"dictionary": folder.name, "kind": folder.name.rpartition("-")[0]} | dictionary.config["metrics"][site]
         prompts = captions(choose[0].scenes, 0, NAMED)
         call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         row |= recovered(pipe, rtsae, prompts, generators, **call)
-        labels = pair_features(rtsae, pairs, choose, a.features)
+        labels = pair_features(rtsae, pairs[anchors], choose, a.features)
         pipe.load_rtsae(Dictionary({site: rtsae}, labels, dictionary.config))
         row["steering"] = []
         for strength in a.strengths:
