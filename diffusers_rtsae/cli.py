@@ -108,8 +108,8 @@ def steer(
     features: Annotated[list[str] | None, typer.Argument(help="FEATURE=STRENGTH, as many as you like.")] = None,
     preset: Annotated[str | None, typer.Option(help="A preset of the dictionary instead.")] = None,
     out: Annotated[Path, typer.Option(help="Picture to write; the plain one lies beside it.")] = Path("steered.png"),
-    start: Annotated[float, typer.Option(min=0, max=1, help="Denoising time from which on to steer.")] = 0.0,
-    end: Annotated[float, typer.Option(min=0, max=1, help="And until when.")] = 1.0,
+    start: Annotated[float | None, typer.Option(min=0, max=1, help="Denoising time from which on to steer.")] = None,
+    end: Annotated[float | None, typer.Option(min=0, max=1, help="And until when.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Picture that is white where to steer.")] = None,
     operation: Annotated[str | None, typer.Option(help="add, set, scale, clamp, ablate, …")] = None,
     steps: Steps = 25,
@@ -126,8 +126,11 @@ def steer(
     import torch
     from PIL import Image
 
+    options = {"start": start, "end": end, "mask": mask, "operation": operation}
     if bool(features) == bool(preset):
         raise ValueError("Expected either features, like red=1.5, or --preset.")
+    if preset and any(value is not None for value in options.values()):
+        raise ValueError("A preset brings its own --start, --end, --mask and --operation.")
     pipe = _pipeline(pipeline, dictionary)
 
     def draw():
@@ -138,8 +141,7 @@ def steer(
     if preset:
         pipe.set_rtsae_preset(preset)
     else:
-        options = {"start": start, "end": end, "mask": Image.open(mask) if mask else None, "operation": operation}
-        pipe.set_rtsae_features(_strengths(features), **options)
+        pipe.set_rtsae_features(_strengths(features), **options | {"mask": Image.open(mask) if mask else None})
     steered, beside = draw(), out.with_name(f"{out.stem}-plain{out.suffix}")
     out.parent.mkdir(parents=True, exist_ok=True)
     plain.save(beside)
@@ -263,7 +265,8 @@ def _training(module: str, arguments: list[str]) -> None:
     if not (CLONE / "training").is_dir():
         raise ValueError("Training needs a clone of the repository: the trainer is no part of the installed package.")
     command = [sys.executable, "-m", f"training.{module}", *arguments]
-    sys.exit(subprocess.run(command, env=os.environ | {"PYTHONPATH": str(CLONE)}).returncode)
+    path = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    sys.exit(subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode)
 
 
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -140,9 +140,13 @@ class Dictionary:
         if name not in self.presets:
             raise ValueError(f"The dictionary has no preset {name!r}. {closest(name, self.presets)}")
         check_preset(Path(PRESETS_NAME), name, self.presets[name])
-        pairs = self.presets[name]["features"]
-        features = {tuple(feature) if isinstance(feature, list) else feature: strength for feature, strength in pairs}
-        return features, dict(self.presets[name].get("options", {}))
+
+        def named(feature):  # JSON has no tuples
+            return tuple(feature) if isinstance(feature, list) and feature[0] in self.sites else feature
+
+        options = dict(self.presets[name].get("options", {}))
+        options |= {key: named(options[key]) for key in ("where", "source") if options.get(key)}
+        return {named(feature): strength for feature, strength in self.presets[name]["features"]}, options
 
     def check(self, denoiser: torch.nn.Module) -> None:
         """Raise `ValueError` unless the dictionary was made for a denoiser like this one."""

@@ -844,7 +844,8 @@ MISUSE = {
     "pictures for a pipeline that cannot read them": (
         lambda world: find.record_images(flow_pipeline(world), []),
         ValueError,
-        "Pictures can be read with noise-schedule pipelines only, not with StableDiffusionPipeline.",
+        "Pictures can be read with a StableDiffusionPipeline and its noise schedule only, not with "
+        "StableDiffusionPipeline and FlowMatchEulerDiscreteScheduler.",
     ),
     "a label that is not there": (
         lambda world: find.search_labels(world.dictionary, "reddish"),
@@ -876,6 +877,11 @@ MISUSE = {
         lambda world: cli.steer("a star"),
         ValueError,
         "Expected either features, like red=1.5, or --preset.",
+    ),
+    "a preset and options": (
+        lambda world: cli.steer("a star", preset="sunset", start=0.5),
+        ValueError,
+        "A preset brings its own --start, --end, --mask and --operation.",
     ),
     "a feature without strength": (
         lambda world: cli._strengths(["red"]),

@@ -10,9 +10,14 @@ from diffusers_rtsae import Dictionary, load_dictionary
 SITE = "up_blocks.1.attentions.1"
 PRESETS = {
     "warm": {"features": [["red", 0.8], [599, 0.5]], "options": {"start": 0.1, "apply_to": "cond"}},
-    "local": {"features": [[[SITE, 12], [0.0, 1.0]]], "options": {"where": "square"}},
+    "local": {"features": [[[SITE, 1877], 1.0]], "options": {"where": [SITE, 1122]}},
     "moved": {"features": [["red", 1.0]], "options": {"operation": "transfer", "source": "green"}},
 }
+
+
+def with_no_features(pipe):
+    pipe.set_rtsae_features({})
+    return pipe
 
 
 @pytest.fixture
@@ -26,9 +31,12 @@ def test_a_preset_is_the_edit_it_stands_for(pipe, with_presets, draw):
     expected = draw(pipe)
     pipe.set_rtsae_preset("warm")
     assert (draw(pipe) == expected).all()
+    prompt = "a large blue square on the left, flat, on white"
+    plain = draw(with_no_features(pipe), prompt)
     pipe.set_rtsae_preset("local")
-    first, second = draw(pipe), draw(pipe)
-    assert (first == second).all() and not (first == expected).all()
+    local = draw(pipe, prompt)
+    pipe.set_rtsae_features({(SITE, 1877): 1.0}, where=(SITE, 1122))
+    assert (draw(pipe, prompt) == local).all() and not (local == plain).all()
 
 
 def test_presets_are_saved_with_a_dictionary_and_go_with_it(with_presets, tmp_path):
@@ -47,7 +55,9 @@ def test_presets_are_saved_with_a_dictionary_and_go_with_it(with_presets, tmp_pa
 
 def test_a_source_and_a_place_may_be_preset(pipe, with_presets, draw):
     pipe.load_rtsae(with_presets)
+    plain = draw(pipe, "a large green star on the left, flat, on white")
     pipe.set_rtsae_preset("moved")
     moved = draw(pipe, "a large green star on the left, flat, on white")
+    assert not (moved == plain).all()
     pipe.set_rtsae_features({"red": 1.0}, operation="transfer", source="green")
     assert torch.equal(torch.tensor(moved), torch.tensor(draw(pipe, "a large green star on the left, flat, on white")))

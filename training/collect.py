@@ -78,7 +78,9 @@ def read_samples(settings: Collect, seed: int) -> list[Sample]:
 
         parquet = source.endswith(".parquet")
         loaded = load_dataset("parquet", data_files=source) if parquet else load_dataset(source)
-        rows = loaded["train" if parquet else settings.split].to_list()
+        loaded = loaded["train" if parquet else settings.split]
+        used = [name for name in loaded.column_names if name in (settings.column, "seed")]
+        rows = (loaded.select_columns(used) if used else loaded.take(1)).to_list()
     if not rows:
         raise ValueError(f"{source} holds no prompts: expected one a line.")
     if missing := [i for i, row in enumerate(rows) if not isinstance(row, dict) or settings.column not in row]:
@@ -86,29 +88,38 @@ def read_samples(settings: Collect, seed: int) -> list[Sample]:
             f"Row {missing[0]} of {source} has no column {settings.column!r}, it has: {rows[missing[0]]!r}."
         )
     random.Random(seed).shuffle(rows)
-    samples = [Sample(row[settings.column], row.get("seed", seed * 1_000_003 + i)) for i, row in enumerate(rows)]
+    samples = []
+    for i, row in enumerate(rows):
+        own = row.get("seed")
+        samples.append(Sample(row[settings.column], seed * 1_000_003 + i if own is None else int(own)))
     return list(dict.fromkeys(samples))[: settings.count]
 
 
 @torch.no_grad()
 def trajectories(
-    pipe: DiffusionPipeline, samples: Sequence[Sample], first: int, recipe: Recipe, anchors: list[int]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    pipe: DiffusionPipeline,
+    samples: Sequence[Sample],
+    first: int,
+    recipe: Recipe,
+    anchors: list[int],
+    pictures: bool = False,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """
     Generate a batch of pictures and keep a random choice of tokens.
 
     Args:
         first (`int`): index of the first sample in the whole collection.
+        pictures (`bool`): decode them too.
 
     Returns:
-        the tensors of a shard (see `TrajectoryStore`) and the pictures `(batch, 3, height, width)` in [0, 1].
+        the tensors of a shard (see `TrajectoryStore`), and the pictures `(batch, 3, height, width)` in [0, 1].
     """
     settings, streams = recipe.collect, ("cond",) if recipe.collect.streams == "cond" else ("cond", "uncond")
     generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
     with Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, streams) as recorder:
         images = pipe(
             [sample.prompt for sample in samples], generator=generators, num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale, output_type="pt",
+            guidance_scale=settings.guidance_scale, output_type="pt" if pictures else "latent",
         ).images  # fmt: skip
     tensors = {}
     for site in recipe.sites:
@@ -121,7 +132,7 @@ def trajectories(
         tensors[site] = torch.stack([t[c] for t, c in zip(whole, chosen, strict=True)]).flatten(0, 1)
         tensors[f"{site}/token"] = chosen.flatten().to(torch.int32)
         tensors[f"{site}/image"] = of.repeat_interleave(kept)
-    return tensors, images.float().clamp(0, 1)
+    return tensors, images.float().clamp(0, 1) if pictures else None
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[tuple[int, Sequence[Sample]]]:
@@ -151,5 +162,5 @@ def collect(
     mine = [(start, part) for start, part in batches(samples, size) if start // size % process[1] == process[0]]
     missing = [(start, part) for start, part in mine if not store.check(start // size)]
     for start, part in tqdm(missing, desc="collect", unit="shard", initial=len(mine) - len(missing), total=len(mine)):
-        tensors, images = trajectories(pipe, part, start, recipe, anchors)
+        tensors, images = trajectories(pipe, part, start, recipe, anchors, pictures=scorer is not None)
         store.write(start // size, tensors, scorer.read(images) if scorer is not None else None)

@@ -213,12 +213,15 @@ class DictionaryTrainer:
         decoder = self.rtsae.decoder
         decoder.div_(decoder.flatten(1).norm(dim=1).clamp(min=1e-8)[:, None, None])
 
-    def backward(self, residuals: torch.Tensor, prefix: int | None, share: float = 1.0) -> dict[str, float]:
+    def backward(
+        self, residuals: torch.Tensor, prefix: int | None, share: float = 1.0, processes: int = 1
+    ) -> dict[str, float]:
         """
         Add the gradients of normalised `residuals (rows, G, d)`, of which the encoder sees the first `prefix`.
 
         Args:
-            share (`float`): of the whole batch that these rows are.
+            share (`float`): of this process' batch that these rows are.
+            processes (`int`): that each see as many rows.
 
         Returns:
             `dict`: FVU of the residuals (per unit of their normalised variance) and L0.
@@ -231,7 +234,7 @@ class DictionaryTrainer:
             k = min(residuals.shape[2] // 2, len(chosen))
             loss = loss + self.settings.auxiliary * auxiliary_loss(rtsae, error, centred, chosen, k)
         (loss * share).backward()
-        self.quiet += len(residuals)
+        self.quiet += len(residuals) * processes
         self.quiet[code.latents[code.values > 0]] = 0
         if prefix is None and len(code.values):
             self.threshold.lerp_(code.values.detach().min(), 0.02 if self.threshold > 0 else 1.0)
@@ -300,13 +303,18 @@ def residual_code(rtsae: RTSAE, residuals: torch.Tensor, k: int) -> Code:
 
 
 @torch.no_grad()
-def calibrate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> None:
+def calibrate(rtsae: RTSAE, trajectories: torch.Tensor, k: int, layout: str = "concatenated") -> None:
     """Set each prefix' threshold so that k latents are active on average on `trajectories (tokens, G, d)`."""
     residuals = rtsae.dynamics.residuals(trajectories)
     for g in range(residuals.shape[1]):
         code = residual_code(rtsae, residuals[:, : g + 1], k)
-        enough = len(code.values) == k * len(residuals)
-        rtsae.threshold[g] = torch.nextafter(code.values.min(), torch.zeros(())) if enough else 0.0
+        if len(code.values) == k * len(residuals):
+            lowest = code.values.min()
+            rtsae.threshold[g] = torch.nextafter(lowest, torch.zeros_like(lowest))
+        else:
+            rtsae.threshold[g] = 0.0
+    if layout == "per_step":  # at an anchor only its own latents can be active: one threshold for all
+        rtsae.threshold.fill_(rtsae.threshold[-1])
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class Fit(Section):
 class Train(Section):
     """The dictionary."""
 
-    architecture: str = "batch_topk"  # see ARCHITECTURES in dictionary.py
+    architecture: Literal["batch_topk", "topk", "matryoshka", "jump_relu"] = "batch_topk"
     layout: Literal["concatenated", "per_step"] = "concatenated"
     num_latents: Positive
     k: Positive
@@ -63,6 +63,12 @@ class Train(Section):
     nested: list[Share] = [1 / 16, 1 / 4, 1.0]  # of matryoshka
     bandwidth: float = Field(0.25, gt=0)  # of jump_relu: how near, in first thresholds, moves a threshold
     penalty: float = Field(0.3, ge=0)  # of jump_relu: for L0 being another than k
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.k > self.num_latents:
+            raise ValueError(f"`k` {self.k} is more than the {self.num_latents} latents there are")
+        return self
 
 
 SHARED = {"batch_size", "validation", "checkpoint_every", "checkpoints", "log_with"}  # one pass over the data
@@ -88,8 +94,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self):
         count = self.anchors if isinstance(self.anchors, int) else len(set(self.anchors))
-        if count < 2:
-            raise ValueError("`anchors` must be at least 2: a trajectory has a beginning and an end")
+        if not 2 <= count <= self.collect.steps:
+            raise ValueError(f"`anchors` must be at least 2 and at most the {self.collect.steps} steps, got {count}")
+        if self.train.layout == "per_step" and self.train.num_latents < count:
+            raise ValueError(f"`layout` per_step needs a latent for each of the {count} anchors")
         for name in self.variants:
             self.variant(name)
         return self
@@ -133,9 +141,12 @@ def load_recipe(path: Path, changes: list[str] = ()) -> Recipe:
         name, _, value = change.partition("=")
         *parents, last = name.split(".")
         section = content
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[last] = yaml.safe_load(value)
+        try:
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[last] = yaml.safe_load(value)
+        except (yaml.YAMLError, TypeError, AttributeError):
+            raise ValueError(f"Expected a change like train.k=8, got {change!r}.") from None
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:

@@ -78,13 +78,13 @@ def batch_topk(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
     """
     count, width = k * len(centred), min(4 * k, len(weight))
     code = topk(centred, weight, bias, width, dtype)
+    threshold = code.values.topk(count, sorted=False).values.min() if len(code.values) > count else 0.0
+    cut = code.rows[code.values >= threshold]  # of a row that has `width` of them there may be more
+    if width < len(weight) and len(cut) and torch.bincount(cut).max() == width:
+        code = above(centred, weight, bias, threshold * (1 - 1e-6), dtype)
     if len(code.values) <= count:
         return code
     largest = code.values.topk(count, sorted=False)
-    threshold = largest.values.min()
-    if width < len(weight) and torch.bincount(code.rows[code.values >= threshold]).max() == width:
-        code = above(centred, weight, bias, threshold * (1 - 1e-6), dtype)
-        largest = code.values.topk(count, sorted=False)
     return code.where(torch.zeros_like(code.values, dtype=torch.bool).index_fill_(0, largest.indices, True))
 
 

@@ -13,6 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` if a site's trajectories cannot be trained on."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: the activations hold NaN or inf, or overflow float16; nothing was written.")
+
+
 class Rows:
     """
     Trajectories `(rows, G, d)` of many shards as one, read from disk when they are asked for.
@@ -30,10 +37,11 @@ class Rows:
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         out = torch.empty(len(rows), *self.shape[1:], dtype=self.tensors[0].dtype)
-        shard = torch.searchsorted(self.starts, rows, right=True) - 1
-        for i in shard.unique().tolist():
-            here = shard == i
-            out[here] = self.tensors[i][rows[here] - self.starts[i]]
+        rows, order = rows.sort()
+        bounds = torch.searchsorted(rows, self.starts).tolist()
+        for i, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if low < high:
+                out[order[low:high]] = self.tensors[i][rows[low:high] - self.starts[i]]
         return out
 
 
@@ -75,9 +83,7 @@ class TrajectoryStore:
         ]
 
     def write(self, index: int, tensors: dict[str, torch.Tensor], readings: list[dict] | None = None) -> None:
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name}: the activations hold NaN or inf, or overflow float16; nothing was written.")
+        check_finite(tensors)
         path = self.path(index)
         partial = path.with_suffix(".partial")
         metadata = {"fingerprint": self.fingerprint, "readings": json.dumps(readings or [])}
@@ -97,7 +103,7 @@ class TrajectoryStore:
 
     def _open(self, path: Path):
         if self.remote is not None and not path.exists():
-            partial = path.with_suffix(".partial")
+            partial = path.with_suffix(f".{os.getpid()}.partial")  # every process may fetch it
             self.remote.get_file(f"{self.root}/{path.name}", str(partial))
             os.replace(partial, path)
         try:

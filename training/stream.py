@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from .checkpoint import step_generator
 from .collect import Sample, batches, trajectories
 from .recipe import Recipe
+from .store import check_finite
 
 
 class Stream:
@@ -41,11 +42,16 @@ class Stream:
 
     def generate(self, index: int) -> dict[str, torch.Tensor]:
         """Trajectories of each site from batch `index`."""
-        turn, index = divmod(index, len(self.batches))
+        turn = 0
+        if index >= self.held_out:  # what is held out is never trained on
+            turn, index = divmod(index - self.held_out, len(self.batches) - self.held_out)
+            index += self.held_out
         start, part = self.batches[index]
         part = [sample._replace(seed=sample.seed + turn * 7_000_003) for sample in part]
         tensors, _ = trajectories(self.pipe, part, start + turn * len(self.batches), self.recipe, self.anchors)
-        return {site: tensors[site] for site in self.recipe.sites}
+        kept = {site: tensors[site] for site in self.recipe.sites}
+        check_finite(kept)
+        return kept
 
     def renew(self) -> None:
         """Put one more batch into the buffer: at its end until it is full, then in place of random rows."""

@@ -15,22 +15,24 @@ import os
 import shutil
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, signature, write_json
+from diffusers_rtsae.hub import CONFIG_NAME, signature, write_json
 from diffusers_rtsae.models import LinearDynamics
 from diffusers_rtsae.pipeline import get_denoiser
 
 from .checkpoint import load_checkpoint, save_checkpoint, step_generator
-from .collect import anchor_timesteps, collect, read_samples
+from .collect import Sample, anchor_timesteps, collect, read_samples
 from .dictionary import DictionaryTrainer, calibrate, measure_activations, new_dictionary
 from .evaluate import evaluate
 from .fit import fit_dynamics
@@ -44,13 +46,18 @@ MEASURED_TOKENS = 16_384  # that set thresholds, and that figures are measured o
 
 
 class Data:
-    """Trajectories of each site: to train on, to set thresholds on, and to measure on."""
+    """
+    Trajectories of each site: to train on, and from other pictures to set thresholds on (`calibration`) and to
+    measure on (`validation`).
+    """
 
-    def __init__(self, train: dict[str, Rows | torch.Tensor], held_out: dict[str, torch.Tensor]):
-        self.train = train
-        halves = {site: rows.chunk(2) for site, rows in held_out.items()}
-        self.unseen = {site: half[0][:MEASURED_TOKENS] for site, half in halves.items()}
-        self.validation = {site: half[1][:MEASURED_TOKENS] for site, half in halves.items()}
+    def __init__(
+        self,
+        train: dict[str, Rows | torch.Tensor],
+        calibration: dict[str, torch.Tensor],
+        validation: dict[str, torch.Tensor],
+    ):
+        self.train, self.calibration, self.validation = train, calibration, validation
 
     def sample(self, site: str, count: int, generator: torch.Generator) -> torch.Tensor:
         rows = self.train[site]
@@ -66,13 +73,18 @@ def stored_data(recipe: Recipe, store: TrajectoryStore) -> tuple[Data, list[Path
             f"{store.folder} holds {len(shards)} shards: two are needed, one to train on and one held out."
         )
     train = {site: store.rows(shards[:-held], site) for site in recipe.sites}
-    generator, held_out = torch.Generator().manual_seed(recipe.seed), {}
+    generator, halves = torch.Generator().manual_seed(recipe.seed), ({}, {})
     for site in recipe.sites:
         rows = store.rows(shards[-held:], site)
-        half = torch.arange(len(rows)).chunk(2)  # thresholds and figures from different pictures
-        chosen = [part[torch.randperm(len(part), generator=generator)[:MEASURED_TOKENS]] for part in half]
-        held_out[site] = torch.cat([rows[part] for part in chosen])
-    return Data(train, held_out), shards[:-held], shards[-held:]
+        picture = torch.cat([store.load_origin(shard, site)[0] for shard in shards[-held:]])
+        for side, half in enumerate(halves):
+            own = (picture % 2 == side).nonzero()[:, 0]
+            half[site] = rows[own[torch.randperm(len(own), generator=generator)[:MEASURED_TOKENS]]]
+    if not all(len(half[site]) for half in halves for site in recipe.sites):
+        raise ValueError(
+            f"{store.folder} holds out one picture only, two are needed: collect more, or raise `validation`."
+        )
+    return Data(train, *halves), shards[:-held], shards[-held:]
 
 
 def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) -> tuple[LinearDynamics, dict]:
@@ -87,7 +99,7 @@ def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) 
     dynamics, found = fit_dynamics(train, validation, **recipe.fit.model_dump())
     told = json.dumps({"mark": mark, "fitted": found}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # every process may fit
     save_file(dynamics.state_dict() | {"told": torch.tensor(list(told), dtype=torch.uint8)}, partial)
     os.replace(partial, path)
     print(f"{site}: R² of the predictors {found['r2']}", flush=True)
@@ -106,9 +118,11 @@ class Checkpoints:
     def __init__(self, folder: Path, kept: int):
         self.folder, self.kept = folder, kept
 
+    def _whole(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if not path.name.endswith(".partial"))
+
     def latest(self) -> Path | None:
-        found = sorted(path for path in self.folder.glob("step-*") if not path.name.endswith(".partial"))
-        return found[-1] if found else None
+        return self._whole()[-1] if self._whole() else None
 
     def save(self, step: int, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None):
         path = self.folder / f"step-{step:08d}"
@@ -122,7 +136,7 @@ class Checkpoints:
         if stream is not None:
             stream.save(partial / "stream.safetensors")
         os.replace(partial, path)
-        for old in sorted(self.folder.glob("step-*"))[: -self.kept]:
+        for old in self._whole()[: -self.kept]:
             shutil.rmtree(old)
 
     def load(self, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None) -> int:
@@ -132,6 +146,8 @@ class Checkpoints:
             return 0
         for name, trainer in trainers.items():
             file = path / f"{name}.safetensors"
+            if not file.exists():
+                raise ValueError(f"{path} holds no {name!r}: this run was started without it. Use another --work.")
             trainer.done = load_checkpoint(file, trainer.state, trainer.optimizer, marks[name])
         if stream is not None:
             stream.load(path / "stream.safetensors")
@@ -155,6 +171,9 @@ def train_dictionaries(
     Args:
         recipes, dynamics, sites: for each dictionary by name, its own recipe, dynamics and site.
         collected (`str`): how the data came about; a checkpoint of other data is refused.
+
+    Returns:
+        the dictionaries by name, on the main process; on others none.
     """
     device, first = accelerator.device, next(iter(recipes.values()))
     marks, trainers = {}, {}
@@ -193,7 +212,7 @@ def train_dictionaries(
             prefix = shown if draw < settings.prefix else None
             residuals = trainer.rtsae.dynamics.residuals(batches[site])
             parts = residuals.chunk(settings.accumulate)
-            found = [trainer.backward(part, prefix, len(part) / len(residuals)) for part in parts]
+            found = [trainer.backward(part, prefix, len(part) / len(residuals), count) for part in parts]
             if not all(torch.isfinite(torch.tensor(f["loss"])) for f in found):
                 raise ValueError(
                     f"The loss of {name} is {found[-1]['loss']} at step {step}. Lower `learning_rate` and delete "
@@ -213,11 +232,10 @@ def train_dictionaries(
             if accelerator.is_main_process:
                 checkpoints.save(step + 1, trainers, marks, stream)
             accelerator.wait_for_everyone()
-    accelerator.end_training()
     finished = {}
-    for name, trainer in trainers.items():
-        rtsae, site = trainer.finish(), sites[name]
-        calibrate(rtsae, data.unseen[site].float().to(device), recipes[name].train.k)
+    for name, trainer in trainers.items() if accelerator.is_main_process else ():
+        rtsae, site, settings = trainer.finish(), sites[name], trainer.settings
+        calibrate(rtsae, data.calibration[site].float().to(device), settings.k, settings.layout)
         rows, size = data.train[site], max(256, 2**23 // rtsae.config.num_latents)
         measured = torch.arange(min(len(rows), STATISTICS_TOKENS))
         measure_activations(rtsae, (rows[part].float() for part in measured.split(size)))
@@ -270,10 +288,11 @@ def announce(recipe: Recipe, samples: int, store: TrajectoryStore) -> None:
     """Say how much disk the collection takes; raise `OSError` before it starts if there is too little."""
     try:
         found = plan(recipe, 1.0)
-    except ValueError as error:
+    except (ValueError, AttributeError, RuntimeError) as error:  # a denoiser that a dry run does not know
         print(f"The size of the collection is not known beforehand: {error}")
         return
-    needed = int(sum(site["trajectories_gib"] for site in found["sites"].values()) * 2**30)
+    share = samples / recipe.collect.count
+    needed = int(sum(site["trajectories_gib"] for site in found["sites"].values()) * share * 2**30)
     there = sum(path.stat().st_size for path in store.folder.glob("shard-*.safetensors"))
     free = shutil.disk_usage(store.folder).free
     print(f"{samples} pictures, {needed / 2**30:.2f} GiB of trajectories in {store.folder}", flush=True)
@@ -284,18 +303,35 @@ def announce(recipe: Recipe, samples: int, store: TrajectoryStore) -> None:
         )
 
 
-def open_store(recipe: Recipe, work: Path, anchors: list[int], pipe: DiffusionPipeline, shards: str | None = None):
-    """The trajectories of a recipe's run; `shards` may be a URL, then `work` keeps a copy of what is read."""
-    mark = recipe.collected + json.dumps({"anchors": anchors, "weights": weights_hash(get_denoiser(pipe))})
-    return TrajectoryStore(shards or work / "trajectories", mark, cache=work / "trajectories")
+def open_store(
+    recipe: Recipe,
+    work: Path,
+    samples: list[Sample],
+    anchors: list[int],
+    pipe: DiffusionPipeline,
+    shards: str | None = None,
+) -> TrajectoryStore:
+    """The trajectories of a recipe's run; `shards` may be a URL, then `work` keeps a copy of what is used."""
+    made = recipe.collected + fingerprint(samples, anchors, pipe)
+    return TrajectoryStore(shards or work / "trajectories", made, cache=work / "trajectories")
 
 
-def weights_hash(module: torch.nn.Module) -> str:
-    """A short hash of a module's weights: a path does not say what lies there."""
-    digest = hashlib.blake2b(digest_size=8)
-    for parameter in module.parameters():
+def fingerprint(samples: list[Sample], anchors: list[int], pipe: DiffusionPipeline) -> str:
+    """What a recipe's paths do not say: which prompts and weights lay there."""
+    digest = hashlib.blake2b(json.dumps(samples).encode(), digest_size=8)
+    for parameter in get_denoiser(pipe).parameters():
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return json.dumps({"anchors": anchors, "prompts and weights": digest.hexdigest()})
+
+
+def new_accelerator(recipe: Recipe, work: Path, cpu: bool) -> Accelerator:
+    """The process' share of the devices, and the recipe's trackers."""
+    waits = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the slowest to have collected
+    log_with = recipe.train.log_with
+    accelerator = Accelerator(cpu=cpu, log_with=log_with or None, project_dir=work, kwargs_handlers=[waits])
+    if log_with:
+        accelerator.init_trackers("diffusers-rtsae")
+    return accelerator
 
 
 def run(
@@ -308,7 +344,7 @@ def run(
         the dictionaries by the names of the recipe's variants, saved in `out/<name>`; without variants one, in `out`.
     """
     settings = recipe.train
-    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = accelerator or new_accelerator(recipe, work, cpu=not torch.cuda.is_available())
     pipe = DiffusionPipeline.from_pretrained(recipe.pipeline, torch_dtype=getattr(torch, recipe.dtype))
     pipe.to(accelerator.device).set_progress_bar_config(disable=True)
     scorer = FactorScorer.from_pretrained(recipe.scorer).to(accelerator.device) if recipe.scorer else None
@@ -317,7 +353,7 @@ def run(
     variants = {name: recipe.variant(name) for name in recipe.variants} or {"": recipe}
     stream, process = None, (accelerator.process_index, accelerator.num_processes)
     if recipe.collect.buffer is None:
-        store = open_store(recipe, work, anchors, pipe, shards)
+        store = open_store(recipe, work, samples, anchors, pipe, shards)
         if accelerator.is_main_process:
             announce(recipe, len(samples), store)
         collect(pipe, samples, recipe, anchors, store, scorer, process)
@@ -332,12 +368,12 @@ def run(
         held = max(2, round(settings.validation * recipe.collect.buffer / per_batch))
         stream = Stream(pipe, samples, recipe, anchors, held)
         kept = [stream.generate(i) for i in range(held)]
-        held_rows = {site: torch.cat([rows[site] for rows in kept]) for site in recipe.sites}
+        halves = [{s: torch.cat([rows[s] for rows in kept[side::2]]) for s in recipe.sites} for side in range(2)]
         while not stream.is_full:
             stream.renew()
-        collected = recipe.collected + json.dumps(anchors)
-        data = Data(stream.buffer, held_rows)
-        moments = {site: (stream.buffer[site].split(65536), [held_rows[site]]) for site in recipe.sites}
+        collected = recipe.collected + fingerprint(samples, anchors, pipe)
+        data = Data(stream.buffer, *halves)
+        moments = {site: (stream.buffer[site].split(8192), [half[site] for half in halves]) for site in recipe.sites}
     names, dynamics, facts = {}, {}, {}
     for variant, own in variants.items():
         for site in recipe.sites:
@@ -347,22 +383,23 @@ def run(
             )
             name = f"{variant}/{site}".lstrip("/").replace("/", "@")
             names[name] = variant, site
-            dynamics[name], facts[name] = fitted(own, site, *moments[site], path, mark)
+            with accelerator.main_process_first():
+                dynamics[name], facts[name] = fitted(own, site, *moments[site], path, mark)
     trained = train_dictionaries(
         {name: variants[variant] for name, (variant, _) in names.items()}, data, dynamics,
         {name: site for name, (_, site) in names.items()}, anchors, work, accelerator, collected, stream,
     )  # fmt: skip
     saved = {}
-    for variant, own in variants.items():
+    for variant, own in variants.items() if accelerator.is_main_process else ():
         sites, report = {}, {}
         for name, (whose, site) in names.items():
             if whose == variant:
                 sites[site] = trained[name]
                 report[site] = facts[name] | evaluate(trained[name], data.validation[site].float(), own.train.k)
-        if accelerator.is_main_process:
-            print(json.dumps(report, indent=2))
-            saved[variant] = save(own, sites, report, out / variant, pipe, anchors)
+        print(json.dumps(report, indent=2))
+        saved[variant] = save(own, sites, report, out / variant, pipe, anchors)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return saved
 
 
@@ -373,23 +410,25 @@ def save(recipe: Recipe, sites: dict[str, RTSAE], report: dict, out: Path, pipe,
         "anchors": anchors, "recipe": recipe.model_dump(), "sampler": type(pipe.scheduler).__name__, "metrics": report,
         "prediction_type": pipe.scheduler.config.get("prediction_type", "flow"),
     }  # fmt: skip
-    labels = json.loads((out / LABELS_NAME).read_text()) if _unchanged(sites, out) else {}
-    dictionary = Dictionary(sites, labels, config)
+    before = _unchanged(sites, out)
+    dictionary = Dictionary(sites, before.labels if before else {}, config, before.presets if before else {})
     dictionary.save(out)
     write_json(out / "metrics.json", report)
     return dictionary
 
 
-def _unchanged(sites: dict[str, RTSAE], folder: Path) -> bool:
-    """Whether `folder` holds these very dictionaries, so that its labels still hold."""
-    if not (folder / CONFIG_NAME).exists() or not (folder / LABELS_NAME).exists():
-        return False
+def _unchanged(sites: dict[str, RTSAE], folder: Path) -> Dictionary | None:
+    """What `folder` holds, if these are its very dictionaries, so that its labels and presets still hold."""
+    if not (folder / CONFIG_NAME).exists():
+        return None
     try:
-        before = load_dictionary(folder).sites
+        before = load_dictionary(folder)
     except (OSError, ValueError):  # of another version, or damaged: about to be replaced
-        return False
-    same = before.keys() == sites.keys()
-    return same and all(torch.equal(before[site].encoder.half(), sites[site].encoder.half()) for site in sites)
+        return None
+    same = before.sites.keys() == sites.keys() and all(
+        torch.equal(before.sites[site].encoder.half(), sites[site].encoder.half()) for site in sites
+    )
+    return before if same else None
 
 
 def main() -> None:
@@ -410,11 +449,7 @@ def main() -> None:
     if a.out is None:
         parser.error("the following arguments are required: --out")
     work = a.work or Path("runs") / a.recipe.stem
-    accelerator = Accelerator(
-        cpu=a.cpu or not torch.cuda.is_available(), log_with=recipe.train.log_with or None, project_dir=work
-    )
-    if recipe.train.log_with:
-        accelerator.init_trackers("diffusers-rtsae")
+    accelerator = new_accelerator(recipe, work, a.cpu or not torch.cuda.is_available())
     run(recipe, a.out, work, accelerator, a.shards)
 
 

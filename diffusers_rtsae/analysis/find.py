@@ -13,7 +13,7 @@ from ..files import closest
 from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary
 from ..steering import as_mask
-from .record import Recorder, Recording, record
+from .record import Recorder, Recording, kind_of, record
 
 _DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
 
@@ -100,15 +100,16 @@ def rank(
     difference, when = (present - absent).max(0)
     steps = when[None]
     with_it, without = present.gather(0, steps)[0], absent.gather(0, steps)[0]
-    usual = rtsae.mean_activation / rtsae.typical_activation  # a latent that is often active says little
+    usual = (rtsae.mean_activation / rtsae.typical_activation).cpu()  # a latent that is often active says little
+    scale = rtsae.dynamics.scale[:, None]
     specific = (with_it - torch.maximum(without, usual)) / (with_it + torch.maximum(without, usual)).clamp(min=1e-9)
     score = difference.clamp(min=0) * specific.clamp(min=0)
     table = FeatureTable()
     for index in score.argsort(descending=True).tolist():
         if len(table) == count or score[index] <= 0:
             break
-        path = rtsae.feature_trajectories([index]).detach().flatten()
-        kept = rtsae.feature_trajectories([f.index for f in table]).detach().flatten(1)
+        path = (rtsae.feature_trajectories([index]).detach() / scale).flatten()
+        kept = (rtsae.feature_trajectories([f.index for f in table]).detach() / scale).flatten(1)
         same = torch.cosine_similarity(kept, path[None]) > _DUPLICATE
         if same.any():
             table[int(same.int().argmax())].duplicates.append(index)
@@ -140,16 +141,17 @@ def record_images(
     shown to the denoiser.
 
     Args:
-        pipeline: a text-to-image pipeline with a VAE and a noise schedule, such as `StableDiffusionPipeline`.
+        pipeline (`StableDiffusionPipeline`): with a dictionary loaded.
         images (`Sequence`): PIL pictures; resized to the model's size.
         caption (`str`): of all of them.
 
     The latents that see something in a picture need not be those that a prompt paints it with: verify before steering.
     """
     dictionary = get_dictionary(pipeline, adapter_name)
-    if not hasattr(pipeline.scheduler, "alphas_cumprod") or not hasattr(pipeline, "encode_prompt"):
+    if type(pipeline).__name__ != "StableDiffusionPipeline" or not hasattr(pipeline.scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"Pictures can be read with noise-schedule pipelines only, not with {type(pipeline).__name__}."
+            "Pictures can be read with a StableDiffusionPipeline and its noise schedule only, not with "
+            f"{type(pipeline).__name__} and {type(pipeline.scheduler).__name__}."
         )
     denoiser, vae = get_denoiser(pipeline), pipeline.vae
     size = denoiser.config.sample_size * pipeline.vae_scale_factor
@@ -158,9 +160,9 @@ def record_images(
     noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(0)).to(clean)
     text, _ = pipeline.encode_prompt(caption, denoiser.device, 1, False)
     sites = list(dictionary.sites)
-    anchors = dictionary.sites[sites[0]].config.anchors
-    with Recorder(pipeline, sites, activation=dictionary.sites[sites[0]].config.activation) as recorder:
-        for anchor in anchors:
+    anchors = {anchor for site in sites for anchor in dictionary.sites[site].config.anchors}
+    with Recorder(pipeline, sites, activation=kind_of(dictionary, sites)) as recorder:
+        for anchor in sorted(anchors, reverse=True):
             alpha = pipeline.scheduler.alphas_cumprod[anchor].to(clean)
             noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
             denoiser(noisy, torch.tensor(anchor), encoder_hidden_states=text.expand(len(clean), -1, -1))
@@ -312,7 +314,7 @@ def top_features(recording: Recording, image: int = 0, mask=None, count: int = 1
             continue
         present = recording.presence(site, mask)[image]
         if mask is None:
-            usual = (rtsae.mean_activation / rtsae.typical_activation)[None].expand_as(present)
+            usual = (rtsae.mean_activation / rtsae.typical_activation).cpu()[None].expand_as(present)
             table += rank(recording.dictionary, site, recording.timesteps, present, usual, count)
         else:
             elsewhere = recording.presence(site, 1 - as_mask(mask))[image]

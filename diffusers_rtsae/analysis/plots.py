@@ -9,8 +9,15 @@ import torch
 from matplotlib.figure import Figure
 
 from ..hub import Dictionary
+from ..models import RTSAE
 from .find import Feature
 from .record import Recording
+
+
+def _trajectory(rtsae: RTSAE, entry: dict) -> torch.Tensor:
+    """The trajectory `(G, d)` of the latents of a label's entry together, at strength 1."""
+    unit = rtsae.typical_activation[entry["latents"]].cpu() * torch.tensor(entry["weights"])
+    return torch.einsum("n,ngd->gd", unit, rtsae.feature_trajectories(entry["latents"]).detach().cpu())
 
 
 def plot_strengths(rows: list[tuple[str, str, list]], strengths: list[float], title: str) -> Figure:
@@ -48,10 +55,9 @@ def plot_feature_trajectories(dictionary: Dictionary, labels: list[str]) -> Figu
     for label in labels:
         entry = dictionary.features(label)[0][0]
         rtsae = dictionary.sites[entry["site"]]
-        unit = rtsae.typical_activation[entry["latents"]] * torch.tensor(entry["weights"])
-        trajectory = torch.einsum("n,ngd->gd", unit, rtsae.feature_trajectories(entry["latents"]).detach())
+        trajectory = _trajectory(rtsae, entry)
         anchors = rtsae.config.anchors
-        spread = rtsae.dynamics.scale * math.sqrt(rtsae.config.in_channels)
+        spread = rtsae.dynamics.scale.cpu() * math.sqrt(rtsae.config.in_channels)
         norms.plot(anchors, trajectory.norm(dim=1) / spread, marker="o", label=label)
         cosines.plot(anchors, torch.cosine_similarity(trajectory, trajectory[-1:], dim=1), marker="o", label=label)
     norms.set(title="length at strength 1, relative to the activation's spread", ylim=(0, None))
@@ -183,9 +189,7 @@ def plot_similarity(dictionary: Dictionary, features: Sequence) -> Figure:
     for feature in features:
         entry = dictionary.features(_key(feature))[0][0]
         rtsae = dictionary.sites[entry["site"]]
-        unit = rtsae.typical_activation[entry["latents"]] * torch.tensor(entry["weights"])
-        path = torch.einsum("n,ngd->gd", unit, rtsae.feature_trajectories(entry["latents"]).detach())
-        paths.append((path / rtsae.dynamics.scale[:, None]).flatten())
+        paths.append((_trajectory(rtsae, entry) / rtsae.dynamics.scale.cpu()[:, None]).flatten())
     paths = torch.nn.functional.normalize(torch.stack(paths), dim=1)
     figure = Figure(figsize=(0.32 * len(paths) + 2.4, 0.32 * len(paths) + 1.8), layout="constrained")
     axis = figure.subplots()

@@ -138,7 +138,7 @@ class Recording:
         for i, timestep in enumerate(self.timesteps):
             latents = encoder.observe(state, trajectories[:, :, i], timestep)
             state.continue_with(trajectories[:, :, i])
-            yield latents / rtsae.typical_activation[rows]
+            yield latents / rtsae.typical_activation[rows].to(latents.device)
 
     def maps(self, features: Sequence[str | int | tuple[str, int]]) -> torch.Tensor:
         """
@@ -154,7 +154,7 @@ class Recording:
             raise ValueError(f"Expected features that live at one site, got {list(features)} at {sites}.")
         rows = sorted({row for entry in entries for row in entry["latents"]})
         columns = [[rows.index(row) for row in entry["latents"]] for entry in entries]
-        steps = [torch.stack([z[..., c].sum(-1) for c in columns], 1) for z in self.latents(sites[0], rows)]
+        steps = [torch.stack([z[..., c].sum(-1) for c in columns], 1).cpu() for z in self.latents(sites[0], rows)]
         return torch.stack(steps, 2).unflatten(3, self.sizes[sites[0]])
 
     def presence(self, site: str, mask=None) -> torch.Tensor:
@@ -177,6 +177,14 @@ class Recording:
             rows = range(start, min(start + 4096, count))
             parts.append(torch.stack([torch.einsum("bnr,bn->br", z, weight) for z in self.latents(site, rows)], 1))
         return torch.cat(parts, 2)
+
+
+def kind_of(dictionary: Dictionary, sites: Sequence[str]) -> str:
+    """The kind of activation that all `sites` read."""
+    kinds = {dictionary.sites[site].config.activation for site in sites}
+    if len(kinds) != 1:
+        raise ValueError(f"Expected sites of one kind of activation, got {sorted(kinds)} at {sites}.")
+    return kinds.pop()
 
 
 @torch.no_grad()
@@ -204,10 +212,7 @@ def record(
         if site not in dictionary.sites:
             raise ValueError(f"The dictionary has no site {site!r}. {closest(site, dictionary.sites)}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    kinds = {dictionary.sites[site].config.activation for site in sites}
-    if len(kinds) != 1:
-        raise ValueError(f"Expected sites of one kind of activation, got {sorted(kinds)} at {sites}.")
-    with Recorder(pipeline, sites, activation=kinds.pop()) as recorder:
+    with Recorder(pipeline, sites, activation=kind_of(dictionary, sites)) as recorder:
         images = pipeline(prompts, num_images_per_prompt=1, **call).images
     return Recording(
         list(images), prompts, recorder.timesteps, {site: recorder.trajectories(site) for site in sites},

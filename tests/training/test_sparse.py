@@ -50,6 +50,14 @@ def test_batch_topk_is_exact_when_one_row_takes_almost_all(problem):
     torch.testing.assert_close(dense(chosen(batch_topk, problem, K)), expected)
 
 
+def test_batch_topk_is_exact_when_few_rows_have_any(problem):
+    problem["bias"] -= 100
+    problem["x"][3] *= 500
+    expected = dense_batch_topk(product(problem).float(), K)
+    assert 4 * K < (expected > 0).sum() < K * ROWS
+    torch.testing.assert_close(dense(chosen(batch_topk, problem, K)), expected, atol=1e-2, rtol=1e-4)
+
+
 def test_batch_topk_keeps_no_negative_latent(problem):
     problem["bias"] -= 100
     assert len(chosen(batch_topk, problem, K).values) == 0

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.models import LinearDynamics
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.dictionary import ARCHITECTURES, DictionaryTrainer, auxiliary_loss, geometric_median, new_dictionary
@@ -58,7 +60,7 @@ def train(work: Path, *recipes: Recipe):
     data = sparse_data()
     named = {f"r{i}": one for i, one in enumerate(recipes)}
     trained = train_dictionaries(
-        named, Data({"mid_block": data}, {"mid_block": sparse_data(1000, seed=2)}),
+        named, Data({"mid_block": data}, *({"mid_block": sparse_data(500, seed=seed)} for seed in (2, 3))),
         dict.fromkeys(named, dynamics_of(data)), dict.fromkeys(named, "mid_block"), ANCHORS, work,
         Accelerator(cpu=True), "data",
     )  # fmt: skip
@@ -204,26 +206,51 @@ def test_a_damaged_checkpoint_names_the_file_and_the_remedy(tmp_path):
         load_checkpoint(tmp_path / "c", {"p": parameter}, optimizer, "x")
 
 
-def test_two_processes_train_one_dictionary(tmp_path):
-    """Real processes: they share every batch, and end with the same weights as each other."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys; from pathlib import Path; import torch; from accelerate import Accelerator\n"
-        "from tests.training.test_train import *\n"
-        "accelerator, data = Accelerator(cpu=True), sparse_data()\n"
-        "held = Data({'mid_block': data}, {'mid_block': sparse_data(1000, seed=2)})\n"
-        "one = train_dictionaries({'a': recipe(architecture='topk')}, held, {'a': dynamics_of(data)},\n"
-        "    {'a': 'mid_block'}, ANCHORS, Path(sys.argv[1]), accelerator, 'data')['a']\n"
-        "torch.save(one.state_dict(), f'{sys.argv[1]}/{accelerator.process_index}.pt')\n"
-    )
+def launch(script: Path, text: str, *arguments) -> None:
+    """Run `text` in two real processes of one group."""
+    script.write_text(text)
     root = Path(__file__).parents[2]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1", script, *arguments]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, script, tmp_path], cwd=root, check=True, capture_output=True, env=environment)
-    first, second = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_share_every_batch(tmp_path):
+    text = """
+        import sys; from pathlib import Path; import torch; from accelerate import Accelerator
+        from tests.training.test_train import *
+        data = sparse_data()
+        held = Data({"mid_block": data}, *({"mid_block": sparse_data(500, seed=seed)} for seed in (2, 3)))
+        accelerator = Accelerator(cpu=True)
+        arms, dynamics, sites = {"a": recipe(architecture="topk")}, {"a": dynamics_of(data)}, {"a": "mid_block"}
+        work = Path(sys.argv[1])
+        found = train_dictionaries(arms, held, dynamics, sites, ANCHORS, work, accelerator, "data")
+        assert bool(found) == accelerator.is_main_process
+        if found:
+            torch.save(found["a"].state_dict(), f"{sys.argv[1]}/weights.pt")
+        accelerator.end_training()
+        """
+    launch(tmp_path / "script.py", textwrap.dedent(text), tmp_path)
+    together = torch.load(tmp_path / "weights.pt")
     alone = train(tmp_path / "alone", recipe(architecture="topk"))[0].state_dict()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
     # the batches are those of one process, so the weights are its too, to rounding
-    torch.testing.assert_close(first["encoder"], alone["encoder"], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(together["encoder"], alone["encoder"], atol=2e-2, rtol=2e-2)
+
+
+def test_two_processes_collect_train_and_save(tmp_path):
+    text = """
+        import sys; from pathlib import Path; from tests.training.test_kill import RECIPE
+        from training.recipe import Recipe; from training.train import run
+        run(Recipe(**RECIPE), Path(sys.argv[1]) / "out", Path(sys.argv[1]) / "work")
+        """
+    launch(tmp_path / "script.py", textwrap.dedent(text), tmp_path)
+    assert len(list((tmp_path / "work" / "trajectories").glob("*.safetensors"))) == 6
+    assert load_dictionary(tmp_path / "out").config["metrics"]["up_blocks.1.attentions.1"]["l0_threshold"] > 1
+
+
+def test_a_variant_cannot_join_a_run_that_began_without_it(tmp_path):
+    train(tmp_path, recipe())
+    with pytest.raises(ValueError, match="holds no 'r1': this run was started without it. Use another --work"):
+        train(tmp_path, recipe(), recipe(k=4))

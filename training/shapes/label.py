@@ -19,7 +19,7 @@ from tqdm import tqdm
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
-from ..collect import anchor_timesteps
+from ..collect import anchor_timesteps, read_samples
 from ..recipe import load_recipe
 from ..store import TrajectoryStore
 from ..train import open_store
@@ -141,7 +141,11 @@ def main() -> None:
     guidance = recipe.collect.guidance_scale
     pipe = load_pipeline(recipe.pipeline, a.device, recipe.dtype)
     scorer = FactorScorer.from_pretrained(recipe.scorer).to(a.device)
-    store = open_store(recipe, a.work, anchor_timesteps(pipe, recipe.collect, recipe.anchors), pipe)
+    samples, anchors = (
+        read_samples(recipe.collect, recipe.seed),
+        anchor_timesteps(pipe, recipe.collect, recipe.anchors),
+    )
+    store = open_store(recipe, a.work, samples, anchors, pipe)
     pipe.to(getattr(torch, a.dtype))
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     probes = [probe(factor, value, "open", a.images, seed=50) for factor, value in TARGETS]
@@ -179,8 +183,8 @@ def main() -> None:
                             "prompts": a.images,
                         }
                         best[value] = label | {"measured": measured, "worth": worth}
-                mean = {f: [best[v]["measured"]["success"] for v in FACTORS[f]] for f in STEERED}
-                print(site, size, strength, {f: round(sum(v) / len(v), 3) for f, v in mean.items()}, flush=True)
+                mean = {f: [best[v]["measured"]["success"] for v in FACTORS[f] if v in best] for f in STEERED}
+                print(site, size, strength, {f: round(sum(v) / len(v), 3) for f, v in mean.items() if v}, flush=True)
             pipe.unload_rtsae()
 
     kept = {}
