@@ -26,7 +26,7 @@ from diffusers_rtsae.hub import write_json
 
 from ..evaluate import recovered, stability
 from .captions import captions
-from .evaluate import add_arguments, generate, load_pipeline, stored_rows
+from .evaluate import add_arguments, contents, generate, load_pipeline, stored_rows
 from .scenes import FACTORS
 from .steering import NAMED, Probe, measure, probe, prompted, run, score
 
@@ -105,6 +105,7 @@ def main() -> None:
     if not folders:
         raise ValueError(f"{a.dictionaries} holds no dictionaries: train `recipes/arms.yaml` first.")
     settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size")}
+    settings["contents"] = contents(a.pipeline, a.dictionaries)
     rows = stored_rows(a.out, settings)
     choose = [probe(*target, "contradicted", a.pairs, seed=500) for target in TARGETS]
     steer = [probe(*target, "contradicted", a.pairs, seed=501) for target in TARGETS]

@@ -17,7 +17,7 @@ from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, load_pipeline, stored_rows
+from .evaluate import add_arguments, contents, load_pipeline, stored_rows
 from .steering import STEERED, TARGETS, difference_of_means, measure, probe, run, score
 
 
@@ -40,6 +40,7 @@ def main() -> None:
     pipe.load_rtsae(difference_of_means(pipe, sites, a.samples, a.steps, a.guidance, a.batch_size))
     asked = ("out", "device", "batch_size", "sites", "strengths", "apply_to", "kinds")  # what rows say themselves
     settings = {k: str(v) for k, v in vars(a).items() if k not in asked}
+    settings["contents"] = contents(a.pipeline)
     rows = stored_rows(a.out, settings)
     trials = [("none", 0.0, "")]
     trials += [(group, strength, apply_to) for group in sets for strength in a.strengths for apply_to in a.apply_to]

@@ -6,6 +6,7 @@ python -m training.shapes.evaluate --pipeline examples/shapes-sd --out examples/
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -31,6 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the pipeline")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def contents(*folders: Path) -> str:
+    """A short hash of the weights and labels in some folders: their paths do not say what lies there."""
+    digest = hashlib.blake2b(digest_size=8)
+    for folder in folders:
+        for path in sorted(
+            p for p in Path(folder).rglob("*") if p.suffix == ".safetensors" or p.name == "labels.json"
+        ):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def stored_rows(path: Path, settings: dict[str, str]) -> list[dict]:

@@ -23,7 +23,7 @@ from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, generate, load_pipeline, stored_rows
+from .evaluate import add_arguments, contents, generate, load_pipeline, stored_rows
 from .scenes import FACTORS
 from .steering import Probe, code, measure, probe, run, score
 
@@ -94,6 +94,7 @@ def main() -> None:
     settings = {
         k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "strengths", "methods")
     }
+    settings["contents"] = contents(a.pipeline, a.dictionary)
     rows = stored_rows(a.out, settings)
     targets = list(labels)
     probes = [

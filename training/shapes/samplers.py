@@ -18,7 +18,7 @@ from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, load_pipeline, stored_rows
+from .evaluate import add_arguments, contents, load_pipeline, stored_rows
 from .steering import measure, probe, run, score
 
 SAMPLERS = {
@@ -67,6 +67,7 @@ def main() -> None:
     labels = {name: dictionary.labels[name] for name in a.labels or dictionary.labels}
     pipe.load_rtsae(dictionary)
     settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "steps")}
+    settings["contents"] = contents(a.pipeline, a.dictionary)
     rows = stored_rows(a.out, settings)
     probes = [probe(label["factor"], label["value"], "open", a.prompts, seed=300) for label in labels.values()]
     config = pipe.scheduler.config

@@ -17,7 +17,7 @@ from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, load_pipeline, stored_rows
+from .evaluate import add_arguments, contents, load_pipeline, stored_rows
 from .steering import (
     TARGETS,
     Probe,
@@ -97,6 +97,7 @@ def main() -> None:
     pipe.load_rtsae(dictionary, "feature")
     pipe.load_rtsae(random_directions(dictionary), "random")
     settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size")}
+    settings["contents"] = contents(a.pipeline, a.dictionary)
     rows = stored_rows(a.out, settings)
 
     plans = [("plain", 0.0), ("prompt", 0.0)]

@@ -20,7 +20,7 @@ from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, load_pipeline, stored_rows
+from .evaluate import add_arguments, contents, load_pipeline, stored_rows
 from .scenes import FACTORS
 from .steering import Probe, code, probe, prompted, run, score
 
@@ -59,6 +59,7 @@ def main() -> None:
     concepts = {name: label for name, label in dictionary.labels.items() if label["factor"] in DOMAINS}
     pipe.load_rtsae(dictionary)
     settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "scales")}
+    settings["contents"] = contents(a.pipeline, a.dictionary)
     rows = stored_rows(a.out, settings)
     others = [
         probe(label["factor"], label["value"], "contradicted", a.prompts, seed=600) for label in concepts.values()
