@@ -31,6 +31,7 @@ from .steering import (
 )
 
 KINDS = ("open", "contradicted")
+BASELINES = ("feature", "means", "random")  # the last at strength 1 only, the second at positive ones
 
 
 def random_directions(dictionary: Dictionary, seed: int = 0) -> Dictionary:
@@ -101,7 +102,7 @@ def main() -> None:
     rows = stored_rows(a.out, settings)
 
     plans = [("plain", 0.0), ("prompt", 0.0)]
-    plans += [(m, s) for s in a.strengths for m in ("feature", "means", "random") if m != "random" or s == 1]
+    plans += [(m, s) for s in a.strengths for m in BASELINES if m == "feature" or s == 1 or (m == "means" and s > 0)]
     for kind in KINDS:
         probes: list[Probe] = []
         for label in labels.values():
