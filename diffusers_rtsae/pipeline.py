@@ -246,7 +246,7 @@ class RTSAELoaderMixin:
         )
 
     def get_rtsae_features(self, adapter_name: str | None = None) -> dict[str, list[tuple[str, int]]]:
-        """The labels of a dictionary and the `(site, index)` of the latents each moves, strongest first."""
+        """The labels of a dictionary and the `(site, index)` of the latents each moves."""
         labels = get_dictionary(self, adapter_name).labels
         return {n: [(f["site"], i) for f in label["features"] for i in f["latents"]] for n, label in labels.items()}
 

@@ -41,6 +41,10 @@ class BatchTopK:
         """What is learned beside the dictionary."""
         return {}
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What else a checkpoint must hold."""
+        return {}
+
     def encode(self, centred, centre, weight, bias) -> Code:
         return encode(centred, centre, weight, bias, batch_topk(centred, weight, bias, self.k, self.dtype))
 
@@ -110,17 +114,20 @@ class JumpReLU(BatchTopK):
 
     def __init__(self, settings: Train, device: torch.device | str):
         super().__init__(settings, device)
-        self.bandwidth, self.penalty = settings.bandwidth, settings.penalty
+        self.bandwidth, self.penalty = torch.tensor(settings.bandwidth, device=device), settings.penalty
         self.log_threshold = torch.zeros(settings.num_latents, device=device).requires_grad_()
 
     @torch.no_grad()
     def start(self, centred, weight, bias):
         first = batch_topk(centred, weight, bias, self.k).values.min()
         self.log_threshold.fill_(first.log())
-        self.bandwidth *= first.item()
+        self.bandwidth.mul_(first)
 
     def parameters(self):
         return {"log_threshold": self.log_threshold}
+
+    def state(self):
+        return {"bandwidth": self.bandwidth}
 
     def encode(self, centred, centre, weight, bias):
         threshold = self.log_threshold.exp()
@@ -202,7 +209,7 @@ class DictionaryTrainer:
     @property
     def state(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint must hold beside the optimizer."""
-        return self.parameters | {"quiet": self.quiet, "threshold": self.threshold}
+        return self.parameters | {"quiet": self.quiet, "threshold": self.threshold} | self.architecture.state()
 
     @property
     def dead(self) -> torch.Tensor:

@@ -21,8 +21,8 @@ class Stream:
     """
     A buffer of trajectories of each site that generation keeps renewing.
 
-    Every picture is generated in the order of the samples (again from the first after the last, with other seeds), so
-    the buffer's content follows from how often it was renewed.
+    Pictures are generated in the order of the samples (again from the first after the last, with other seeds), so the
+    buffer's content follows from how often it was renewed. A checkpoint keeps the buffer.
 
     Args:
         held_out (`int`): batches set aside first, to measure on.
@@ -71,6 +71,22 @@ class Stream:
     @property
     def is_full(self) -> bool:
         return all(len(rows) >= self.recipe.collect.buffer for rows in self.buffer.values()) and bool(self.buffer)
+
+    def held_out_halves(self, path: Path) -> list[dict[str, torch.Tensor]]:
+        """Trajectories of the batches that are set aside, in two halves; kept in `path` once they are generated."""
+        made_with = self.recipe.collected
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                if file.metadata()["made_with"] == made_with:
+                    return [{s: file.get_tensor(f"{side}/{s}") for s in self.recipe.sites} for side in range(2)]
+        kept = [self.generate(i) for i in range(self.held_out)]
+        halves = [{s: torch.cat([rows[s] for rows in kept[side::2]]) for s in self.recipe.sites} for side in range(2)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        tensors = {f"{side}/{site}": rows for side, half in enumerate(halves) for site, rows in half.items()}
+        save_file(tensors, partial, metadata={"made_with": made_with})
+        os.replace(partial, path)
+        return halves
 
     def save(self, path: Path) -> None:
         partial = path.with_suffix(".partial")

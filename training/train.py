@@ -367,8 +367,10 @@ def run(
         per_batch = recipe.collect.batch_size * recipe.collect.tokens_per_image
         held = max(2, round(settings.validation * recipe.collect.buffer / per_batch))
         stream = Stream(pipe, samples, recipe, anchors, held)
-        kept = [stream.generate(i) for i in range(held)]
-        halves = [{s: torch.cat([rows[s] for rows in kept[side::2]]) for s in recipe.sites} for side in range(2)]
+        halves = stream.held_out_halves(work / "held-out.safetensors")
+        latest = Checkpoints(work / "checkpoints", settings.checkpoints).latest()
+        if latest is not None:
+            stream.load(latest / "stream.safetensors")
         while not stream.is_full:
             stream.renew()
         collected = recipe.collected + fingerprint(samples, anchors, pipe)

@@ -30,7 +30,7 @@ from .evaluate import add_arguments, contents, generate, load_pipeline, stored_r
 from .scenes import FACTORS
 from .steering import NAMED, Probe, measure, probe, prompted, run, score
 
-TARGETS = [(factor, value) for factor in ("background", "style", "colour", "shape") for value in FACTORS[factor]]
+PAIRED = [(factor, value) for factor in ("background", "style", "colour", "shape") for value in FACTORS[factor]]
 FIGURES = ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead", "recovered_online", "recovered_teacher_forced")
 STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
 
@@ -60,7 +60,7 @@ def pair_features(rtsae: RTSAE, pairs: list[torch.Tensor], probes: list[Probe], 
     """Labels: for each target the `count` latents that differ most between its pairs of pictures, and by how much."""
     length = (rtsae.feature_trajectories() / rtsae.dynamics.scale[:, None]).flatten(1).norm(dim=1)
     labels = {}
-    for (factor, value), both, one in zip(TARGETS, pairs, probes, strict=True):
+    for (factor, value), both, one in zip(PAIRED, pairs, probes, strict=True):
         where = tokens_on(one, int(both.shape[2] ** 0.5))
         before, after = (rtsae.encode(side[where]).mean(0) for side in both)
         difference = after - before
@@ -107,8 +107,8 @@ def main() -> None:
     settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size")}
     settings["contents"] = contents(a.pipeline, a.dictionaries)
     rows = stored_rows(a.out, settings)
-    choose = [probe(*target, "contradicted", a.pairs, seed=500) for target in TARGETS]
-    steer = [probe(*target, "contradicted", a.pairs, seed=501) for target in TARGETS]
+    choose = [probe(*target, "contradicted", a.pairs, seed=500) for target in PAIRED]
+    steer = [probe(*target, "contradicted", a.pairs, seed=501) for target in PAIRED]
     plain_images = run(pipe, steer, None, a.steps, a.guidance, a.batch_size)
     edited = run(pipe, steer, None, a.steps, a.guidance, a.batch_size, [prompted(one) for one in steer])
     plain = score(scorer, plain_images, steer)
@@ -136,9 +136,9 @@ def main() -> None:
                 pipe, steer, [{name: strength} for name in labels], a.steps, a.guidance, a.batch_size, clip=False
             )
             steered = score(scorer, images, steer)
-            cells = [measure(s, p, *target) for s, p, target in zip(steered, plain, TARGETS, strict=True)]
+            cells = [measure(s, p, *target) for s, p, target in zip(steered, plain, PAIRED, strict=True)]
             figures = {key: sum(c[key] for c in cells) / len(cells) for key in cells[0]}
-            before = [measure(p, p, *target)["success"] for p, target in zip(plain, TARGETS, strict=True)]
+            before = [measure(p, p, *target)["success"] for p, target in zip(plain, PAIRED, strict=True)]
             figures["gain"] = figures["success"] - sum(before) / len(before)
             figures["distance"] = (images - plain_images).square().mean((1, 2, 3)).sqrt().mean().item() / reach
             figures["efficiency"] = figures["gain"] / figures["distance"]
