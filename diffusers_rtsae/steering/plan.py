@@ -154,7 +154,6 @@ class SitePlan:
         self.grid = TimeGrid(rtsae.config.anchors, alphas_cumprod)
         self.rows = sorted({row for edit in self.edits for row in edit.read})
         self.column = {row: i for i, row in enumerate(self.rows)}
-        self.reads_all = any(edit.apply_to == "all" and edit.read for edit in self.edits)
         self.device: torch.device | None = None
 
     def _load(self, device: torch.device) -> None:

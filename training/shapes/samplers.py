@@ -60,13 +60,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/samplers.json"))
     parser.add_argument("--labels", nargs="*", help="all of the dictionary by default")
     parser.add_argument("--prompts", type=int, default=4, help="for each label")
-    parser.add_argument("--step-counts", nargs="*", type=int, default=[25, 4, 10, 50])
+    parser.add_argument("--step-counts", nargs="*", type=int, default=[25, 4, 10, 50, 100])
     a = parser.parse_args()
     pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
     dictionary = load_dictionary(a.dictionary)
     labels = {name: dictionary.labels[name] for name in a.labels or dictionary.labels}
     pipe.load_rtsae(dictionary)
-    settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "steps")}
+    settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "steps", "step_counts")}
     settings["contents"] = contents(a.pipeline, a.dictionary)
     rows = stored_rows(a.out, settings)
     probes = [probe(label["factor"], label["value"], "open", a.prompts, seed=300) for label in labels.values()]
