@@ -66,7 +66,8 @@ def main() -> None:
     dictionary = load_dictionary(a.dictionary)
     labels = {name: dictionary.labels[name] for name in a.labels or dictionary.labels}
     pipe.load_rtsae(dictionary)
-    settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "steps", "step_counts")}
+    asked = ("out", "device", "batch_size", "steps", "step_counts")  # what rows say themselves
+    settings = {k: str(v) for k, v in vars(a).items() if k not in asked}
     settings["contents"] = contents(a.pipeline, a.dictionary)
     rows = stored_rows(a.out, settings)
     probes = [probe(label["factor"], label["value"], "open", a.prompts, seed=300) for label in labels.values()]
