@@ -34,9 +34,9 @@ def main() -> None:
 
 
 def _bundled(name: str) -> Path:
-    """A folder of `examples/`, in the working directory or beside the package of a clone."""
+    """What `examples/` holds, in the working directory or beside the package of a clone."""
     for root in (Path.cwd(), CLONE):
-        if (root / "examples" / name).is_dir():
+        if (root / "examples" / name).exists():
             return root / "examples" / name
     raise typer.BadParameter(
         f"examples/{name} was not found: run this from a clone of the repository, or pass a folder."
@@ -222,6 +222,41 @@ def inspect(
         console.print("presets:", ", ".join(loaded.presets))
 
 
+@app.command()
+def report(
+    dictionary: Annotated[str | None, typer.Argument(help="Folder or Hub id; the bundled one by default.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line: where to look.")] = None,
+    steer_prompts: Annotated[list[str] | None, typer.Option("--steer", help="Prompt to steer; repeatable.")] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    count: Annotated[int, typer.Option(min=0, help="Latents of each site, those active most often.")] = 2048,
+    steered: Annotated[int, typer.Option(min=0, help="Features to steer: labels first.")] = 128,
+    steps: Steps = 25,
+    guidance: Guidance = 3.0,
+    seed: Seed = 7,
+    pipeline: Pipeline = None,
+) -> None:
+    """Explain a dictionary on one HTML page: its figures, and what each feature sees and does.
+
+    Example: diffusers-rtsae report org/sd15-rtsae --pipeline MODEL --prompts prompts.txt --out report.html
+    """
+    from .analysis.report import write_report
+
+    if prompts is None:
+        if pipeline is not None:
+            raise ValueError("A report on another pipeline needs --prompts, a text file with one prompt a line.")
+        from .demo import SCENES
+
+        prompts = _bundled("shapes-prompts.txt")
+        steer_prompts = steer_prompts or [scenes[0] for scenes in SCENES.values()]
+    texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    pipe = _pipeline(pipeline, dictionary)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_report(pipe, out, texts, steer_prompts or (), count, steered, seed=seed, **call)
+    console.print(f"{out}, {out.stat().st_size / 2**20:.1f} MiB: open it in a browser")
+
+
 @app.command("list")
 def list_(
     refresh: Annotated[bool, typer.Option(help="Ask the Hub too.")] = False,
@@ -270,6 +305,15 @@ def _training(module: str, arguments: list[str]) -> None:
 
 
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=FORWARDED)
+def collect(context: typer.Context) -> None:
+    """Collect the trajectories of a recipe and stop; `train` with the same recipe goes on from there (in a clone).
+
+    Example: diffusers-rtsae collect training/recipes/sd15.yaml --work runs/sd15
+    """
+    _training("train", ["--collect-only", *context.args])
 
 
 @app.command(context_settings=FORWARDED)

@@ -17,6 +17,23 @@ from .analysis.record import record
 from .analysis.scorer import FactorScorer, shows
 from .pipeline import get_dictionary
 
+# prompts that say everything but the factor that is steered
+SCENES = {
+    "colour": [
+        "a large heart on the left, flat, on a gray background",
+        "a small star at the top, striped, on white",
+    ],
+    "shape": [
+        "a large blue object in the centre, flat, on a white background",
+        "a large pink thing on the right, dotted, on navy",
+    ],
+    "background": ["a large red star in the centre, flat", "a small cyan heart on the right, dotted"],
+    "style": [
+        "a large green circle in the centre, on a white background",
+        "a large orange star at the bottom, on black",
+    ],
+}
+
 
 def demonstrate(
     pipe: StableDiffusionPipeline, scorer: FactorScorer, out: Path, steps: int, prompts: int, console: Console
@@ -43,22 +60,6 @@ def demonstrate(
     if not chosen:
         raise ValueError("The dictionary has no labels to steer with.")
 
-    # prompts that say everything but the factor that is steered
-    scenes = {
-        "colour": [
-            "a large heart on the left, flat, on a gray background",
-            "a small star at the top, striped, on white",
-        ],
-        "shape": [
-            "a large blue object in the centre, flat, on a white background",
-            "a large pink thing on the right, dotted, on navy",
-        ],
-        "background": ["a large red star in the centre, flat", "a small cyan heart on the right, dotted"],
-        "style": [
-            "a large green circle in the centre, on a white background",
-            "a large orange star at the bottom, on black",
-        ],
-    }
     strengths, rows = [-1.0, 0.0, 0.5, 1.0, 2.0], []
 
     def generate(prompts: list[str], first_seed: int):
@@ -71,14 +72,14 @@ def demonstrate(
         table.add_column(name)
     results = {}
     for kind, label in track(chosen.items(), description="steering", console=console):
-        for prompt in scenes[kind]:
+        for prompt in SCENES[kind]:
             seeds = [torch.Generator().manual_seed(7) for _ in strengths]
             with pipe.rtsae_steering({label: strengths}):
                 images = pipe(
                     [prompt] * len(strengths), generator=seeds, num_inference_steps=steps, guidance_scale=3.0
                 ).images
             rows.append((f"{kind}: {label}", prompt, images))
-        many = (scenes[kind] * prompts)[:prompts]
+        many = (SCENES[kind] * prompts)[:prompts]
         readings = {0.0: scorer.read(generate(many, 100))}
         for strength in (1.0, 2.0):
             with pipe.rtsae_steering({label: strength}):

@@ -41,7 +41,11 @@ def closest(name, known: Iterable[str]) -> str:
 
 def write_json(path: Path, content) -> None:
     """Write a JSON file so that readers see the old or the new one, never a part."""
-    text = json.dumps(content, indent=2) + "\n"
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     with open(partial, "x", encoding="utf-8") as file:  # a new file: a link of that name must not be followed

@@ -135,6 +135,14 @@ class Dictionary:
             )
         return [{"site": site, "latents": [index], "weights": [1.0], "where": None}], {}
 
+    @torch.no_grad()
+    def trajectory(self, name: str | int | tuple[str, int]) -> torch.Tensor:
+        """The path `(G, d)` of a feature through activation space at strength 1, at its first site."""
+        entry = self.features(name)[0][0]
+        rtsae, latents = self.sites[entry["site"]], entry["latents"]
+        amounts = rtsae.typical_activation[latents].cpu() * torch.tensor(entry["weights"])
+        return torch.einsum("n,ngd->gd", amounts, rtsae.feature_trajectories(latents).cpu())
+
     def preset(self, name: str) -> tuple[dict, dict]:
         """The features with their strengths, and the options, of a preset."""
         if name not in self.presets:

@@ -104,16 +104,11 @@ def evaluate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> dict:
 @torch.no_grad()
 def timing(rtsae: RTSAE) -> dict:
     """
-    When features act, from the length of their trajectories relative to the activation's scale (2605.27813,
-    section 4): the anchor of the peak, the first and the number of anchors at half of it or more.
-
-    Returns:
-        `dict`: for each a histogram over anchors, of the latents that are alive.
+    When features act: histograms over anchors of the peak, onset and lifetime of the latents that are alive (see
+    `RTSAE.feature_times`); the first number of lifetime is of those that last one anchor.
     """
-    alive = rtsae.density > 0
-    length = (rtsae.feature_trajectories()[alive] / rtsae.dynamics.scale[:, None]).norm(dim=2)
-    strong, anchors = length >= length.amax(1, keepdim=True) / 2, len(rtsae.config.anchors)
-    found = {"peak": length.argmax(1), "onset": strong.int().argmax(1), "lifetime": strong.sum(1) - 1}
+    times, anchors = rtsae.feature_times(rtsae.density > 0), len(rtsae.config.anchors)
+    found = {"peak": times.peak, "onset": times.onset, "lifetime": times.lifetime - 1}
     return {name: torch.bincount(values, minlength=anchors).tolist() for name, values in found.items()}
 
 

@@ -15,8 +15,10 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -334,6 +336,71 @@ def new_accelerator(recipe: Recipe, work: Path, cpu: bool) -> Accelerator:
     return accelerator
 
 
+class Source(NamedTuple):
+    """
+    What dictionaries are trained on.
+
+    Args:
+        data (`Data`): of all sites.
+        moments (`dict`): for each site the parts to fit its dynamics to, and those to judge them on.
+        mark (`str`): how and from what the trajectories were made.
+        stream (`Stream`, *optional*): that renews the data while training.
+    """
+
+    data: Data
+    moments: dict[str, tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
+    mark: str
+    stream: Stream | None = None
+
+
+def load_pipeline(recipe: Recipe, device: torch.device) -> tuple[DiffusionPipeline, list[Sample], list[int]]:
+    """The recipe's pipeline, the pictures to make with it, and the timesteps to keep of each."""
+    pipe = DiffusionPipeline.from_pretrained(recipe.pipeline, torch_dtype=getattr(torch, recipe.dtype))
+    pipe.to(device).set_progress_bar_config(disable=True)
+    return pipe, read_samples(recipe.collect, recipe.seed), anchor_timesteps(pipe, recipe.collect, recipe.anchors)
+
+
+def collect_stage(
+    recipe: Recipe, work: Path, accelerator: Accelerator, shards: str | None, pipe, samples, anchors
+) -> TrajectoryStore:
+    """Every process makes its shards of the trajectories, and waits for the others."""
+    if recipe.collect.buffer is not None:
+        raise ValueError("This recipe streams (`collect.buffer`): it keeps no trajectories to collect.")
+    scorer = FactorScorer.from_pretrained(recipe.scorer).to(accelerator.device) if recipe.scorer else None
+    store = open_store(recipe, work, samples, anchors, pipe, shards)
+    if accelerator.is_main_process:
+        announce(recipe, len(samples), store)
+    collect(pipe, samples, recipe, anchors, store, scorer, (accelerator.process_index, accelerator.num_processes))
+    accelerator.wait_for_everyone()
+    return store
+
+
+def from_disk(recipe: Recipe, store: TrajectoryStore) -> Source:
+    """The collected trajectories."""
+    data, train, held_out = stored_data(recipe, store)
+    moments = {s: ([store.load(p, s) for p in train], [store.load(p, s) for p in held_out]) for s in recipe.sites}
+    return Source(data, moments, store.fingerprint)
+
+
+def from_stream(recipe: Recipe, work: Path, accelerator: Accelerator, pipe, samples, anchors) -> Source:
+    """A buffer of trajectories in memory, full to begin with, or as it was when training stopped."""
+    if accelerator.num_processes > 1:
+        raise ValueError("Streaming (`collect.buffer`) runs in one process: its buffer is one.")
+    per_batch = recipe.collect.batch_size * recipe.collect.tokens_per_image
+    held = max(2, round(recipe.train.validation * recipe.collect.buffer / per_batch))
+    stream = Stream(pipe, samples, recipe, anchors, held)
+    halves = stream.held_out_halves(work / "held-out.safetensors")
+    latest = Checkpoints(work / "checkpoints", recipe.train.checkpoints).latest()
+    if latest is not None:
+        stream.load(latest / "stream.safetensors")
+    while not stream.is_full:
+        stream.renew()
+    moments = {site: (stream.buffer[site].split(8192), [half[site] for half in halves]) for site in recipe.sites}
+    return Source(
+        Data(stream.buffer, *halves), moments, recipe.collected + fingerprint(samples, anchors, pipe), stream
+    )
+
+
 def run(
     recipe: Recipe, out: Path, work: Path, accelerator: Accelerator | None = None, shards: str | None = None
 ) -> dict[str, Dictionary]:
@@ -343,53 +410,26 @@ def run(
     Returns:
         the dictionaries by the names of the recipe's variants, saved in `out/<name>`; without variants one, in `out`.
     """
-    settings = recipe.train
     accelerator = accelerator or new_accelerator(recipe, work, cpu=not torch.cuda.is_available())
-    pipe = DiffusionPipeline.from_pretrained(recipe.pipeline, torch_dtype=getattr(torch, recipe.dtype))
-    pipe.to(accelerator.device).set_progress_bar_config(disable=True)
-    scorer = FactorScorer.from_pretrained(recipe.scorer).to(accelerator.device) if recipe.scorer else None
-    anchors = anchor_timesteps(pipe, recipe.collect, recipe.anchors)
-    samples = read_samples(recipe.collect, recipe.seed)
-    variants = {name: recipe.variant(name) for name in recipe.variants} or {"": recipe}
-    stream, process = None, (accelerator.process_index, accelerator.num_processes)
+    pipe, samples, anchors = load_pipeline(recipe, accelerator.device)
     if recipe.collect.buffer is None:
-        store = open_store(recipe, work, samples, anchors, pipe, shards)
-        if accelerator.is_main_process:
-            announce(recipe, len(samples), store)
-        collect(pipe, samples, recipe, anchors, store, scorer, process)
-        accelerator.wait_for_everyone()
-        collected = store.fingerprint
-        data, train, held_out = stored_data(recipe, store)
-        moments = {s: ([store.load(p, s) for p in train], [store.load(p, s) for p in held_out]) for s in recipe.sites}
+        source = from_disk(recipe, collect_stage(recipe, work, accelerator, shards, pipe, samples, anchors))
     else:
-        if process[1] > 1:
-            raise ValueError("Streaming (`collect.buffer`) runs in one process: its buffer is one.")
-        per_batch = recipe.collect.batch_size * recipe.collect.tokens_per_image
-        held = max(2, round(settings.validation * recipe.collect.buffer / per_batch))
-        stream = Stream(pipe, samples, recipe, anchors, held)
-        halves = stream.held_out_halves(work / "held-out.safetensors")
-        latest = Checkpoints(work / "checkpoints", settings.checkpoints).latest()
-        if latest is not None:
-            stream.load(latest / "stream.safetensors")
-        while not stream.is_full:
-            stream.renew()
-        collected = recipe.collected + fingerprint(samples, anchors, pipe)
-        data = Data(stream.buffer, *halves)
-        moments = {site: (stream.buffer[site].split(8192), [half[site] for half in halves]) for site in recipe.sites}
+        source = from_stream(recipe, work, accelerator, pipe, samples, anchors)
+    variants = {name: recipe.variant(name) for name in recipe.variants} or {"": recipe}
     names, dynamics, facts = {}, {}, {}
     for variant, own in variants.items():
         for site in recipe.sites:
-            mark = json.dumps([collected, own.fit.model_dump()], sort_keys=True)
-            path = (
-                work / "dynamics" / f"{site}-{hashlib.blake2b(mark.encode(), digest_size=6).hexdigest()}.safetensors"
-            )
+            mark = json.dumps([source.mark, own.fit.model_dump()], sort_keys=True)
+            digest = hashlib.blake2b(mark.encode(), digest_size=6).hexdigest()
             name = f"{variant}/{site}".lstrip("/").replace("/", "@")
             names[name] = variant, site
             with accelerator.main_process_first():
-                dynamics[name], facts[name] = fitted(own, site, *moments[site], path, mark)
+                path = work / "dynamics" / f"{site}-{digest}.safetensors"
+                dynamics[name], facts[name] = fitted(own, site, *source.moments[site], path, mark)
     trained = train_dictionaries(
-        {name: variants[variant] for name, (variant, _) in names.items()}, data, dynamics,
-        {name: site for name, (_, site) in names.items()}, anchors, work, accelerator, collected, stream,
+        {name: variants[variant] for name, (variant, _) in names.items()}, source.data, dynamics,
+        {name: site for name, (_, site) in names.items()}, anchors, work, accelerator, source.mark, source.stream,
     )  # fmt: skip
     saved = {}
     for variant, own in variants.items() if accelerator.is_main_process else ():
@@ -397,7 +437,7 @@ def run(
         for name, (whose, site) in names.items():
             if whose == variant:
                 sites[site] = trained[name]
-                report[site] = facts[name] | evaluate(trained[name], data.validation[site].float(), own.train.k)
+                report[site] = facts[name] | evaluate(trained[name], source.data.validation[site].float(), own.train.k)
         print(json.dumps(report, indent=2))
         saved[variant] = save(own, sites, report, out / variant, pipe, anchors)
     accelerator.wait_for_everyone()
@@ -442,16 +482,20 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change the recipe: train.k=8")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take, and stop")
+    parser.add_argument("--collect-only", action="store_true", help="stop when the trajectories are there")
     parser.add_argument("--teraflops", type=float, default=50.0, help="what the device sustains, for the dry run")
     a = parser.parse_args()
     recipe = load_recipe(a.recipe, a.set)
     if a.dry_run:
         print(describe(plan(recipe, a.teraflops), a.teraflops))
         return
-    if a.out is None:
-        parser.error("the following arguments are required: --out")
     work = a.work or Path("runs") / a.recipe.stem
+    if a.out is None and not a.collect_only:
+        parser.error("the following arguments are required: --out")
     accelerator = new_accelerator(recipe, work, a.cpu or not torch.cuda.is_available())
+    if a.collect_only:
+        collect_stage(recipe, work, accelerator, a.shards, *load_pipeline(recipe, accelerator.device))
+        return
     run(recipe, a.out, work, accelerator, a.shards)
 
 

@@ -82,6 +82,15 @@ def search_labels(dictionary: Dictionary, text: str) -> list[str]:
     return found
 
 
+def labels_of(dictionary: Dictionary, site: str, index: int) -> list[str]:
+    """The labels that contain a latent."""
+    return [
+        name
+        for name, label in dictionary.labels.items()
+        if any(entry["site"] == site and index in entry["latents"] for entry in label["features"])
+    ]
+
+
 def rank(
     dictionary: Dictionary,
     site: str,
@@ -117,11 +126,7 @@ def rank(
         table.append(
             Feature(
                 site, index, round(score[index].item(), 4), round(difference[index].item(), 4),
-                round(specific[index].item(), 4), timesteps[when[index]],
-                [
-                    name for name, label in dictionary.labels.items()
-                    if any(e["site"] == site and index in e["latents"] for e in label["features"])
-                ],
+                round(specific[index].item(), 4), timesteps[when[index]], labels_of(dictionary, site, index),
             )
         )  # fmt: skip
     return table

@@ -9,15 +9,9 @@ import torch
 from matplotlib.figure import Figure
 
 from ..hub import Dictionary
-from ..models import RTSAE
+from ..models import RTSAE, FeatureTimes
 from .find import Feature
 from .record import Recording
-
-
-def _trajectory(rtsae: RTSAE, entry: dict) -> torch.Tensor:
-    """The trajectory `(G, d)` of the latents of a label's entry together, at strength 1."""
-    unit = rtsae.typical_activation[entry["latents"]].cpu() * torch.tensor(entry["weights"])
-    return torch.einsum("n,ngd->gd", unit, rtsae.feature_trajectories(entry["latents"]).detach().cpu())
 
 
 def plot_strengths(rows: list[tuple[str, str, list]], strengths: list[float], title: str) -> Figure:
@@ -47,28 +41,42 @@ def plot_strengths(rows: list[tuple[str, str, list]], strengths: list[float], ti
     return figure
 
 
-def plot_feature_trajectories(dictionary: Dictionary, labels: list[str]) -> Figure:
-    """How long each feature's direction is along denoising time, and how much it turns: its cosine to the last
-    anchor."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    norms, cosines = figure.subplots(1, 2)
-    for label in labels:
-        entry = dictionary.features(label)[0][0]
-        rtsae = dictionary.sites[entry["site"]]
-        trajectory = _trajectory(rtsae, entry)
-        anchors = rtsae.config.anchors
-        spread = rtsae.dynamics.scale.cpu() * math.sqrt(rtsae.config.in_channels)
-        norms.plot(anchors, trajectory.norm(dim=1) / spread, marker="o", label=label)
-        cosines.plot(anchors, torch.cosine_similarity(trajectory, trajectory[-1:], dim=1), marker="o", label=label)
-    norms.set(title="length at strength 1, relative to the activation's spread", ylim=(0, None))
-    cosines.set(title="cosine to the direction at the last anchor")
-    for axis in (norms, cosines):
+def plot_feature_trajectories(dictionary: Dictionary, features: Sequence) -> Figure:
+    """
+    Features along denoising time: how long each one's direction is, with its onset (where it has half of its greatest
+    length) and its peak marked, how much it turns from one anchor to the next, and how much of the last is there.
+
+    Args:
+        features (`Sequence`): labels, indices, `(site, index)` or found features.
+    """
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    norms, neighbours, last = figure.subplots(1, 3)
+    for feature in features:
+        rtsae, trajectory = _site(dictionary, feature), dictionary.trajectory(_key(feature))
+        anchors, spread = rtsae.config.anchors, rtsae.dynamics.scale.cpu() * math.sqrt(rtsae.config.in_channels)
+        times = FeatureTimes.of((trajectory.norm(dim=1) / spread)[None])
+        length, peak, onset = times.length[0], int(times.peak), int(times.onset)
+        (line,) = norms.plot(anchors, length, marker=".", label=_name(feature))
+        norms.plot(anchors[onset], length[onset], marker=">", markersize=8, color=line.get_color())
+        norms.plot(anchors[peak], length[peak], marker="^", markersize=8, color=line.get_color())
+        turns = torch.cosine_similarity(trajectory[1:], trajectory[:-1], dim=1)
+        middles = [(a + b) / 2 for a, b in zip(anchors, anchors[1:], strict=False)]
+        neighbours.plot(middles, turns, marker=".")
+        last.plot(anchors, torch.cosine_similarity(trajectory, trajectory[-1:], dim=1), marker=".")
+    norms.set(title="length at strength 1, of the activation's spread\n(▸ onset, ▴ peak)", ylim=(0, None))
+    neighbours.set(title="cosine of neighbouring anchors")
+    last.set(title="cosine to the direction at the last anchor")
+    for axis in (norms, neighbours, last):
         axis.set_xlabel("timestep (noise → image)")
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
         axis.title.set_fontsize(9)
     norms.legend(fontsize=8)
     return figure
+
+
+def _site(dictionary: Dictionary, feature) -> RTSAE:
+    return dictionary.sites[dictionary.features(_key(feature))[0][0]["site"]]
 
 
 def _bare(axes) -> None:
@@ -187,9 +195,8 @@ def plot_similarity(dictionary: Dictionary, features: Sequence) -> Figure:
     """Cosines between the whole trajectories of features, each its first site's latents together."""
     paths = []
     for feature in features:
-        entry = dictionary.features(_key(feature))[0][0]
-        rtsae = dictionary.sites[entry["site"]]
-        paths.append((_trajectory(rtsae, entry) / rtsae.dynamics.scale.cpu()[:, None]).flatten())
+        scale = _site(dictionary, feature).dynamics.scale.cpu()
+        paths.append((dictionary.trajectory(_key(feature)) / scale[:, None]).flatten())
     paths = torch.nn.functional.normalize(torch.stack(paths), dim=1)
     figure = Figure(figsize=(0.32 * len(paths) + 2.4, 0.32 * len(paths) + 1.8), layout="constrained")
     axis = figure.subplots()

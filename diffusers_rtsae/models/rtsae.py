@@ -26,6 +26,26 @@ class RTSAEOutput(NamedTuple):
     reconstruction: torch.Tensor
 
 
+class FeatureTimes(NamedTuple):
+    """
+    length (`torch.Tensor`): of each feature at each anchor, relative to the activation's scale, `(features, G)`.
+    peak (`torch.Tensor`): the anchor at which it is longest, `(features,)`, counted from 0.
+    onset (`torch.Tensor`): the first anchor at which it has half of that length.
+    lifetime (`torch.Tensor`): at how many anchors it has half of it or more.
+    """
+
+    length: torch.Tensor
+    peak: torch.Tensor
+    onset: torch.Tensor
+    lifetime: torch.Tensor
+
+    @classmethod
+    def of(cls, length: torch.Tensor) -> FeatureTimes:
+        """The times of trajectories of these lengths, `(features, G)`."""
+        strong = length >= length.amax(1, keepdim=True) / 2
+        return cls(length, length.argmax(1), strong.int().argmax(1), strong.sum(1))
+
+
 class RTSAE(ModelMixin, ConfigMixin):
     r"""
     A sparse dictionary of denoising trajectories at one site of a denoiser.
@@ -144,3 +164,14 @@ class RTSAE(ModelMixin, ConfigMixin):
         """Each anchor's own innovation of a feature in activation space, `(features, G, d)`, not propagated."""
         decoder = self.decoder if latents is None else self.decoder[latents]
         return decoder.float() * (self.dynamics.residual_scale * self.dynamics.scale)[:, None]
+
+    def feature_times(self, latents: list[int] | torch.Tensor | None = None) -> FeatureTimes:
+        """
+        When features act, from the length of their trajectories (2605.27813, section 4).
+
+        Args:
+            latents (`list[int]`, *optional*): which features; all by default.
+        """
+        return FeatureTimes.of(
+            (self.feature_trajectories(latents) / self.dynamics.scale[:, None]).norm(dim=2).detach()
+        )

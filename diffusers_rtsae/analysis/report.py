@@ -1,0 +1,270 @@
+"""A dictionary explained on one page: figures, a table of its features, and for each what it sees and what it does."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.progress import track
+
+from ..files import write_text
+from ..hub import Dictionary
+from ..models import FeatureTimes
+from ..pipeline import get_dictionary
+from .find import labels_of
+from .record import record
+
+STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+_PAGE = Path(__file__).with_name("report.html")
+_MAP_SIDE = 16  # larger maps are averaged down to it
+_SHOWN_STEPS = 5
+_STEERED_TOGETHER = 32  # pictures in one call of the pipeline
+
+
+@dataclass
+class _Activity:
+    """
+    What features of one site did in the pictures that show them best, strongest first.
+
+    Args:
+        image (`torch.Tensor`): which pictures, `(features, top)`.
+        peak (`torch.Tensor`): the largest presence over time, `(features, top)`.
+        curve (`torch.Tensor`): presence over the sampler's steps, `(features, top, steps)`.
+        maps (`torch.Tensor`): activation at the shown steps, `(features, top, shown, height, width)`.
+    """
+
+    image: torch.Tensor
+    peak: torch.Tensor
+    curve: torch.Tensor
+    maps: torch.Tensor
+
+
+def _best(activities: Sequence[_Activity], top: int) -> _Activity:
+    """The `top` pictures of each feature among several lots."""
+    fields = {name: torch.cat([getattr(a, name) for a in activities], 1) for name in _Activity.__annotations__}
+    order = fields["peak"].topk(min(top, fields["peak"].shape[1]), dim=1).indices
+    return _Activity(**{name: torch.take_along_dim(v, _like(order, v), 1) for name, v in fields.items()})
+
+
+def _like(index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """`index` `(a, b)` with as many dimensions as `tensor`."""
+    return index.reshape(*index.shape, *[1] * (tensor.ndim - 2))
+
+
+def _shown(steps: int) -> list[int]:
+    """Evenly spaced steps, first and last included."""
+    count = min(_SHOWN_STEPS, steps)
+    return [round(i * (steps - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+def _activity(recording, site: str, columns: list[list[int]], first: int) -> _Activity:
+    """What the features of `columns` (each a list of latents, whose activations are summed) did in a recording."""
+    height, width = recording.sizes[site]
+    side = (min(height, _MAP_SIDE), min(width, _MAP_SIDE))
+    rows = sorted({row for column in columns for row in column})
+    place, shown = {row: i for i, row in enumerate(rows)}, _shown(len(recording.timesteps))
+    curves, maps = [], []
+    for step, latents in enumerate(recording.latents(site, rows)):
+        features = torch.stack([latents[..., [place[row] for row in column]].sum(-1) for column in columns], 0).cpu()
+        curves.append(features.mean(2))
+        if step in shown:
+            maps.append(torch.nn.functional.adaptive_avg_pool2d(features.unflatten(2, (height, width)), side))
+    curve = torch.stack(curves, 2)
+    image = torch.arange(first, first + len(recording.images)).expand(len(columns), -1)
+    return _Activity(image, curve.amax(2), curve, torch.stack(maps, 2))
+
+
+def _picture(image: Image.Image, side: int) -> str:
+    """A picture as a `data:` address, at most `side` pixels high and wide."""
+    image = image.convert("RGB")
+    image.thumbnail((side * image.width // image.height, side))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=72, method=6)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _bytes(tensor: torch.Tensor) -> str:
+    """A tensor in [0, 1] as base64 of one byte a number."""
+    return base64.b64encode((tensor.clamp(0, 1) * 255).round().to(torch.uint8).numpy().tobytes()).decode()
+
+
+def _strips(pipe, keys: Sequence, prompts: Sequence[str], seed: int, side: int, adapter_name, call: dict):
+    """Yields for each feature one picture a prompt: the prompt at all `STRENGTHS`, side by side."""
+
+    def generate(texts: list[str]) -> list[Image.Image]:
+        return pipe(texts, generator=[torch.Generator().manual_seed(seed) for _ in texts], **call).images
+
+    plain, moved = generate(list(prompts)), [s for s in STRENGTHS if s]
+    each = len(prompts) * len(moved)  # pictures a feature
+    together = max(1, _STEERED_TOGETHER // each)
+    for start in range(0, len(keys), together):
+        part = keys[start : start + together]
+        strengths = {key: [0.0] * (each * len(part)) for key in part}
+        for i, key in enumerate(part):
+            strengths[key][i * each : (i + 1) * each] = moved * len(prompts)
+        with pipe.rtsae_steering(strengths, adapter_name):
+            images = iter(generate([prompt for _ in part for prompt in prompts for _ in moved]))
+        for _ in part:
+            strips = []
+            for unsteered in plain:
+                strip = Image.new("RGB", (unsteered.width * len(STRENGTHS), unsteered.height))
+                for x, strength in enumerate(STRENGTHS):
+                    strip.paste(next(images) if strength else unsteered, (x * unsteered.width, 0))
+                strips.append(_picture(strip, side))
+            yield strips
+
+
+def _choose(dictionary: Dictionary, count: int) -> list[str | tuple[str, int]]:
+    """The labels, and of each site the `count` latents that are active most often, without the dead."""
+    chosen: list[str | tuple[str, int]] = []
+    for name, label in dictionary.labels.items():
+        if any(entry["site"] in dictionary.sites for entry in label["features"]):
+            chosen.append(name)
+    for site, rtsae in dictionary.sites.items():
+        alive = int((rtsae.density > 0).sum())
+        chosen += [(site, index) for index in rtsae.density.argsort(descending=True)[: min(count, alive)].tolist()]
+    return chosen
+
+
+def _facts(dictionary: Dictionary, key: str | tuple[str, int], path: torch.Tensor) -> dict:
+    """What the dictionary itself says of a feature whose trajectory is `path`."""
+    entry = dictionary.features(key)[0][0]
+    rtsae = dictionary.sites[entry["site"]]
+    times = FeatureTimes.of((path / rtsae.dynamics.scale.cpu()[:, None]).norm(dim=1)[None])
+    facts = {
+        "name": key if isinstance(key, str) else str(key[1]),
+        "site": list(dictionary.sites).index(entry["site"]),
+        "latents": entry["latents"],
+        "density": max(rtsae.density[entry["latents"]].tolist()),
+        "length": [round(v, 4) for v in (times.length[0] / rtsae.config.in_channels**0.5).tolist()],
+        "peak": int(times.peak),
+        "onset": int(times.onset),
+        "lifetime": int(times.lifetime),
+    }
+    if isinstance(key, str):
+        label = dictionary.labels[key]
+        return facts | {"label": True, "factor": label.get("factor"), "measured": label.get("measured", {})}
+    return facts | {"labels": labels_of(dictionary, *key)}
+
+
+def _similar(dictionary: Dictionary, keys: list, paths: list[torch.Tensor], count: int = 4) -> list[list[list]]:
+    """For each feature the others at its site with the most similar trajectories, `[position, cosine]`."""
+    found: list[list[list]] = [[] for _ in keys]
+    sites = [dictionary.features(key)[0][0]["site"] for key in keys]
+    for site, rtsae in dictionary.sites.items():
+        mine = [i for i, of in enumerate(sites) if of == site]
+        if len(mine) < 2:
+            continue
+        scaled = torch.stack([paths[i] for i in mine]) / rtsae.dynamics.scale.cpu()[:, None]
+        directions = torch.nn.functional.normalize(scaled.flatten(1), dim=1)
+        for part in torch.arange(len(mine)).split(1024):
+            cosines = directions[part] @ directions.T
+            cosines[torch.arange(len(part)), part] = -2
+            values, others = cosines.topk(min(count, len(mine) - 1), dim=1)
+            for i, near, value in zip(part.tolist(), others.tolist(), values.tolist(), strict=True):
+                found[mine[i]] = [[mine[j], round(v, 2)] for j, v in zip(near, value, strict=True)]
+    return found
+
+
+def write_report(
+    pipeline,
+    out: str | Path,
+    prompts: Sequence[str],
+    steer_prompts: Sequence[str] = (),
+    count: int = 2048,
+    steered: int = 128,
+    top: int = 4,
+    batch_size: int = 16,
+    seed: int = 0,
+    side: int = 96,
+    adapter_name: str | None = None,
+    **call,
+) -> Path:
+    """
+    Write one HTML file that explains a loaded dictionary and needs nothing besides it: figures, a table of features to
+    search, sort and filter, and for each its strongest pictures with heat maps over denoising time, when it is
+    present, and what steering it does.
+
+    Args:
+        pipeline (`DiffusionPipeline`): with a dictionary loaded; it need not steer.
+        out (`str` or `Path`): the file.
+        prompts (`Sequence[str]`): of the pictures in which features are looked for, one picture each.
+        steer_prompts (`Sequence[str]`): that features are steered on; the first of `prompts` by default.
+        count (`int`): latents of each site, those that are active most often. Labels are shown in any case.
+        steered (`int`): features that are steered: labels, then latents; four pictures each and prompt.
+        top (`int`): pictures shown of each feature.
+        batch_size (`int`): pictures generated at once, whose activations are in memory together.
+        side (`int`): height of a picture in the file, in pixels.
+        call: passed to the pipeline.
+
+    Raises:
+        `ValueError`: if there are no prompts.
+    """
+    if not prompts:
+        raise ValueError("A report needs prompts to look for features in.")
+    dictionary = get_dictionary(pipeline, adapter_name)
+    sites, keys = list(dictionary.sites), _choose(dictionary, count)
+    at = {site: [i for i, k in enumerate(keys) if dictionary.features(k)[0][0]["site"] == site] for site in sites}
+    columns = {site: [dictionary.features(keys[i])[0][0]["latents"] for i in at[site]] for site in sites}
+    at = {site: where for site, where in at.items() if where}
+
+    pictures: list[str] = []
+    found: dict[str, _Activity] = {}
+    timesteps: list[float] = []
+    for first in track(range(0, len(prompts), batch_size), "looking for features"):
+        part = list(prompts[first : first + batch_size])
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
+        recording = record(pipeline, part, adapter_name, list(at), generator=generators, **call)
+        timesteps = recording.timesteps
+        pictures += [_picture(image, side) for image in recording.images]
+        for site in at:
+            new = _activity(recording, site, columns[site], first)
+            found[site] = _best([found[site], new] if site in found else [new], top)
+
+    paths = [dictionary.trajectory(key) for key in keys]
+    facts = [_facts(dictionary, key, path) for key, path in zip(keys, paths, strict=True)]
+    for own, near in zip(facts, _similar(dictionary, keys, paths), strict=True):
+        own["similar"] = near
+    for site, where in at.items():
+        activity = found[site]
+        for row, i in enumerate(where):
+            highest = max(activity.maps[row].max().item(), 1e-6)
+            seen = activity.peak[row] > 0
+            facts[i] |= {
+                "top": [
+                    [int(image), round(peak, 3)]
+                    for image, peak, shown in zip(activity.image[row], activity.peak[row].tolist(), seen, strict=True)
+                    if shown
+                ],
+                "maps": _bytes(activity.maps[row][seen] / highest),
+                "highest": round(highest, 3),
+                "curve": [round(v, 4) for v in activity.curve[row][seen].mean(0).tolist()] if seen.any() else [],
+            }
+    steer_prompts = list(steer_prompts) or list(prompts[:1])
+    strips = _strips(pipeline, keys[:steered], steer_prompts, seed, side, adapter_name, call)
+    for own, strip in zip(facts, track(strips, "steering", total=min(steered, len(keys))), strict=False):
+        own["strips"] = strip
+
+    metrics = dictionary.config.get("metrics", {})
+    told = {
+        "base_model": dictionary.config.get("base_model"),
+        "sites": [
+            {
+                "name": site, "channels": r.config.in_channels, "latents": r.config.num_latents, "k": r.config.k,
+                "anchors": list(r.config.anchors), "metrics": metrics.get(site, {}),
+                "map": list(found[site].maps.shape[-2:]) if site in found else [0, 0],
+            }
+            for site, r in dictionary.sites.items()
+        ],
+        "timesteps": timesteps, "shown": _shown(len(timesteps)), "strengths": STRENGTHS, "prompts": list(prompts),
+        "steer_prompts": steer_prompts,
+        "images": pictures, "features": facts,
+    }  # fmt: skip
+    data = json.dumps(told, separators=(",", ":")).replace("</", "<\\/")
+    return write_text(Path(out), _PAGE.read_text(encoding="utf-8").replace("/*DATA*/", data, 1))
