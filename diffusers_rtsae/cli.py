@@ -60,21 +60,15 @@ def _pipeline(pipeline: str | None, dictionary: str | None):
     return pipe.to("cuda") if on_gpu else pipe
 
 
-def _feature(name: str) -> str | int | tuple[str, int]:
-    """A label, an index, or `site:index`, as it was typed."""
-    site, _, index = name.rpartition(":")
-    if index.isdigit():
-        return (site, int(index)) if site else int(index)
-    return name
-
-
 def _strengths(features: list[str]) -> dict:
     """`red=1.5` → `{"red": 1.5}`."""
+    from .analysis.find import parse_feature
+
     chosen = {}
     for feature in features:
         name, separator, strength = feature.rpartition("=")
         try:
-            chosen[_feature(name)] = float(strength)
+            chosen[parse_feature(name)] = float(strength)
         except ValueError:
             separator = ""
         if not separator:
@@ -255,6 +249,32 @@ def report(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_report(pipe, out, texts, steer_prompts or (), count, steered, seed=seed, **call)
     console.print(f"{out}, {out.stat().st_size / 2**20:.1f} MiB: open it in a browser")
+
+
+@app.command("app")
+def app_(
+    prompt: Annotated[
+        str, typer.Option(help="To begin with.")
+    ] = "a large heart on the left, flat, on a gray background",
+    steps: Steps = 25,
+    guidance: Guidance = 3.0,
+    port: Annotated[int | None, typer.Option(help="On which to listen; the first free one from 7860 on.")] = None,
+    share: Annotated[bool, typer.Option(help="Make a public address for it, through gradio's servers.")] = False,
+    pipeline: Pipeline = None,
+    dictionary: Source = None,
+) -> None:
+    """Play with features in a browser: sliders, a brush for where, before and after.
+
+    Example: diffusers-rtsae app
+    """
+    try:
+        from .app import build, launch
+    except ImportError as error:
+        raise ValueError(f'The app needs {error.name}: pip install "diffusers-rtsae[app]"') from None
+
+    pipe = _pipeline(pipeline, dictionary)
+    names = [str(source or _bundled(name)) for source, name in ((pipeline, "shapes-sd"), (dictionary, "shapes-rtsae"))]
+    launch(build(pipe, *names, prompt, steps, guidance), port, share)
 
 
 @app.command("list")

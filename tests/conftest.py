@@ -1,5 +1,6 @@
 """Shared fixtures: the bundled pipeline, dictionary and scorer, which are real and trained."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +59,17 @@ def draw():
         return pipe(prompts, generator=generator, **call).images
 
     return generate
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium: the system's, or the one that `playwright install chromium` brought."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_api.sync_playwright() as playwright:
+        try:
+            started = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=quiet)
+        except sync_api.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        yield started
+        started.close()

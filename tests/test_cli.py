@@ -30,7 +30,7 @@ def test_demo_with_a_wrong_dictionary_is_one_sentence(tmp_path):
     assert run.returncode != 0 and "rtsae_config.json" in run.stderr and "Traceback" not in run.stderr
 
 
-COMMANDS = ("demo", "steer", "find", "inspect", "list", "push", "train", "evaluate")
+COMMANDS = ("demo", "steer", "find", "inspect", "report", "app", "list", "push", "collect", "train", "evaluate")
 
 
 def invoke(*arguments: str, code: int = 0):
@@ -41,7 +41,7 @@ def invoke(*arguments: str, code: int = 0):
 
 def test_every_command_explains_itself_with_an_example():
     listed = invoke("--help")
-    for name in COMMANDS[:-2]:
+    for name in COMMANDS[:-3]:
         assert name in listed
         told = " ".join(invoke(name, "--help").split())
         assert f"Example: diffusers-rtsae {name}" in told
@@ -93,7 +93,39 @@ def test_training_commands_hand_their_arguments_on(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0 and "98,304 trajectories" in done.stdout
     done = subprocess.run([*command[:3], "train", "none.yaml"], capture_output=True, text=True)
-    assert done.returncode != 0
+    assert done.returncode == 2 and "none.yaml" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_collect_stops_when_the_trajectories_are_there(tmp_path):
+    recipe = Path(__file__).parents[1] / "training" / "recipes" / "shapes.yaml"
+    fewer = ["collect.count=4", "collect.batch_size=2", "collect.steps=5", "collect.tokens_per_image=8"]
+    command = [sys.executable, "-m", "diffusers_rtsae.cli", "collect", str(recipe), "--work", str(tmp_path), "--set"]
+    done = subprocess.run([*command, *fewer], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "trajectories").glob("shard-*.safetensors"))) == 2
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_report_writes_its_page(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star\n\na blue heart\n")
+    page = tmp_path / "made" / "report.html"
+    few = ["--count", 4, "--steered", 1, "--steps", 3]
+    assert "open it in a browser" in invoke("report", "--prompts", prompts, "--out", page, *few)
+    assert "a blue heart" in page.read_text() and not list(page.parent.glob("*.partial"))
+    result = CliRunner().invoke(app, ["report", "--pipeline", "somewhere", "--out", str(page)])
+    assert "needs --prompts" in str(result.exception)
+
+
+def test_app_listens_on_this_machine_alone():
+    pytest.importorskip("gradio")
+    command = [sys.executable, "-m", "diffusers_rtsae.cli", "app", "--port", "7977"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    ) as run:
+        told = next(line for line in run.stdout if "running on" in line.lower())
+        run.terminate()
+    assert "http://127.0.0.1:7977" in told
 
 
 @pytest.mark.parametrize("arguments, message", [

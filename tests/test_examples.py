@@ -21,3 +21,16 @@ def test_example_runs_and_writes_pictures(name, tmp_path, monkeypatch, capsys):
     assert written and all(path.name in told for path in written)
     for path in written:
         assert len(Image.open(path).convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_the_notebook_runs_and_is_stored_with_what_it_shows(monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", 4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    stored = [[output.output_type for output in cell.outputs] for cell in cells]
+    assert sum("image/png" in o.data for cell in cells for o in cell.outputs) == 7
+    for cell in cells:
+        cell.source = cell.source.replace("steps = 25", "steps = 3")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    assert [[o.output_type for o in cell.outputs if o.output_type != "stream"] for cell in cells] == stored

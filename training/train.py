@@ -485,7 +485,10 @@ def main() -> None:
     parser.add_argument("--collect-only", action="store_true", help="stop when the trajectories are there")
     parser.add_argument("--teraflops", type=float, default=50.0, help="what the device sustains, for the dry run")
     a = parser.parse_args()
-    recipe = load_recipe(a.recipe, a.set)
+    try:
+        recipe = load_recipe(a.recipe, a.set)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if a.dry_run:
         print(describe(plan(recipe, a.teraflops), a.teraflops))
         return

@@ -74,6 +74,14 @@ class FeatureTable(list):
         )
 
 
+def parse_feature(text: str) -> str | int | tuple[str, int]:
+    """A label, an index, or `site:index`, as it was typed."""
+    site, _, index = text.rpartition(":")
+    if index.isdigit():
+        return (site, int(index)) if site else int(index)
+    return text
+
+
 def search_labels(dictionary: Dictionary, text: str) -> list[str]:
     """The labels of a dictionary that contain `text`, or else resemble it most."""
     found = [label for label in dictionary.labels if text.lower() in label.lower()]

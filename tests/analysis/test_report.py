@@ -1,0 +1,113 @@
+"""The report page: one file, right about what it shows, and usable."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_rtsae.analysis.record import record
+from diffusers_rtsae.analysis.report import write_report
+
+SITE = "up_blocks.1.attentions.1"
+PROMPTS = ["a large red square on the left, flat, on white", "a small blue star at the top, dotted, on black"]
+PROMPTS += ["a large heart on the right, on brown"]
+CALL = {"num_inference_steps": 6, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def written(_pipeline, dictionary, tmp_path_factory):
+    _pipeline.load_rtsae(dictionary)
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    steer = ["a large heart in the centre, flat, on white", "a star"]
+    write_report(_pipeline, path, PROMPTS, steer, count=100, steered=2, top=2, batch_size=2, **CALL)
+    _pipeline.unload_rtsae()
+    return path
+
+
+@pytest.fixture(scope="module")
+def told(written):
+    (text,) = re.findall('<script type="application/json" id="data">(.*?)</script>', written.read_text(), re.DOTALL)
+    return json.loads(text)
+
+
+def test_everything_is_in_one_small_file(written, told):
+    page = written.read_text()
+    assert written.stat().st_size < 15 * 2**20
+    assert not re.search(r"""(src|href)=["']?(http|//)""", page) and "@import" not in page
+    assert len(told["features"]) == 24 + 100 and len(told["images"]) == 3
+    assert sum("strips" in feature for feature in told["features"]) == 2
+
+
+def test_what_it_says_of_a_feature_is_what_a_recording_shows(told, steered, dictionary):
+    import torch
+
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    seen = record(steered, PROMPTS[:2], generator=generators, **CALL)
+    feature = next(f for f in told["features"] if f["name"] == "red")
+    maps = seen.maps(["red"])[:, 0]
+    assert feature["top"][0][0] == int(maps.mean((2, 3)).amax(1).argmax()) == 0
+    assert feature["top"][0][1] == pytest.approx(maps[0].mean((1, 2)).max().item(), abs=2e-3)
+    stored = np.frombuffer(base64.b64decode(feature["maps"]), np.uint8).reshape(-1, 5, 8, 8)
+    expected = maps[0][told["shown"]].numpy() / feature["highest"] * 255
+    np.testing.assert_allclose(stored[0], expected, atol=2)
+    rtsae = dictionary.sites[SITE]
+    times = rtsae.feature_times(feature["latents"])
+    assert (feature["peak"], feature["onset"]) == (int(times.peak), int(times.onset))
+    assert feature["density"] == pytest.approx(rtsae.density[feature["latents"]].max().item())
+
+
+def test_strips_show_the_prompts_unsteered_in_the_middle(told, steered):
+    import torch
+
+    strip = base64.b64decode(told["features"][0]["strips"][0].partition(",")[2])
+    strip = np.asarray(Image.open(io.BytesIO(strip)).convert("RGB"), dtype=float)
+    assert strip.shape == (64, 320, 3)
+    plain = steered(told["steer_prompts"][0], generator=torch.Generator().manual_seed(0), **CALL).images[0]
+    assert np.abs(strip[:, 128:192] - np.asarray(plain)).mean() < 6  # but for the compression
+    assert np.abs(strip[:, 256:] - strip[:, 128:192]).mean() > 6
+
+
+def test_similar_features_are_similar(told, dictionary):
+    red = next(f for f in told["features"] if f["name"] == "red")
+    assert [told["features"][i]["latents"] for i, cosine in red["similar"] if cosine == 1] in ([[1877]], [])
+    assert all(-1 <= cosine <= 1 for f in told["features"] for _, cosine in f["similar"])
+
+
+def test_a_report_needs_prompts(steered, tmp_path):
+    with pytest.raises(ValueError, match="needs prompts"):
+        write_report(steered, tmp_path / "report.html", [])
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_works_in_a_browser_with_the_keyboard_alone(browser, written, width):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    errors, asked = [], []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{written.as_uri()}#red")
+    assert page.inner_text("#name") == "red"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out
+    page.focus("#search")
+    page.keyboard.type("squa")
+    assert page.inner_text("#count") == "1 of 124 features" or "square" in page.inner_text("#rows")
+    page.locator("#rows button", has_text="square").first.focus()
+    page.keyboard.press("Enter")
+    assert page.inner_text("#name") == "square" and page.url.endswith("#square")
+    assert page.evaluate("document.activeElement.id") == "detail"
+    page.fill("#search", "")
+    page.select_option("#kind", "=colour")
+    assert page.inner_text("#count") == "8 of 124 features"
+    page.locator("#head button", has_text="active on").focus()
+    page.keyboard.press("Enter")
+    shown = [float(v.split()[0]) for v in page.locator("#rows td:nth-child(4)").all_inner_texts()]
+    assert shown == sorted(shown, reverse=True) and page.get_attribute("th[aria-sort]", "aria-sort") == "descending"
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('button, input, select, canvas, svg, [role=img]')].filter(e =>"
+        " !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).length"
+    )
+    assert unnamed == 0 and not errors and len(asked) - sum(u.startswith("data:") for u in asked) == 1
+    page.close()

@@ -1,0 +1,150 @@
+"""The app, in a real browser: what a person clicks turns the picture red."""
+
+import ast
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+gradio = pytest.importorskip("gradio", reason="the app extra is not installed")
+
+from diffusers_rtsae import Dictionary  # noqa: E402
+from diffusers_rtsae.app import as_code, build, launch, options_of, painted_mask  # noqa: E402
+
+PROMPT = "a large heart in the centre, flat, on white"
+
+
+@pytest.fixture
+def address(steered):
+    page = build(steered, "examples/shapes-sd", "examples/shapes-rtsae", PROMPT, steps=12)
+    launch(page, None, False, prevent_thread_lock=True, quiet=True)
+    assert page.local_url.startswith("http://127.0.0.1:")
+    yield page.local_url
+    page.close()
+
+
+@pytest.fixture
+def tab(browser, address):
+    page = browser.new_page(viewport={"width": 1280, "height": 1100})
+    page.foreign = []  # requests to anywhere but the app itself
+    page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or page.foreign.append(r.url))
+    page.goto(address)
+    page.wait_for_selector("#features input")
+    yield page
+    page.close()
+
+
+def take(tab, label: str) -> None:
+    tab.click("#features input")
+    tab.keyboard.type(label)
+    tab.get_by_role("option", name=re.compile(f"^{label}( |$)")).wait_for()
+    tab.keyboard.press("Enter")
+    tab.locator("#features input").blur()
+    tab.wait_for_selector(f"label:has-text('{label}') >> visible=true")
+
+
+def picture(tab, name: str) -> np.ndarray:
+    """The picture as the pipeline drew it: the page shows it with eight times larger pixels."""
+    shown = tab.wait_for_selector(f"#{name} img", timeout=120_000).get_attribute("src")
+    enlarged = np.asarray(Image.open(io.BytesIO(tab.request.get(shown).body())).convert("RGB"))
+    assert enlarged.shape == (512, 512, 3)
+    return enlarged[::8, ::8]
+
+
+def generate(tab) -> tuple[np.ndarray, np.ndarray]:
+    before = tab.query_selector("#steered img")
+    old = before.get_attribute("src") if before else ""
+    tab.click("#generate")
+    tab.wait_for_function(
+        "old => { const i = document.querySelector('#steered img'); return i && i.getAttribute('src') !== old }",
+        arg=old, timeout=120_000,
+    )  # fmt: skip
+    return picture(tab, "plain"), picture(tab, "steered")
+
+
+def colours(scorer, place: str, *images: np.ndarray) -> list[str]:
+    readings = scorer.read(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255)
+    return [reading[f"{place}.colour"] for reading in readings]
+
+
+def test_find_red_move_the_slider_and_the_picture_turns_red(tab, scorer, steered):
+    take(tab, "red")
+    plain, moved = generate(tab)
+    before, after = colours(scorer, "centre", plain, moved)
+    assert before != "red" and after == "red"
+    tab.fill("#strength-0 input[type=number]", "0")
+    tab.keyboard.press("Tab")
+    again, none = generate(tab)
+    assert (again == plain).all() and (none == plain).all()
+
+    tab.get_by_role("tab", name="Code").click()
+    code = tab.inner_text("#code .cm-content")
+    ast.parse(code)
+    assert "load_rtsae('examples/shapes-rtsae')" in code and "{'red': 0" in code and "manual_seed(7)" in code
+    assert not tab.foreign
+
+
+def test_what_is_painted_is_where_it_acts(tab, scorer):
+    tab.fill("#prompt textarea", "a heart to the left of a star, flat, on white")
+    tab.fill("#seed input", "1")
+    take(tab, "orange")
+    plain, _ = generate(tab)
+    tab.wait_for_timeout(1500)  # the picture comes to the canvas
+    canvas = tab.wait_for_selector("#painted canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    left, middle = box["x"] + box["width"] / 2 - 200, box["y"] + box["height"] / 2
+    for y in range(-200, 201, 40):
+        tab.mouse.move(left, middle + y)
+        tab.mouse.down()
+        tab.mouse.move(left + 130, middle + y, steps=6)
+        tab.mouse.up()
+    tab.wait_for_timeout(1500)
+    again, moved = generate(tab)
+    assert (again == plain).all()
+    before, after = (colours(scorer, place, plain, moved) for place in ("left", "right"))
+    assert before[0] != "orange" and before[1] == "orange" and after[0] == after[1] != "orange"
+
+
+def test_a_feature_that_is_not_there_is_said(tab):
+    tab.fill("#features input", "rde")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("text=Did you mean", timeout=20_000)
+
+
+def test_painted_is_what_layers_hold():
+    empty, stroke = Image.new("RGBA", (8, 8)), Image.new("RGBA", (8, 8))
+    stroke.paste((255, 255, 255, 255), (0, 0, 4, 8))
+    assert painted_mask(None) is None and painted_mask({"layers": [empty]}) is None
+    mask = painted_mask({"layers": [empty, stroke]})
+    assert mask[:, :4].min() == 1 and mask[:, 4:].max() == 0
+
+
+def test_the_code_draws_the_same_picture(pipe, dictionary, tmp_path):
+    call = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 3.0}
+    options = options_of(0.0, 0.6, "add", "cond")
+    assert options == {"end": 0.6, "apply_to": "cond"}
+    code = as_code("examples/shapes-sd", "examples/shapes-rtsae", {"red": 1.0, 5: 0.5}, options, call, 3, False)
+    ran: dict = {}
+    exec(code, ran)
+    pipe.load_rtsae(dictionary)
+    with pipe.rtsae_steering({"red": 1.0, 5: 0.5}, end=0.6, apply_to="cond"):
+        image = pipe(generator=torch.Generator().manual_seed(3), **call).images[0]
+    assert (np.asarray(image) == np.asarray(ran["image"])).all()
+
+
+def test_a_written_preset_can_be_loaded(tab, dictionary, steered):
+    take(tab, "red")
+    take(tab, "heart")
+    tab.get_by_role("tab", name="Preset").click()
+    tab.get_by_role("button", name="Write presets.json").click()
+    with tab.expect_download() as download:
+        tab.get_by_text("Download presets.json").click()
+    presets = json.loads(open(download.value.path()).read())
+    assert presets == {"preset": {"features": [["red", 1], ["heart", 1]], "options": {}}}
+    steered.load_rtsae(Dictionary(dictionary.sites, dictionary.labels, dictionary.config, presets), "with_presets")
+    steered.set_rtsae_preset("preset", "with_presets")
