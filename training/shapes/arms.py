@@ -6,7 +6,8 @@
 Steering follows RIEBench's protocol: pairs of prompts that differ in one value give the features (the latents whose
 mean activation differs most between the two pictures); on other prompts that name the first value these are moved by
 that difference. *Gain* is the share of pictures that then show the second value, *distance* how far the pictures moved
-relative to the edited prompt's, *efficiency* gain over distance. Rows are added to the JSON as they are measured; the
+relative to the edited prompt's, *efficiency* gain over distance; the same once more with a sampler and a number of
+steps that no dictionary was trained on. Rows are added to the JSON as they are measured; the
 same command continues where it was stopped.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import statistics
 from pathlib import Path
 
+import diffusers
 import torch
 from tqdm import tqdm
 
@@ -27,12 +29,14 @@ from diffusers_rtsae.hub import write_json
 from ..evaluate import recovered, stability
 from .captions import captions
 from .evaluate import add_arguments, contents, generate, load_pipeline, stored_rows
+from .samplers import SAMPLERS
 from .scenes import FACTORS
 from .steering import NAMED, Probe, measure, probe, prompted, run, score
 
 PAIRED = [(factor, value) for factor in ("background", "style", "colour", "shape") for value in FACTORS[factor]]
 FIGURES = ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead", "recovered_online", "recovered_teacher_forced")
 STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
+ELSEWHERE = ("DPM++ 2M", 12)  # another sampler with its number of steps
 
 
 def tokens_on(one: Probe, side: int) -> torch.Tensor:
@@ -71,9 +75,49 @@ def pair_features(rtsae: RTSAE, pairs: list[torch.Tensor], probes: list[Probe], 
     return labels
 
 
+class Trial:
+    """Steering the same prompts with a sampler, and what they give without and with the edited prompt."""
+
+    def __init__(self, pipe, scorer: FactorScorer, probes: list[Probe], scheduler, steps: int, a):
+        self.pipe, self.scorer, self.probes, self.scheduler, self.steps, self.a = (
+            pipe, scorer, probes, scheduler, steps, a,
+        )  # fmt: skip
+        self.plain_images = self._run(None)
+        edited = self._run(None, [prompted(one) for one in probes])
+        self.plain = score(scorer, self.plain_images, probes)
+        self.reach = self._distance(edited)
+
+    def _run(self, strengths, prompts=None) -> torch.Tensor:
+        before, self.pipe.scheduler = self.pipe.scheduler, self.scheduler
+        options = {} if strengths is None else {"clip": False}
+        try:
+            return run(
+                self.pipe, self.probes, strengths, self.steps, self.a.guidance, self.a.batch_size, prompts, **options
+            )
+        finally:
+            self.pipe.scheduler = before
+
+    def _distance(self, images: torch.Tensor) -> float:
+        return (images - self.plain_images).square().mean((1, 2, 3)).sqrt().mean().item()
+
+    def figures(self, labels: dict[str, dict], strength: float) -> dict[str, float]:
+        """The means over all targets at one strength."""
+        images = self._run([{name: strength} for name in labels])
+        steered = score(self.scorer, images, self.probes)
+        cells = [measure(s, p, *target) for s, p, target in zip(steered, self.plain, PAIRED, strict=True)]
+        before = [measure(p, p, *target)["success"] for p, target in zip(self.plain, PAIRED, strict=True)]
+        found = {key: sum(c[key] for c in cells) / len(cells) for key in cells[0]}
+        found["gain"] = found["success"] - sum(before) / len(before)
+        found["distance"] = self._distance(images) / self.reach
+        found["efficiency"] = found["gain"] / found["distance"]
+        return {"strength": strength} | {key: round(value, 4) for key, value in found.items()}
+
+
 def summary(rows: list[dict]) -> str:
-    """Mean ± standard deviation over the seeds of each kind, at its most efficient strength."""
-    text = ["| | " + " | ".join((*FIGURES, "stability", *STEERING)) + " |", "| --- |" + " --- |" * 13]
+    """Mean ± standard deviation over the seeds of each kind, at its most efficient strength; the last two columns with
+    another sampler, each seed at its own."""
+    names = (*FIGURES, "stability", *STEERING, "success elsewhere", "efficiency elsewhere")
+    text = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for kind in dict.fromkeys(r["kind"] for r in rows):
         own = [r for r in rows if r["kind"] == kind]
         strengths = dict.fromkeys(s["strength"] for r in own for s in r["steering"])
@@ -84,6 +128,7 @@ def summary(rows: list[dict]) -> str:
         best = max(strengths, key=lambda s: statistics.mean(at(s, "efficiency")))
         cells = [[r[key] for r in own] for key in FIGURES] + [[own[0].get("stability", float("nan"))]]
         cells += [at(best, key) for key in STEERING]
+        cells += [[r["elsewhere"][key] for r in own] for key in ("success", "efficiency")]
         told = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in cells]
         text.append(f"| {kind} @{best:g} | " + " | ".join(told) + " |")
     return "\n".join(text) + "\n"
@@ -109,10 +154,11 @@ def main() -> None:
     rows = stored_rows(a.out, settings)
     choose = [probe(*target, "contradicted", a.pairs, seed=500) for target in PAIRED]
     steer = [probe(*target, "contradicted", a.pairs, seed=501) for target in PAIRED]
-    plain_images = run(pipe, steer, None, a.steps, a.guidance, a.batch_size)
-    edited = run(pipe, steer, None, a.steps, a.guidance, a.batch_size, [prompted(one) for one in steer])
-    plain = score(scorer, plain_images, steer)
-    reach = (edited - plain_images).square().mean((1, 2, 3)).sqrt().mean().item()
+    sampler, steps = ELSEWHERE
+    kind, options = SAMPLERS[sampler]
+    scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
+    here = Trial(pipe, scorer, steer, pipe.scheduler, a.steps, a)
+    elsewhere = Trial(pipe, scorer, steer, scheduler, steps, a)
     pairs, found = {}, {}  # trajectories by anchors, dictionaries by name
     for folder in tqdm(folders, unit="dictionary"):
         dictionary = load_dictionary(folder, dtype=torch.float32)
@@ -130,19 +176,9 @@ def main() -> None:
         row |= recovered(pipe, rtsae, prompts, generators, **call)
         labels = pair_features(rtsae, pairs[anchors], choose, a.features)
         pipe.load_rtsae(Dictionary({site: rtsae}, labels, dictionary.config))
-        row["steering"] = []
-        for strength in a.strengths:
-            images = run(
-                pipe, steer, [{name: strength} for name in labels], a.steps, a.guidance, a.batch_size, clip=False
-            )
-            steered = score(scorer, images, steer)
-            cells = [measure(s, p, *target) for s, p, target in zip(steered, plain, PAIRED, strict=True)]
-            figures = {key: sum(c[key] for c in cells) / len(cells) for key in cells[0]}
-            before = [measure(p, p, *target)["success"] for p, target in zip(plain, PAIRED, strict=True)]
-            figures["gain"] = figures["success"] - sum(before) / len(before)
-            figures["distance"] = (images - plain_images).square().mean((1, 2, 3)).sqrt().mean().item() / reach
-            figures["efficiency"] = figures["gain"] / figures["distance"]
-            row["steering"].append({"strength": strength} | {k: round(v, 4) for k, v in figures.items()})
+        row["steering"] = [here.figures(labels, strength) for strength in a.strengths]
+        best = max(row["steering"], key=lambda figures: figures["efficiency"])["strength"]
+        row["elsewhere"] = elsewhere.figures(labels, best)
         pipe.unload_rtsae()
         rows.append(row)
         print(row["dictionary"], row["steering"], flush=True)
