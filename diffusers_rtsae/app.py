@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import tempfile
+import threading
 from pathlib import Path
 
 import gradio as gr
@@ -19,6 +21,7 @@ from .pipeline import get_dictionary
 from .steering.edits import APPLY_TO, OPERATIONS
 
 FEATURES = 8  # sliders at most
+_DEFAULT = {"start": 0.0, "end": 1.0, "operation": "add", "apply_to": "contrast"}
 _WITHOUT_SOURCE = [operation for operation in OPERATIONS if operation not in ("transfer", "replace")]
 _SHOWN = 512  # pixels a small picture is enlarged to
 _STYLE = "#painted {min-height: 560px}"
@@ -31,21 +34,17 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def painted_mask(editor: dict | None) -> np.ndarray | None:
-    """Where something was painted, `(height, width)` in [0, 1]; `None` if nothing was."""
+    """Where something was painted, `(height, width)`: 1 there, 0 elsewhere; `None` if nothing was."""
     if editor is None or not editor["layers"]:
         return None
-    mask = np.max([np.asarray(layer.convert("RGBA"))[..., 3] for layer in editor["layers"]], axis=0) / 255
-    return mask if mask.any() else None
+    mask = np.max([np.asarray(layer.convert("RGBA"))[..., 3] for layer in editor["layers"]], axis=0) > 0
+    return mask.astype(np.float32) if mask.any() else None  # the brush is see-through, what it means is not
 
 
-def options_of(start: float, end: float, operation: str, apply_to: str) -> dict:
-    """The options that are not what an edit does by default."""
-    chosen = {"start": start, "end": end, "operation": operation, "apply_to": apply_to}
-    default = {"start": 0.0, "end": 1.0, "operation": "add", "apply_to": "contrast"}
-    return {key: value for key, value in chosen.items() if value != default[key]}
-
-
-def as_code(pipeline: str, dictionary: str, features: dict, options: dict, call: dict, seed: int, masked: bool) -> str:
+def as_code(
+    pipeline: str, dictionary: str, dtype: torch.dtype, device: str, features: dict, options: dict, call: dict,
+    seed: int, masked: bool,
+) -> str:  # fmt: skip
     """A script that makes the same picture."""
     call, told = dict(call), [f"{key}={value!r}" for key, value in options.items()]
     lines = ["import torch", "from diffusers import DiffusionPipeline"]
@@ -54,15 +53,34 @@ def as_code(pipeline: str, dictionary: str, features: dict, options: dict, call:
         told.append('mask=Image.open("mask.png")')
     generator = f"torch.Generator().manual_seed({seed})"
     arguments = [repr(call.pop("prompt")), f"generator={generator}", *(f"{k}={v!r}" for k, v in call.items())]
+    loaded = repr(pipeline) if dtype == torch.float32 else f"{pipeline!r}, dtype={dtype}"
+    moved = "" if device == "cpu" else f".to({device!r})"
     return "\n".join(
         [
             *lines, "", "import diffusers_rtsae", "",
-            f"pipe = DiffusionPipeline.from_pretrained({pipeline!r})",
+            f"pipe = DiffusionPipeline.from_pretrained({loaded}){moved}",
             f"pipe.load_rtsae({dictionary!r})",
             f"pipe.set_rtsae_features({', '.join([repr(features), *told])})",
             f"image = pipe({', '.join(arguments)}).images[0]",
         ]
     )  # fmt: skip
+
+
+def _told(function):
+    """What goes wrong is said on the page, whatever it is."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments, **options):
+        try:
+            return function(*arguments, **options)
+        except gr.Error:
+            raise
+        except Exception as error:
+            expected = isinstance(error, OSError | ValueError)
+            message = str(error) if expected else f"{type(error).__name__}: {error}"
+            raise gr.Error(message, print_exception=not expected) from error
+
+    return wrapper
 
 
 def build(pipe, pipeline: str, dictionary: str, prompt: str, steps: int = 25, guidance: float = 3.0) -> gr.Blocks:
@@ -79,12 +97,13 @@ def build(pipe, pipeline: str, dictionary: str, prompt: str, steps: int = 25, gu
     choices = [(f"{name} ({label['factor']})" if label.get("factor") else name, name)
                for name, label in loaded.labels.items()]  # fmt: skip
     files = tempfile.TemporaryDirectory(prefix="diffusers-rtsae-app-")  # lives as long as the page does
+    busy = threading.Lock()  # one pipeline, however many people
     pipe.set_progress_bar_config(disable=True)
 
     def steered(names: list[str], strengths: tuple[float, ...]) -> dict:
         features = {}
         for name, strength in zip(names, strengths, strict=False):
-            feature = parse_feature(name)
+            feature = parse_feature(name, loaded)
             loaded.features(feature)  # raises if there is none
             features[feature] = strength
         return features
@@ -97,89 +116,116 @@ def build(pipe, pipeline: str, dictionary: str, prompt: str, steps: int = 25, gu
         generator = torch.Generator().manual_seed(seed)
         return pipe(generator=generator, callback_on_step_end=on_step, **call).images[0]
 
-    def settings(prompt, steps, guidance):
+    def settings(prompt, steps, guidance, seed) -> tuple[dict, int]:
         if not prompt.strip():
             raise ValueError("Say what to draw: the prompt is empty.")
-        return {"prompt": prompt, "num_inference_steps": int(steps), "guidance_scale": guidance}
+        if seed is None:
+            raise ValueError("The seed is empty: expected a number.")
+        return {"prompt": prompt, "num_inference_steps": int(steps), "guidance_scale": guidance}, int(seed)
 
+    @_told
     def generate(
         prompt, steps, guidance, seed, locked, names, start, end, operation, apply_to, editor, before, *strengths,
         progress=gr.Progress(),  # noqa: B008 - how gradio hands it over
     ):  # fmt: skip
-        try:
-            call, seed = settings(prompt, steps, guidance), int(seed) if locked else random.randrange(2**31)
-            features = steered(names, strengths)
-            key = json.dumps([call, seed])
-            known = before is not None and before[0] == key
-            plain = before[1] if known else draw(call, seed, progress, "without steering")
-            mask = painted_mask(editor) if known else None  # what was painted, was painted on that picture
-            with pipe.rtsae_steering(features, mask=mask, **options_of(start, end, operation, apply_to)):
+        seed = seed if locked else random.randrange(2**31)
+        call, seed = settings(prompt, steps, guidance, seed)
+        features, mask = steered(names, strengths), painted_mask(editor)
+        options = {"start": start, "end": end, "operation": operation, "apply_to": apply_to}
+        key = json.dumps([call, seed])
+        with busy:
+            plain = before[1] if before and before[0] == key else None
+            if plain is None:
+                with pipe.rtsae_steering({}):
+                    plain = draw(call, seed, progress, "without steering")
+            with pipe.rtsae_steering(features, mask=mask, **options):
                 image = draw(call, seed, progress, "steered") if features else plain
-        except (OSError, ValueError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        return enlarged(plain), enlarged(image), seed, before if known else (key, plain)
+        return enlarged(plain), enlarged(image), seed, (key, plain)
 
+    @_told
     def choose(names, shown, *values):
-        """Sliders for the chosen features; those that were there keep their value, and what is none is taken back."""
-        known = []
-        for name in names:
+        """
+        Sliders for the chosen features, which keep their value; what is none is taken back. A label brings the options
+        it was verified with.
+        """
+        known, brought = [], {}
+        for name in dict.fromkeys(names):
             try:
-                steered([name], (0.0,))
+                options = loaded.features(parse_feature(name, loaded))[1]
                 known.append(name)
+                brought |= {} if name in shown else options
             except ValueError as error:
                 gr.Warning(str(error))
+        if len(known) > FEATURES:
+            gr.Warning(f"At most {FEATURES} features have sliders.")
+        known = known[:FEATURES]
         kept = dict(zip(shown, values, strict=False))
         sliders = [gr.update(visible=True, label=name, value=kept.get(name, 1.0)) for name in known]
         hidden = [gr.update(visible=False)] * (FEATURES - len(known))
-        return [gr.skip() if known == names else known, known, *sliders, *hidden]
+        options = [brought.get(key, gr.skip()) for key in ("start", "end", "operation", "apply_to")]
+        return [gr.skip() if known == names else known, known, *options, *sliders, *hidden]
+
+    def options_of(names, start, end, operation, apply_to) -> dict:
+        """The options that are not what the chosen features do by themselves."""
+        options = {"start": start, "end": end, "operation": operation, "apply_to": apply_to}
+        own = [loaded.features(parse_feature(name, loaded))[1] for name in names]
+        return {k: v for k, v in options.items() if any(label.get(k, _DEFAULT[k]) != v for label in own)}
 
     def code(prompt, steps, guidance, seed, names, start, end, operation, apply_to, editor, *strengths):
         try:
-            features, call = steered(names, strengths), settings(prompt, steps, guidance)
+            features, (call, seed) = steered(names, strengths), settings(prompt, steps, guidance, seed)
+            options = options_of(names, start, end, operation, apply_to)
         except ValueError as error:
             return f"# {error}"
-        options = options_of(start, end, operation, apply_to)
-        return as_code(pipeline, dictionary, features, options, call, int(seed), painted_mask(editor) is not None)
+        masked, device = painted_mask(editor) is not None, str(pipe.device.type)
+        return as_code(pipeline, dictionary, pipe.dtype, device, features, options, call, seed, masked)
 
+    @_told
     def export(name, names, start, end, operation, apply_to, *strengths):
         features = [[list(f) if isinstance(f, tuple) else f, s] for f, s in steered(names, strengths).items()]
         if not features:
-            raise gr.Error("Choose a feature first: a preset of none does nothing.")
-        preset = {"features": features, "options": options_of(start, end, operation, apply_to)}
+            raise ValueError("Choose a feature first: a preset of none does nothing.")
+        preset = {"features": features, "options": options_of(names, start, end, operation, apply_to)}
         path = Path(files.name, "presets.json")
         path.write_text(json.dumps({name.strip() or "preset": preset}, indent=2) + "\n", encoding="utf-8")
         return gr.update(value=str(path), visible=True)
 
+    @_told
     def save_mask(editor):
         mask = painted_mask(editor)
         if mask is None:
-            raise gr.Error("Nothing is painted: features act everywhere.")
+            raise ValueError("Nothing is painted: features act everywhere.")
         path = Path(files.name, "mask.png")
         Image.fromarray((mask * 255).astype(np.uint8)).save(path)
         return gr.update(value=str(path), visible=True)
 
+    @_told
     def look(prompt, steps, guidance, seed, names):
         if not names:
-            raise gr.Error("Choose a feature first, then see where it is active.")
-        try:
-            call, features = settings(prompt, steps, guidance), list(steered(names, (0.0,) * len(names)))
-            with pipe.rtsae_steering({}):
-                seen = record(pipe, call.pop("prompt"), generator=torch.Generator().manual_seed(int(seed)), **call)
-            return plot_heat_maps(seen, features)
-        except (OSError, ValueError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise ValueError("Choose a feature first, then see where it is active.")
+        call, seed = settings(prompt, steps, guidance, seed)
+        features = list(steered(names, (0.0,) * len(names)))
+        generator = torch.Generator().manual_seed(seed)
+        with busy, pipe.rtsae_steering({}):
+            seen = record(pipe, call.pop("prompt"), generator=generator, **call)
+        return plot_heat_maps(seen, features)
 
+    @_told
     def find(positive, negative, steps, guidance):
-        try:
-            lines = [[line for line in text.splitlines() if line.strip()] for text in (positive, negative)]
+        lines = [[line for line in text.splitlines() if line.strip()] for text in (positive, negative)]
+        with busy, pipe.rtsae_steering({}):
             table = find_features(pipe, *lines, num_inference_steps=int(steps), guidance_scale=guidance)
-        except (OSError, ValueError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
         names = [f"{f.site}:{f.index}" if sites > 1 else str(f.index) for f in table]
         rows = [[n, ", ".join(f.labels), f.present, f.specific, f.timestep] for n, f in zip(names, table, strict=True)]
         return gr.update(value=rows, visible=True), gr.update(choices=names, visible=True)
 
-    with gr.Blocks(title="diffusers-rtsae", analytics_enabled=False) as page:
+    def under(before, editor):
+        """The new picture below what was painted."""
+        background = enlarged(before[1])
+        layers = [layer for layer in (editor or {}).get("layers", []) if layer.size == background.size]
+        return {"background": background, "layers": layers, "composite": None}
+
+    with gr.Blocks(title="diffusers-rtsae", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         shown, before = gr.State([]), gr.State(None)
         gr.Markdown(f"## Steer {loaded.config.get('base_model') or 'a model'} by its features")
         with gr.Row():
@@ -197,7 +243,7 @@ def build(pipe, pipeline: str, dictionary: str, prompt: str, steps: int = 25, gu
                     locked = gr.Checkbox(True, label="keep the seed", min_width=120)
                 run = gr.Button("Generate", variant="primary", elem_id="generate")
                 with gr.Accordion("When and how", open=False):
-                    start = gr.Slider(0, 1, 0.0, step=0.01, label="from", info="0: pure noise")
+                    start = gr.Slider(0, 1, 0.0, step=0.01, label="from", info="0: pure noise", elem_id="start")
                     end = gr.Slider(0, 1, 1.0, step=0.01, label="until", info="1: the picture")
                     operation = gr.Dropdown(_WITHOUT_SOURCE, value="add", label="Operation")
                     apply_to = gr.Dropdown(list(APPLY_TO), value="contrast", label="Half of guidance")
@@ -240,8 +286,8 @@ def build(pipe, pipeline: str, dictionary: str, prompt: str, steps: int = 25, gu
             generate, [text, count, scale, seed, locked, names, *options, editor, before, *strengths],
             [shown_plain, shown_steered, seed, before], **one_at_a_time,
         )  # fmt: skip
-        before.change(lambda known: enlarged(known[1]), before, editor, queue=False)
-        names.change(choose, [names, shown, *strengths], [names, shown, *strengths])
+        before.change(under, [before, editor], editor, show_progress="hidden")
+        names.change(choose, [names, shown, *strengths], [names, shown, *options, *strengths])
         told = [text, count, scale, seed, names, *options, editor, *strengths]
         gr.on([page.load, *(c.change for c in told)], code, told, script, queue=False, show_progress="hidden")
         watch.click(look, [text, count, scale, seed, names], plot, **one_at_a_time)
@@ -250,7 +296,7 @@ def build(pipe, pipeline: str, dictionary: str, prompt: str, steps: int = 25, gu
         make.click(export, [name, names, *options, *strengths], preset_file)
         mask.click(save_mask, editor, mask_file)
     page.files = files
-    return page
+    return page.queue(api_open=False)
 
 
 def launch(page: gr.Blocks, port: int | None, share: bool, **options) -> None:
@@ -258,6 +304,7 @@ def launch(page: gr.Blocks, port: int | None, share: bool, **options) -> None:
     fonts = ["system-ui", "sans-serif"]  # none that would be fetched
     page.launch(
         server_name="127.0.0.1", server_port=port, share=share, max_file_size="8mb", footer_links=[], ssr_mode=False,
+        show_error=True,
         theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]), css=_STYLE,
         allowed_paths=[page.files.name], **options,
     )  # fmt: skip

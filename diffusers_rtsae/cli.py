@@ -60,15 +60,13 @@ def _pipeline(pipeline: str | None, dictionary: str | None):
     return pipe.to("cuda") if on_gpu else pipe
 
 
-def _strengths(features: list[str]) -> dict:
-    """`red=1.5` → `{"red": 1.5}`."""
-    from .analysis.find import parse_feature
-
-    chosen = {}
+def _strengths(features: list[str]) -> list[tuple[str, float]]:
+    """`red=1.5` → `("red", 1.5)`."""
+    chosen = []
     for feature in features:
         name, separator, strength = feature.rpartition("=")
         try:
-            chosen[parse_feature(name)] = float(strength)
+            chosen.append((name, float(strength)))
         except ValueError:
             separator = ""
         if not separator:
@@ -120,11 +118,15 @@ def steer(
     import torch
     from PIL import Image
 
+    from .analysis.find import parse_feature
+    from .pipeline import get_dictionary
+
     options = {"start": start, "end": end, "mask": mask, "operation": operation}
     if bool(features) == bool(preset):
         raise ValueError("Expected either features, like red=1.5, or --preset.")
     if preset and any(value is not None for value in options.values()):
         raise ValueError("A preset brings its own --start, --end, --mask and --operation.")
+    strengths = _strengths(features or [])
     pipe = _pipeline(pipeline, dictionary)
 
     def draw():
@@ -135,7 +137,8 @@ def steer(
     if preset:
         pipe.set_rtsae_preset(preset)
     else:
-        pipe.set_rtsae_features(_strengths(features), **options | {"mask": Image.open(mask) if mask else None})
+        named = {parse_feature(name, get_dictionary(pipe)): strength for name, strength in strengths}
+        pipe.set_rtsae_features(named, **options | {"mask": Image.open(mask) if mask else None})
     steered, beside = draw(), out.with_name(f"{out.stem}-plain{out.suffix}")
     out.parent.mkdir(parents=True, exist_ok=True)
     plain.save(beside)
@@ -227,6 +230,7 @@ def report(
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     seed: Seed = 7,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once; fewer take less memory.")] = 16,
     pipeline: Pipeline = None,
 ) -> None:
     """Explain a dictionary on one HTML page: its figures, and what each feature sees and does.
@@ -247,7 +251,7 @@ def report(
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_report(pipe, out, texts, steer_prompts or (), count, steered, seed=seed, **call)
+    write_report(pipe, out, texts, steer_prompts or (), count, steered, batch_size=batch_size, seed=seed, **call)
     console.print(f"{out}, {out.stat().st_size / 2**20:.1f} MiB: open it in a browser")
 
 

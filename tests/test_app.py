@@ -13,7 +13,7 @@ from PIL import Image
 gradio = pytest.importorskip("gradio", reason="the app extra is not installed")
 
 from diffusers_rtsae import Dictionary  # noqa: E402
-from diffusers_rtsae.app import as_code, build, launch, options_of, painted_mask  # noqa: E402
+from diffusers_rtsae.app import as_code, build, launch, painted_mask  # noqa: E402
 
 PROMPT = "a large heart in the centre, flat, on white"
 
@@ -106,8 +106,18 @@ def test_what_is_painted_is_where_it_acts(tab, scorer):
     tab.wait_for_timeout(1500)
     again, moved = generate(tab)
     assert (again == plain).all()
-    before, after = (colours(scorer, place, plain, moved) for place in ("left", "right"))
-    assert before[0] != "orange" and before[1] == "orange" and after[0] == after[1] != "orange"
+    left, right = (colours(scorer, place, plain, moved) for place in ("left", "right"))
+    assert left[0] != "orange" and left[1] == "orange" and right[0] == right[1] != "orange"
+    tab.fill("#seed input", "6")  # another picture comes to the canvas below what is painted
+    plain, moved = generate(tab)
+    left, right = (colours(scorer, place, plain, moved) for place in ("left", "right"))
+    assert left[0] != "orange" and left[1] == "orange" and right[0] == right[1] != "orange"
+    tab.wait_for_timeout(1500)
+    tab.get_by_role("button", name="Save mask.png").click()
+    with tab.expect_download() as download:
+        tab.get_by_text("Download mask.png").click()
+    mask = np.asarray(Image.open(download.value.path()))
+    assert set(np.unique(mask)) == {0, 255} and mask[:, :150].mean() > 200 and mask[:, 300:].max() == 0
 
 
 def test_a_feature_that_is_not_there_is_said(tab):
@@ -116,9 +126,33 @@ def test_a_feature_that_is_not_there_is_said(tab):
     tab.wait_for_selector("text=Did you mean", timeout=20_000)
 
 
+def test_an_empty_seed_is_said(tab):
+    tab.fill("#seed input", "")
+    tab.click("#generate")
+    tab.wait_for_selector("text=The seed is empty", timeout=20_000)
+
+
+def test_a_label_brings_the_options_it_was_verified_with(browser, pipe, dictionary):
+    labels = {"late": dictionary.labels["red"] | {"edit": {"apply_to": "cond", "start": 0.5}}}
+    pipe.load_rtsae(Dictionary(dictionary.sites, labels, dictionary.config))
+    page = build(pipe, "a", "b", PROMPT)
+    launch(page, None, False, prevent_thread_lock=True, quiet=True)
+    tab = browser.new_page(viewport={"width": 1280, "height": 1100})
+    tab.goto(page.local_url)
+    tab.wait_for_selector("#features input")
+    take(tab, "late")
+    tab.get_by_text("When and how").click()
+    tab.wait_for_function("document.querySelector('#start input[type=number]').value === '0.5'")
+    assert tab.get_by_label("Half of guidance").input_value() == "cond"
+    tab.get_by_role("tab", name="Code").click()
+    assert "set_rtsae_features({'late': 1})" in tab.inner_text("#code .cm-content")  # it does so by itself
+    tab.close()
+    page.close()
+
+
 def test_painted_is_what_layers_hold():
     empty, stroke = Image.new("RGBA", (8, 8)), Image.new("RGBA", (8, 8))
-    stroke.paste((255, 255, 255, 255), (0, 0, 4, 8))
+    stroke.paste((255, 255, 255, 176), (0, 0, 4, 8))  # the brush is see-through
     assert painted_mask(None) is None and painted_mask({"layers": [empty]}) is None
     mask = painted_mask({"layers": [empty, stroke]})
     assert mask[:, :4].min() == 1 and mask[:, 4:].max() == 0
@@ -126,9 +160,11 @@ def test_painted_is_what_layers_hold():
 
 def test_the_code_draws_the_same_picture(pipe, dictionary, tmp_path):
     call = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 3.0}
-    options = options_of(0.0, 0.6, "add", "cond")
-    assert options == {"end": 0.6, "apply_to": "cond"}
-    code = as_code("examples/shapes-sd", "examples/shapes-rtsae", {"red": 1.0, 5: 0.5}, options, call, 3, False)
+    options, sources = {"end": 0.6, "apply_to": "cond"}, ("examples/shapes-sd", "examples/shapes-rtsae")
+    features = {"red": 1.0, 5: 0.5}
+    code = as_code(*sources, torch.float32, "cpu", features, options, call, 3, False)
+    on_gpu = as_code(*sources, torch.float16, "cuda", features, options, call, 3, True)
+    assert "dtype=torch.float16).to('cuda')" in on_gpu and 'mask=Image.open("mask.png")' in on_gpu
     ran: dict = {}
     exec(code, ran)
     pipe.load_rtsae(dictionary)

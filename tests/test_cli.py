@@ -1,7 +1,10 @@
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -119,13 +122,25 @@ def test_report_writes_its_page(tmp_path):
 
 def test_app_listens_on_this_machine_alone():
     pytest.importorskip("gradio")
-    command = [sys.executable, "-m", "diffusers_rtsae.cli", "app", "--port", "7977"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    ) as run:
-        told = next(line for line in run.stdout if "running on" in line.lower())
-        run.terminate()
-    assert "http://127.0.0.1:7977" in told
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "diffusers_rtsae.cli", "app", "--port", str(port)]
+    with subprocess.Popen(command) as run:
+        try:
+            for _ in range(600):
+                with socket.socket() as client:
+                    if client.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                assert run.poll() is None
+                time.sleep(0.2)
+            with socket.socket() as outside, pytest.raises(ConnectionRefusedError):
+                outside.connect((socket.gethostbyname(socket.gethostname()), port))
+                if outside.getpeername()[0].startswith("127."):  # this machine knows itself by no other name
+                    raise ConnectionRefusedError
+            assert b"<html" in urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60).read()
+        finally:
+            run.terminate()
 
 
 @pytest.mark.parametrize("arguments, message", [

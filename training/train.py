@@ -364,8 +364,6 @@ def collect_stage(
     recipe: Recipe, work: Path, accelerator: Accelerator, shards: str | None, pipe, samples, anchors
 ) -> TrajectoryStore:
     """Every process makes its shards of the trajectories, and waits for the others."""
-    if recipe.collect.buffer is not None:
-        raise ValueError("This recipe streams (`collect.buffer`): it keeps no trajectories to collect.")
     scorer = FactorScorer.from_pretrained(recipe.scorer).to(accelerator.device) if recipe.scorer else None
     store = open_store(recipe, work, samples, anchors, pipe, shards)
     if accelerator.is_main_process:
@@ -493,6 +491,8 @@ def main() -> None:
         print(describe(plan(recipe, a.teraflops), a.teraflops))
         return
     work = a.work or Path("runs") / a.recipe.stem
+    if a.collect_only and recipe.collect.buffer is not None:
+        parser.error("this recipe streams (`collect.buffer`): it keeps no trajectories to collect")
     if a.out is None and not a.collect_only:
         parser.error("the following arguments are required: --out")
     accelerator = new_accelerator(recipe, work, a.cpu or not torch.cuda.is_available())

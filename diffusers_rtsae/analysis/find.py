@@ -74,12 +74,12 @@ class FeatureTable(list):
         )
 
 
-def parse_feature(text: str) -> str | int | tuple[str, int]:
-    """A label, an index, or `site:index`, as it was typed."""
+def parse_feature(text: str, dictionary: Dictionary) -> str | int | tuple[str, int]:
+    """A label of the dictionary, an index, or `site:index`, as it was typed."""
     site, _, index = text.rpartition(":")
-    if index.isdigit():
-        return (site, int(index)) if site else int(index)
-    return text
+    if text in dictionary.labels or not index.isdigit():
+        return text
+    return (site, int(index)) if site else int(index)
 
 
 def search_labels(dictionary: Dictionary, text: str) -> list[str]:

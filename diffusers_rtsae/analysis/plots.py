@@ -87,7 +87,7 @@ def _bare(axes) -> None:
 
 def _overlay(axis, image, activation: torch.Tensor, top: float) -> None:
     """An activation map `(height, width)` over a picture; brightest at `top`."""
-    whole = {"extent": (0, 1, 0, 1), "interpolation": "nearest"}
+    whole = {"extent": (0, image.width, 0, image.height), "interpolation": "nearest"}
     axis.imshow(image, alpha=0.35, **whole)
     axis.imshow(activation, vmin=0, vmax=top, cmap="magma", alpha=0.75, **whole)
 
@@ -122,7 +122,7 @@ def plot_heat_maps(recording: Recording, features: Sequence, image: int = 0, col
             _overlay(axes[y, x], recording.images[image], activations[y, step], top)
             if y == 0:
                 axes[y, x].set_title(f"t = {timesteps[step]:g}", fontsize=8)
-        axes[y, -1].imshow(recording.images[image], extent=(0, 1, 0, 1), interpolation="nearest")
+        axes[y, -1].imshow(recording.images[image], interpolation="nearest")
         axes[y, 0].set_ylabel(_name(feature), fontsize=9, rotation=0, ha="right", va="center")
     axes[0, -1].set_title("picture", fontsize=8)
     _bare(axes.flat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,9 @@ from .record import record
 
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 _PAGE = Path(__file__).with_name("report.html")
-_MAP_SIDE = 16  # larger maps are averaged down to it
 _SHOWN_STEPS = 5
-_STEERED_TOGETHER = 32  # pictures in one call of the pipeline
+_MAP_SIDES = (16, 12, 8, 6, 4)  # larger maps are averaged down to the first of these with which
+_MAP_BYTES = 5_000_000  # all maps fit into this
 
 
 @dataclass
@@ -63,10 +64,15 @@ def _shown(steps: int) -> list[int]:
     return [round(i * (steps - 1) / max(count - 1, 1)) for i in range(count)]
 
 
-def _activity(recording, site: str, columns: list[list[int]], first: int) -> _Activity:
+def _map_side(features: int, top: int) -> int:
+    """Into how large maps those of all features fit."""
+    return next((s for s in _MAP_SIDES if features * top * _SHOWN_STEPS * s * s <= _MAP_BYTES), _MAP_SIDES[-1])
+
+
+def _activity(recording, site: str, columns: list[list[int]], first: int, side: int) -> _Activity:
     """What the features of `columns` (each a list of latents, whose activations are summed) did in a recording."""
     height, width = recording.sizes[site]
-    side = (min(height, _MAP_SIDE), min(width, _MAP_SIDE))
+    size = (min(height, side), min(width, side))
     rows = sorted({row for column in columns for row in column})
     place, shown = {row: i for i, row in enumerate(rows)}, _shown(len(recording.timesteps))
     curves, maps = [], []
@@ -74,7 +80,7 @@ def _activity(recording, site: str, columns: list[list[int]], first: int) -> _Ac
         features = torch.stack([latents[..., [place[row] for row in column]].sum(-1) for column in columns], 0).cpu()
         curves.append(features.mean(2))
         if step in shown:
-            maps.append(torch.nn.functional.adaptive_avg_pool2d(features.unflatten(2, (height, width)), side))
+            maps.append(torch.nn.functional.adaptive_avg_pool2d(features.unflatten(2, (height, width)), size))
     curve = torch.stack(curves, 2)
     image = torch.arange(first, first + len(recording.images)).expand(len(columns), -1)
     return _Activity(image, curve.amax(2), curve, torch.stack(maps, 2))
@@ -94,23 +100,26 @@ def _bytes(tensor: torch.Tensor) -> str:
     return base64.b64encode((tensor.clamp(0, 1) * 255).round().to(torch.uint8).numpy().tobytes()).decode()
 
 
-def _strips(pipe, keys: Sequence, prompts: Sequence[str], seed: int, side: int, adapter_name, call: dict):
+def _strips(
+    pipe, keys: Sequence, prompts: Sequence[str], seed: int, batch_size: int, side: int, adapter_name, call: dict
+):
     """Yields for each feature one picture a prompt: the prompt at all `STRENGTHS`, side by side."""
 
     def generate(texts: list[str]) -> list[Image.Image]:
         return pipe(texts, generator=[torch.Generator().manual_seed(seed) for _ in texts], **call).images
 
-    plain, moved = generate(list(prompts)), [s for s in STRENGTHS if s]
-    each = len(prompts) * len(moved)  # pictures a feature
-    together = max(1, _STEERED_TOGETHER // each)
-    for start in range(0, len(keys), together):
-        part = keys[start : start + together]
-        strengths = {key: [0.0] * (each * len(part)) for key in part}
-        for i, key in enumerate(part):
-            strengths[key][i * each : (i + 1) * each] = moved * len(prompts)
+    plain = [generate([prompt])[0] for prompt in prompts]
+    jobs = [(key, prompt, strength) for key in keys for prompt in prompts for strength in STRENGTHS if strength]
+    done: list[Image.Image] = []
+    each = len(prompts) * (len(STRENGTHS) - 1)
+    for start in range(0, len(jobs), batch_size):
+        part = jobs[start : start + batch_size]
+        steered = dict.fromkeys(key for key, _, _ in part)
+        strengths = {name: [s if key == name else 0.0 for key, _, s in part] for name in steered}
         with pipe.rtsae_steering(strengths, adapter_name):
-            images = iter(generate([prompt for _ in part for prompt in prompts for _ in moved]))
-        for _ in part:
+            done += generate([prompt for _, prompt, _ in part])
+        while len(done) >= each:
+            images, done = iter(done[:each]), done[each:]
             strips = []
             for unsteered in plain:
                 strip = Image.new("RGB", (unsteered.width * len(STRENGTHS), unsteered.height))
@@ -127,8 +136,8 @@ def _choose(dictionary: Dictionary, count: int) -> list[str | tuple[str, int]]:
         if any(entry["site"] in dictionary.sites for entry in label["features"]):
             chosen.append(name)
     for site, rtsae in dictionary.sites.items():
-        alive = int((rtsae.density > 0).sum())
-        chosen += [(site, index) for index in rtsae.density.argsort(descending=True)[: min(count, alive)].tolist()]
+        known = int((rtsae.density > 0).sum()) or len(rtsae.density)  # a dictionary may come without statistics
+        chosen += [(site, index) for index in rtsae.density.argsort(descending=True)[: min(count, known)].tolist()]
     return chosen
 
 
@@ -172,6 +181,19 @@ def _similar(dictionary: Dictionary, keys: list, paths: list[torch.Tensor], coun
     return found
 
 
+def _json(told) -> str:
+    """JSON that can stand inside a page: no tags, and `null` for what is no number."""
+
+    def clean(value):
+        if isinstance(value, dict):
+            return {key: clean(v) for key, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(clean(told), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
 def write_report(
     pipeline,
     out: str | Path,
@@ -185,7 +207,7 @@ def write_report(
     side: int = 96,
     adapter_name: str | None = None,
     **call,
-) -> Path:
+) -> None:
     """
     Write one HTML file that explains a loaded dictionary and needs nothing besides it: figures, a table of features to
     search, sort and filter, and for each its strongest pictures with heat maps over denoising time, when it is
@@ -197,9 +219,10 @@ def write_report(
         prompts (`Sequence[str]`): of the pictures in which features are looked for, one picture each.
         steer_prompts (`Sequence[str]`): that features are steered on; the first of `prompts` by default.
         count (`int`): latents of each site, those that are active most often. Labels are shown in any case.
-        steered (`int`): features that are steered: labels, then latents; four pictures each and prompt.
+        steered (`int`): features that are steered: labels, then latents; four pictures each and prompt. Labels whose
+            operation is not `add` are left out.
         top (`int`): pictures shown of each feature.
-        batch_size (`int`): pictures generated at once, whose activations are in memory together.
+        batch_size (`int`): pictures generated at once; the activations of so many are in memory.
         side (`int`): height of a picture in the file, in pixels.
         call: passed to the pipeline.
 
@@ -210,6 +233,8 @@ def write_report(
         raise ValueError("A report needs prompts to look for features in.")
     dictionary = get_dictionary(pipeline, adapter_name)
     sites, keys = list(dictionary.sites), _choose(dictionary, count)
+    if not keys:
+        raise ValueError("There is nothing to report: the dictionary has no labels, and `count` is 0.")
     at = {site: [i for i, k in enumerate(keys) if dictionary.features(k)[0][0]["site"] == site] for site in sites}
     columns = {site: [dictionary.features(keys[i])[0][0]["latents"] for i in at[site]] for site in sites}
     at = {site: where for site, where in at.items() if where}
@@ -217,15 +242,19 @@ def write_report(
     pictures: list[str] = []
     found: dict[str, _Activity] = {}
     timesteps: list[float] = []
+    kinds = {dictionary.sites[site].config.activation for site in at}
+    side_of_maps = _map_side(len(keys), top)
     for first in track(range(0, len(prompts), batch_size), "looking for features"):
         part = list(prompts[first : first + batch_size])
-        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
-        recording = record(pipeline, part, adapter_name, list(at), generator=generators, **call)
-        timesteps = recording.timesteps
+        for kind in kinds:  # sites of one kind are recorded together
+            of_kind = [site for site in at if dictionary.sites[site].config.activation == kind]
+            generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
+            recording = record(pipeline, part, adapter_name, of_kind, generator=generators, **call)
+            for site in of_kind:
+                new = _activity(recording, site, columns[site], first, side_of_maps)
+                found[site] = _best([found[site], new] if site in found else [new], top)
+        timesteps, aspect = recording.timesteps, recording.images[0].width / recording.images[0].height
         pictures += [_picture(image, side) for image in recording.images]
-        for site in at:
-            new = _activity(recording, site, columns[site], first)
-            found[site] = _best([found[site], new] if site in found else [new], top)
 
     paths = [dictionary.trajectory(key) for key in keys]
     facts = [_facts(dictionary, key, path) for key, path in zip(keys, paths, strict=True)]
@@ -247,24 +276,26 @@ def write_report(
                 "curve": [round(v, 4) for v in activity.curve[row][seen].mean(0).tolist()] if seen.any() else [],
             }
     steer_prompts = list(steer_prompts) or list(prompts[:1])
-    strips = _strips(pipeline, keys[:steered], steer_prompts, seed, side, adapter_name, call)
-    for own, strip in zip(facts, track(strips, "steering", total=min(steered, len(keys))), strict=False):
-        own["strips"] = strip
+    adding = [i for i, key in enumerate(keys) if dictionary.features(key)[1].get("operation", "add") == "add"][
+        :steered
+    ]
+    strips = _strips(pipeline, [keys[i] for i in adding], steer_prompts, seed, batch_size, side, adapter_name, call)
+    for i, strip in zip(adding, track(strips, "steering", total=len(adding)), strict=True):
+        facts[i]["strips"] = strip
 
-    metrics = dictionary.config.get("metrics", {})
+    metrics = dictionary.config.get("metrics") or {}
     told = {
         "base_model": dictionary.config.get("base_model"),
         "sites": [
             {
                 "name": site, "channels": r.config.in_channels, "latents": r.config.num_latents, "k": r.config.k,
-                "anchors": list(r.config.anchors), "metrics": metrics.get(site, {}),
+                "anchors": list(r.config.anchors), "metrics": metrics.get(site) or {},
                 "map": list(found[site].maps.shape[-2:]) if site in found else [0, 0],
             }
             for site, r in dictionary.sites.items()
         ],
         "timesteps": timesteps, "shown": _shown(len(timesteps)), "strengths": STRENGTHS, "prompts": list(prompts),
         "steer_prompts": steer_prompts,
-        "images": pictures, "features": facts,
+        "images": pictures, "aspect": aspect, "features": facts,
     }  # fmt: skip
-    data = json.dumps(told, separators=(",", ":")).replace("</", "<\\/")
-    return write_text(Path(out), _PAGE.read_text(encoding="utf-8").replace("/*DATA*/", data, 1))
+    write_text(Path(out), _PAGE.read_text(encoding="utf-8").replace("/*DATA*/", _json(told), 1))

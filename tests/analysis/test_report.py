@@ -7,10 +7,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from diffusers_rtsae import RTSAE, Dictionary
 from diffusers_rtsae.analysis.record import record
-from diffusers_rtsae.analysis.report import write_report
+from diffusers_rtsae.analysis.report import _map_side, write_report
 
 SITE = "up_blocks.1.attentions.1"
 PROMPTS = ["a large red square on the left, flat, on white", "a small blue star at the top, dotted, on black"]
@@ -43,8 +45,6 @@ def test_everything_is_in_one_small_file(written, told):
 
 
 def test_what_it_says_of_a_feature_is_what_a_recording_shows(told, steered, dictionary):
-    import torch
-
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     seen = record(steered, PROMPTS[:2], generator=generators, **CALL)
     feature = next(f for f in told["features"] if f["name"] == "red")
@@ -61,8 +61,6 @@ def test_what_it_says_of_a_feature_is_what_a_recording_shows(told, steered, dict
 
 
 def test_strips_show_the_prompts_unsteered_in_the_middle(told, steered):
-    import torch
-
     strip = base64.b64decode(told["features"][0]["strips"][0].partition(",")[2])
     strip = np.asarray(Image.open(io.BytesIO(strip)).convert("RGB"), dtype=float)
     assert strip.shape == (64, 320, 3)
@@ -72,9 +70,62 @@ def test_strips_show_the_prompts_unsteered_in_the_middle(told, steered):
 
 
 def test_similar_features_are_similar(told, dictionary):
-    red = next(f for f in told["features"] if f["name"] == "red")
-    assert [told["features"][i]["latents"] for i, cosine in red["similar"] if cosine == 1] in ([[1877]], [])
-    assert all(-1 <= cosine <= 1 for f in told["features"] for _, cosine in f["similar"])
+    rtsae, features = dictionary.sites[SITE], told["features"]
+    paths = (rtsae.feature_trajectories() / rtsae.dynamics.scale[:, None]).flatten(1).detach()
+    paths = torch.nn.functional.normalize(paths, dim=1)
+    alone = [i for i, f in enumerate(features) if not f.get("label")]
+    for i in alone[:5]:
+        assert len(features[i]["similar"]) == 4
+        for j, cosine in features[i]["similar"]:
+            if j in alone:
+                expected = paths[features[i]["latents"]] @ paths[features[j]["latents"]].T
+                assert cosine == pytest.approx(expected.item(), abs=0.006)
+
+
+def test_maps_of_many_features_fit():
+    for features, top in ((2048, 4), (4096, 4), (100, 4)):
+        side = _map_side(features, top)
+        assert features * top * 5 * side**2 * 4 / 3 < 7 * 2**20
+    assert _map_side(100, 4) == 16
+
+
+@pytest.fixture
+def strange(pipe):
+    """Two sites of different kinds, no labels, no metrics, latents that are never active; wide pictures."""
+    torch.manual_seed(0)
+    sites = {}
+    for site, width, kind in (("mid_block", 192, "output"), (SITE, 160, "update")):
+        rtsae = RTSAE(site, width, [961, 1], 12, 2, kind)
+        rtsae.threshold.fill_(0.1)
+        rtsae.encoder_bias.data[:3] = -1e4
+        sites[site] = rtsae
+    pipe.load_rtsae(Dictionary(sites, {}, {"metrics": None}))
+    return pipe
+
+
+def test_a_strange_dictionary_is_reported_too(strange, browser, tmp_path):
+    path, prompts = tmp_path / "report.html", ["</script><!-- <script> \"a\" 'star'", "a heart"]
+    write_report(strange, path, prompts, steered=3, batch_size=2, height=64, width=96, **CALL)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"{path.as_uri()}#{SITE}:5")
+    assert page.inner_text("#name") == "latent 5" and SITE in page.inner_text("#detail")
+    assert page.inner_text("#count") == "24 of 24 features"
+    page.select_option("#site", "0")
+    assert page.inner_text("#count") == "12 of 24 features"
+    page.fill("#search", "1")
+    page.locator("#rows button").first.click()
+    assert page.inner_text("#name") == "latent 1" and "active in none of the pictures" in page.inner_text("#detail")
+    page.reload()
+    assert page.inner_text("#name") == "latent 1" and "mid_block" in page.inner_text("#detail")
+    page.goto(f"{path.as_uri()}#mid_block:5")
+    page.reload()
+    box = page.locator("#detail .maps img").first.bounding_box()
+    assert box["width"] / box["height"] == pytest.approx(1.5, abs=0.02)
+    page.goto(f"{path.as_uri()}#%E0%A4%A")
+    assert not errors
+    page.close()
 
 
 def test_a_report_needs_prompts(steered, tmp_path):
@@ -93,7 +144,9 @@ def test_the_page_works_in_a_browser_with_the_keyboard_alone(browser, written, w
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out
     page.focus("#search")
     page.keyboard.type("squa")
-    assert page.inner_text("#count") == "1 of 124 features" or "square" in page.inner_text("#rows")
+    page.wait_for_function("document.querySelector('#count').textContent !== '124 of 124 features'")
+    matching = page.locator("#rows tr").all_inner_texts()
+    assert len(matching) == 2 and "square" in matching[0] and "1122" in matching[1]
     page.locator("#rows button", has_text="square").first.focus()
     page.keyboard.press("Enter")
     assert page.inner_text("#name") == "square" and page.url.endswith("#square")

@@ -150,7 +150,7 @@ def main() -> None:
     if not folders:
         raise ValueError(f"{a.dictionaries} holds no dictionaries: train `recipes/arms.yaml` first.")
     settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size")}
-    settings["contents"] = contents(a.pipeline, a.dictionaries)
+    settings |= {"contents": contents(a.pipeline, a.dictionaries), "elsewhere": str(ELSEWHERE)}
     rows = stored_rows(a.out, settings)
     choose = [probe(*target, "contradicted", a.pairs, seed=500) for target in PAIRED]
     steer = [probe(*target, "contradicted", a.pairs, seed=501) for target in PAIRED]
