@@ -29,7 +29,7 @@ def test_the_notebook_runs_and_is_stored_with_what_it_shows(monkeypatch):
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", 4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     stored = [[output.output_type for output in cell.outputs] for cell in cells]
-    assert sum("image/png" in o.data for cell in cells for o in cell.outputs) == 7
+    assert sum("image/png" in o.data for cell in cells for o in cell.outputs) == 8
     for cell in cells:
         cell.source = cell.source.replace("steps = 25", "steps = 3")
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
