@@ -126,10 +126,25 @@ def test_a_feature_that_is_not_there_is_said(tab):
     tab.wait_for_selector("text=Did you mean", timeout=20_000)
 
 
-def test_an_empty_seed_is_said(tab):
+def test_what_is_missing_is_said(tab):
+    def says(message: str) -> None:
+        tab.locator(".toast-body", has_text=message).first.wait_for(timeout=20_000)
+
+    tab.fill("#prompt textarea", " ")
+    tab.click("#generate")
+    says("Say what to draw")
+    tab.fill("#prompt textarea", PROMPT)
     tab.fill("#seed input", "")
     tab.click("#generate")
-    tab.wait_for_selector("text=The seed is empty", timeout=20_000)
+    says("The seed is empty")
+    tab.get_by_role("button", name="Save mask.png").click()
+    says("Nothing is painted")
+    tab.get_by_role("tab", name="Preset").click()
+    tab.get_by_role("button", name="Write presets.json").click()
+    says("a preset of none")
+    tab.get_by_role("tab", name="When they are active").click()
+    tab.get_by_role("button", name="Show").click()
+    says("then see where it is active")
 
 
 def test_a_label_brings_the_options_it_was_verified_with(browser, pipe, dictionary):
@@ -142,7 +157,7 @@ def test_a_label_brings_the_options_it_was_verified_with(browser, pipe, dictiona
     tab.wait_for_selector("#features input")
     take(tab, "late")
     tab.get_by_text("When and how").click()
-    tab.wait_for_function("document.querySelector('#start input[type=number]').value === '0.5'")
+    tab.wait_for_function("document.querySelector('#start input[type=number]')?.value === '0.5'")
     assert tab.get_by_label("Half of guidance").input_value() == "cond"
     tab.get_by_role("tab", name="Code").click()
     assert "set_rtsae_features({'late': 1})" in tab.inner_text("#code .cm-content")  # it does so by itself

@@ -27,6 +27,7 @@ from diffusers_rtsae import RTSAE, Dictionary, cli, load_dictionary
 from diffusers_rtsae.analysis import find
 from diffusers_rtsae.analysis.plots import plot_crops
 from diffusers_rtsae.analysis.record import Recorder, record
+from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME
 
 SITE = "up_blocks.1.attentions.1"
@@ -225,6 +226,19 @@ def command_line_without_typer(world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "typer", None)  # what Python finds where it is not installed
         runpy.run_path(cli.__file__)
+
+
+def app_without_gradio(world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "gradio", None)
+        patch.delitem(sys.modules, "diffusers_rtsae.app", raising=False)
+        cli.app_()
+
+
+def report_of_nothing(world, prompts=("a star",)):
+    world.pipe.unload_rtsae()
+    world.pipe.load_rtsae(Dictionary(world.dictionary.sites, {}, world.dictionary.config))
+    write_report(world.pipe, world.empty / "report.html", prompts, count=0)
 
 
 # what was done: how, what is raised, and the whole message, where … stands for anything
@@ -888,6 +902,26 @@ MISUSE = {
         ValueError,
         "Expected FEATURE=STRENGTH, like red=1.5 or 1234=-0.5, got 'red'.",
     ),
+    "a report on another pipeline without prompts": (
+        lambda world: cli.report(pipeline="another"),
+        ValueError,
+        "A report on another pipeline needs --prompts, a text file with one prompt a line.",
+    ),
+    "a report without prompts": (
+        lambda world: report_of_nothing(world, ()),
+        ValueError,
+        "A report needs prompts to look for features in.",
+    ),
+    "a report of no features": (
+        report_of_nothing,
+        ValueError,
+        "There is nothing to report: the dictionary has no labels, and `count` is 0.",
+    ),
+    "the app without gradio": (
+        app_without_gradio,
+        ValueError,
+        'The app needs gradio: pip install "diffusers-rtsae[app]"',
+    ),
     "training without a clone": (
         train_without_a_clone,
         ValueError,
@@ -895,12 +929,17 @@ MISUSE = {
     ),
 }
 
-# messages that need a server or huge files: what the tests elsewhere look for, and in which file
+# messages that need a server, a browser or huge files: what the tests elsewhere look for, and in which file
 ELSEWHERE = {
     "it has no rtsae_config.json.": ("it has no rtsae_config.json", "test_hub.py"),
     "… arrived damaged: its SHA-256 is … instead of … .": ("arrived damaged: its SHA-256 is", "test_hub.py"),
     "… could not be pushed to the Hub: …": ("could not be pushed to the Hub: ", "test_hub.py"),
     "The Hub could not be asked for dictionaries: …": ("The Hub could not be asked for dictionaries: ", "test_hub.py"),
+    "Say what to draw: the prompt is empty.": ("Say what to draw", "test_app.py"),
+    "The seed is empty: expected a number.": ("The seed is empty", "test_app.py"),
+    "Choose a feature first: a preset of none does nothing.": ("a preset of none", "test_app.py"),
+    "Choose a feature first, then see where it is active.": ("then see where it is active", "test_app.py"),
+    "Nothing is painted: features act everywhere.": ("Nothing is painted", "test_app.py"),
     "… is too large: expected at most … MB of JSON.": ("is too large", "test_security.py"),
     "… is nested more than … levels deep.": ("nested more than 32 levels deep", "test_security.py"),
 }
@@ -920,6 +959,8 @@ def messages(source: str):
             continue
         assert isinstance(node.exc, ast.Call), f"write the message out: {ast.unparse(node)}"
         kind, text = ast.unparse(node.exc.func), node.exc.args[0]
+        if kind == "gr.Error":  # the app passes on what was raised
+            continue
         for said in (text.body, text.orelse) if isinstance(text, ast.IfExp) else (text,):
             if isinstance(said, ast.Constant) and isinstance(said.value, int):
                 continue  # the status a process exits with

@@ -279,7 +279,9 @@ class DictionaryTrainer:
         if self.blocks is not None:
             decoder.grad.mul_(self.blocks)
             self.rtsae.encoder.grad.mul_(self.blocks)
-        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        # gradients of norm 1 at every step: the large ones of the beginning would make Adam's steps small for long
+        gradients = [parameter.grad for parameter in self.parameters.values()]
+        torch._foreach_div_(gradients, nn.utils.get_total_norm(gradients).clamp(min=1e-12))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._normalise()
