@@ -284,7 +284,7 @@ def build(pipe, pipeline: str, dictionary: str, prompt: str, steps: int = 25, gu
         options = [start, end, operation, apply_to]
         run.click(
             generate, [text, count, scale, seed, locked, names, *options, editor, before, *strengths],
-            [shown_plain, shown_steered, seed, before], **one_at_a_time,
+            [shown_plain, shown_steered, seed, before], show_progress_on=[shown_plain, shown_steered], **one_at_a_time,
         )  # fmt: skip
         before.change(under, [before, editor], editor, show_progress="hidden")
         names.change(choose, [names, shown, *strengths], [names, shown, *options, *strengths])
