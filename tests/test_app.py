@@ -66,6 +66,13 @@ def generate(tab) -> tuple[np.ndarray, np.ndarray]:
     return picture(tab, "plain"), picture(tab, "steered")
 
 
+def shown_code(tab, part: str) -> str:
+    """The code, once it has `part`: it follows what is clicked a moment later."""
+    tab.get_by_role("tab", name="Code").click()
+    tab.wait_for_function("part => document.querySelector('#code .cm-content')?.innerText.includes(part)", arg=part)
+    return tab.inner_text("#code .cm-content")
+
+
 def colours(scorer, place: str, *images: np.ndarray) -> list[str]:
     readings = scorer.read(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255)
     return [reading[f"{place}.colour"] for reading in readings]
@@ -81,10 +88,9 @@ def test_find_red_move_the_slider_and_the_picture_turns_red(tab, scorer, steered
     again, none = generate(tab)
     assert (again == plain).all() and (none == plain).all()
 
-    tab.get_by_role("tab", name="Code").click()
-    code = tab.inner_text("#code .cm-content")
+    code = shown_code(tab, "{'red': 0")
     ast.parse(code)
-    assert "load_rtsae('examples/shapes-rtsae')" in code and "{'red': 0" in code and "manual_seed(7)" in code
+    assert "load_rtsae('examples/shapes-rtsae')" in code and "manual_seed(7)" in code
     assert not tab.foreign
 
 
@@ -93,7 +99,7 @@ def test_what_is_painted_is_where_it_acts(tab, scorer):
     tab.fill("#seed input", "1")
     take(tab, "orange")
     plain, _ = generate(tab)
-    tab.wait_for_timeout(1500)  # the picture comes to the canvas
+    tab.wait_for_timeout(3000)  # the picture comes to the canvas
     canvas = tab.wait_for_selector("#painted canvas")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
@@ -159,8 +165,7 @@ def test_a_label_brings_the_options_it_was_verified_with(browser, pipe, dictiona
     tab.get_by_text("When and how").click()
     tab.wait_for_function("document.querySelector('#start input[type=number]')?.value === '0.5'")
     assert tab.get_by_label("Half of guidance").input_value() == "cond"
-    tab.get_by_role("tab", name="Code").click()
-    assert "set_rtsae_features({'late': 1})" in tab.inner_text("#code .cm-content")  # it does so by itself
+    shown_code(tab, "set_rtsae_features({'late': 1})")  # it does so by itself
     tab.close()
     page.close()
 
