@@ -153,14 +153,15 @@ def _labels(labels: dict[str, dict]) -> list[str]:
             name,
             label.get("factor", ""),
             ", ".join(f"{entry['site']}: {' '.join(map(str, entry['latents'][:8]))}" for entry in label["features"]),
+            ", ".join(f"{option}={value}" for option, value in (label.get("edit") or {}).items()),
             *(effects[name].get(column, "") for column in columns),
         ]
         for name, label in shown.items()
     ]
     more = [f"And {len(labels) - _ROWS} more in labels.json."] if len(labels) > _ROWS else []
     meaning = (
-        "Measured by steering with the label alone: `success` is the share of pictures that show what it names, "
-        "`unsteered` the same without steering, `leakage` the share in which any other factor reads differently than "
-        "without steering, `valid` the share that are proper pictures, as far as these were measured."
+        "Measured by steering with the label alone and its options: `success` is the share of pictures that show what "
+        "it names, `unsteered` the same without steering, `leakage` the share in which any other factor reads "
+        "differently than without steering, `valid` the share that are proper pictures, as far as these were measured."
     )
-    return ["## Labels", meaning, _table(["label", "factor", "latents", *map(_cell, columns)], rows), *more]
+    return ["## Labels", meaning, _table(["label", "factor", "latents", "options", *map(_cell, columns)], rows), *more]

@@ -36,6 +36,12 @@ def dictionary():
     return load_dictionary(EXAMPLES / "shapes-rtsae")
 
 
+@pytest.fixture(scope="session")
+def latent(dictionary):
+    """`latent("red")`: the first latent of a label of the bundled dictionary."""
+    return lambda label: dictionary.labels[label]["features"][0]["latents"][0]
+
+
 @pytest.fixture
 def steered(pipe, dictionary):
     """The bundled pipeline with its dictionary."""

@@ -61,10 +61,10 @@ def test_steer_writes_both_pictures_and_says_what_it_did(tmp_path, scorer):
     assert reading[1]["left.shape"] != "square"
 
 
-def test_steer_by_mask_window_and_index(tmp_path):
+def test_steer_by_mask_window_and_index(tmp_path, latent):
     mask = Image.new("L", (64, 64), 255)
     mask.save(tmp_path / "mask.png")
-    site = "up_blocks.1.attentions.1:1877"
+    site = f"up_blocks.1.attentions.1:{latent('red')}"
     options = [
         "--mask",
         tmp_path / "mask.png",
@@ -77,7 +77,7 @@ def test_steer_by_mask_window_and_index(tmp_path):
         "--out",
         tmp_path / "a.png",
     ]
-    assert "a.png" in invoke("steer", "a star", f"{site}=1.0", "1122=0.5", *options)
+    assert "a.png" in invoke("steer", "a star", f"{site}=1.0", f"{latent('square')}=0.5", *options)
 
 
 def test_find_and_inspect_speak_json():

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffusers_rtsae
-from diffusers_rtsae import RTSAE, Dictionary, cli, load_dictionary
+from diffusers_rtsae import RTSAE, Dictionary, cli, list_sites, load_dictionary
 from diffusers_rtsae.analysis import find
 from diffusers_rtsae.analysis.plots import plot_crops
 from diffusers_rtsae.analysis.record import Recorder, record
@@ -463,6 +463,11 @@ MISUSE = {
         ValueError,
         f"UNet2DConditionModel has no site 'up_blocks.1.attentions.7'. The closest are […'{SITE}'…]; "
         "`list_sites(denoiser)` has all.",
+    ),
+    "the sites of a whole pipeline": (
+        lambda world: list_sites(world.pipe),
+        ValueError,
+        "Expected a denoiser such as `pipe.unet`, got StableDiffusionPipeline.",
     ),
     "a dictionary of another width": (
         lambda world: other(world, SITE, 8),

@@ -8,11 +8,6 @@ import torch
 from diffusers_rtsae import Dictionary, load_dictionary
 
 SITE = "up_blocks.1.attentions.1"
-PRESETS = {
-    "warm": {"features": [["red", 0.8], [599, 0.5]], "options": {"start": 0.1, "apply_to": "cond"}},
-    "local": {"features": [[[SITE, 1877], 1.0]], "options": {"where": [SITE, 1122]}},
-    "moved": {"features": [["red", 1.0]], "options": {"operation": "transfer", "source": "green"}},
-}
 
 
 def with_no_features(pipe):
@@ -21,11 +16,16 @@ def with_no_features(pipe):
 
 
 @pytest.fixture
-def with_presets(dictionary):
-    return Dictionary(dictionary.sites, dictionary.labels, dictionary.config, dict(PRESETS))
+def with_presets(dictionary, latent):
+    presets = {
+        "warm": {"features": [["red", 0.8], [599, 0.5]], "options": {"start": 0.1, "apply_to": "cond"}},
+        "local": {"features": [[[SITE, latent("red")], 1.0]], "options": {"where": [SITE, latent("square")]}},
+        "moved": {"features": [["red", 1.0]], "options": {"operation": "transfer", "source": "green"}},
+    }
+    return Dictionary(dictionary.sites, dictionary.labels, dictionary.config, presets)
 
 
-def test_a_preset_is_the_edit_it_stands_for(pipe, with_presets, draw):
+def test_a_preset_is_the_edit_it_stands_for(pipe, with_presets, draw, latent):
     pipe.load_rtsae(with_presets)
     pipe.set_rtsae_features({"red": 0.8, 599: 0.5}, start=0.1, apply_to="cond")
     expected = draw(pipe)
@@ -35,7 +35,7 @@ def test_a_preset_is_the_edit_it_stands_for(pipe, with_presets, draw):
     plain = draw(with_no_features(pipe), prompt)
     pipe.set_rtsae_preset("local")
     local = draw(pipe, prompt)
-    pipe.set_rtsae_features({(SITE, 1877): 1.0}, where=(SITE, 1122))
+    pipe.set_rtsae_features({(SITE, latent("red")): 1.0}, where=(SITE, latent("square")))
     assert (draw(pipe, prompt) == local).all() and not (local == plain).all()
 
 

@@ -158,7 +158,12 @@ def _facts(dictionary: Dictionary, key: str | tuple[str, int], path: torch.Tenso
     }
     if isinstance(key, str):
         label = dictionary.labels[key]
-        return facts | {"label": True, "factor": label.get("factor"), "measured": label.get("measured", {})}
+        return facts | {
+            "label": True,
+            "factor": label.get("factor"),
+            "measured": label.get("measured", {}),
+            "options": label.get("edit", {}),
+        }
     return facts | {"labels": labels_of(dictionary, *key)}
 
 

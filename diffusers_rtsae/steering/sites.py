@@ -12,7 +12,14 @@ _BLOCKS = ("Transformer2DModel", "BasicTransformerBlock", "ResnetBlock2D")
 
 
 def list_sites(denoiser: nn.Module) -> list[str]:
-    """Paths of the modules that a dictionary can be attached to, in the order they are defined."""
+    """
+    Paths of the modules that a dictionary can be attached to, in the order they are defined.
+
+    Raises:
+        `ValueError`: `denoiser` is no module, but perhaps a whole pipeline.
+    """
+    if not isinstance(denoiser, nn.Module):
+        raise ValueError(f"Expected a denoiser such as `pipe.unet`, got {type(denoiser).__name__}.")
     sites = []
     for name, module in denoiser.named_modules():
         kind, depth = type(module).__name__, name.count(".")

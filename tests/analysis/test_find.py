@@ -58,9 +58,9 @@ def test_a_table_can_be_read_and_taken_elsewhere(found):
     assert isinstance(frame, pandas.DataFrame) and list(frame["index"]) == [f.index for f in found]
 
 
-def test_duplicates_are_left_out_and_named(dictionary):
+def test_duplicates_are_left_out_and_named(dictionary, latent):
     rtsae = dictionary.sites[SITE]
-    a, b = 1877, 599
+    a, b = latent("red"), latent("orange")
     present = torch.zeros(1, 2048)
     present[0, a], present[0, b] = 1.0, 0.5
     original = rtsae.decoder
@@ -73,14 +73,14 @@ def test_duplicates_are_left_out_and_named(dictionary):
     assert [f.index for f in table] == [a] and table[0].duplicates == [b]
 
 
-def test_what_is_active_everywhere_is_not_specific(dictionary):
+def test_what_is_active_everywhere_is_not_specific(dictionary, latent):
     rtsae = dictionary.sites[SITE]
     common = int((rtsae.mean_activation / rtsae.typical_activation).argmax())
     usual = (rtsae.mean_activation / rtsae.typical_activation)[common]
     present = torch.zeros(1, 2048)
-    present[0, common], present[0, 1877] = usual, usual
+    present[0, common], present[0, latent("red")] = usual, usual
     table = rank(dictionary, SITE, [1.0], present, torch.zeros(1, 2048), 5)
-    assert [f.index for f in table] == [1877]
+    assert [f.index for f in table] == [latent("red")]
 
 
 def test_pictures_of_other_shapes_have_the_same_colour_features(steered, dictionary):

@@ -71,12 +71,12 @@ def test_shows_needs_a_valid_picture_and_every_filled_slot():
     assert not shows({"valid": "yes", "left.colour": None}, "colour", "red")
 
 
-def test_a_recording_draws_itself(steered):
+def test_a_recording_draws_itself(steered, latent):
     seen = record(steered, ["a large red square on the left", "a blue heart"], num_inference_steps=4)
     figures = [
         seen.plot_heat_maps(["red", "square"], image=1),
         seen.plot_presence(["red", "square"]),
-        seen.plot_feature_trajectories(["red", 1122]),
+        seen.plot_feature_trajectories(["red", latent("square")]),
         seen.plot_crops("square", count=2),
         seen.plot_activations("square"),
         seen.plot_similarity(["red", "square", "heart"]),

@@ -11,8 +11,8 @@ SHAPES = ROOT / "training" / "recipes" / "shapes.yaml"
 
 
 def test_the_bundled_recipe_is_one_and_can_be_changed():
-    recipe = load_recipe(SHAPES, ["train.k=8", "anchors=3", "fit.residualize=false"])
-    assert (recipe.train.k, recipe.anchors, recipe.fit.residualize) == (8, 3, False)
+    recipe = load_recipe(SHAPES, ["train.k=8", "anchors=4", "fit.residualize=false"])
+    assert (recipe.train.k, recipe.anchors, recipe.fit.residualize) == (8, 4, False)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -20,7 +20,7 @@ def test_the_bundled_recipe_is_one_and_can_be_changed():
     ("train.k=-1", r"train.k: Input should be greater than 0"),
     ("train.k=many", r"train.k: Input should be a valid integer"),
     ("anchors=1", r"`anchors` must be at least 2 and at most the 25 steps, got 1"),
-    ("collect.steps=4", r"`anchors` must be at least 2 and at most the 4 steps, got 5"),
+    ("collect.steps=2", r"`anchors` must be at least 2 and at most the 2 steps, got 3"),
     ("train.num_latents=8", r"`k` 16 is more than the 8 latents there are"),
     ("train.architecture=vanilla", r"train.architecture: Input should be 'batch_topk'"),
     ("sites.a=1", r"Expected a change like train.k=8, got 'sites.a=1'"),

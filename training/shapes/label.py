@@ -3,16 +3,20 @@
     python -m training.shapes.label training/recipes/shapes.yaml --dictionary examples/shapes-rtsae
 
 Every latent is scored against every factor value; for each value small sets of the most selective latents are steered
-on prompts that leave the factor open, and the set that works is labelled. What does not pass gets no label.
+on prompts that leave the factor open, with several strengths and options. The best few are tried again on other
+prompts, and the best of these is labelled, with its options. What does not pass gets no label; a label that is there
+already stays unless a better one is found.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
 from scipy.optimize import nnls
 from tqdm import tqdm
 
@@ -25,9 +29,10 @@ from ..store import TrajectoryStore
 from ..train import open_store
 from .evaluate import load_pipeline, read_objects
 from .scenes import FACTORS, GLOBAL_FACTORS, PLACES, SIZES
-from .steering import STEERED, TARGETS, measure, probe, run, score
+from .steering import STEERED, TARGETS, Probe, measure, probe, run, score
 
-SET_SIZES = (1, 2, 4, 8, 16)
+EDITS = tuple({"end": end, "apply_to": "cond"} for end in (0.7, 0.85, 1.0))  # options that are tried
+LATENT_COST = 0.01  # what each further latent of a set must earn, in success minus leakage
 
 
 def token_discs(side: int) -> dict[tuple[str, str], torch.Tensor]:
@@ -83,7 +88,7 @@ def selectivity(
     return means, fired_on_object / fired.clamp(min=1)
 
 
-def object_latents(rtsae: RTSAE, on_object: torch.Tensor, precision: float = 0.9) -> list[int]:
+def object_latents(rtsae: RTSAE, on_object: torch.Tensor, precision: float = 0.97) -> list[int]:
     """Latents that fire on objects and hardly elsewhere: together they say where an object is."""
     good = (on_object >= precision) & (rtsae.density > 1e-4)
     return good.nonzero()[:, 0].tolist()
@@ -121,6 +126,36 @@ def candidates(rtsae: RTSAE, means: torch.Tensor, value: int, size: int) -> dict
     }
 
 
+def judge(
+    pipe: StableDiffusionPipeline,
+    scorer: FactorScorer,
+    dictionary: Dictionary,
+    trials: list[dict | None],
+    probes: list[Probe],
+    plain: list[list[dict]],
+    a: argparse.Namespace,
+) -> list[dict[str, float]]:
+    """
+    What one trial label for each probe does at strength 1 on its prompts, as `measure` says; with `unsteered`, how
+    often the value is there anyway.
+    """
+    names = [f"{one.factor}={one.value}" for one in probes]
+    labels = {name: label for name, label in zip(names, trials, strict=True) if label}
+    pipe.load_rtsae(Dictionary(dictionary.sites, labels, dictionary.config))
+    strengths = [{name: 1.0} if name in labels else {} for name in names]
+    images = run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, masks=False)
+    pipe.unload_rtsae()
+    return [
+        measure(now, was, one.factor, one.value) | {"unsteered": measure(was, was, one.factor, one.value)["success"]}
+        for now, was, one in zip(score(scorer, images, probes), plain, probes, strict=True)
+    ]
+
+
+def worth(label: dict, measured: dict[str, float]) -> float:
+    latents = sum(len(entry["latents"]) for entry in label["features"])
+    return measured["success"] - measured["leakage"] - LATENT_COST * latents
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
@@ -129,76 +164,78 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes the recipe was trained with"
     )
-    parser.add_argument("--images", type=int, default=16, help="prompts a value is verified on")
-    parser.add_argument("--strengths", nargs="*", type=float, default=[0.5, 1.0, 2.0])
-    parser.add_argument("--set-sizes", nargs="*", type=int, default=list(SET_SIZES))
+    parser.add_argument("--values", nargs="*", help="that are to be labelled; all by default")
+    parser.add_argument("--set-sizes", nargs="*", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 1.5, 2.0])
+    parser.add_argument("--images", type=int, default=8, help="prompts on which each trial is made")
+    parser.add_argument("--finalists", type=int, default=4, help="trials of a value that are made again")
+    parser.add_argument("--final-images", type=int, default=32, help="other prompts, which decide between those")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the pipeline")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     recipe = load_recipe(a.recipe, a.set)
-    guidance = recipe.collect.guidance_scale
+    a.guidance = recipe.collect.guidance_scale
     pipe = load_pipeline(recipe.pipeline, a.device, recipe.dtype)
     scorer = FactorScorer.from_pretrained(recipe.scorer).to(a.device)
-    samples, anchors = (
-        read_samples(recipe.collect, recipe.seed),
-        anchor_timesteps(pipe, recipe.collect, recipe.anchors),
-    )
-    store = open_store(recipe, a.work, samples, anchors, pipe)
+    samples = read_samples(recipe.collect, recipe.seed)
+    store = open_store(recipe, a.work, samples, anchor_timesteps(pipe, recipe.collect, recipe.anchors), pipe)
     pipe.to(getattr(torch, a.dtype))
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
-    probes = [probe(factor, value, "open", a.images, seed=50) for factor, value in TARGETS]
-    plain = score(scorer, run(pipe, probes, None, a.steps, guidance, a.batch_size), probes)
-    base = {t: measure(p, p, *t) for p, t in zip(plain, TARGETS, strict=True)}
 
-    best: dict[str, dict] = {}
+    targets = [target for target in TARGETS if a.values is None or target[1] in a.values]
+
+    def open_prompts(count: int, seed: int) -> tuple[list[Probe], list[list[dict]]]:
+        probes = [probe(factor, value, "open", count, seed) for factor, value in targets]
+        return probes, score(scorer, run(pipe, probes, None, a.steps, a.guidance, a.batch_size), probes)
+
+    prompts = open_prompts(a.images, seed=50)
+    tried: list[list[tuple[float, dict]]] = [[] for _ in targets]  # for each target worth and label of each trial
     for site, rtsae in dictionary.sites.items():
         means, on_object = selectivity(rtsae, store)
         gate = object_latents(rtsae, on_object)
         print(f"{site}: {len(gate)} latents mark objects")
-        for size in a.set_sizes:
-            labels = {}
-            for factor, value in TARGETS:
+        for size, edit, strength in itertools.product(a.set_sizes, EDITS, a.strengths):
+            trials = []
+            for factor, value in targets:
                 entry = candidates(rtsae, means[factor], FACTORS[factor].index(value), size)
-                if entry is None:
-                    continue
-                entry["where"] = None if factor in GLOBAL_FACTORS else gate
-                labels[f"{factor}={value}"] = {"factor": factor, "value": value, "features": [entry], "edit": {}}
-            pipe.load_rtsae(Dictionary({site: rtsae}, labels, dictionary.config))
-            for strength in a.strengths:
-                names = [f"{factor}={value}" for factor, value in TARGETS]
-                strengths = [{name: strength} if name in labels else {} for name in names]
-                images = run(pipe, probes, strengths, a.steps, guidance, a.batch_size, masks=False)
-                for steered, was, (factor, value) in zip(score(scorer, images, probes), plain, TARGETS, strict=True):
-                    measured = measure(steered, was, factor, value)
-                    worth = measured["success"] - measured["leakage"]
-                    if f"{factor}={value}" not in labels:
-                        continue
-                    if value not in best or worth > best[value]["worth"] + 0.03:  # a larger set must earn its place
-                        label = labels[f"{factor}={value}"]
-                        measured |= {
-                            "strength": strength,
-                            "unsteered": base[factor, value]["success"],
-                            "prompts": a.images,
-                        }
-                        best[value] = label | {"measured": measured, "worth": worth}
-                mean = {f: [best[v]["measured"]["success"] for v in FACTORS[f] if v in best] for f in STEERED}
-                print(site, size, strength, {f: round(sum(v) / len(v), 3) for f, v in mean.items() if v}, flush=True)
-            pipe.unload_rtsae()
+                if entry:
+                    entry["weights"] = [round(w * strength, 4) for w in entry["weights"]]
+                    entry["where"] = None if factor in GLOBAL_FACTORS else gate
+                trials.append(entry and {"factor": factor, "value": value, "features": [entry], "edit": edit})
+            told: dict[str, list[float]] = {}
+            results = judge(pipe, scorer, dictionary, trials, *prompts, a)
+            for found, label, measured in zip(tried, trials, results, strict=True):
+                if label:
+                    found.append((worth(label, measured), label))
+                    told.setdefault(label["factor"], []).append(found[-1][0])
+            mean = {factor: round(sum(v) / len(v), 3) for factor, v in told.items()}
+            print(f"{site}, at most {size} latents, {edit}, strength {strength}: {mean}", flush=True)
 
-    kept = {}
-    for value, label in best.items():
-        worth = label.pop("worth")
-        passed = label["measured"]["success"] >= 0.5 and worth > label["measured"]["unsteered"] + 0.2
-        print(f"{value:>10} {'labelled' if passed else 'not labelled'} {json.dumps(label['measured'])}")
-        if passed:
-            for entry in label["features"]:
-                # strength 1 is where it was verified to work
-                entry["weights"] = [round(w * label["measured"]["strength"], 4) for w in entry["weights"]]
-            kept[value] = label
+    prompts = open_prompts(a.final_images, seed=51)
+    best: list[tuple[float, dict] | None] = [None] * len(targets)
+    ranked = [[label for _, label in sorted(found, key=lambda t: -t[0])] for found in tried]
+    for rank in range(a.finalists):
+        trials = [labels[rank] if rank < len(labels) else None for labels in ranked]
+        results = judge(pipe, scorer, dictionary, trials, *prompts, a)
+        for i, (label, measured) in enumerate(zip(trials, results, strict=True)):
+            if label and (best[i] is None or worth(label, measured) > best[i][0]):
+                best[i] = worth(label, measured), label | {"measured": measured | {"prompts": a.final_images}}
+
     stored = load_dictionary(a.dictionary)
-    stored.labels = kept
+    for found_worth, label in (found for found in best if found):
+        measured, old = label["measured"], stored.labels.get(label["value"])
+        if old and worth(old, old["measured"]) >= found_worth:
+            continue
+        gain = measured["success"] - measured["leakage"] - measured["unsteered"]
+        passed = measured["success"] >= 0.5 and gain > 0.2
+        print(
+            f"{label['value']:>10} {'labelled' if passed else 'not labelled'} {label['edit']} {json.dumps(measured)}"
+        )
+        if passed:
+            stored.labels[label["value"]] = label
+    stored.labels = {value: stored.labels[value] for _, value in TARGETS if value in stored.labels}
     stored.save(a.dictionary)
 
 

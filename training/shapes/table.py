@@ -2,7 +2,8 @@
 
     python -m training.shapes.table --out training/results/steering.json
 
-Rows are added to the JSON as they are measured; the same command continues where it was stopped.
+Rows are added to the JSON as they are measured; the same command continues where it was stopped, and measures again
+what another dictionary changes.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
-from diffusers_rtsae import Dictionary, load_dictionary
+from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
@@ -31,7 +33,24 @@ from .steering import (
 )
 
 KINDS = ("open", "contradicted")
-BASELINES = ("feature", "means", "random")  # the last at strength 1 only, the second at positive ones
+METHODS = {  # and the strengths at which each is measured
+    "plain": (0.0,),
+    "feature": (1.0, 2.0, 0.5, -1.0),
+    "means": (1.0, 2.0, 0.5),
+    "means with options": (1.0, 2.0, 0.5),
+    "random": (1.0,),
+    "prompt": (0.0,),
+}
+OF_DICTIONARY = ("feature", "means with options", "random")  # methods that another dictionary changes
+
+
+def with_labels(sites: dict[str, RTSAE], labels: dict[str, dict], rows: list[int]) -> Dictionary:
+    """Directions under the names and with the options of `labels`; `rows` says which one stands for which label."""
+    named = {}
+    for row, (name, label) in zip(rows, labels.items(), strict=True):
+        entries = [{"site": f["site"], "latents": [row], "weights": [1.0]} for f in label["features"]]
+        named[name] = label | {"features": entries}
+    return Dictionary(sites, named)
 
 
 def random_directions(dictionary: Dictionary, seed: int = 0) -> Dictionary:
@@ -47,7 +66,7 @@ def random_directions(dictionary: Dictionary, seed: int = 0) -> Dictionary:
             direction = torch.randn(rtsae.config.in_channels, generator=generator)
             rows.append(norm[:, None] * direction / direction.norm())
         sites[site] = as_dictionary(site, list(rtsae.config.anchors), torch.stack(rows))
-    return Dictionary(sites)
+    return with_labels(sites, dictionary.labels, list(range(len(dictionary.labels))))
 
 
 def markdown(rows: list[dict]) -> str:
@@ -60,13 +79,14 @@ def markdown(rows: list[dict]) -> str:
         if not found:
             return "–"
         r = max(found, key=lambda r: r["success"] - r["leakage"])
-        at = f" @{r['strength']:g}" if method in ("feature", "means") else ""
+        at = f" @{r['strength']:g}" if len(METHODS[method]) > 1 else ""
         return f"{r['success']:.2f} / {r['leakage']:.2f} / {r['valid']:.2f}{at}"
 
     methods = {
         "plain": "no edit",
         "feature": "feature",
         "means": "difference of means",
+        "means with options": "the same with the feature's options",
         "random": "random",
         "prompt": "edited prompt",
     }
@@ -81,82 +101,87 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(text)
 
 
+Pictures = tuple[torch.Tensor, list[list[dict]]]  # images (n, 3, height, width), and their readings by seed
+
+
+def pictures(
+    pipe: StableDiffusionPipeline,
+    scorer: FactorScorer,
+    groups: dict[str, list[Probe]],
+    method: str,
+    strength: float,
+    a: argparse.Namespace,
+) -> dict[str, Pictures]:
+    """What a method makes of the prompts of each label."""
+    probes = [one for group in groups.values() for one in group]
+    if not probes:
+        return {}
+    prompts = strengths = None
+    options = {}
+    if method == "prompt":
+        prompts = [prompted(one) for one in probes]
+    elif method != "plain":
+        strengths = [{name: strength} for name, group in groups.items() for _ in group]
+        # directions that are no features have no range to be kept in, and do not find the object themselves
+        options = {"adapter_name": method, "clip": method == "feature", "masks": method != "feature"}
+    images = run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, prompts, **options)
+    readings = iter(score(scorer, images, probes))
+    parts = iter(images.split([sum(len(one.prompts) for one in group) for group in groups.values()]))
+    return {name: (next(parts), [next(readings) for _ in group]) for name, group in groups.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--dictionary", type=Path, default=Path("examples/shapes-rtsae"))
     parser.add_argument("--out", type=Path, default=Path("runs/steering.json"))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
-    parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 2.0, 0.5, -1.0])
     parser.add_argument("--samples", type=int, default=512, help="pictures behind the difference of means")
     a = parser.parse_args()
     pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
-    sites, labels = list(dictionary.sites), dictionary.labels
-    pipe.load_rtsae(difference_of_means(pipe, sites, a.samples, a.steps, a.guidance, a.batch_size), "means")
+    labels, digest = dictionary.labels, contents(a.dictionary)
+    said_by_rows = ("out", "device", "batch_size", "dictionary", "kinds", "methods")
+    settings = {k: str(v) for k, v in vars(a).items() if k not in said_by_rows} | {"contents": contents(a.pipeline)}
+    rows = [r for r in stored_rows(a.out, settings) if r.get("dictionary", digest) == digest]
+    means = difference_of_means(pipe, list(dictionary.sites), a.samples, a.steps, a.guidance, a.batch_size)
+    rows_of_means = [TARGETS.index((label["factor"], label["value"])) for label in labels.values()]
+    optioned = with_labels(means.sites, labels, rows_of_means)
+    plainly = {name: label | {"edit": {}} for name, label in optioned.labels.items()}
     pipe.load_rtsae(dictionary, "feature")
+    pipe.load_rtsae(Dictionary(means.sites, plainly), "means")
+    pipe.load_rtsae(optioned, "means with options")
     pipe.load_rtsae(random_directions(dictionary), "random")
-    settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size")}
-    settings["contents"] = contents(a.pipeline, a.dictionary)
-    rows = stored_rows(a.out, settings)
 
-    plans = [("plain", 0.0), ("prompt", 0.0)]
-    plans += [(m, s) for s in a.strengths for m in BASELINES if m == "feature" or s == 1 or (m == "means" and s > 0)]
-    for kind in KINDS:
-        probes: list[Probe] = []
-        for label in labels.values():
-            parts = [probe(label["factor"], label["value"], kind, a.prompts, seed=100 + s) for s in a.seeds]
-            probes += parts
-        plain = None
-        for method, strength in tqdm(plans, desc=kind, unit="setting"):
-            if method != "plain" and any(
-                (r["method"], r["strength"], r["kind"]) == (method, strength, kind) for r in rows
-            ):
+    for kind in a.kinds:
+        groups = {  # for each label the prompts of each seed
+            name: [probe(label["factor"], label["value"], kind, a.prompts, seed=100 + s) for s in a.seeds]
+            for name, label in labels.items()
+        }
+        plain: dict[str, Pictures] = {}
+        for method, strength in tqdm([(m, s) for m in a.methods for s in METHODS[m]], desc=kind, unit="setting"):
+            done = {r["label"] for r in rows if (r["method"], r["strength"], r["kind"]) == (method, strength, kind)}
+            missing = {name: group for name, group in groups.items() if name not in done}
+            if not missing:
                 continue
-            prompts = strengths = None
-            if method == "prompt":
-                prompts = [prompted(one) for one in probes]
-            elif method != "plain":
-                strengths = []
-                for i, (name, label) in enumerate(labels.items()):
-                    target = TARGETS.index((label["factor"], label["value"]))
-                    entries = [(f["site"], target if method == "means" else i) for f in label["features"]]
-                    chosen = {name: strength} if method == "feature" else dict.fromkeys(entries, strength)
-                    strengths += [chosen] * len(a.seeds)
-            # directions that are no features have no range to be kept in
-            options = {"adapter_name": method, "clip": method == "feature"} if strengths else {}
-            images = run(
-                pipe,
-                probes,
-                strengths,
-                a.steps,
-                a.guidance,
-                a.batch_size,
-                prompts,
-                masks=method != "feature",
-                **options,
-            )
-            readings = score(scorer, images, probes)
-            if method == "plain":
-                plain = (images, readings)
-                if any((r["method"], r["kind"]) == (method, kind) for r in rows):
-                    continue
-            distance = (images - plain[0]).square().mean((1, 2, 3)).sqrt()
-            per_label, position = len(a.seeds), 0
-            for i, (name, label) in enumerate(labels.items()):
-                cells = []
-                for j in range(i * per_label, (i + 1) * per_label):
-                    cells.append(measure(readings[j], plain[1][j], label["factor"], label["value"]))
-                n = sum(len(probes[j].prompts) for j in range(i * per_label, (i + 1) * per_label))
+            new = {name: group for name, group in missing.items() if name not in plain}
+            plain |= pictures(pipe, scorer, new, "plain", 0.0, a)
+            made = plain if method == "plain" else pictures(pipe, scorer, missing, method, strength, a)
+            for name in missing:
+                (images, readings), (before, was), label = made[name], plain[name], labels[name]
+                cells = [measure(r, p, label["factor"], label["value"]) for r, p in zip(readings, was, strict=True)]
                 row = {"label": name, "factor": label["factor"], "kind": kind, "method": method, "strength": strength}
+                row |= {"dictionary": digest} if method in OF_DICTIONARY else {}
                 row |= {k: round(sum(c[k] for c in cells) / len(cells), 4) for k in cells[0]}
-                row |= {"success_per_seed": [round(c["success"], 4) for c in cells], "n": n}
-                row["image_distance"] = round(distance[position : position + n].mean().item(), 4)
-                position += n
+                row |= {"success_per_seed": [round(c["success"], 4) for c in cells], "n": len(images)}
+                row["image_distance"] = round((images - before).square().mean((1, 2, 3)).sqrt().mean().item(), 4)
                 rows.append(row)
             a.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(a.out, {"settings": settings, "rows": rows})
+    rows = [r for r in rows if r["label"] in labels]
     a.out.with_suffix(".md").write_text(markdown(rows))
     print(markdown(rows))
 
