@@ -169,7 +169,13 @@ def build(pipe, pipeline: str, dictionary: str, prompt: str, steps: int = 25, gu
         """The options that are not what the chosen features do by themselves."""
         options = {"start": start, "end": end, "operation": operation, "apply_to": apply_to}
         own = [loaded.features(parse_feature(name, loaded))[1] for name in names]
-        return {k: v for k, v in options.items() if any(label.get(k, _DEFAULT[k]) != v for label in own)}
+
+        def differ(*keys: str) -> bool:
+            return any(label.get(key, _DEFAULT[key]) != options[key] for label in own for key in keys)
+
+        if differ("operation"):  # a label's options are for its own
+            return options
+        return {k: options[k] for keys in (("start", "end"), ("apply_to",)) if differ(*keys) for k in keys}
 
     def code(prompt, steps, guidance, seed, names, start, end, operation, apply_to, editor, *strengths):
         try:

@@ -52,11 +52,16 @@ def demonstrate(
     """
     started = time.monotonic()
     labels = get_dictionary(pipe).labels
-    chosen: dict[str, str] = {}  # the label of each kind that was measured to do most and to touch least else
+
+    def added(name: str) -> float:
+        measured = labels[name]["measured"]
+        return measured["success"] - measured["unsteered"] - measured["leakage"]
+
+    chosen: dict[str, str] = {}  # the label of each kind that was measured to add most and to touch least else
     for kind in ("colour", "shape", "background", "style"):
-        known = {name: label for name, label in labels.items() if label.get("factor") == kind}
+        known = [name for name, label in labels.items() if label.get("factor") == kind]
         if known:
-            chosen[kind] = max(known, key=lambda n: known[n]["measured"]["success"] - known[n]["measured"]["leakage"])
+            chosen[kind] = max(known, key=added)
     if not chosen:
         raise ValueError("The dictionary has no labels to steer with.")
 

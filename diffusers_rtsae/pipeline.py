@@ -71,10 +71,11 @@ def _edits(
     unknown = options.keys() - set(known)
     if unknown:
         raise ValueError(f"Unknown option {min(unknown)!r}; an edit has {known}.")
+    options = {key: value for key, value in options.items() if value is not None}
     mask, result = as_mask(mask), []
     for name, strength in features.items():
         strength = tuple(strength) if isinstance(strength, list) else strength
-        entries, defaults = adapter.dictionary.features(name)
+        entries, verified = adapter.dictionary.features(name)
         for entry in entries:
             gate = entry.get("where") if where is None else None
             if where is not None and where != "everywhere":
@@ -86,10 +87,23 @@ def _edits(
                 where=None if gate is None else tuple(gate),
                 source=None if source is None else tuple(_rows(adapter, source, entry["site"])),
                 mask=mask,
-                **(defaults | {key: value for key, value in options.items() if value is not None}),
+                **_defaults(verified, options),
+                **options,
             )
             result.append((entry["site"], edit))
     return result
+
+
+def _defaults(verified: dict, options: dict) -> dict:
+    """
+    What the options a label was verified with add to those of the caller: nothing to another operation, and no half of
+    a window.
+    """
+    operation = verified.get("operation", "add")
+    if options.get("operation", operation) != operation:
+        return {}
+    named = set(options) | ({"start", "end"} if {"start", "end"} & set(options) else set())
+    return {key: value for key, value in verified.items() if key not in named}
 
 
 def _rows(adapter: _Adapter, features: Name | list[Name], site: str) -> list[int]:
@@ -181,7 +195,8 @@ class RTSAELoaderMixin:
             adapter_name (`str`, *optional*): which dictionary; needed if several are loaded.
             options: `operation`, `source`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`, `clip`; see
                 [`Edit`]. `source` is a feature. `where` may be `"everywhere"`, or a feature (or list of them) whose
-                active tokens are edited. A label brings the options it was verified with.
+                active tokens are edited. A label brings the options it was verified with, unless another `operation`
+                is asked for; `start` and `end` replace its whole window.
 
         Example:
             ```py

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+
+from diffusers_rtsae import Dictionary
+from diffusers_rtsae.pipeline import _edits
 
 PROMPTS = ["a star", "a large blue heart on the left"]
 
@@ -103,6 +107,22 @@ def test_a_zero_mask_protects_and_a_window_limits(steered, feature, draw):
 
 
 @pytest.mark.way(2)
+def test_a_label_brings_its_options_and_the_caller_has_the_last_word(dictionary):
+    def edit(verified: dict, **options):
+        labels = {"red": dictionary.labels["red"] | {"edit": verified}}
+        adapter = SimpleNamespace(dictionary=Dictionary(dictionary.sites, labels))
+        ((_, edit),) = _edits(adapter, {"red": 1.0}, **options)
+        return edit.operation, edit.start, edit.end, edit.apply_to
+
+    verified = {"end": 0.7, "apply_to": "cond"}
+    assert edit(verified) == ("add", 0.0, 0.7, "cond")
+    assert edit(verified, apply_to="all") == ("add", 0.0, 0.7, "all")
+    assert edit(verified, start=0.8) == ("add", 0.8, 1.0, "cond")  # the label's window would have no room for it
+    assert edit(verified, end=None) == ("add", 0.0, 0.7, "cond")
+    assert edit(verified, operation="ablate") == ("ablate", 0.0, 1.0, "contrast")  # it was verified for adding
+    assert edit({"operation": "set", "start": 0.5}) == ("set", 0.5, 1.0, "contrast")
+
+
 def test_interrupted_run_leaves_no_trace_in_image_to_image(steered, dictionary, feature, draw):
     latents = [entry["latents"][0] for entry in dictionary.labels[feature]["features"]]
     site = dictionary.labels[feature]["features"][0]["site"]
