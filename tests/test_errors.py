@@ -514,7 +514,7 @@ MISUSE = {
         "uncond + cond.",
     ),
     "guidance in another order": (
-        lambda world: (feature("red")(world), Caller(world.pipe)(1, 1, unconditional=True)),
+        lambda world: (steer(apply_to="contrast")(world), Caller(world.pipe)(1, 1, unconditional=True)),
         ValueError,
         "This pipeline calls the denoiser for another part of guidance before the conditional one, which "
         "apply_to='contrast' follows. Use apply_to='cond'.",
@@ -577,19 +577,19 @@ MISUSE = {
         "`activation` must be 'output' or 'update', got 'input'.",
     ),
     "trajectories of another width": (
-        lambda world: world.dictionary.sites[SITE].encode(torch.zeros(2, 5, 8)),
+        lambda world: world.dictionary.sites[SITE].encode(torch.zeros(2, 3, 8)),
         ValueError,
-        "Expected trajectories (batch, 1 to 5 anchors, 160 channels), got shape (2, 5, 8).",
+        "Expected trajectories (batch, 1 to 3 anchors, 160 channels), got shape (2, 3, 8).",
     ),
     "trajectories of too many anchors": (
-        lambda world: world.dictionary.sites[SITE].encode(torch.zeros(2, 6, 160)),
+        lambda world: world.dictionary.sites[SITE].encode(torch.zeros(2, 4, 160)),
         ValueError,
-        "Expected trajectories (batch, 1 to 5 anchors, 160 channels), got shape (2, 6, 160).",
+        "Expected trajectories (batch, 1 to 3 anchors, 160 channels), got shape (2, 4, 160).",
     ),
     "one activation": (
         lambda world: world.dictionary.sites[SITE].encode(torch.zeros(160)),
         ValueError,
-        "Expected trajectories (batch, 1 to 5 anchors, 160 channels), got shape (160,).",
+        "Expected trajectories (batch, 1 to 3 anchors, 160 channels), got shape (160,).",
     ),
     # Folders
     "nothing": (

@@ -12,7 +12,7 @@ from ..models import RTSAE, jump_relu
 from .clock import TimeGrid
 from .edits import Edit
 
-_REACHED = 0.1  # a step this close before an anchor, in units of anchors, stands for it
+_REACHED = 0.1  # a step this close before an anchor, in units of anchors, stands for it if none is closer
 
 
 def _at(values: torch.Tensor, coordinate: float, dim: int = 0) -> torch.Tensor:
@@ -101,12 +101,12 @@ class PrefixEncoder:
         threshold = self.threshold[passed] + progress * (self.threshold[block] - self.threshold[passed])
         return now.to(self.device), carried.to(self.device), constant.to(self.device), threshold
 
-    def _commit(self, state: Trajectory) -> None:
-        """Once time moves on, a step that reached the next anchor becomes the past that later steps are predicted
-        from."""
+    def _commit(self, state: Trajectory, now: float) -> None:
+        """Once time moves on to `now`, the step closest to the next anchor becomes the past that later steps are
+        predicted from."""
         _, coordinate, pre_activations = state.pending
         following = 0 if state.past is None else int(state.past[0] + _REACHED) + 1
-        if coordinate >= following - _REACHED:
+        if coordinate >= following - _REACHED and abs(coordinate - following) <= abs(now - following):
             state.past, state.committed = (coordinate, state.continued), pre_activations
 
     def observe(self, state: Trajectory, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
@@ -114,7 +114,7 @@ class PrefixEncoder:
         coordinate, last = self.grid.coordinate(timestep), len(self.threshold) - 1
         still_first = state.past is None and coordinate == 0  # steps before the first anchor stand for it in turn
         if state.pending is not None and state.pending[0] != timestep and not still_first:
-            self._commit(state)
+            self._commit(state, coordinate)
         committed = self.bias if state.committed is None else state.committed
         if state.past is not None and state.past[0] + _REACHED >= last:
             pre_activations, threshold = committed, self.threshold[last]
