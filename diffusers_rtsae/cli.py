@@ -157,6 +157,7 @@ def find(
     count: Annotated[int, typer.Option(min=1, help="How many features, of each site.")] = 10,
     verify: Annotated[int, typer.Option(min=0, help="Steer so many of the best, and measure what that does.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 2,
+    until: Annotated[float, typer.Option(help="The beginning of denoising in which presence counts.")] = 0.35,
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     pipeline: Pipeline = None,
@@ -173,7 +174,7 @@ def find(
 
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe = _pipeline(pipeline, dictionary)
-    table = find_features(pipe, positive, negative, count, seeds=seeds, verify=verify, **call)
+    table = find_features(pipe, positive, negative, count, seeds=seeds, verify=verify, until=until, **call)
     print(json.dumps([asdict(feature) for feature in table]) if as_json else table)
 
 

@@ -843,6 +843,11 @@ MISUSE = {
         ValueError,
         "The mask is empty.",
     ),
+    "presence in none of denoising": (
+        lambda world: find.find_features(world.pipe, ["a star"], ["a heart"], until=0),
+        ValueError,
+        "Expected 0 < until <= 1, got 0.",
+    ),
     "finding without examples": (
         lambda world: find.find_features(world.pipe, ["a star"], []),
         ValueError,

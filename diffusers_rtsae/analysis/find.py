@@ -15,6 +15,7 @@ from ..pipeline import get_denoiser, get_dictionary
 from ..steering import as_mask
 from .record import Recorder, Recording, kind_of, record
 
+_EARLY = 0.35  # of denoising: what is present then steers
 _DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
 
 
@@ -197,6 +198,7 @@ def find_features(
     scorer: Callable[[list], Sequence[float]] | None = None,
     strength: float = 1.0,
     caption: str = "",
+    until: float | None = None,
     **call,
 ) -> FeatureTable:
     """
@@ -214,6 +216,8 @@ def find_features(
             it the verified features are sorted by how much they raise it.
         strength (`float`): to verify with.
         caption (`str`): of all pictures, if examples are pictures: what they share, not what they differ in.
+        until (`float`, *optional*): the beginning of denoising, 0 to 1, in which presence counts. By default 0.35 for
+            prompts, as features that are there early steer and later ones mostly follow; all of it for pictures.
         call: passed to the pipeline.
 
     Returns:
@@ -221,7 +225,7 @@ def find_features(
         `prediction_change`, of the denoiser's output, relative to its length; and `gain` of the scorer.
 
     Raises:
-        `ValueError`: if there are no examples, or prompts are needed and there are none.
+        `ValueError`: if there are no examples, prompts are needed and there are none, or `until` is out of range.
 
     Example:
         ```py
@@ -230,6 +234,8 @@ def find_features(
     """
     if not positive or not negative:
         raise ValueError(f"Expected positive and negative examples, got {len(positive)} and {len(negative)}.")
+    if until is not None and not 0 < until <= 1:
+        raise ValueError(f"Expected 0 < until <= 1, got {until!r}.")
     dictionary = get_dictionary(pipeline, adapter_name)
 
     def read(examples: Sequence) -> Recording:
@@ -241,10 +247,12 @@ def find_features(
     with_it, without = read(list(positive)), read(list(negative))
     if with_it.timesteps != without.timesteps:
         raise ValueError("Expected examples of one kind: prompts or pictures, for positive and negative alike.")
+    until = until or (_EARLY if isinstance(positive[0], str) else 1.0)
+    early = [t for t in with_it.timesteps if 1000 - t <= 1000 * until] or with_it.timesteps[:1]
     table = FeatureTable()
     for site in dictionary.sites:
-        present, absent = (r.presence(site).mean(0) for r in (with_it, without))
-        table += rank(dictionary, site, with_it.timesteps, present, absent, count)
+        present, absent = (r.presence(site).mean(0)[: len(early)] for r in (with_it, without))
+        table += rank(dictionary, site, early, present, absent, count)
     table.sort(key=lambda f: -f.score)
     if verify:
         prompts = [example for example in negative if isinstance(example, str)]

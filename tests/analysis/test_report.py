@@ -47,8 +47,8 @@ def test_everything_is_in_one_small_file(written, told, dictionary):
 def test_what_it_says_of_a_feature_is_what_a_recording_shows(told, steered, dictionary):
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     seen = record(steered, PROMPTS[:2], generator=generators, **CALL)
-    feature = next(f for f in told["features"] if f["name"] == "red")
-    maps = seen.maps(["red"])[:, 0]
+    feature = next(f for f in told["features"] if f["name"] == "square")
+    maps = seen.maps(["square"])[:, 0]
     assert feature["top"][0][0] == int(maps.mean((2, 3)).amax(1).argmax()) == 0
     assert feature["top"][0][1] == pytest.approx(maps[0].mean((1, 2)).max().item(), abs=2e-3)
     stored = np.frombuffer(base64.b64decode(feature["maps"]), np.uint8).reshape(-1, 5, 8, 8)
