@@ -2,9 +2,9 @@
 
     python -m training.shapes.hard --out training/results/hard.json
 
-For each pair of labelled values of a factor: `add` alone; the token-local edits `transfer` and `replace`, which take
-from the feature of the value that the prompt names; `swap`, which adds the one and subtracts the other in both halves
-of guidance until the end, both beyond the range of the training data, evenly or (`fading`) from twice the strength at
+For each pair of labelled values of a factor, in both halves of guidance until the end: `add` alone; the token-local
+edits `transfer` and `replace`, which take from the feature of the value that the prompt names; `swap`, which adds the
+one and subtracts the other, both beyond the range of the training data, evenly or (`fading`) from twice the strength at
 the beginning to none at the end; and `local`, the latter on those tokens alone on which one of the two is active. Rows
 are added to the JSON as they are measured; the same command continues where it was stopped.
 """
@@ -50,11 +50,11 @@ def steer(
         with ExitStack() as stack:
             for target, named in dict.fromkeys((r[2], r[3]) for r in part):
                 chosen = torch.tensor([float((r[2], r[3]) == (target, named)) for r in part])
-                features, options = {target: strength}, {"mask": chosen[:, None, None].expand(-1, 8, 8)}
+                options = {"mask": chosen[:, None, None].expand(-1, 8, 8), "apply_to": "contrast", "end": 1.0}
+                features = {target: strength}
                 if method in ("swap", "fading", "local"):
                     sides = {target: strength} | ({named: -strength} if named in labels else {})
-                    options |= {"clip": False, "apply_to": "contrast", "end": 1.0}
-                    options |= {"where": list(sides)} if method == "local" else {}
+                    options |= {"clip": False} | ({"where": list(sides)} if method == "local" else {})
                     features = {
                         name: side if method == "swap" else partial(fading, side) for name, side in sides.items()
                     }
