@@ -4,9 +4,9 @@
 
 For each pair of labelled values of a factor, in both halves of guidance until the end: `add` alone; the token-local
 edits `transfer` and `replace`, which take from the feature of the value that the prompt names; `swap`, which adds the
-one and subtracts the other, both beyond the range of the training data, evenly or (`fading`) from twice the strength at
-the beginning to none at the end; and `local`, the latter on those tokens alone on which one of the two is active. Rows
-are added to the JSON as they are measured; the same command continues where it was stopped.
+one and subtracts the other, both beyond the range of the training data, evenly or (`fading`) from twice the strength
+at the beginning to none at the end; and `local`, the latter on those tokens alone on which one of the two is active.
+Rows are added to the JSON as they are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
