@@ -285,7 +285,7 @@ def test_the_card(folder):
     metrics = {SITE: {"dead": 0.25, "r2": [0.5, 0.75], "note": "none"}}
     measured = {"success": 0.875, "leakage": 0.125, "prompts": 8}
     labels = {"a|b <i>": {"factor": "colour", "features": load_dictionary(folder).labels["red"]["features"]}}
-    labels["a|b <i>"]["measured"] = measured
+    labels["a|b <i>"] |= {"measured": measured, "edit": {"end": 0.7, "apply_to": "cond"}}
     config = {"base_model": "org/base", "license": "mit", "metrics": metrics, "sampler": "DDIM"}
     Dictionary(load_dictionary(folder).sites, labels, config).save(folder)
     card = (folder / "README.md").read_text()
@@ -297,7 +297,7 @@ def test_the_card(folder):
         "| dead | 0.25 |",
         "| r2 | 0.5, 0.75 |",
         "| sampler | DDIM |",
-        r"| a\|b &lt;i&gt; | colour | mid_block: 1 | 0.875 | 0.125 | 8 |",
+        r"| a\|b &lt;i&gt; | colour | mid_block: 1 | end=0.7, apply_to=cond | 0.875 | 0.125 | 8 |",
         "pipe.set_rtsae_features({'a|b <i>': 1.0})",
         "DiffusionPipeline.from_pretrained('org/base')",
         "## Intended use and limits",

@@ -34,7 +34,8 @@ def test_unexplained_variance_is_a_ratio_of_sums():
 
 
 def test_figures_do_not_depend_on_how_the_data_is_cut(dictionary, monkeypatch):
-    rtsae, data = dictionary.sites[SITE].float(), torch.randn(700, 5, 160)
+    rtsae = dictionary.sites[SITE].float()
+    data = torch.randn(700, len(rtsae.config.anchors), 160)
     whole = evaluate(rtsae, data, 16)
     original = torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, "split", lambda self, size, dim=0: original(self, 100, dim))
