@@ -1,6 +1,6 @@
 """Train the scorer of the bundled world: which factors does this picture show, and is it a valid scene at all?
 
-python -m training.shapes.scorer --out examples/shapes-scorer
+python -m training.worlds.shapes.scorer --out examples/shapes-scorer
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
-from ..checkpoint import load_checkpoint, save_checkpoint, step_generator
+from ...checkpoint import load_checkpoint, save_checkpoint, step_generator
 from .scenes import COLOURS, GLOBAL_FACTORS, PLACES, SHAPES, SIZES, Scenes, render, render_pictures, sample_scenes
 
 SLOT_FACTORS = {"shape": ("none", *SHAPES), "colour": tuple(COLOURS), "size": tuple(SIZES)}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from training.shapes.captions import WORDS, caption
-from training.shapes.evaluate import evaluate, load_pipeline
-from training.shapes.pipeline import ALIGNED, factor_cells
-from training.shapes.scenes import (
+from training.worlds.pictures import load_pipeline
+from training.worlds.shapes.captions import WORDS, caption
+from training.worlds.shapes.evaluate import evaluate
+from training.worlds.shapes.pipeline import ALIGNED, factor_cells
+from training.worlds.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     FACTORS,
@@ -20,10 +21,9 @@ from training.shapes.scenes import (
     render_layers,
     sample_scenes,
 )
-from training.shapes.scorer import accuracy
-from training.shapes.steering import TARGETS, code, measure, probe, prompted
+from training.worlds.shapes.scorer import accuracy
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def test_same_seed_same_picture():
@@ -70,33 +70,6 @@ def test_captions_say_what_they_claim_to_name_and_nothing_else():
         sizes = WORDS["size"][FACTORS["size"][scenes.size[i, 0]]]
         assert any(f" {w} " in words for w in sizes) == ("size" in named[0])
         assert (FACTORS["background"][scenes.background[i]] in text) == ("background" in world)
-
-
-def test_probes_leave_the_factor_open_or_contradict_it():
-    for factor, value in TARGETS:
-        for kind in ("open", "contradicted"):
-            one = probe(factor, value, kind, 6, seed=0)
-            assert (code(one.scenes, factor) != FACTORS[factor].index(value)).all()
-        if factor in ("colour", "shape", "background"):
-            assert all(value in text for text in prompted(one)) and not any(
-                f"{value} " in f"{t} " for t in one.prompts
-            )
-
-
-def test_measure_counts_success_and_leakage():
-    plain = {
-        "shape": "star",
-        "colour": "blue",
-        "size": "small",
-        "place": "left",
-        "background": "white",
-        "style": "flat",
-    }
-    plain["valid"] = True
-    red, leaking = plain | {"colour": "red"}, plain | {"colour": "red", "style": "dotted"}
-    invalid = dict.fromkeys(plain) | {"valid": False}
-    cell = measure([red, leaking, invalid, plain], [plain] * 4, "colour", "red")
-    assert cell == {"success": 0.5, "leakage": 0.5, "leakage_mean": (0.2 + 1.0) / 4, "valid": 0.75}
 
 
 def test_cells_say_what_each_part_of_the_picture_shows():
