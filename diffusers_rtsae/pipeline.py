@@ -128,6 +128,19 @@ def _install(pipeline) -> None:
     controller.install(plans, compiled)
 
 
+@contextlib.contextmanager
+def resting(pipeline):
+    """No dictionary acts inside the `with` block."""
+    controller = _controller(pipeline)
+    enabled, controller.enabled = controller.enabled, False
+    _install(pipeline)
+    try:
+        yield
+    finally:
+        controller.enabled = enabled
+        _install(pipeline)
+
+
 def _scaled(edit: Edit, weight: float) -> Edit:
     if weight == 1.0 or edit.operation != "add":
         return edit

@@ -1,0 +1,337 @@
+"""
+Effect: how much of what another prompt would change in a denoiser's prediction an edit of its activations changes.
+
+With v the prediction, x a noisy latent, and a "from" and a "to" prompt that differ in a concept,
+
+    E(edit) = 1 − Σ ‖v(x, from; edit) − v(x, to)‖² / Σ ‖v(x, from) − v(x, to)‖²
+
+over steps and over noisy latents of both prompts' own runs. 1: the edit does what changing the prompt does; 0: nothing;
+below 0: harm. It needs no scorer and no picture. Its gradient at no edit ranks all latents at once (attribution
+patching: Nanda 2022; Kramár et al. 2024, 2403.00745).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..hub import Dictionary
+from ..pipeline import get_denoiser, get_dictionary, resting
+from ..steering import Clock, PrefixEncoder, TimeGrid, Trajectory, call_arguments, get_site
+from ..steering.sites import from_tokens, read_output, replace_output, to_tokens
+
+Pair = tuple[str, str]
+Changes = dict[str, torch.Tensor]  # what to add to the tokens of each site, (rows, N or 1, d)
+_NOT_BATCHED = ("img_ids", "txt_ids")  # positions, the same for all rows
+
+
+def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs of different prompts; raises `ValueError` with the first that is none."""
+    if isinstance(pairs, str) or not pairs:
+        raise ValueError("Expected pairs (from, to) of prompts, got none.")
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
+            raise ValueError(f"Expected pairs (from, to) of prompts, got {pair!r}.")
+        if pair[0] == pair[1]:
+            raise ValueError(
+                f"The prompts of a pair must differ, or there is no effect to have a share of: both are {pair[0]!r}. "
+                "Prompts in which nothing is to change go in `unchanged`."
+            )
+    return [tuple(pair) for pair in pairs]
+
+
+def _take(value, batch: int, rows, name: str = ""):
+    """Some rows of whatever in a denoiser's arguments has one for each of its batch."""
+    if torch.is_tensor(value) and value.ndim and len(value) == batch and name not in _NOT_BATCHED:
+        return value[rows]
+    if isinstance(value, dict):
+        return {key: _take(inner, batch, rows, key) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_take(inner, batch, rows) for inner in value)
+    return value
+
+
+def _prediction(output) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+@dataclass
+class Call:
+    """The conditional rows of one call of a denoiser."""
+
+    timestep: float  # in training units
+    args: tuple
+    kwargs: dict
+    rows: int
+
+    @classmethod
+    def of(cls, clock: Clock, args: tuple, kwargs: dict) -> Call | None:
+        """`None` if it has no conditional rows."""
+        batch = len(call_arguments(args, kwargs)[0])
+        rows = dict(clock.rows(batch)).get("cond")
+        if rows is None:
+            return None
+        args = tuple(_take(value, batch, rows) for value in args)
+        return cls(clock.timestep, args, _take(kwargs, batch, rows), rows.stop - rows.start)
+
+    def replay(self, denoiser: nn.Module, samples: Sequence[int], texts: Sequence[int]) -> torch.Tensor:
+        """The prediction for the noisy latents of some rows and the text, and all else, of others."""
+        args = [_take(value, self.rows, texts) for value in self.args]
+        kwargs = _take(self.kwargs, self.rows, texts)
+        sample = call_arguments(self.args, self.kwargs)[0][samples]
+        if args:
+            args[0] = sample
+        else:
+            kwargs["sample" if "sample" in kwargs else "hidden_states"] = sample
+        return _prediction(denoiser(*args, **kwargs))
+
+
+class Calls:
+    """Keeps the conditional part of a denoiser's calls, with the activations of some sites, while a pipeline runs
+    inside the `with` block. A sampler that calls twice at one timestep: the later call stands."""
+
+    def __init__(self, denoiser: nn.Module, sites: Sequence[str]):
+        self.denoiser, self.sites = denoiser, sites
+
+    def __enter__(self) -> Calls:
+        self.clock, self.kept, self._call, self._tokens = Clock(), [], None, {}
+        self._hooks = [
+            self.denoiser.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.denoiser.register_forward_hook(self._end),
+            *(get_site(self.denoiser, s).register_forward_hook(self._site(s), with_kwargs=True) for s in self.sites),
+        ]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, module, args, kwargs) -> None:
+        self.clock.tick(*call_arguments(args, kwargs))
+        self._call, self._tokens = Call.of(self.clock, args, kwargs), {}
+
+    def _site(self, site: str):
+        def hook(module, args, kwargs, output):
+            if self._call is not None:
+                block_input = args[0] if args else kwargs["hidden_states"]
+                rows = dict(self.clock.rows(len(block_input)))["cond"]
+                self._tokens[site] = (to_tokens(block_input[rows]), to_tokens(read_output(output)[rows]))
+
+        return hook
+
+    def _end(self, module, args, output) -> None:
+        if self._call is None:
+            return
+        if self.kept and self.kept[-1][0].timestep == self._call.timestep:
+            self.kept.pop()
+        prediction = _prediction(output)
+        rows = dict(self.clock.rows(len(prediction)))["cond"]
+        self.kept.append((self._call, prediction[rows].float(), self._tokens))
+
+
+@dataclass
+class State:
+    """
+    Noisy latents of one step, and what the denoiser should answer to them.
+
+    Args:
+        call (`Call`): what the denoiser was called with.
+        samples, texts (`list[int]`): its rows with the noisy latent and with the "from" prompt of each state.
+        wanted (`torch.Tensor`): v(x, to), `(states, ...)`.
+        distance (`torch.Tensor`): ‖v(x, from) − v(x, to)‖² of each state, `(states,)`.
+        codes (`dict[str, torch.Tensor]`): latents of each site that an edit reads, `(states, N, latents)`.
+    """
+
+    call: Call
+    samples: list[int]
+    texts: list[int]
+    wanted: torch.Tensor
+    distance: torch.Tensor
+    codes: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def timestep(self) -> float:
+        return self.call.timestep
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@dataclass
+class _Run:
+    """The states of one generation, and the activations `(states, N, steps, d)` its sites had with the "from" prompt,
+    and those the network came from."""
+
+    states: list[State]
+    present: dict[str, torch.Tensor]
+    past: dict[str, torch.Tensor]
+
+
+class States:
+    """
+    What a denoiser meets on the way from noise to the pictures of pairs of prompts. Nothing is steered meanwhile.
+
+    Args:
+        pipeline (`DiffusionPipeline`): with a dictionary loaded.
+        pairs (`Sequence[tuple[str, str]]`): (from, to). The two may be the same: nothing is to change then.
+        adapter_name (`str`, *optional*): of the dictionary.
+        seed (`int`): of the noise; both prompts of a pair start at the same, each pair at another.
+        batch_size (`int`): prompts drawn at once; what memory is needed goes with it.
+        call: passed to the pipeline.
+
+    Raises:
+        `ValueError`: the pipeline takes no prompt, or its denoiser cannot be differentiated.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, pipeline, pairs: Sequence[Pair], adapter_name: str | None = None, seed: int = 0, batch_size: int = 16,
+        progress: str | None = None, **call,
+    ):  # fmt: skip
+        self.pipeline, self.denoiser = pipeline, get_denoiser(pipeline)
+        self.dictionary: Dictionary = get_dictionary(pipeline, adapter_name)
+        self.pairs, self._seed, self._call = list(pairs), seed, call
+        self.grids = {
+            site: TimeGrid(rtsae.config.anchors, getattr(pipeline.scheduler, "alphas_cumprod", None))
+            for site, rtsae in self.dictionary.sites.items()
+        }
+        per_run = max(1, batch_size // 2)
+        starts = range(0, len(self.pairs), per_run)
+        with resting(pipeline):
+            self._runs = [
+                self._capture(start, self.pairs[start : start + per_run])
+                for start in tqdm(starts, desc=progress, unit="batch", leave=False, disable=progress is None)
+            ]
+        self.scale = float(
+            sum(state.distance.sum() for state in self.all()) / max(1, sum(len(state) for state in self.all()))
+        )
+
+    def _capture(self, first: int, pairs: list[Pair]) -> _Run:
+        prompts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs if pair[0] != pair[1]]
+        order = [i for i in range(len(pairs))] + [i for i, pair in enumerate(pairs) if pair[0] != pair[1]]
+        goal, count = {}, len(pairs)
+        for row, i in enumerate(order[count:], start=count):
+            goal[i] = row
+        generators = [torch.Generator().manual_seed(self._seed + first + i) for i in order]
+        sites = list(self.dictionary.sites)
+        with Calls(self.denoiser, sites) as calls:
+            self.pipeline(prompts, generator=generators, output_type="latent", **self._call)
+            kept = calls.kept
+        samples, texts = list(range(len(prompts))), order
+        wants = [goal.get(i, i) for i in order]
+        states, present, past = [], {site: [] for site in sites}, {site: [] for site in sites}
+        with Calls(self.denoiser, sites) as again:
+            for call, plain, tokens in kept:
+                if call.rows != len(prompts):
+                    raise ValueError(
+                        f"Expected one conditional row a prompt, got {call.rows} of {len(prompts)} prompts."
+                    )
+                again.kept = []
+                before = call.replay(self.denoiser, samples, texts).float()
+                told = again.kept[-1][2]
+                wanted = call.replay(self.denoiser, samples, wants).float()
+                del plain
+                distance = (before - wanted).square().flatten(1).sum(1)
+                states.append(State(call, samples, texts, wanted, distance))
+                for site in sites:
+                    present[site].append(self._activation(site, told[site]))
+                    past[site].append(self._activation(site, tokens[site]))
+        stack = {site: torch.stack(present[site], 2) for site in sites}, {s: torch.stack(past[s], 2) for s in sites}
+        return _Run(states, *stack)
+
+    def _activation(self, site: str, tokens: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if self.dictionary.sites[site].config.activation == "update":
+            return tokens[1] - tokens[0]
+        return tokens[1]
+
+    def all(self) -> Iterator[State]:
+        """The states of all runs and steps."""
+        return (state for run in self._runs for state in run.states)
+
+    @torch.no_grad()
+    def latents(self, site: str, latents: Sequence[int]) -> Iterator[tuple[State, torch.Tensor]]:
+        """Each state with the activation `(states, N, latents)` that some latents of a site have there."""
+        rtsae = self.dictionary.sites[site]
+        for run in self._runs:
+            present, past = run.present[site], run.past[site]
+            encoder, memory = PrefixEncoder(rtsae, list(latents), self.grids[site], present.device), Trajectory()
+            for step, state in enumerate(run.states):
+                codes = encoder.observe(memory, present[:, :, step], state.timestep)
+                memory.continue_with(past[:, :, step])
+                yield state, codes
+
+    def read(self, site: str, latents: Sequence[int]) -> None:
+        """Keep the activation of these latents of a site in the `codes` of all states."""
+        for state, codes in self.latents(site, latents):
+            state.codes[site] = codes.clone()
+
+    def predict(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
+        """v(x, from) of some of a state's rows with `changes` added at the sites; differentiable in these."""
+        with contextlib.ExitStack() as stack:
+            for site, change in changes.items():
+                hook = get_site(self.denoiser, site).register_forward_hook(_adds(change))
+                stack.callback(hook.remove)
+            texts = [state.texts[row] for row in rows]
+            return state.call.replay(self.denoiser, [state.samples[row] for row in rows], texts).float()
+
+    def error(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
+        """‖v(x, from; changes) − v(x, to)‖² of some of a state's rows, summed, relative to the mean distance of all
+        states: the average of this over states is 1 − E."""
+        missed = self.predict(state, rows, changes) - state.wanted[list(rows)]
+        return missed.square().sum() / (len(rows) * self.scale)
+
+    @torch.no_grad()
+    def effect(self, changes: Callable[[State, Sequence[int]], Changes], batch_size: int = 16) -> float:
+        """E of the edit that `changes` gives for each state and rows of it."""
+        missed, whole = 0.0, 0.0
+        for state in self.all():
+            for start in range(0, len(state), batch_size):
+                rows = range(len(state))[start : start + batch_size]
+                missed += float(self.error(state, rows, changes(state, rows))) * len(rows) * self.scale
+            whole += float(state.distance.sum())
+        return 1 - missed / whole
+
+    def draw(self, count: int, rows: int, generator: torch.Generator) -> Iterator[tuple[State, list[int], float]]:
+        """Random rows of random states with the weight that makes their average that of all; states that the prompts
+        tell apart more come more often."""
+        states = list(self.all())
+        size = torch.tensor([float(state.distance.mean()) for state in states])
+        chance = 0.9 * size / size.sum().clamp(min=1e-20) + 0.1 / len(states)
+        for pick in torch.multinomial(chance, count, replacement=True, generator=generator).tolist():
+            state = states[pick]
+            chosen = torch.randperm(len(state), generator=generator)[:rows].tolist()
+            yield state, chosen, 1 / (len(states) * float(chance[pick]))
+
+
+def _adds(change: torch.Tensor):
+    def hook(module, args, output):
+        hidden_states = read_output(output)
+        return replace_output(output, hidden_states + from_tokens(change, hidden_states))
+
+    return hook
+
+
+@contextlib.contextmanager
+def frozen(denoiser: nn.Module, checkpointing: bool = False):
+    """A denoiser that can be differentiated with respect to its activations alone, inside the `with` block."""
+    if getattr(denoiser, "is_quantized", False) or hasattr(denoiser, "_orig_mod"):
+        kind = "compiled" if hasattr(denoiser, "_orig_mod") else "quantized"
+        raise ValueError(f"Effects are gradients through the denoiser, and a {kind} one gives none; load a plain one.")
+    wanted = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        if checkpointing:
+            denoiser.disable_gradient_checkpointing()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
