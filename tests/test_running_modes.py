@@ -328,3 +328,15 @@ def test_dictionary_dtype_and_device(fresh, draw):
         images.append(draw(fresh, steps=2))
         fresh.unload_rtsae()
     assert np.array_equal(images[0], images[1]) and np.allclose(images[0], images[2], atol=1e-4)
+
+
+def test_training_after_generating_in_inference_mode(fresh, dictionary, draw):
+    fresh.load_rtsae(dictionary)
+    fresh.set_rtsae_features({(SITE, 3): 1.0}, operation="set")
+    with torch.inference_mode():
+        draw(fresh, steps=2)
+    sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(2, 8, fresh.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    for timestep in (961, 481, 1):
+        fresh.unet(sample, timestep, text).sample.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in fresh.unet.get_submodule(SITE).parameters())

@@ -222,7 +222,7 @@ class _SiteHook:
         ]  # fmt: skip
 
     def enter(self, module: nn.Module, args: tuple) -> None:
-        """Before the module is called: go inside of what has replaced its forward since the last call, or out of it."""
+        """Before the module is called: go inside of what has replaced its forward since last time, or out again."""
         place, name = _real_forward(module)
         forward = place.get(name)
         real = forward.forward if isinstance(forward, _EditedForward) else forward

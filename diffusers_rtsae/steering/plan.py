@@ -35,7 +35,7 @@ class Trajectory:
     grid: TimeGrid | None = None  # of this generation's noise schedule, if that is not the encoder's
 
     def continue_with(self, tokens: torch.Tensor) -> None:
-        self.continued = tokens.clone()  # later layers may write into the activation
+        self.continued = tokens.detach().clone()  # later layers may write into the activation
 
 
 class PrefixEncoder:
@@ -128,7 +128,7 @@ class PrefixEncoder:
             pre_activations = committed + constant + tokens.float() @ now.T
             if carried is not None:
                 pre_activations = pre_activations - state.past[1].float() @ carried.T
-        state.pending = (timestep, coordinate, pre_activations)
+        state.pending = (timestep, coordinate, pre_activations.detach())
         return jump_relu(pre_activations, threshold)
 
 
