@@ -222,14 +222,13 @@ class _SiteHook:
         ]  # fmt: skip
 
     def enter(self, module: nn.Module, args: tuple) -> None:
-        """Before the module is called: go inside of what has replaced its forward since last time, or out again."""
+        """Before the module is called: go inside of what has replaced its forward since the last time."""
         place, name = _real_forward(module)
         forward = place.get(name)
-        real = forward.forward if isinstance(forward, _EditedForward) else forward
-        if place is not vars(module):
-            place[name] = _EditedForward(real, self)
-        elif real is not forward:
-            place[name] = real
+        if isinstance(forward, _EditedForward):
+            forward.hook = self
+        elif place is not vars(module):
+            place[name] = _EditedForward(forward, self)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
         place, name = _real_forward(module)
