@@ -3,10 +3,12 @@
 What a steered model with a cache should give is known: what the cache gives for a model whose block adds the same.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, StableDiffusionPipeline
 from diffusers.hooks import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -17,8 +19,9 @@ from diffusers.hooks import (
 )
 from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from diffusers.hooks.sea_cache import SeaCacheConfig
-from test_pipelines import FLUX_TEXT, PIXART_TEXT, TRUE_CFG, dictionary, flux, pixart
+from test_pipelines import FLUX_TEXT, PIXART_TEXT, TRUE_CFG, UNET_SITE, bundled, dictionary, flux, pixart
 
+from diffusers_rtsae import list_sites
 from diffusers_rtsae.steering.sites import read_output, replace_output
 
 STEPS = 6
@@ -39,7 +42,9 @@ CACHES = {
     "Taylor of blocks": lambda: TaylorSeerCacheConfig(
         2, 1, taylor_factors_dtype=torch.float32, cache_identifiers=[r"(single_)?transformer_blocks\.\d"]
     ),
-    "Taylor of the output": lambda: TaylorSeerCacheConfig(2, 1, taylor_factors_dtype=torch.float32, use_lite_mode=True),
+    "Taylor of the output": lambda: TaylorSeerCacheConfig(
+        2, 1, taylor_factors_dtype=torch.float32, use_lite_mode=True
+    ),
     "spectral": lambda: SeaCacheConfig(
         threshold=1e9, raw_vision_callback=lambda module, args, kwargs: [kwargs["hidden_states"][:, None]]
     ),
@@ -81,6 +86,7 @@ def follow(module, change=None) -> list[float]:
     """The times at which a module's own forward runs; it adds `change(rows)` to its hidden states."""
     forward, times = module.forward, []
 
+    @functools.wraps(forward)
     def followed(*args, **kwargs):
         times.append(NOW["timestep"])
         output = forward(*args, **kwargs)
@@ -177,7 +183,7 @@ def test_a_cache_that_leaves_the_unconditional_half_out():
         pipe.load_rtsae(made)
         if edited_model:
 
-            def change(rows):
+            def change(rows, site=site):
                 batches.append(rows)
                 return torch.zeros(rows, 1, 24).index_fill(0, torch.tensor([rows - 1]), 1.0) * direction(made, site)
 
@@ -193,3 +199,98 @@ def test_a_cache_that_leaves_the_unconditional_half_out():
         results.append(images(pipe, PIXART_TEXT | {"callback": note}))
     assert set(batches) == {2, 4}
     np.testing.assert_allclose(*results, atol=1e-4)
+
+
+# What others publish; not needed to run, so these tests are skipped where it is not installed
+
+
+@pytest.mark.parametrize("site", SITES[:2])
+@pytest.mark.parametrize("order", ["cache first", "features first"])
+def test_cache_dit(site, order):
+    cache_dit = pytest.importorskip("cache_dit")
+    config = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 2, "residual_diff_threshold": 1e9}
+    made, results, counts = steady(site, 32), [], []
+    for edited_model in (True, False):
+        pipe, _, _ = flux(None)
+        change = {"change": lambda rows: direction(made, site)} if edited_model else {}
+        computed = follow(pipe.transformer.get_submodule(site), **change)
+        pipe.load_rtsae(made)
+        if order == "features first" and not edited_model:
+            pipe.set_rtsae_features({0: 1.0}, clip=False)
+        cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(**config, max_continuous_cached_steps=2))
+        if order == "cache first" and not edited_model:
+            pipe.set_rtsae_features({0: 1.0}, clip=False)
+        results.append(images(pipe, FLUX_TEXT))
+        counts.append(len(computed))
+    np.testing.assert_allclose(*results, atol=1e-4)
+    assert counts[0] == counts[1] == len(pipe.rtsae_report()[site])
+    assert counts[0] == STEPS if site == SITES[0] else counts[0] < STEPS
+
+
+@pytest.mark.parametrize("site, width", [(UNET_SITE, 160), ("up_blocks.1", 160), ("mid_block", 192)])
+@pytest.mark.parametrize("order", ["cache first", "features first"])
+def test_deep_cache(pipe, site, width, order):
+    helper_class = pytest.importorskip("DeepCache").DeepCacheSDHelper
+    made, results, counts = steady(site, width), [], []
+    call = {"prompt": ["a star", "a heart"], "guidance_scale": 4.0}
+    for edited_model in (True, False):
+        built, _, _ = bundled(StableDiffusionPipeline)(pipe)
+        module = built.unet.get_submodule(site)
+
+        def change(rows):
+            return (torch.arange(rows) == rows - 1)[:, None, None, None] * direction(made, site)[:, None, None]
+
+        computed = follow(module, change if edited_model else None)
+        built.load_rtsae(made)
+        helper = helper_class(built)
+        helper.set_params(cache_interval=3, cache_branch_id=0)
+        if order == "features first" and not edited_model:
+            built.set_rtsae_features({0: [0.0, 1.0]}, clip=False, apply_to="cond")
+        helper.enable()
+        if order == "cache first" and not edited_model:
+            built.set_rtsae_features({0: [0.0, 1.0]}, clip=False, apply_to="cond")
+        results.append(images(built, call))
+        counts.append(len(computed))
+        report = built.rtsae_report()
+        helper.disable()
+        if not edited_model:  # gone without a trace
+            steered = images(built, call)
+            built.set_rtsae_features({0: [0.0, 1.0]}, clip=False, apply_to="cond")
+            assert np.array_equal(images(built, call), steered)
+        built.unload_rtsae()
+        del module.forward
+    np.testing.assert_allclose(*results, atol=1e-4)
+    assert counts[0] == counts[1] == len(report[site]) == 2
+
+
+def test_token_merging(pipe):
+    """Tokens are merged for attention and laid out again within a block, so what a block returns is all tokens."""
+    tomesd = pytest.importorskip("tomesd")
+    site, call = f"{UNET_SITE}.transformer_blocks.0", {"prompt": ["a star", "a heart"], "guidance_scale": 4.0}
+    sites, plain = list_sites(pipe.unet), images(pipe, call)
+    tomesd.apply_patch(pipe, ratio=0.5, max_downsample=4, use_rand=False)
+    try:
+        assert list_sites(pipe.unet) == sites
+        merged, seen = images(pipe, call), []
+        assert not np.allclose(merged, plain, atol=1e-2)
+        pipe.load_rtsae(steady(site, 160))
+        hook = pipe.unet.get_submodule(site).register_forward_hook(
+            lambda m, a, output: seen.append(output[-1].clone())
+        )
+        mask = np.zeros((2, 2))
+        mask[:, 0] = 1
+        pipe.set_rtsae_features({0: [0.0, 1.0]}, clip=False, apply_to="cond", mask=mask)
+        hook.remove()
+        hook = pipe.unet.get_submodule(site).register_forward_hook(
+            lambda m, a, output: seen.append(output[-1].clone())
+        )
+        images(pipe, call)
+        pipe.disable_rtsae()
+        steered = seen[0]
+        seen.clear()
+        assert np.array_equal(images(pipe, call), merged)
+        change = (steered - seen[0]).unflatten(0, (8, 8)).norm(dim=-1) > 0
+        assert change[:, :4].all() and not change[:, 4:].any()
+        hook.remove()
+    finally:
+        tomesd.remove_patch(pipe)
