@@ -3,6 +3,7 @@ activation."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from ..models import RTSAE, jump_relu
 from .clock import TimeGrid
 from .edits import Edit
 
+_loading = threading.Lock()
 _REACHED = 0.1  # a step this close before an anchor, in units of anchors, stands for it if none is closer
 
 
@@ -30,9 +32,10 @@ class Trajectory:
     past: tuple[float, torch.Tensor] | None = None  # coordinate and activation of the last anchor passed
     pending: tuple[float, float, torch.Tensor] | None = None  # timestep, coordinate, pre-activations
     continued: torch.Tensor | None = None  # the activation the network really continued with, after any edit
+    grid: TimeGrid | None = None  # of this generation's noise schedule, if that is not the encoder's
 
     def continue_with(self, tokens: torch.Tensor) -> None:
-        self.continued = tokens.clone()  # later layers may write into the activation
+        self.continued = tokens.detach().clone()  # later layers may write into the activation
 
 
 class PrefixEncoder:
@@ -80,6 +83,8 @@ class PrefixEncoder:
                 terms = stayed | {(*intervals, g): c * part for intervals, c in terms.items()}
         return sum(c * self._product(block, intervals) for intervals, c in terms.items())
 
+    @torch.inference_mode(False)  # products are kept and may meet autograd later
+    @torch.no_grad()
     def _fold(self, then: float | None, coordinate: float) -> tuple:
         """
         What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation,
@@ -111,7 +116,7 @@ class PrefixEncoder:
 
     def observe(self, state: Trajectory, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
         """Latents `(B, N, rows)` of tokens `(B, N, d)` at this step; tell `state` what the network continues with."""
-        coordinate, last = self.grid.coordinate(timestep), len(self.threshold) - 1
+        coordinate, last = (state.grid or self.grid).coordinate(timestep), len(self.threshold) - 1
         still_first = state.past is None and coordinate == 0  # steps before the first anchor stand for it in turn
         if state.pending is not None and state.pending[0] != timestep and not still_first:
             self._commit(state, coordinate)
@@ -123,7 +128,7 @@ class PrefixEncoder:
             pre_activations = committed + constant + tokens.float() @ now.T
             if carried is not None:
                 pre_activations = pre_activations - state.past[1].float() @ carried.T
-        state.pending = (timestep, coordinate, pre_activations)
+        state.pending = (timestep, coordinate, pre_activations.detach())
         return jump_relu(pre_activations, threshold)
 
 
@@ -133,7 +138,7 @@ class PlanState:
 
     conditional: Trajectory = field(default_factory=Trajectory)
     others: dict[int, Trajectory] = field(default_factory=dict)  # of unconditional streams, if an edit reads them
-    timestep: float | None = None  # of the conditional change kept for calls that follow it
+    timestep: float | None = None  # of the conditional call whose change is kept for calls that follow it
     on_conditional: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
     report: list[dict] = field(default_factory=list)
@@ -146,7 +151,7 @@ class SitePlan:
     Args:
         rtsae (`RTSAE`): the dictionary; only rows that are edited or read are taken from it.
         edits (`list[Edit]`): what to change; idle edits are left out.
-        alphas_cumprod (`torch.Tensor`, *optional*): of the base model's schedule.
+        alphas_cumprod (`torch.Tensor`, *optional*): of the noise schedule, where no pipeline says it; see `begin`.
     """
 
     def __init__(self, rtsae: RTSAE, edits: list[Edit], alphas_cumprod: torch.Tensor | None):
@@ -156,8 +161,9 @@ class SitePlan:
         self.column = {row: i for i, row in enumerate(self.rows)}
         self.device: torch.device | None = None
 
+    @torch.inference_mode(False)  # what is kept may meet autograd later
+    @torch.no_grad()
     def _load(self, device: torch.device) -> None:
-        self.device = device
         self.encoder = PrefixEncoder(self.rtsae, self.rows, self.grid, device) if self.rows else None
         self.directions, self.statistics = [], []
         for edit in self.edits:
@@ -171,6 +177,11 @@ class SitePlan:
             self.statistics.append([getattr(self.rtsae, name)[edit.moved].float().to(device) for name in statistics])
         if self.encoder is not None and not self.encoder.encoder.isfinite().all():
             raise ValueError(f"The dictionary of {self.rtsae.config.site} holds NaN or inf in rows {self.rows}.")
+        self.device = device
+
+    def begin(self, alphas_cumprod: torch.Tensor | None) -> PlanState:
+        """A new generation on another noise schedule."""
+        return PlanState(Trajectory(grid=TimeGrid(self.rtsae.config.anchors, alphas_cumprod)))
 
     def conditional(
         self, state: PlanState, tokens: torch.Tensor, timestep: float, size: tuple[int, int] | None
@@ -201,7 +212,7 @@ class SitePlan:
         if any(edit.apply_to == "contrast" for edit in self.edits):
             self._follows(state, timestep)
         everywhere = [edit for edit in self.edits if edit.apply_to == "all"]
-        run = state.others.setdefault(stream, Trajectory())
+        run = state.others.setdefault(stream, Trajectory(grid=state.conditional.grid))
         steps = [step for _, step in self._steps(run, tokens, timestep, size, everywhere)]
         return _total(steps + ([] if state.contrast is None else [-state.contrast]))
 
@@ -227,11 +238,12 @@ class SitePlan:
         report: list | None = None,
     ) -> list[tuple[Edit, torch.Tensor]]:
         """The change `(B, N or 1, d)` each of `edits` asks for."""
-        if self.device != tokens.device:
-            self._load(tokens.device)
+        with _loading:  # one thread loads what all of them use
+            if self.device != tokens.device:
+                self._load(tokens.device)
         reads = any(edit.read for edit in edits)
         latents = self.encoder.observe(run, tokens, timestep) if reads else None
-        coordinate, steps = self.grid.coordinate(timestep), []
+        coordinate, steps = (run.grid or self.grid).coordinate(timestep), []
         for edit, directions, (typical, mean, highest) in zip(
             self.edits, self.directions, self.statistics, strict=True
         ):
