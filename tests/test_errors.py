@@ -149,9 +149,12 @@ def another_model(world, **config):
     world.pipe.load_rtsae(Dictionary(world.dictionary.sites, {}, world.dictionary.config | config))
 
 
-def another_sampler(world):
-    world.pipe.scheduler = diffusers.EDMEulerScheduler()
-    generate(world, {"red": 1.0}, steps=2)
+def another_sampler(scheduler, steps):
+    def misuse(world):
+        world.pipe.scheduler = scheduler
+        generate(world, {"red": 1.0}, steps=steps)
+
+    return misuse
 
 
 def unloaded(world):
@@ -502,10 +505,15 @@ MISUSE = {
         f"The dictionary of {SITE} holds NaN or inf in rows [1].",
     ),
     "a sampler with another unit of time": (
-        another_sampler,
+        another_sampler(diffusers.DDIMScheduler(num_train_timesteps=4000), 2),
         ValueError,
-        "EDMEulerScheduler calls with timesteps from … to …, expected 0 to 1000: a sampler that counts time in "
+        "DDIMScheduler calls with timesteps from 2000 to 0, expected 0 to 1000: a sampler that counts time in "
         "another unit cannot be followed.",
+    ),
+    "a sampler that counts noise": (
+        another_sampler(diffusers.EDMEulerScheduler(), 1),  # its only timestep, 1.1, could be a training step
+        ValueError,
+        "EDMEulerScheduler counts time in noise levels, not in training steps: it cannot be followed.",
     ),
     "a batch of an unknown layout": (
         lambda world: (feature("red")(world), Caller(world.pipe)(3, 1)),

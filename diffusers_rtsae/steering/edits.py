@@ -120,10 +120,14 @@ class Edit:
         return [*self.latents, *(self.source or ())]
 
     @property
+    def reads_moved(self) -> bool:
+        """Whether the change depends on the present activation of what moves."""
+        return self.operation != "add" or self.clip
+
+    @property
     def read(self) -> list[int]:
         """Rows whose present activation must be known."""
-        present = [] if self.operation == "add" and not self.clip else self.moved
-        return [*present, *(self.where or ())]
+        return [*(self.moved if self.reads_moved else ()), *(self.where or ())]
 
     def acts_at(self, timestep: float) -> bool:
         """Whether the edit's window contains `timestep`; windows are in training time, so all samplers agree on
@@ -146,39 +150,6 @@ class Edit:
         if not _is_finite(strengths):
             raise ValueError(f"The schedule gave {strength!r} at progress {progress:.3g}, expected finite numbers.")
         return strengths
-
-    def change(
-        self, strength: torch.Tensor, typical: torch.Tensor, mean: torch.Tensor, present: torch.Tensor | None
-    ) -> torch.Tensor:
-        """
-        By how much the `moved` latents change, before clipping.
-
-        Args:
-            strength (`torch.Tensor`): `(B, 1, 1)`.
-            typical, mean (`torch.Tensor`): `(rows,)` statistics of the moved latents.
-            present (`torch.Tensor`, *optional*): `(B, N, rows)` their activation now.
-        """
-        count = len(self.latents)
-        full = typical[:count] * torch.tensor(self.weights, device=typical.device)
-        if self.operation == "add":
-            return strength * full
-        now = present[..., :count]
-        if self.operation == "set":
-            return strength * full - now
-        if self.operation == "scale":
-            return (strength - 1) * now
-        if self.operation == "clamp":
-            return torch.minimum(now, strength * full) - now
-        if self.operation == "ablate":
-            return -strength * now
-        if self.operation == "ablate_to_mean":
-            return strength * (mean[:count] - now)
-        taken = present[..., count:]
-        level = (taken / typical[count:]).amax(-1, keepdim=True)  # of the source, 1 at its typical activation
-        if self.operation == "transfer":
-            return torch.cat([strength * level * full, -strength.clamp(0, 1) * taken], -1)
-        here = (level > 0).to(now.dtype)
-        return torch.cat([here * (strength * full - now), -taken], -1)
 
 
 def as_mask(mask) -> torch.Tensor | None:

@@ -3,15 +3,18 @@ activation."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..models import RTSAE, jump_relu
 from .clock import TimeGrid
-from .edits import Edit
+from .edits import APPLY_TO, Edit
 
+_loading = threading.Lock()
 _REACHED = 0.1  # a step this close before an anchor, in units of anchors, stands for it if none is closer
 
 
@@ -30,9 +33,10 @@ class Trajectory:
     past: tuple[float, torch.Tensor] | None = None  # coordinate and activation of the last anchor passed
     pending: tuple[float, float, torch.Tensor] | None = None  # timestep, coordinate, pre-activations
     continued: torch.Tensor | None = None  # the activation the network really continued with, after any edit
+    grid: TimeGrid | None = None  # of this generation's noise schedule, if that is not the encoder's
 
     def continue_with(self, tokens: torch.Tensor) -> None:
-        self.continued = tokens.clone()  # later layers may write into the activation
+        self.continued = tokens.detach().clone()  # later layers may write into the activation
 
 
 class PrefixEncoder:
@@ -52,9 +56,10 @@ class PrefixEncoder:
     """
 
     def __init__(self, rtsae: RTSAE, rows: list[int], grid: TimeGrid, device: torch.device):
-        self.rtsae, self.grid, self.device = rtsae, grid, device
-        self.encoder = rtsae.encoder[rows].detach().float()
-        self.offset = (self.encoder * rtsae.decoder_bias.detach()).sum(-1)  # (rows, G)
+        self.rtsae, self.grid = rtsae, grid
+        self.encoder = rtsae.encoder[rows].detach().float().to(device)
+        self.mean, self.scale = rtsae.dynamics.mean.float().to(device), rtsae.dynamics.scale.float().to(device)
+        self.offset = (self.encoder * rtsae.decoder_bias.detach().to(device)).sum(-1)  # (rows, G)
         self.bias = rtsae.encoder_bias[rows].detach().float().to(device)
         self.threshold = rtsae.threshold.tolist()
         self._products: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
@@ -66,7 +71,7 @@ class PrefixEncoder:
                 transition = self.rtsae.dynamics.transition[intervals[-1]].to(self.encoder)
                 product = self._product(block, intervals[:-1]) @ transition
             else:
-                product = self.encoder[:, block] / self.rtsae.dynamics.residual_scale[block]
+                product = self.encoder[:, block] / self.rtsae.dynamics.residual_scale[block].item()
             self._products[block, intervals] = product
         return self._products[block, intervals]
 
@@ -80,26 +85,24 @@ class PrefixEncoder:
                 terms = stayed | {(*intervals, g): c * part for intervals, c in terms.items()}
         return sum(c * self._product(block, intervals) for intervals, c in terms.items())
 
+    @torch.inference_mode(False)  # products are kept and may meet autograd later
+    @torch.no_grad()
     def _fold(self, then: float | None, coordinate: float) -> tuple:
         """
         What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation,
         rows for the past one (`None` if there is none), a constant, and the threshold.
         """
-        dynamics, last = self.rtsae.dynamics, len(self.threshold) - 1
-        mean, scale = _at(dynamics.mean, coordinate), _at(dynamics.scale, coordinate)
+        last, mean, scale = len(self.threshold) - 1, _at(self.mean, coordinate), _at(self.scale, coordinate)
         if then is None:  # the first activation is its own innovation
             now = self._product(0, ()) / scale
-            return now.to(self.device), None, (-(now @ mean) - self.offset[:, 0]).to(self.device), self.threshold[0]
+            return now, None, -(now @ mean) - self.offset[:, 0], self.threshold[0]
         passed = int(then + _REACHED)
         block = min(max(passed + 1, -int(-(coordinate - _REACHED) // 1)), last)
         progress = min(max((coordinate - then) / (block - then), 0.0), 1.0)
-        now, carried = (
-            self._product(block, ()) / scale,
-            self._carry(block, then, coordinate) / _at(dynamics.scale, then),
-        )
-        constant = carried @ _at(dynamics.mean, then) - now @ mean - progress * self.offset[:, block]
+        now, carried = self._product(block, ()) / scale, self._carry(block, then, coordinate) / _at(self.scale, then)
+        constant = carried @ _at(self.mean, then) - now @ mean - progress * self.offset[:, block]
         threshold = self.threshold[passed] + progress * (self.threshold[block] - self.threshold[passed])
-        return now.to(self.device), carried.to(self.device), constant.to(self.device), threshold
+        return now, carried, constant, threshold
 
     def _commit(self, state: Trajectory, now: float) -> None:
         """Once time moves on to `now`, the step closest to the next anchor becomes the past that later steps are
@@ -111,7 +114,7 @@ class PrefixEncoder:
 
     def observe(self, state: Trajectory, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
         """Latents `(B, N, rows)` of tokens `(B, N, d)` at this step; tell `state` what the network continues with."""
-        coordinate, last = self.grid.coordinate(timestep), len(self.threshold) - 1
+        coordinate, last = (state.grid or self.grid).coordinate(timestep), len(self.threshold) - 1
         still_first = state.past is None and coordinate == 0  # steps before the first anchor stand for it in turn
         if state.pending is not None and state.pending[0] != timestep and not still_first:
             self._commit(state, coordinate)
@@ -123,8 +126,31 @@ class PrefixEncoder:
             pre_activations = committed + constant + tokens.float() @ now.T
             if carried is not None:
                 pre_activations = pre_activations - state.past[1].float() @ carried.T
-        state.pending = (timestep, coordinate, pre_activations)
+        state.pending = (timestep, coordinate, pre_activations.detach())
         return jump_relu(pre_activations, threshold)
+
+
+class _Counts(NamedTuple):
+    """
+    What the edits of a fold did at a step: tensors until somebody asks.
+
+    edited (`torch.Tensor`): the share of tokens that each edit is to change, `(edits,)`.
+    out_of_range (`torch.Tensor`, *optional*): the share of these that had to be kept in range, `(edits,)`.
+    """
+
+    timestep: float
+    edits: list[Edit]
+    edited: torch.Tensor
+    out_of_range: torch.Tensor | None
+
+    def rows(self) -> list[dict]:
+        edited, outside = self.edited.tolist(), [None] * len(self.edits)
+        if self.out_of_range is not None:
+            outside = self.out_of_range.tolist()
+        return [
+            {"timestep": self.timestep, "latents": edit.latents, "edited": share, "out_of_range": share_outside}
+            for edit, share, share_outside in zip(self.edits, edited, outside, strict=True)
+        ]
 
 
 @dataclass
@@ -133,10 +159,174 @@ class PlanState:
 
     conditional: Trajectory = field(default_factory=Trajectory)
     others: dict[int, Trajectory] = field(default_factory=dict)  # of unconditional streams, if an edit reads them
-    timestep: float | None = None  # of the conditional change kept for calls that follow it
+    timestep: float | None = None  # of the conditional call whose change is kept for calls that follow it
     on_conditional: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
-    report: list[dict] = field(default_factory=list)
+    counts: list[_Counts] = field(default_factory=list)
+
+    @property
+    def report(self) -> list[dict]:
+        """What each edit did at each step: `timestep`, `latents`, and the shares `edited` and `out_of_range`."""
+        return [row for counts in self.counts for row in counts.rows()]
+
+
+class _Fold:
+    """
+    Edits of one plan that share their options, as one: a column for each latent of each edit, and then, edit by edit,
+    one for each latent that it takes from.
+
+    Args:
+        edits (`list[Edit]`): of one `_shared`.
+        rtsae (`RTSAE`): their dictionary.
+        rows (`list[int]`): the latents that are read.
+        device (`torch.device`): where activations are.
+
+    Raises:
+        `ValueError`: the dictionary holds NaN or inf in a row that moves.
+    """
+
+    def __init__(self, edits: list[Edit], rtsae: RTSAE, rows: list[int], device: torch.device):
+        self.edits, self.options, self.device = edits, edits[0], device
+        source, place = list(self.options.source or ()), {row: i for i, row in enumerate(rows)}
+        moved = [row for edit in edits for row in edit.latents] + source * len(edits)
+        self.given, self.sources = len(moved) - len(source) * len(edits), len(source)
+        owners = [i for i, edit in enumerate(edits) for _ in edit.latents]
+        owners += [i for i in range(len(edits)) for _ in source]
+        self.owners = self._index(owners)  # which edit a column is of
+        self.owned = F.one_hot(self.owners).float() if len(owners) > len(edits) else None  # (columns, edits)
+        if self.options.reads_moved:
+            read = [place[row] for row in moved]
+            self.read = slice(None) if read == list(range(len(rows))) else self._index(read)
+        if self.options.where is not None:
+            self.where = self._index([place[row] for row in self.options.where])
+        statistics = (rtsae.typical_activation, rtsae.mean_activation, rtsae.max_activation)
+        self.typical, self.mean, self.highest = (values[moved].float().to(device) for values in statistics)
+        weights = torch.tensor([weight for edit in edits for weight in edit.weights], device=device)
+        self.full = self.typical[: self.given] * weights
+        trajectory = self.options.injection == "trajectory"
+        directions = (rtsae.feature_trajectories if trajectory else rtsae.residual_directions)(moved).detach()
+        if bad := {row for row, d in zip(moved, directions, strict=True) if not d.isfinite().all()}:
+            raise ValueError(f"The dictionary of {rtsae.config.site} holds NaN or inf in rows {sorted(bad)}.")
+        self.directions = directions.to(device, torch.float32)  # (columns, G, d)
+        self._strengths: dict[int, torch.Tensor] = {}
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+
+    def _index(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def change(
+        self,
+        latents: torch.Tensor | None,
+        images: int,
+        timestep: float,
+        coordinate: float,
+        size: tuple[int, int] | None,
+        counts: list[_Counts] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What to add to the activation: amounts `(B, N or 1, c)` of vectors `(B, c, d)`.
+
+        Args:
+            latents (`torch.Tensor`, *optional*): what is read, `(B, N, rows)`.
+            images (`int`): B.
+            coordinate (`float`): of `timestep` on the dictionary's grid.
+            size (`tuple[int, int]`, *optional*): token grid, needed for a mask.
+            counts (`list`, *optional*): where to tell what was done.
+        """
+        present = latents[..., self.read] if self.options.reads_moved else None
+        wish = change = self._wish(self._strength(timestep, images), present)
+        if self.options.clip:
+            wanted = present + wish
+            # an activation that is outside by itself is no reason to move it
+            allowed = wanted.clamp(torch.zeros_like(self.highest), present.maximum(self.highest))
+            change = allowed - present
+        here = self._here(latents, images, size)
+        if counts is not None:
+            edited, outside = self._any(wish != 0), None
+            if here is not None:
+                edited = edited & (here != 0)
+            share = edited.float().mean((0, 1))
+            if self.options.clip:
+                outside = self._any((wanted - allowed).abs() > 1e-6 * self.highest) & edited
+                outside = outside.float().mean((0, 1)) / share.clamp(min=1e-9)
+            counts.append(_Counts(timestep, self.edits, share, outside))
+        vectors = _at(self.directions, coordinate, dim=1)
+        if present is None:  # the same on all tokens: one vector an image
+            return torch.ones_like(change[..., :1]) if here is None else here, change @ vectors
+        return change if here is None else change * here, vectors.expand(images, *vectors.shape)
+
+    def _strength(self, timestep: float, images: int) -> torch.Tensor:
+        """Of each image and column, `(B, 1, columns)`."""
+        if images in self._strengths:
+            return self._strengths[images]
+        given = [edit.strength_at(timestep) for edit in self.edits]
+        with torch.inference_mode(False):  # what is kept may meet autograd later
+            each = torch.tensor([[s for s in own for _ in range(images // len(own))] for own in given])
+            strength = each.to(self.device, torch.float32).T[:, None, self.owners]
+        if not any(callable(edit.strength) or torch.is_tensor(edit.strength) for edit in self.edits):
+            self._strengths[images] = strength
+        return strength
+
+    def _wish(self, strength: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
+        """By how much the columns are to change, before clipping: `(B, N or 1, columns)`."""
+        operation, given = self.options.operation, slice(self.given)
+        full = strength[..., given] * self.full
+        if operation == "add":
+            return full
+        now, taken = present[..., given], present[..., self.given :]
+        if operation == "set":
+            return full - now
+        if operation == "scale":
+            return (strength - 1) * now
+        if operation == "clamp":
+            return now.minimum(full) - now
+        if operation == "ablate":
+            return -strength * now
+        if operation == "ablate_to_mean":
+            return strength * (self.mean - now)
+        own = slice(self.sources)  # all take from the same
+        level = (taken[..., own] / self.typical[self.given :][own]).amax(-1, keepdim=True)  # 1 at the typical one
+        if operation == "transfer":
+            return torch.cat([level * full, -strength[..., self.given :].clamp(0, 1) * taken], -1)
+        return torch.cat([(level > 0).to(now.dtype) * (full - now), -taken], -1)
+
+    def _here(self, latents: torch.Tensor | None, images: int, size: tuple[int, int] | None) -> torch.Tensor | None:
+        """What `where` and the mask leave of the change on each token, `(B, N, 1)`."""
+        here = None
+        if self.options.where is not None:
+            here = (latents[..., self.where] > 0).any(-1, keepdim=True).float()
+        if self.options.mask is not None:
+            if size not in self._masks:
+                with torch.inference_mode(False):
+                    pooled = F.adaptive_avg_pool2d(self.options.mask.to(self.device)[:, None], size)
+                    self._masks[size] = pooled.flatten(1)[..., None]
+            mask = self._masks[size].repeat_interleave(images // len(self._masks[size]), 0)
+            here = mask if here is None else here * mask
+        return here
+
+    def _any(self, columns: torch.Tensor) -> torch.Tensor:
+        """Whether any column of an edit is true: `(B, N or 1, columns)` to `(B, N or 1, edits)`."""
+        return columns if self.owned is None else columns.float() @ self.owned > 0
+
+
+def _shared(edit: Edit) -> tuple:
+    """What edits of one fold have in common."""
+    names = ("operation", "source", "where", "start", "end", "apply_to", "injection", "clip")
+    return *(getattr(edit, name) for name in names), id(edit.mask)
+
+
+def _sum(changes: list[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor) -> torch.Tensor | None:
+    """What `_Fold.change` gave, added up: `(B, N or 1, d)`, in memory as the activation `like` is."""
+    by_tokens: dict[int, list] = {}
+    for amounts, vectors in changes:
+        by_tokens.setdefault(amounts.shape[1], []).append((amounts, vectors))
+    total = None
+    for group in by_tokens.values():
+        amounts, vectors = zip(*group, strict=True)
+        amounts, vectors = torch.cat(amounts, -1), torch.cat(vectors, 1)
+        product = amounts @ vectors if like.stride(-1) == 1 else (vectors.mT @ amounts.mT).mT
+        total = product if total is None else total + product
+    return total
 
 
 class SitePlan:
@@ -146,31 +336,30 @@ class SitePlan:
     Args:
         rtsae (`RTSAE`): the dictionary; only rows that are edited or read are taken from it.
         edits (`list[Edit]`): what to change; idle edits are left out.
-        alphas_cumprod (`torch.Tensor`, *optional*): of the base model's schedule.
+        alphas_cumprod (`torch.Tensor`, *optional*): of the noise schedule, where no pipeline says it; see `begin`.
     """
 
     def __init__(self, rtsae: RTSAE, edits: list[Edit], alphas_cumprod: torch.Tensor | None):
         self.rtsae, self.edits = rtsae, [edit for edit in edits if not edit.is_idle]
         self.grid = TimeGrid(rtsae.config.anchors, alphas_cumprod)
-        self.rows = sorted({row for edit in self.edits for row in edit.read})
-        self.column = {row: i for i, row in enumerate(self.rows)}
+        self.rows = list(dict.fromkeys(row for edit in self.edits for row in edit.read))
         self.device: torch.device | None = None
 
+    @torch.inference_mode(False)  # what is kept may meet autograd later
+    @torch.no_grad()
     def _load(self, device: torch.device) -> None:
-        self.device = device
         self.encoder = PrefixEncoder(self.rtsae, self.rows, self.grid, device) if self.rows else None
-        self.directions, self.statistics = [], []
-        for edit in self.edits:
-            trajectory = edit.injection == "trajectory"
-            injected = self.rtsae.feature_trajectories if trajectory else self.rtsae.residual_directions
-            directions = injected(edit.moved).detach()
-            if not directions.isfinite().all():
-                raise ValueError(f"The dictionary of {self.rtsae.config.site} holds NaN or inf in rows {edit.moved}.")
-            self.directions.append(directions.to(device, torch.float32))
-            statistics = ("typical_activation", "mean_activation", "max_activation")
-            self.statistics.append([getattr(self.rtsae, name)[edit.moved].float().to(device) for name in statistics])
         if self.encoder is not None and not self.encoder.encoder.isfinite().all():
             raise ValueError(f"The dictionary of {self.rtsae.config.site} holds NaN or inf in rows {self.rows}.")
+        alike: dict[tuple, list[Edit]] = {}
+        for edit in self.edits:
+            alike.setdefault(_shared(edit), []).append(edit)
+        self.folds = [_Fold(edits, self.rtsae, self.rows, device) for edits in alike.values()]
+        self.device = device
+
+    def begin(self, alphas_cumprod: torch.Tensor | None) -> PlanState:
+        """A new generation on another noise schedule."""
+        return PlanState(Trajectory(grid=TimeGrid(self.rtsae.config.anchors, alphas_cumprod)))
 
     def conditional(
         self, state: PlanState, tokens: torch.Tensor, timestep: float, size: tuple[int, int] | None
@@ -187,11 +376,12 @@ class SitePlan:
         Returns:
             the change `(B, N or 1, d)` float32, or `None`.
         """
-        steps = self._steps(state.conditional, tokens, timestep, size, self.edits, state.report)
+        changes = self._changes(state.conditional, tokens, timestep, size, APPLY_TO, state.counts)
         state.timestep = timestep
-        state.on_conditional = _total([step for _, step in steps])
-        contrast = [step for edit, step in steps if edit.apply_to == "contrast"]
-        state.contrast = state.on_conditional if len(contrast) == len(steps) else _total(contrast)
+        state.contrast = _sum([change for fold, change in changes if fold.options.apply_to == "contrast"], tokens)
+        others = _sum([change for fold, change in changes if fold.options.apply_to != "contrast"], tokens)
+        parts = [part for part in (state.contrast, others) if part is not None]
+        state.on_conditional = sum(parts[1:], parts[0]) if parts else None
         return state.on_conditional
 
     def unconditional(
@@ -200,10 +390,11 @@ class SitePlan:
         """What to add to the rows of an unconditional stream, after `conditional` of the same step."""
         if any(edit.apply_to == "contrast" for edit in self.edits):
             self._follows(state, timestep)
-        everywhere = [edit for edit in self.edits if edit.apply_to == "all"]
-        run = state.others.setdefault(stream, Trajectory())
-        steps = [step for _, step in self._steps(run, tokens, timestep, size, everywhere)]
-        return _total(steps + ([] if state.contrast is None else [-state.contrast]))
+        run = state.others.setdefault(stream, Trajectory(grid=state.conditional.grid))
+        own = _sum([change for _, change in self._changes(run, tokens, timestep, size, ("all",))], tokens)
+        if own is None or state.contrast is None:
+            return own if state.contrast is None else -state.contrast
+        return own - state.contrast
 
     def perturbed(self, state: PlanState, timestep: float) -> torch.Tensor | None:
         """What to add to rows that guidance made worse on purpose: what the conditional rows got."""
@@ -217,61 +408,21 @@ class SitePlan:
                 "apply_to='contrast' follows. Use apply_to='cond'."
             )
 
-    def _steps(
+    def _changes(
         self,
         run: Trajectory,
         tokens: torch.Tensor,
         timestep: float,
-        size,
-        edits: list[Edit],
-        report: list | None = None,
-    ) -> list[tuple[Edit, torch.Tensor]]:
-        """The change `(B, N or 1, d)` each of `edits` asks for."""
-        if self.device != tokens.device:
-            self._load(tokens.device)
-        reads = any(edit.read for edit in edits)
+        size: tuple[int, int] | None,
+        apply_to: tuple[str, ...],
+        counts: list[_Counts] | None = None,
+    ) -> list[tuple[_Fold, tuple[torch.Tensor, torch.Tensor]]]:
+        """What the folds whose `apply_to` is among these add at this step."""
+        with _loading:  # one thread loads what all of them use
+            if self.device != tokens.device:
+                self._load(tokens.device)
+        folds = [fold for fold in self.folds if fold.options.apply_to in apply_to]
+        reads = any(edit.read for fold in folds for edit in fold.edits)
         latents = self.encoder.observe(run, tokens, timestep) if reads else None
-        coordinate, steps = self.grid.coordinate(timestep), []
-        for edit, directions, (typical, mean, highest) in zip(
-            self.edits, self.directions, self.statistics, strict=True
-        ):
-            if edit not in edits or not edit.acts_at(timestep):
-                continue
-            strength = torch.tensor(edit.strength_at(timestep), device=tokens.device, dtype=torch.float32)
-            strength = strength.reshape(-1, 1, 1).repeat_interleave(len(tokens) // len(strength), 0)
-            present = None
-            if edit.operation != "add" or edit.clip:
-                present = latents[..., [self.column[row] for row in edit.moved]]
-            change = edit.change(strength, typical, mean, present)
-            asked, out_of_range = change, None
-            if edit.clip:
-                wanted = present + change
-                # an activation that is outside by itself is no reason to move it
-                allowed = wanted.clamp(min=torch.zeros_like(highest)).minimum(torch.maximum(present, highest))
-                out_of_range, change = (wanted - allowed).abs() > 1e-6 * highest, allowed - present
-            if edit.where is not None:
-                here = (latents[..., [self.column[row] for row in edit.where]] > 0).any(-1, keepdim=True)
-                change, asked = change * here, asked * here
-            if edit.mask is not None:
-                mask = F.adaptive_avg_pool2d(edit.mask.to(tokens.device)[:, None], size).flatten(1)[..., None]
-                mask = mask.repeat_interleave(len(tokens) // len(mask), 0)
-                change, asked = change * mask, asked * mask
-            if report is not None:
-                report.append({"timestep": timestep, "latents": edit.latents, **_counts(asked, out_of_range)})
-            steps.append((edit, change @ _at(directions, coordinate, dim=1)))
-        return steps
-
-
-def _total(changes: list[torch.Tensor]) -> torch.Tensor | None:
-    if len(changes) < 2:
-        return changes[0] if changes else None
-    return torch.stack(torch.broadcast_tensors(*changes)).sum(0)
-
-
-def _counts(asked: torch.Tensor, out_of_range: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-    """The share of tokens that an edit is to change, and of these the share that had to be kept in range."""
-    edited = (asked != 0).any(-1)
-    if out_of_range is None:
-        return {"edited": edited.float().mean(), "out_of_range": None}
-    outside = (out_of_range.any(-1) & edited).float().mean()
-    return {"edited": edited.float().mean(), "out_of_range": outside / edited.float().mean().clamp(min=1e-9)}
+        place = len(tokens), timestep, (run.grid or self.grid).coordinate(timestep), size
+        return [(f, f.change(latents, *place, counts)) for f in folds if f.options.acts_at(timestep)]

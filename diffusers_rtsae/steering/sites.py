@@ -22,9 +22,9 @@ def list_sites(denoiser: nn.Module) -> list[str]:
         raise ValueError(f"Expected a denoiser such as `pipe.unet`, got {type(denoiser).__name__}.")
     sites = []
     for name, module in denoiser.named_modules():
-        kind, depth = type(module).__name__, name.count(".")
+        kinds, depth = [kind.__name__ for kind in type(module).__mro__], name.count(".")
         is_block = depth == 1 and name.split(".")[0].endswith("blocks") or name == "mid_block"
-        if name and (is_block or kind in _BLOCKS or kind.endswith("TransformerBlock")):
+        if name and (is_block or any(kind in _BLOCKS or kind.endswith("TransformerBlock") for kind in kinds)):
             sites.append(name)
     return sites
 

@@ -59,7 +59,7 @@ def main() -> None:
                 tokens = torch.randn(1, 256, WIDTH, device=device, dtype=torch.float16)
                 plan.conditional(state, tokens, 981 - 20 * step, None)
                 state.conditional.continue_with(tokens)
-            held = tensor_bytes([plan.encoder, plan.directions, plan.statistics, state], set())
+            held = tensor_bytes([plan.encoder, plan.folds, state], set())
             print(f"steering 5 features for 50 steps keeps {held / 1e6:.2f} MB on {device} {options or ''}")
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_rtsae import RTSAE
 from diffusers_rtsae.steering import Edit, PlanState, PrefixEncoder, SitePlan, TimeGrid, Trajectory
@@ -219,6 +220,84 @@ def test_edits_do_not_depend_on_their_order():
         SitePlan(rtsae, order, ALPHAS).conditional(PlanState(), tokens, 961, None) for order in (edits, edits[::-1])
     )
     torch.testing.assert_close(one, other)
+
+
+def many_edits(seed: int) -> list[Edit]:
+    """Some that share all their options, and one of every other kind."""
+    rng = torch.Generator().manual_seed(seed)
+    mask = torch.rand(2, 4, 4, generator=rng)
+    options = [
+        *[{"operation": operation} for operation in OPERATIONS for _ in range(2)],
+        *[{"clip": False, "strength": 0.3 * i} for i in range(1, 4)],
+        {"clip": False, "where": (3, 4, 5)},
+        {"clip": False, "mask": mask},
+        {"where": (6, 7), "mask": mask, "apply_to": "all"},
+        {"operation": "scale", "apply_to": "all", "strength": 0.2},
+        {"injection": "residual", "apply_to": "cond"},
+        {"start": 0.3, "end": 0.6},
+        {"strength": lambda progress: [progress, 1 - progress]},
+        {"strength": torch.tensor([0.0, 1.0, 0.5])},
+        {"strength": (0.2, 3.0)},
+    ]
+    edits = []
+    for i, chosen in enumerate(options):
+        rows = torch.randperm(M, generator=rng)[: 1 + i % 3].tolist()
+        chosen = {"strength": 0.8} | chosen
+        if chosen.get("operation") in ("transfer", "replace"):
+            chosen["source"] = (8, 9)
+        edits.append(Edit(latents=tuple(rows), weights=(1.0, -0.5, 0.2)[: len(rows)], **chosen))
+    return edits
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_edits_of_one_plan_add_up(seed, channels_first):
+    rtsae, edits = random_rtsae(seed), many_edits(seed)
+    rtsae.mean_activation.uniform_(0, 0.3)
+    together, run = SitePlan(rtsae, edits, ALPHAS), PlanState()
+    alone = [(SitePlan(rtsae, [edit], ALPHAS), PlanState()) for edit in edits]
+    for timestep in ANCHORS:
+        tokens = torch.randn(2, 4, D)
+        tokens = tokens.mT.contiguous().mT if channels_first else tokens
+        changes = together.conditional(run, tokens, timestep, (2, 2))
+        other = together.unconditional(run, 0, -tokens, timestep, (2, 2))
+        expected = [plan.conditional(state, tokens, timestep, (2, 2)) for plan, state in alone]
+        expected_other = [plan.unconditional(state, 0, -tokens, timestep, (2, 2)) for plan, state in alone]
+        for change, parts in ((changes, expected), (other, expected_other)):
+            parts = torch.stack([part.expand(2, 4, D) for part in parts if part is not None])
+            torch.testing.assert_close(change.expand(2, 4, D), parts.sum(0), atol=1e-4, rtol=1e-4)
+        for state in (run, *(state for _, state in alone)):
+            for trajectory in (state.conditional, *state.others.values()):
+                trajectory.continue_with(tokens)
+    told, expected = (
+        sorted((r["timestep"], r["latents"], r["edited"], -1 if r["out_of_range"] is None else r["out_of_range"])
+               for r in report)
+        for report in (run.report, [row for _, state in alone for row in state.report])
+    )  # fmt: skip
+    assert told == expected and len({row[2:] for row in told}) > 10
+
+
+class Operators(TorchDispatchMode):
+    """Counts the tensor operations that are run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": False}, {"operation": "scale"}, {"where": (0, 1)}])
+def test_edits_that_share_their_options_cost_no_further_operations(options):
+    rtsae, tokens, counts = random_rtsae(0), torch.randn(1, 4, D), []
+    for number in (2, 15):
+        edits = [Edit(latents=(row,), weights=(1.0,), strength=0.5, **options) for row in range(number)]
+        plan, state = SitePlan(rtsae, edits, ALPHAS), PlanState()
+        plan.conditional(state, tokens, 961, None)  # the first step prepares
+        with Operators() as operators:
+            plan.conditional(state, tokens, 961, None)
+        counts.append(operators.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_contrast_is_taken_from_the_conditional_rows_of_the_same_step():
