@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 from .card import CARD_NAME, LIBRARY_NAME, is_generated, model_card
 from .files import (
     CONFIG_NAME,
+    DIRECTIONS_NAME,
     DTYPES,
     LABELS_NAME,
     PRESETS_NAME,
@@ -38,9 +39,11 @@ from .files import (
     check_sites,
     closest,
     is_site,
+    load_directions,
     load_site,
     read_json,
     save_site,
+    save_tensors,
     write_json,
 )
 from .models import RTSAE
@@ -85,12 +88,15 @@ class Dictionary:
             was verified with and what was measured.
         config (`dict`): `base_model`, `signature` of its denoiser, and how the trajectories were made.
         presets (`dict[str, dict]`): named edits: `features`, a list of `[feature, strength]`, and `options` of them.
+        directions (`dict[str, torch.Tensor]`): `(G, d)` each, in activation space: what fitted labels add that is no
+            sum of latents.
     """
 
     sites: dict[str, RTSAE]
     labels: dict[str, dict] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     presets: dict[str, dict] = field(default_factory=dict)
+    directions: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.sites:
@@ -102,14 +108,23 @@ class Dictionary:
             if not is_site(site):
                 raise ValueError(f"A site is the path of a module, got {brief(site)}.")
 
-    def features(self, name: str | int | tuple[str, int]) -> tuple[list[dict], dict]:
-        """The `(site, latents, weights, where)` entries a label, an index or a `(site, index)` stands for, and its
-        options."""
+    def features(self, name: str | int | tuple[str, int], operation: str | None = None) -> tuple[list[dict], dict]:
+        """
+        The `(site, latents, weights, where)` entries a label, an index or a `(site, index)` stands for, and its
+        options.
+
+        Args:
+            operation (`str`, *optional*): that is asked for. What a fitted label adds need not be what is active where
+                its concept is: all but `"add"` is done to the latents it is `seen` by.
+        """
         if isinstance(name, str):
             if name not in self.labels:
                 raise ValueError(f"The dictionary has no feature labelled {name!r}. {closest(name, self.labels)}")
             label = self.labels[name]
-            entries = [entry for entry in label["features"] if entry["site"] in self.sites]
+            parts = label["features"] if operation in (None, "add") else label.get("seen", label["features"])
+            entries = [entry for entry in parts if entry["site"] in self.sites]
+            if operation in ("ablate", "ablate_to_mean"):
+                entries = [entry | {"weights": [1.0] * len(entry["latents"])} for entry in entries]
             if not entries:
                 wanted = [entry["site"] for entry in label["features"]]
                 raise ValueError(
@@ -135,10 +150,31 @@ class Dictionary:
             )
         return [{"site": site, "latents": [index], "weights": [1.0], "where": None}], {}
 
+    def seen(self, name: str | int | tuple[str, int]) -> list[dict]:
+        """The entries of the latents that are active where a feature is."""
+        return self.features(name, "set")[0]
+
+    def add_label(self, name: str, label: dict, directions: dict[str, torch.Tensor]) -> None:
+        """Add or replace a label, with the directions of its own at some sites; raises `ValueError` if it cannot be
+        used."""
+        sizes = {site: rtsae.config.num_latents for site, rtsae in self.sites.items()}
+        own = {f"{name}.{site}": direction for site, direction in directions.items()}
+        features = [
+            entry | ({"direction": f"{name}.{entry['site']}"} if "direction" in entry else {})
+            for entry in label["features"]
+        ]
+        label = label | {"features": features}
+        check_label(Path(LABELS_NAME), name, label, sizes, own)
+        replaced = {e["direction"] for e in self.labels.get(name, {}).get("features", []) if "direction" in e}
+        self.directions = {k: d for k, d in self.directions.items() if k not in replaced} | own
+        self.labels[name] = label
+
     @torch.no_grad()
     def trajectory(self, name: str | int | tuple[str, int]) -> torch.Tensor:
         """The path `(G, d)` of a feature through activation space at strength 1, at its first site."""
         entry = self.features(name)[0][0]
+        if "direction" in entry:
+            return self.directions[entry["direction"]].float().cpu()
         rtsae, latents = self.sites[entry["site"]], entry["latents"]
         amounts = rtsae.typical_activation[latents].cpu() * torch.tensor(entry["weights"])
         return torch.einsum("n,ngd->gd", amounts, rtsae.feature_trajectories(latents).cpu())
@@ -193,7 +229,8 @@ class Dictionary:
             if not is_generated(folder / CARD_NAME):
                 files.remove(CARD_NAME)
             (folder / CONFIG_NAME).unlink(missing_ok=True)  # a folder without it is no dictionary
-            (folder / PRESETS_NAME).unlink(missing_ok=True)
+            for name in (PRESETS_NAME, DIRECTIONS_NAME):
+                (folder / name).unlink(missing_ok=True)
             for name in files:
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(Path(partial) / name, folder / name)
@@ -203,7 +240,7 @@ class Dictionary:
         sizes = dict.fromkeys(self.config.get("sites", ())) | {s: r.config.num_latents for s, r in self.sites.items()}
         labels = {}
         for name, label in self.labels.items():
-            check_label(folder / LABELS_NAME, name, label, sizes)
+            check_label(folder / LABELS_NAME, name, label, sizes, self.directions)
             kept = [entry for entry in label["features"] if entry["site"] in self.sites]
             labels |= {name: label | {"features": kept}} if kept else {}
         config = {"format_version": FORMAT_VERSION, "sites": list(self.sites)}
@@ -211,6 +248,9 @@ class Dictionary:
         for name, preset in self.presets.items():
             check_preset(folder / PRESETS_NAME, name, preset)
         write_json(folder / LABELS_NAME, labels)
+        used = {entry["direction"] for label in labels.values() for entry in label["features"] if "direction" in entry}
+        if used:
+            save_tensors({name: self.directions[name] for name in sorted(used)}, folder / DIRECTIONS_NAME)
         if self.presets:
             write_json(folder / PRESETS_NAME, self.presets)
         write_json(folder / CONFIG_NAME, config)
@@ -219,7 +259,8 @@ class Dictionary:
         for site, rtsae in self.sites.items():
             save_site(folder, site, rtsae)
         inner = [f"{site}/{name}" for site in self.sites for name in ("config.json", WEIGHTS_NAME)]
-        return [*inner, LABELS_NAME, *[PRESETS_NAME] * bool(self.presets), CARD_NAME, CONFIG_NAME]
+        optional = [PRESETS_NAME] * bool(self.presets) + [DIRECTIONS_NAME] * bool(used)
+        return [*inner, LABELS_NAME, *optional, CARD_NAME, CONFIG_NAME]
 
     def push_to_hub(
         self,
@@ -354,7 +395,7 @@ def load_dictionary(
             )
         dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
         chosen = {site: dictionary.sites[site] for site in _choose(dictionary.sites, layers)}
-        return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets)
+        return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets, dictionary.directions)
     if not isinstance(source, str | os.PathLike) or not str(source):
         found = "an empty string" if isinstance(source, str) else type(source).__name__
         raise ValueError(f"Expected a Hub id, a folder or a dict of RTSAE by site, got {found}.")
@@ -389,7 +430,7 @@ def _fetch(
         )
 
     try:
-        folder = download([CONFIG_NAME, LABELS_NAME, PRESETS_NAME], revision, force_download)
+        folder = download([CONFIG_NAME, LABELS_NAME, PRESETS_NAME, DIRECTIONS_NAME], revision, force_download)
         config = folder / prefix / CONFIG_NAME
         if not config.is_file():
             raise OSError(f"it has no {prefix}{CONFIG_NAME}.")
@@ -459,12 +500,17 @@ def _read(folder: Path, layers: list[str] | None, dtype: torch.dtype | None) -> 
     sites = {site: load_site(folder, site, dtype) for site in _choose(known, layers)}
     sizes = {site: sites[site].config.num_latents if site in sites else None for site in known}
     labels = read_json(folder / LABELS_NAME)
+    directions = load_directions(folder / DIRECTIONS_NAME) if (folder / DIRECTIONS_NAME).is_file() else {}
     for name, label in labels.items():
-        check_label(folder / LABELS_NAME, name, label, sizes)
+        check_label(folder / LABELS_NAME, name, label, sizes, directions)
+        for entry in label["features"]:
+            rtsae = sites.get(entry["site"])
+            if "direction" in entry and rtsae and directions[entry["direction"]].shape != rtsae.decoder_bias.shape:
+                raise ValueError(f"The direction of {brief(name)} has another shape than {entry['site']} needs.")
     presets = read_json(folder / PRESETS_NAME) if (folder / PRESETS_NAME).is_file() else {}
     for name, preset in presets.items():
         check_preset(folder / PRESETS_NAME, name, preset)
-    return Dictionary(sites, labels, config, presets)
+    return Dictionary(sites, labels, config, presets, directions)
 
 
 def _choose(sites, layers: list[str] | None) -> list[str]:

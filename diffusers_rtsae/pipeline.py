@@ -75,7 +75,7 @@ def _edits(
     mask, result = as_mask(mask), []
     for name, strength in features.items():
         strength = tuple(strength) if isinstance(strength, list) else strength
-        entries, verified = adapter.dictionary.features(name)
+        entries, verified = adapter.dictionary.features(name, options.get("operation"))
         for entry in entries:
             gate = entry.get("where") if where is None else None
             if where is not None and where != "everywhere":
@@ -87,11 +87,22 @@ def _edits(
                 where=None if gate is None else tuple(gate),
                 source=None if source is None else tuple(_rows(adapter, source, entry["site"])),
                 mask=mask,
-                **_defaults(verified, options),
-                **options,
+                **_defaults(verified, options) | options | _part(entry, adapter.dictionary, options),
             )
             result.append((entry["site"], edit))
     return result
+
+
+def _part(entry: dict, dictionary: Dictionary, options: dict) -> dict:
+    """What one part of a fitted label does, whatever the options; `clip=False` lifts the end of its range."""
+    if "bounds" not in entry:
+        return {}
+    low, high = entry["bounds"]
+    operation = entry.get("operation", "add")
+    if operation == "add" and not options.get("clip", True):
+        low, high = low and -math.inf, high and math.inf
+    direction = dictionary.directions[entry["direction"]] if "direction" in entry else None
+    return {"operation": operation, "bounds": (low, high), "clip": False, "direction": direction}
 
 
 def _defaults(verified: dict, options: dict) -> dict:
@@ -109,7 +120,7 @@ def _defaults(verified: dict, options: dict) -> dict:
 def _rows(adapter: _Adapter, features: Name | list[Name], site: str) -> list[int]:
     """The latents at `site` that one or several features name."""
     named = features if isinstance(features, list) else [features]
-    entries = [entry for one in named for entry in adapter.dictionary.features(one)[0]]
+    entries = [entry for one in named for entry in adapter.dictionary.seen(one)]
     return [row for entry in entries if entry["site"] == site for row in entry["latents"]]
 
 
@@ -142,7 +153,7 @@ def resting(pipeline):
 
 
 def _scaled(edit: Edit, weight: float) -> Edit:
-    if weight == 1.0 or edit.operation != "add":
+    if weight == 1.0 or edit.operation != "add" and edit.bounds is None:
         return edit
     strength = edit.strength
     if callable(strength):
@@ -274,9 +285,32 @@ class RTSAELoaderMixin:
         )
 
     def get_rtsae_features(self, adapter_name: str | None = None) -> dict[str, list[tuple[str, int]]]:
-        """The labels of a dictionary and the `(site, index)` of the latents each moves."""
+        """The labels of a dictionary and the `(site, index)` of the latents each moves; the index of a fitted
+        direction of its own is `None`."""
         labels = get_dictionary(self, adapter_name).labels
-        return {n: [(f["site"], i) for f in label["features"] for i in f["latents"]] for n, label in labels.items()}
+        return {
+            name: [
+                (entry["site"], index)
+                for entry in label["features"]
+                for index in ([None] if "direction" in entry else entry["latents"])
+            ]
+            for name, label in labels.items()
+        }
+
+    def add_rtsae_label(self, name: str, fitted, adapter_name: str | None = None) -> None:
+        """
+        Give a fitted feature a name in a loaded dictionary; `save_rtsae` and `push_rtsae_to_hub` keep it.
+
+        Args:
+            name (`str`): replaces a label of that name.
+            fitted (`FittedFeature`): what [`analysis.fit.fit_feature`] returns.
+
+        Example:
+            ```py
+            >>> pipe.add_rtsae_label("red", fit_feature(pipe, [("a blue star", "a red star")]))
+            ```
+        """
+        get_dictionary(self, adapter_name).add_label(name, fitted.label, fitted.directions)
 
     def enable_rtsae(self) -> None:
         """Let the loaded dictionaries act again."""

@@ -5,16 +5,17 @@ With v the prediction, x a noisy latent, and a "from" and a "to" prompt that dif
 
     E(edit) = 1 − Σ ‖v(x, from; edit) − v(x, to)‖² / Σ ‖v(x, from) − v(x, to)‖²
 
-over steps and over noisy latents of both prompts' own runs. 1: the edit does what changing the prompt does; 0: nothing;
-below 0: harm. It needs no scorer and no picture. Its gradient at no edit ranks all latents at once (attribution
-patching: Nanda 2022; Kramár et al. 2024, 2403.00745).
+over steps and over noisy latents of both prompts' own runs; the mean over pairs. 1: the edit does what changing the
+prompt does; 0: nothing; below 0: harm. It needs no scorer and no picture. Its gradient at no edit ranks all latents at
+once (attribution patching: Nanda 2022; Kramár et al. 2024, 2403.00745).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from ..steering.sites import from_tokens, read_output, replace_output, to_tokens
 
 Pair = tuple[str, str]
 Changes = dict[str, torch.Tensor]  # what to add to the tokens of each site, (rows, N or 1, d)
+_STEPS = 13  # of a generation that are looked at, at most
 _NOT_BATCHED = ("img_ids", "txt_ids")  # positions, the same for all rows
 
 
@@ -141,8 +143,10 @@ class State:
 
     Args:
         call (`Call`): what the denoiser was called with.
-        samples, texts (`list[int]`): its rows with the noisy latent and with the "from" prompt of each state.
-        wanted (`torch.Tensor`): v(x, to), `(states, ...)`.
+        samples, texts, wants (`list[int]`): its rows with the noisy latent, the "from" and the "to" prompt of each
+            state.
+        pairs (`list[int]`): which pair each state is of.
+        before, wanted (`torch.Tensor`): v(x, from) and v(x, to), `(states, ...)`.
         distance (`torch.Tensor`): ‖v(x, from) − v(x, to)‖² of each state, `(states,)`.
         codes (`dict[str, torch.Tensor]`): latents of each site that an edit reads, `(states, N, latents)`.
     """
@@ -150,6 +154,9 @@ class State:
     call: Call
     samples: list[int]
     texts: list[int]
+    wants: list[int]
+    pairs: list[int]
+    before: torch.Tensor
     wanted: torch.Tensor
     distance: torch.Tensor
     codes: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -164,12 +171,16 @@ class State:
 
 @dataclass
 class _Run:
-    """The states of one generation, and the activations `(states, N, steps, d)` its sites had with the "from" prompt,
-    and those the network came from."""
+    """The steps of one generation, their states (`None` where they are not looked at), the activations
+    `(states, N, steps, d)` that its sites had with the "from" prompt, with the "to" prompt, and with the one that the
+    latents were made with, and how far the first two are apart on each token, `(states, N)`."""
 
-    states: list[State]
+    timesteps: list[float]
+    states: list[State | None]
     present: dict[str, torch.Tensor]
+    goal: dict[str, torch.Tensor]
     past: dict[str, torch.Tensor]
+    concern: dict[str, torch.Tensor]
 
 
 class States:
@@ -207,42 +218,73 @@ class States:
                 self._capture(start, self.pairs[start : start + per_run])
                 for start in tqdm(starts, desc=progress, unit="batch", leave=False, disable=progress is None)
             ]
-        self.scale = float(
-            sum(state.distance.sum() for state in self.all()) / max(1, sum(len(state) for state in self.all()))
-        )
+        total, count = torch.zeros(len(self.pairs)), torch.zeros(len(self.pairs))
+        for state in self.all():
+            total.index_add_(0, torch.tensor(state.pairs), state.distance.cpu())
+            count.index_add_(0, torch.tensor(state.pairs), torch.ones(len(state)))
+        told = torch.tensor([pair[0] != pair[1] for pair in self.pairs])
+        self.scale = total / count  # mean distance of the states of each pair
+        self.scale[~told] = self.scale[told].median() if told.any() else 1.0
+        self.told = told
 
     def _capture(self, first: int, pairs: list[Pair]) -> _Run:
         prompts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs if pair[0] != pair[1]]
-        order = [i for i in range(len(pairs))] + [i for i, pair in enumerate(pairs) if pair[0] != pair[1]]
-        goal, count = {}, len(pairs)
-        for row, i in enumerate(order[count:], start=count):
-            goal[i] = row
+        order = list(range(len(pairs))) + [i for i, pair in enumerate(pairs) if pair[0] != pair[1]]
+        row_of = {i: row for row, i in enumerate(order[len(pairs) :], start=len(pairs))}
         generators = [torch.Generator().manual_seed(self._seed + first + i) for i in order]
         sites = list(self.dictionary.sites)
         with Calls(self.denoiser, sites) as calls:
             self.pipeline(prompts, generator=generators, output_type="latent", **self._call)
             kept = calls.kept
         samples, texts = list(range(len(prompts))), order
-        wants = [goal.get(i, i) for i in order]
-        states, present, past = [], {site: [] for site in sites}, {site: [] for site in sites}
+        wants = [row_of.get(i, i) for i in order]
+        states = []
+        present, goal, past = ({site: [] for site in sites} for _ in range(3))
+        every, concern = -(-len(kept) // _STEPS), dict.fromkeys(sites, 0)
         with Calls(self.denoiser, sites) as again:
-            for call, plain, tokens in kept:
+            for step, (call, _, tokens) in enumerate(kept):
                 if call.rows != len(prompts):
-                    raise ValueError(
-                        f"Expected one conditional row a prompt, got {call.rows} of {len(prompts)} prompts."
-                    )
-                again.kept = []
-                before = call.replay(self.denoiser, samples, texts).float()
-                told = again.kept[-1][2]
-                wanted = call.replay(self.denoiser, samples, wants).float()
-                del plain
-                distance = (before - wanted).square().flatten(1).sum(1)
-                states.append(State(call, samples, texts, wanted, distance))
+                    raise ValueError(f"Expected one conditional row a prompt, got {call.rows} for {len(prompts)}.")
+                told, there, state = tokens, tokens, None
+                if step % every == 0:
+                    again.kept = []
+                    before = call.replay(self.denoiser, samples, texts).float()
+                    told = again.kept[-1][2]
+                    wanted = call.replay(self.denoiser, samples, wants).float()
+                    there = again.kept[-1][2]
+                    for site in sites:
+                        apart = self._activation(site, told[site]) - self._activation(site, there[site])
+                        concern[site] += apart.float().norm(dim=-1)
+                    distance = (before - wanted).square().flatten(1).sum(1)
+                    state = State(call, samples, texts, wants, [first + i for i in order], before, wanted, distance)
+                states.append(state)
                 for site in sites:
                     present[site].append(self._activation(site, told[site]))
+                    goal[site].append(self._activation(site, there[site]))
                     past[site].append(self._activation(site, tokens[site]))
-        stack = {site: torch.stack(present[site], 2) for site in sites}, {s: torch.stack(past[s], 2) for s in sites}
-        return _Run(states, *stack)
+        stacked = [{site: torch.stack(kind[site], 2) for site in sites} for kind in (present, goal, past)]
+        return _Run([call.timestep for call, _, _ in kept], states, *stacked, concern)
+
+    def reversed(self) -> States:
+        """The same with the "from" and the "to" prompts exchanged."""
+        other = copy.copy(self)
+        other.pairs = [pair[::-1] for pair in self.pairs]
+        other._runs = [
+            replace(
+                run,
+                present=run.goal,
+                goal=run.present,
+                states=[
+                    state
+                    and replace(
+                        state, texts=state.wants, wants=state.texts, before=state.wanted, wanted=state.before, codes={}
+                    )
+                    for state in run.states
+                ],
+            )
+            for run in self._runs
+        ]
+        return other
 
     def _activation(self, site: str, tokens: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         if self.dictionary.sites[site].config.activation == "update":
@@ -251,19 +293,31 @@ class States:
 
     def all(self) -> Iterator[State]:
         """The states of all runs and steps."""
-        return (state for run in self._runs for state in run.states)
+        return (state for run in self._runs for state in run.states if state is not None)
 
     @torch.no_grad()
-    def latents(self, site: str, latents: Sequence[int]) -> Iterator[tuple[State, torch.Tensor]]:
-        """Each state with the activation `(states, N, latents)` that some latents of a site have there."""
+    def latents(self, site: str, latents: Sequence[int], own: bool = False) -> Iterator[tuple[State, torch.Tensor]]:
+        """
+        Each state with the activation `(states, N, latents)` that some latents of a site have there.
+
+        Args:
+            own (`bool`): with the prompt that the noisy latent was made with, instead of the "from" prompt.
+        """
         rtsae = self.dictionary.sites[site]
         for run in self._runs:
-            present, past = run.present[site], run.past[site]
+            present, past = run.past[site] if own else run.present[site], run.past[site]
             encoder, memory = PrefixEncoder(rtsae, list(latents), self.grids[site], present.device), Trajectory()
             for step, state in enumerate(run.states):
-                codes = encoder.observe(memory, present[:, :, step], state.timestep)
+                codes = encoder.observe(memory, present[:, :, step], run.timesteps[step])
                 memory.continue_with(past[:, :, step])
-                yield state, codes
+                if state is not None:
+                    yield state, codes
+
+    def concerned(self, site: str) -> Iterator[torch.Tensor]:
+        """For each state, the tokens `(states, N)` on which the two prompts make a difference."""
+        for run in self._runs:
+            where = run.concern[site] > 0.3 * run.concern[site].amax(1, keepdim=True)
+            yield from (where for state in run.states if state is not None)
 
     def read(self, site: str, latents: Sequence[int]) -> None:
         """Keep the activation of these latents of a site in the `codes` of all states."""
@@ -279,33 +333,37 @@ class States:
             texts = [state.texts[row] for row in rows]
             return state.call.replay(self.denoiser, [state.samples[row] for row in rows], texts).float()
 
-    def error(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
-        """‖v(x, from; changes) − v(x, to)‖² of some of a state's rows, summed, relative to the mean distance of all
-        states: the average of this over states is 1 − E."""
+    def errors(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
+        """‖v(x, from; changes) − v(x, to)‖² of some of a state's rows, `(rows,)`, in units of the mean distance of the
+        two prompts' predictions over the states of its pair: the average over these is 1 − E."""
         missed = self.predict(state, rows, changes) - state.wanted[list(rows)]
-        return missed.square().sum() / (len(rows) * self.scale)
+        scale = self.scale[[state.pairs[row] for row in rows]].to(missed.device)
+        return missed.square().flatten(1).sum(1) / scale
 
     @torch.no_grad()
-    def effect(self, changes: Callable[[State, Sequence[int]], Changes], batch_size: int = 16) -> float:
-        """E of the edit that `changes` gives for each state and rows of it."""
-        missed, whole = 0.0, 0.0
+    def effects(self, changes: Callable[[State, Sequence[int]], Changes], batch_size: int = 16) -> torch.Tensor:
+        """
+        E of the edit that `changes` gives for each state and rows of it, for each pair, `(pairs,)`. Where the prompts
+        are the same: minus the change, in units of the median distance of the pairs that differ.
+        """
+        missed, count = torch.zeros(len(self.pairs)), torch.zeros(len(self.pairs))
         for state in self.all():
             for start in range(0, len(state), batch_size):
                 rows = range(len(state))[start : start + batch_size]
-                missed += float(self.error(state, rows, changes(state, rows))) * len(rows) * self.scale
-            whole += float(state.distance.sum())
-        return 1 - missed / whole
+                pairs = torch.tensor([state.pairs[row] for row in rows])
+                missed.index_add_(0, pairs, self.errors(state, rows, changes(state, rows)).cpu())
+                count.index_add_(0, pairs, torch.ones(len(rows)))
+        return self.told.float() - missed / count
 
     def draw(self, count: int, rows: int, generator: torch.Generator) -> Iterator[tuple[State, list[int], float]]:
-        """Random rows of random states with the weight that makes their average that of all; states that the prompts
+        """Random rows of random states, with the weight that makes their average that of all; states that the prompts
         tell apart more come more often."""
         states = list(self.all())
-        size = torch.tensor([float(state.distance.mean()) for state in states])
-        chance = 0.9 * size / size.sum().clamp(min=1e-20) + 0.1 / len(states)
+        size = torch.stack([(state.distance.cpu() / self.scale[state.pairs]).mean() for state in states])
+        chance = 0.8 * size / size.sum().clamp(min=1e-20) + 0.2 / len(states)
         for pick in torch.multinomial(chance, count, replacement=True, generator=generator).tolist():
-            state = states[pick]
-            chosen = torch.randperm(len(state), generator=generator)[:rows].tolist()
-            yield state, chosen, 1 / (len(states) * float(chance[pick]))
+            chosen = torch.randperm(len(states[pick]), generator=generator)[:rows].tolist()
+            yield states[pick], chosen, 1 / (len(states) * float(chance[pick]))
 
 
 def _adds(change: torch.Tensor):

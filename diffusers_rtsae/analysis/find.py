@@ -96,7 +96,7 @@ def labels_of(dictionary: Dictionary, site: str, index: int) -> list[str]:
     return [
         name
         for name, label in dictionary.labels.items()
-        if any(entry["site"] == site and index in entry["latents"] for entry in label["features"])
+        if any(e["site"] == site and index in e["latents"] for e in label["features"] + label.get("seen", []))
     ]
 
 

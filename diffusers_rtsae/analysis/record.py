@@ -148,7 +148,7 @@ class Recording:
             features (`Sequence`): labels, indices or `(site, index)`, all at one site. A label's map sums its latents'
                 activations there, each in units of its typical activation.
         """
-        entries = [entry for feature in features for entry in self.dictionary.features(feature)[0][:1]]
+        entries = [entry for feature in features for entry in self.dictionary.seen(feature)[:1]]
         sites = sorted({entry["site"] for entry in entries})
         if len(sites) != 1:
             raise ValueError(f"Expected features that live at one site, got {list(features)} at {sites}.")

@@ -45,7 +45,8 @@ class Edit:
             - `"set"`: s u
             - `"scale"`: s z
             - `"clamp"`: at most s u
-            - `"ablate"`, `"ablate_to_mean"`: the share s of the way to 0, or to the mean over the training data
+            - `"ablate"`, `"ablate_to_mean"`: the share s (times the weight) of the way to 0, or the share s of that to
+              the mean over the training data
             - `"transfer"`: the share s of what `source` has of its own typical activation, taken from there
             - `"replace"`: s u on tokens on which `source` is active, and `source` to 0 there
         source (`tuple[int, ...]`, *optional*): rows that `transfer` and `replace` take from.
@@ -57,6 +58,9 @@ class Edit:
         injection (`str`): `"trajectory"` moves to where the activation would be were the feature active all along;
             `"residual"` adds only this step's innovation.
         clip (`bool`): keep edited activations inside the range of the training data.
+        direction (`torch.Tensor`, *optional*): `(G, d)` in activation space, added instead of latents; unclipped.
+        bounds (`tuple[float, float]`, *optional*): strengths are kept inside. What a fitted label is made of answers
+            one strength each in its own range.
 
     Raises:
         `ValueError`: if anything is out of its range; the message says what was expected.
@@ -74,6 +78,8 @@ class Edit:
     apply_to: str = "contrast"
     injection: str = "trajectory"
     clip: bool = True
+    direction: torch.Tensor | None = None
+    bounds: tuple[float, float] | None = None
 
     def __post_init__(self):
         _choice("operation", self.operation, OPERATIONS)
@@ -97,6 +103,8 @@ class Edit:
                 if self.source is None
                 else f"`source` is for 'transfer' and 'replace', not for {self.operation!r}."
             )
+        if self.direction is not None and (self.latents or self.operation != "add" or self.clip):
+            raise ValueError("A direction is added, unclipped, and to no latents.")
         if self.where == () or self.source == ():
             raise ValueError(
                 f"`{'where' if self.where == () else 'source'}` names no latent of this site, so the edit would act "
@@ -110,9 +118,11 @@ class Edit:
         """Whether the edit changes nothing at all."""
         if callable(self.strength) or self.operation not in NEUTRAL:
             return False
-        strengths = self.strength if isinstance(self.strength, tuple | torch.Tensor) else (self.strength,)
-        return all(bool((s == NEUTRAL[self.operation]).all() if torch.is_tensor(s) else s == NEUTRAL[self.operation])
-                   for s in strengths)  # fmt: skip
+        if torch.is_tensor(self.strength):
+            strengths = self.strength.flatten().tolist()
+        else:
+            strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
+        return all(self._bounded(strength) == NEUTRAL[self.operation] for strength in strengths)
 
     @property
     def moved(self) -> list[int]:
@@ -142,14 +152,17 @@ class Edit:
             low = min(int(place), max(len(self.strength) - 2, 0))
             high = min(low + 1, len(self.strength) - 1)
             values = torch.lerp(self.strength[low].double(), self.strength[high].double(), place - low)
-            return tuple(values.reshape(-1).tolist())
+            return tuple(map(self._bounded, values.reshape(-1).tolist()))
         strength = self.strength(progress) if callable(self.strength) else self.strength
         if torch.is_tensor(strength):
             strength = strength.reshape(-1).tolist()
         strengths = tuple(strength) if isinstance(strength, tuple | list) else (strength,)
         if not _is_finite(strengths):
             raise ValueError(f"The schedule gave {strength!r} at progress {progress:.3g}, expected finite numbers.")
-        return strengths
+        return tuple(map(self._bounded, strengths))
+
+    def _bounded(self, strength: float) -> float:
+        return strength if self.bounds is None else min(max(strength, self.bounds[0]), self.bounds[1])
 
 
 def as_mask(mask) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ activation."""
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -172,8 +173,8 @@ class PlanState:
 
 class _Fold:
     """
-    Edits of one plan that share their options, as one: a column for each latent of each edit, and then, edit by edit,
-    one for each latent that it takes from.
+    Edits of one plan that share their options, as one: a column for each latent (or direction) of each edit, and then,
+    edit by edit, one for each latent that it takes from.
 
     Args:
         edits (`list[Edit]`): of one `_shared`.
@@ -187,6 +188,16 @@ class _Fold:
 
     def __init__(self, edits: list[Edit], rtsae: RTSAE, rows: list[int], device: torch.device):
         self.edits, self.options, self.device = edits, edits[0], device
+        self._strengths: dict[int, torch.Tensor] = {}
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        if self.options.where is not None:
+            self.where = self._index([rows.index(row) for row in self.options.where])
+        if self.options.direction is not None:
+            self.owners, self.owned = self._index(range(len(edits))), None
+            self.full = torch.ones(len(edits), device=device)
+            self.given = len(edits)
+            self.directions = torch.stack([edit.direction for edit in edits]).to(device, torch.float32)
+            return
         source, place = list(self.options.source or ()), {row: i for i, row in enumerate(rows)}
         moved = [row for edit in edits for row in edit.latents] + source * len(edits)
         self.given, self.sources = len(moved) - len(source) * len(edits), len(source)
@@ -197,22 +208,18 @@ class _Fold:
         if self.options.reads_moved:
             read = [place[row] for row in moved]
             self.read = slice(None) if read == list(range(len(rows))) else self._index(read)
-        if self.options.where is not None:
-            self.where = self._index([place[row] for row in self.options.where])
         statistics = (rtsae.typical_activation, rtsae.mean_activation, rtsae.max_activation)
         self.typical, self.mean, self.highest = (values[moved].float().to(device) for values in statistics)
-        weights = torch.tensor([weight for edit in edits for weight in edit.weights], device=device)
-        self.full = self.typical[: self.given] * weights
+        self.weights = torch.tensor([weight for edit in edits for weight in edit.weights], device=device)
+        self.full = self.typical[: self.given] * self.weights
         trajectory = self.options.injection == "trajectory"
         directions = (rtsae.feature_trajectories if trajectory else rtsae.residual_directions)(moved).detach()
         if bad := {row for row, d in zip(moved, directions, strict=True) if not d.isfinite().all()}:
             raise ValueError(f"The dictionary of {rtsae.config.site} holds NaN or inf in rows {sorted(bad)}.")
         self.directions = directions.to(device, torch.float32)  # (columns, G, d)
-        self._strengths: dict[int, torch.Tensor] = {}
-        self._masks: dict[tuple[int, int], torch.Tensor] = {}
 
-    def _index(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, device=self.device)
+    def _index(self, values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), device=self.device)
 
     def change(
         self,
@@ -281,7 +288,7 @@ class _Fold:
         if operation == "clamp":
             return now.minimum(full) - now
         if operation == "ablate":
-            return -strength * now
+            return -strength * self.weights * now
         if operation == "ablate_to_mean":
             return strength * (self.mean - now)
         own = slice(self.sources)  # all take from the same
@@ -312,7 +319,7 @@ class _Fold:
 def _shared(edit: Edit) -> tuple:
     """What edits of one fold have in common."""
     names = ("operation", "source", "where", "start", "end", "apply_to", "injection", "clip")
-    return *(getattr(edit, name) for name in names), id(edit.mask)
+    return *(getattr(edit, name) for name in names), id(edit.mask), edit.direction is None
 
 
 def _sum(changes: list[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor) -> torch.Tensor | None:
