@@ -168,14 +168,12 @@ def find(
 
     Example: diffusers-rtsae find --with "a red star" --without "a blue star" --verify 3
     """
-    from dataclasses import asdict
-
     from .analysis.find import find_features
 
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe = _pipeline(pipeline, dictionary)
     table = find_features(pipe, positive, negative, count, seeds=seeds, verify=verify, until=until, **call)
-    print(json.dumps([asdict(feature) for feature in table]) if as_json else table)
+    print(json.dumps([feature.told() for feature in table]) if as_json else table)
 
 
 @app.command()

@@ -28,6 +28,8 @@ from ..steering.sites import from_tokens, read_output, replace_output, to_tokens
 
 Pair = tuple[str, str]
 Changes = dict[str, torch.Tensor]  # what to add to the tokens of each site, (rows, N or 1, d)
+ROWS = 8  # states of one gradient
+CHUNK = 4096  # latents looked at together
 _STEPS = 13  # of a generation that are looked at, at most
 _NOT_BATCHED = ("img_ids", "txt_ids")  # positions, the same for all rows
 
@@ -193,6 +195,7 @@ class States:
         adapter_name (`str`, *optional*): of the dictionary.
         seed (`int`): of the noise; both prompts of a pair start at the same, each pair at another.
         batch_size (`int`): prompts drawn at once; what memory is needed goes with it.
+        progress (`bool`): show a bar.
         call: passed to the pipeline.
 
     Raises:
@@ -202,7 +205,7 @@ class States:
     @torch.no_grad()
     def __init__(
         self, pipeline, pairs: Sequence[Pair], adapter_name: str | None = None, seed: int = 0, batch_size: int = 16,
-        progress: str | None = None, **call,
+        progress: bool = False, **call,
     ):  # fmt: skip
         self.pipeline, self.denoiser = pipeline, get_denoiser(pipeline)
         self.dictionary: Dictionary = get_dictionary(pipeline, adapter_name)
@@ -216,7 +219,7 @@ class States:
         with resting(pipeline):
             self._runs = [
                 self._capture(start, self.pairs[start : start + per_run])
-                for start in tqdm(starts, desc=progress, unit="batch", leave=False, disable=progress is None)
+                for start in tqdm(starts, desc="pictures", unit="batch", leave=False, disable=not progress)
             ]
         total, count = torch.zeros(len(self.pairs)), torch.zeros(len(self.pairs))
         for state in self.all():
@@ -313,6 +316,25 @@ class States:
                 if state is not None:
                     yield state, codes
 
+    @torch.no_grad()
+    def presence(self, site: str) -> tuple[list[float], torch.Tensor, torch.Tensor]:
+        """
+        How present each latent is in the runs of the "to" prompts and in those of the "from" prompts, at each step
+        that is looked at: timesteps, and twice `(steps, num_latents)`, the mean activation over tokens in units of the
+        typical one.
+        """
+        rtsae = self.dictionary.sites[site]
+        timesteps = [state.timestep for state in self._runs[0].states if state is not None]
+        count, sums = rtsae.config.num_latents, torch.zeros(2, len(timesteps), rtsae.config.num_latents)
+        for start in range(0, count, CHUNK):
+            part = slice(start, min(start + CHUNK, count))
+            for i, (state, codes) in enumerate(self.latents(site, range(count)[part], own=True)):
+                present = codes.mean(1).cpu()
+                for row, (sample, text) in enumerate(zip(state.samples, state.texts, strict=True)):
+                    sums[int(sample == text), i % len(timesteps), part] += present[row]
+        means = sums / (len(self.pairs) * rtsae.typical_activation.cpu())
+        return timesteps, means[0], means[1]
+
     def concerned(self, site: str) -> Iterator[torch.Tensor]:
         """For each state, the tokens `(states, N)` on which the two prompts make a difference."""
         for run in self._runs:
@@ -393,3 +415,159 @@ def frozen(denoiser: nn.Module, checkpointing: bool = False):
             denoiser.disable_gradient_checkpointing()
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+@dataclass
+class Part:
+    """
+    What is fitted at one site. On the tokens that `gate` names it adds latents, or a direction of its own; it takes
+    away what is there of other latents, each by its own activation.
+
+    Args:
+        gate (`list[int]`, *optional*): only tokens on which one of these latents is active; everywhere without it.
+        added (`list[int]`), weights (`torch.Tensor`): latents and how much of their typical activation, `(added,)`.
+        removed (`list[int]`), shares (`torch.Tensor`): latents and which share of their activation, `(removed,)`.
+        direction (`torch.Tensor`, *optional*): `(G, d)` in activation space.
+    """
+
+    gate: list[int] | None = None
+    added: list[int] = field(default_factory=list)
+    weights: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    removed: list[int] = field(default_factory=list)
+    shares: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    direction: torch.Tensor | None = None
+
+    @property
+    def read(self) -> list[int]:
+        return sorted({*(self.gate or ()), *self.removed})
+
+    @property
+    def fitted(self) -> list[torch.Tensor]:
+        return [p for p in (self.weights, self.shares, self.direction) if p is not None and p.numel()]
+
+
+class Intervention:
+    """Parts at some sites as a change of activations, differentiable in what is fitted. It is called with a state and
+    some of its rows."""
+
+    def __init__(self, parts: dict[str, Part], states: States):
+        self.parts, self.states = parts, states
+        self.dictionary, self.grids = states.dictionary, states.grids
+        self.columns: dict[str, dict[int, int]] = {}
+
+    def read(self, *groups: States, also: dict[str, Sequence[int]] | None = None) -> None:
+        """Have the states keep the activations of what the parts read, and of some further latents of each site."""
+        for site, part in self.parts.items():
+            latents = sorted({*part.read, *(also or {}).get(site, ())})
+            self.columns[site] = {latent: i for i, latent in enumerate(latents)}
+            for states in groups:
+                states.read(site, latents)
+
+    def gate(self, site: str, state: State, rows: Sequence[int]) -> torch.Tensor:
+        """Which tokens a site's additions reach, `(rows, N or 1, 1)`."""
+        part = self.parts[site]
+        if part.gate is None:
+            return torch.ones(len(rows), 1, 1)
+        return (self.active(site, state, rows, part.gate) > 0).any(-1, keepdim=True).float()
+
+    def active(self, site: str, state: State, rows: Sequence[int], latents: Sequence[int]) -> torch.Tensor:
+        return state.codes[site][list(rows)][..., [self.columns[site][latent] for latent in latents]]
+
+    def full(self, site: str, state: State, rows: Sequence[int], change: torch.Tensor | None) -> torch.Tensor:
+        """A change of every token of some rows, `(rows, N, d)`, as a leaf."""
+        tokens, width = state.codes[site].shape[1], self.dictionary.sites[site].config.in_channels
+        zero = torch.zeros(len(rows), tokens, width, device=state.codes[site].device)
+        return zero if change is None else (zero + change).detach()
+
+    def shares_of_anchors(self, site: str, timestep: float) -> torch.Tensor:
+        """What each anchor's direction weighs at a step, `(G,)`."""
+        return self.at(site, torch.eye(len(self.dictionary.sites[site].config.anchors)).T[..., None], timestep)[..., 0]
+
+    def directions(self, site: str, latents: Sequence[int], timestep: float) -> torch.Tensor:
+        """`(latents, d)` at a step."""
+        return self.at(site, self.dictionary.sites[site].feature_trajectories(list(latents)).float(), timestep)
+
+    def at(self, site: str, paths: torch.Tensor, timestep: float) -> torch.Tensor:
+        """Paths `(..., G, d)` at a step, `(..., d)`."""
+        coordinate, last = self.grids[site].coordinate(timestep), paths.shape[-2] - 1
+        low = min(int(coordinate), last)
+        return torch.lerp(paths[..., low, :], paths[..., min(low + 1, last), :], coordinate - low)
+
+    def __call__(self, state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
+        """What to add at each site; `added` is the strength of the additions alone."""
+        changes = {}
+        for site, part in self.parts.items():
+            rtsae, terms = self.dictionary.sites[site], []
+            if part.added:
+                amounts = part.weights * rtsae.typical_activation[part.added]
+                path = amounts @ self.directions(site, part.added, state.timestep)
+                terms.append(added * self.gate(site, state, rows) * path)
+            if part.direction is not None:
+                path = self.at(site, part.direction, state.timestep)
+                terms.append(added * self.gate(site, state, rows) * path)
+            if part.removed:
+                amounts = part.shares * self.active(site, state, rows, part.removed)
+                terms.append(-amounts @ self.directions(site, part.removed, state.timestep))
+            if terms:
+                changes[site] = sum(terms[1:], terms[0])
+        return changes
+
+
+@dataclass
+class FirstOrder:
+    """
+    How the effect grows with the weight of each latent of a site, at the present weights.
+
+    Args:
+        added (`torch.Tensor`): dE by weight of its constant addition, `(m,)`, in units of its typical activation.
+        added_length (`torch.Tensor`): root mean square size of that addition in activation space, `(m,)`.
+        removed, removed_length (`torch.Tensor`): the same by share of what is there of each candidate,
+            `(candidates,)`.
+    """
+
+    added: torch.Tensor
+    added_length: torch.Tensor
+    removed: torch.Tensor
+    removed_length: torch.Tensor
+
+
+def first_order(
+    model: Intervention, candidates: dict[str, list[int]], count: int, generator: torch.Generator
+) -> dict[str, FirstOrder]:
+    """
+    Attribution patching: all latents of all sites of an intervention at once, from `count` backward passes.
+
+    Args:
+        candidates (`dict[str, list[int]]`): latents of each site that might be taken away; the states must have read
+            them.
+    """
+    states, dictionary = model.states, model.dictionary
+    sums = {site: torch.zeros_like(dictionary.sites[site].decoder_bias).float() for site in model.parts}
+    sizes = {site: torch.zeros(len(dictionary.sites[site].config.anchors)) for site in model.parts}
+    removed = {site: torch.zeros(2, len(latents)) for site, latents in candidates.items()}
+    for state, rows, weight in states.draw(count, ROWS, generator):
+        there = model(state, rows)
+        changes = {site: model.full(site, state, rows, there.get(site)).requires_grad_() for site in model.parts}
+        loss = states.errors(state, rows, changes).mean() * weight
+        for site, gradient in zip(changes, torch.autograd.grad(loss, list(changes.values())), strict=True):
+            gate, at = model.gate(site, state, rows), model.shares_of_anchors(site, state.timestep)
+            sums[site] -= at[:, None] * (gradient * gate).sum((0, 1)).cpu()
+            sizes[site] += weight * at * float(gate.mean()) * gradient.shape[1]
+            if candidates.get(site):
+                active = model.active(site, state, rows, candidates[site])
+                paths = model.directions(site, candidates[site], state.timestep)
+                removed[site][0] += torch.einsum("bnk,bnd,kd->k", active, gradient, paths).cpu()
+                removed[site][1] += (weight * active.square().sum((0, 1)) / len(rows) * paths.square().sum(1)).cpu()
+    found = {}
+    for site in model.parts:
+        rtsae = dictionary.sites[site]
+        added = torch.zeros(2, rtsae.config.num_latents)
+        for start in range(0, rtsae.config.num_latents, CHUNK):
+            rows = list(range(start, min(start + CHUNK, rtsae.config.num_latents)))
+            typical = rtsae.typical_activation[rows, None, None].cpu()
+            paths = rtsae.feature_trajectories(rows).detach().float().cpu() * typical
+            added[0, rows] = torch.einsum("mgd,gd->m", paths, sums[site])
+            added[1, rows] = torch.einsum("mgd,mgd,g->m", paths, paths, sizes[site])
+        gain, square = removed.get(site, torch.zeros(2, 0)) / count
+        found[site] = FirstOrder(added[0] / count, (added[1] / count).sqrt(), gain, square.sqrt())
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ from ..files import closest
 from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary
 from ..steering import as_mask
+from .effect import FirstOrder, Intervention, Part, States, check_pairs, first_order, frozen
 from .record import Recorder, Recording, kind_of, record
 
 _EARLY = 0.35  # of denoising: what is present then steers
+_PASSES = 20  # backward passes that rank all latents
 _DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
 
 
@@ -26,7 +28,10 @@ class Feature:
 
     Args:
         site (`str`), index (`int`): which; `pipe.set_rtsae_features({(site, index): 1.0})` steers it.
-        score (`float`): `present * specific`, what the table is sorted by.
+        score (`float`): what the table is sorted by: the effect for the size of what it adds, or
+            `present * specific`.
+        effect (`float`): how fast the effect on the prediction grows with its strength, of 1 that changing the prompt
+            has; `None` if it was ranked by presence.
         present (`float`): how much more present it is with the concept than without, at its best step, in units of its
             typical full activation.
         specific (`float`): from 0, as present without the concept (or everywhere in the training data), to 1, only
@@ -35,6 +40,7 @@ class Feature:
         labels (`list[str]`): of the dictionary, that contain it.
         duplicates (`list[int]`): latents with almost the same trajectory that were left out.
         verified (`dict`): what steering it does, if that was asked for.
+        pictures (`list`): of the negative prompts, steered, if it was verified.
     """
 
     site: str
@@ -46,25 +52,42 @@ class Feature:
     labels: list[str] = field(default_factory=list)
     duplicates: list[int] = field(default_factory=list)
     verified: dict[str, float] = field(default_factory=dict)
+    effect: float | None = None
+    pictures: list = field(default_factory=list, repr=False)
+
+    def told(self) -> dict:
+        """All but the pictures, as JSON can hold it."""
+        return {name: value for name, value in vars(self).items() if name != "pictures"}
 
 
 class FeatureTable(list):
-    """A list of [`Feature`] that prints as a table."""
+    """A list of [`Feature`] that prints as a table. `plain` are the pictures on which verified features were
+    steered."""
+
+    plain: list = []
+
+    def plot_strip(self):
+        """The pictures of the verified features below the plain ones: see [`plots.plot_strip`]."""
+        from .plots import plot_strip
+
+        return plot_strip(self)
 
     def to_pandas(self):
         """As a `pandas.DataFrame`, one row a feature; pandas must be installed."""
         import pandas
 
-        return pandas.DataFrame([(row := asdict(f)) | row.pop("verified") for f in self])
+        return pandas.DataFrame([(row := f.told()) | row.pop("verified") for f in self])
 
     def __repr__(self) -> str:
         if not self:
             return "no features"
         measured = list(dict.fromkeys(key for f in self for key in f.verified))
-        head = ["site", "index", "score", "present", "specific", "timestep", *measured, "labels"]
+        by_effect = ["effect"] if self[0].effect is not None else []
+        head = ["site", "index", "score", *by_effect, "present", "specific", "timestep", *measured, "labels"]
         rows = [
             [
-                f.site, str(f.index), f"{f.score:.3f}", f"{f.present:.3f}", f"{f.specific:.2f}", f"{f.timestep:g}",
+                f.site, str(f.index), f"{f.score:.3f}", *(f"{f.effect:.3f}" for _ in by_effect),
+                f"{f.present:.3f}", f"{f.specific:.2f}", f"{f.timestep:g}",
                 *(f"{f.verified[key]:.3f}" if key in f.verified else "" for key in measured), ", ".join(f.labels),
             ]
             for f in self
@@ -107,11 +130,13 @@ def rank(
     present: torch.Tensor,
     absent: torch.Tensor,
     count: int,
+    order: FirstOrder | None = None,
 ) -> FeatureTable:
     """
-    The latents of a site that are more present with a concept than without.
+    The latents of a site that are more present with a concept than without, or that have most effect.
 
     Args:
+        order (`FirstOrder`, *optional*): their effects; ranked by presence without it.
         present, absent (`torch.Tensor`): mean presence at each step, `(steps, num_latents)`.
     """
     rtsae = dictionary.sites[site]
@@ -123,7 +148,8 @@ def rank(
     specific = (with_it - torch.maximum(without, usual)) / (with_it + torch.maximum(without, usual)).clamp(min=1e-9)
     score = difference.clamp(min=0) * specific.clamp(min=0)
     table = FeatureTable()
-    for index in score.argsort(descending=True).tolist():
+    score = score if order is None else torch.where(rtsae.density.cpu() > 0, order.added / order.added_length, 0.0)
+    for index in score.nan_to_num().argsort(descending=True).tolist():
         if len(table) == count or score[index] <= 0:
             break
         path = (rtsae.feature_trajectories([index]).detach() / scale).flatten()
@@ -136,6 +162,7 @@ def rank(
             Feature(
                 site, index, round(score[index].item(), 4), round(difference[index].item(), 4),
                 round(specific[index].item(), 4), timesteps[when[index]], labels_of(dictionary, site, index),
+                effect=None if order is None else round(order.added[index].item(), 4),
             )
         )  # fmt: skip
     return table
@@ -186,7 +213,6 @@ def record_images(
     )  # fmt: skip
 
 
-@torch.no_grad()
 def find_features(
     pipeline,
     positive: Sequence[str | Image.Image],
@@ -199,6 +225,9 @@ def find_features(
     strength: float = 1.0,
     caption: str = "",
     until: float | None = None,
+    by: str | None = None,
+    unchanged: Sequence[str] = (),
+    progress: bool = False,
     **call,
 ) -> FeatureTable:
     """
@@ -206,26 +235,33 @@ def find_features(
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded; it need not steer.
-        positive, negative (`Sequence`): prompts, or pictures (PIL). Prompts that differ in nothing else give the
-            clearest answer.
+        positive, negative (`Sequence`): prompts, or pictures (PIL). By effect, prompts one to one that differ in
+            nothing else.
         count (`int`): how many features, of each site.
         seeds (`int`): pictures made of each prompt, with the same seeds for all.
-        verify (`int` or `bool`): steer so many of the best (`True`: five) on the negative prompts, and say what that
-            does.
+        verify (`int` or `bool`): steer so many of the best (`True`: five) on the negative prompts and other noise, and
+            say what that does.
         scorer (*optional*): from a list of PIL pictures to one number each, larger where they show the concept. With
             it the verified features are sorted by how much they raise it.
         strength (`float`): to verify with.
         caption (`str`): of all pictures, if examples are pictures: what they share, not what they differ in.
         until (`float`, *optional*): the beginning of denoising, 0 to 1, in which presence counts. By default 0.35 for
             prompts, as features that are there early steer and later ones mostly follow; all of it for pictures.
+        by (`str`, *optional*): rank by `"effect"`, what adding a latent does to the prediction of the negative prompts
+            towards that of the positive ones, to first order (see [`analysis.effect`]), the default for prompts; or by
+            `"presence"`, the default for pictures.
+        unchanged (`Sequence[str]`): prompts that have nothing to do with it, to tell the `harm` of verified features.
+        progress (`bool`): show a bar.
         call: passed to the pipeline.
 
     Returns:
-        [`FeatureTable`]: sorted by score. `verified` holds `image_distance`, the RMS change of the pictures, 0 to 1;
-        `prediction_change`, of the denoiser's output, relative to its length; and `gain` of the scorer.
+        [`FeatureTable`]: sorted by score. `verified` holds `effect`, the share of what changing the prompt does, and
+        `harm`, the change of `unchanged` prompts in the same unit; `image_distance`, the RMS change of the pictures,
+        0 to 1; `prediction_change`, of the denoiser's output, relative to its length; and `gain` of the scorer.
 
     Raises:
-        `ValueError`: if there are no examples, prompts are needed and there are none, or `until` is out of range.
+        `ValueError`: if there are no examples, by effect if they are no pairs of different prompts, if prompts are
+        needed and there are none, or `until` is out of range.
 
     Example:
         ```py
@@ -236,8 +272,56 @@ def find_features(
         raise ValueError(f"Expected positive and negative examples, got {len(positive)} and {len(negative)}.")
     if until is not None and not 0 < until <= 1:
         raise ValueError(f"Expected 0 < until <= 1, got {until!r}.")
+    are_prompts = isinstance(positive[0], str)
+    by = by or ("effect" if are_prompts else "presence")
+    if by not in ("effect", "presence") or by == "effect" and not are_prompts:
+        raise ValueError(f"Expected by='effect', for prompts, or 'presence', got {by!r}.")
     dictionary = get_dictionary(pipeline, adapter_name)
+    prompts = [example for example in negative if isinstance(example, str)]
+    if verify and not prompts:
+        raise ValueError("Features are verified on negative prompts, and there are none.")
+    if by == "effect":
+        if len(positive) != len(negative):
+            raise ValueError(
+                f"Expected as many prompts with the concept as without, one to one; got {len(positive)} and "
+                f"{len(negative)}. by='presence' takes any number."
+            )
+        pairs = check_pairs(list(zip(negative, positive, strict=True)))
+        with frozen(get_denoiser(pipeline)):
+            table = _rank_by_effect(pipeline, pairs * seeds, count, adapter_name, until, progress, **call)
+    else:
+        with torch.no_grad():
+            table = _rank_by_presence(
+                pipeline, positive, negative, count, adapter_name, seeds, until, caption, dictionary, **call
+            )
+    table.sort(key=lambda f: -f.score)
+    if verify:
+        best = table[: 5 if verify is True else verify]
+        table.plain = verify_features(pipeline, best, prompts, scorer, strength, adapter_name, seeds, **call)
+        if by == "effect":
+            same = [(prompt, prompt) for prompt in unchanged]
+            options = {"adapter_name": adapter_name, "seed": 1_000_000, "progress": progress}
+            _judge(best, States(pipeline, pairs * seeds + same, **options, **call), strength)
+        if scorer is not None:
+            table.sort(key=lambda f: -f.verified.get("gain", float("-inf")))
+    return table
 
+
+def _rank_by_effect(pipeline, pairs, count: int, adapter_name, until, progress: bool, **call) -> FeatureTable:
+    states = States(pipeline, pairs, adapter_name, progress=progress, **call)
+    model = Intervention({site: Part() for site in states.dictionary.sites}, states)
+    model.read(states)
+    table, generator = FeatureTable(), torch.Generator().manual_seed(0)
+    for site, order in first_order(model, {}, _PASSES, generator).items():
+        steps, present, absent = states.presence(site)
+        early = sum(1000 - t <= 1000 * (until or _EARLY) for t in steps) or 1
+        table += rank(states.dictionary, site, steps[:early], present[:early], absent[:early], count, order)
+    return table
+
+
+def _rank_by_presence(
+    pipeline, positive, negative, count: int, adapter_name, seeds: int, until, caption: str, dictionary, **call
+) -> FeatureTable:
     def read(examples: Sequence) -> Recording:
         if isinstance(examples[0], str):
             prompts = [prompt for prompt in examples for _ in range(seeds)]
@@ -253,17 +337,21 @@ def find_features(
     for site in dictionary.sites:
         present, absent = (r.presence(site).mean(0)[: len(early)] for r in (with_it, without))
         table += rank(dictionary, site, early, present, absent, count)
-    table.sort(key=lambda f: -f.score)
-    if verify:
-        prompts = [example for example in negative if isinstance(example, str)]
-        if not prompts:
-            raise ValueError("Features are verified on negative prompts, and there are none.")
-        verify_features(
-            pipeline, table[: 5 if verify is True else verify], prompts, scorer, strength, adapter_name, seeds, **call
-        )
-        if scorer is not None:
-            table.sort(key=lambda f: -f.verified.get("gain", float("-inf")))
     return table
+
+
+@torch.no_grad()
+def _judge(features: Sequence[Feature], states: States, strength: float) -> None:
+    """Write the true effect and harm of each feature alone on other states into its `verified`."""
+    for feature in features:
+        part = Part(added=[feature.index], weights=torch.tensor([strength]))
+        model = Intervention({feature.site: part}, states)
+        model.read(states)
+        effects = states.effects(model)
+        told = {"effect": round(float(effects[states.told].mean()), 4)}
+        if not states.told.all():
+            told["harm"] = round(float(-effects[~states.told].mean()), 4)
+        feature.verified = told | feature.verified
 
 
 class _Outputs:
@@ -288,8 +376,9 @@ class _Outputs:
 def verify_features(
     pipeline, features: Sequence[Feature], prompts: Sequence[str], scorer=None, strength: float = 1.0,
     adapter_name: str | None = None, seeds: int = 2, **call,
-) -> None:  # fmt: skip
-    """Steer each feature alone on `prompts`, and write into its `verified` what that does; see [`find_features`]."""
+) -> list:  # fmt: skip
+    """Steer each feature alone on `prompts`, and write into its `verified` and `pictures` what that does; returns the
+    plain pictures. See [`find_features`]."""
 
     def generate() -> tuple[list, torch.Tensor, list[torch.Tensor]]:
         repeated = [prompt for prompt in prompts for _ in range(seeds)]
@@ -304,6 +393,7 @@ def verify_features(
             steered, steered_pixels, steered_outputs = generate()
         pairs = zip(steered_outputs, outputs, strict=True)
         changes = [((new - old).norm() / old.norm()).item() for new, old in pairs]
+        feature.pictures = list(steered)
         feature.verified = {
             "image_distance": round((steered_pixels - pixels).square().mean((1, 2, 3)).sqrt().mean().item(), 4),
             "prediction_change": round(sum(changes) / len(changes), 4),
@@ -313,6 +403,7 @@ def verify_features(
             feature.verified["gain"] = round(
                 sum(float(a) - float(b) for a, b in zip(after, before, strict=True)) / len(after), 4
             )
+    return list(images)
 
 
 def _pixels(images: list) -> torch.Tensor:

@@ -9,122 +9,28 @@ import torch
 from tqdm.auto import tqdm
 
 from ..pipeline import get_denoiser
-from .effect import Changes, Pair, State, States, check_pairs, frozen
+from .effect import CHUNK, ROWS, Changes, Intervention, Pair, Part, State, States, check_pairs, first_order, frozen
 
-_ROWS = 8  # states of one gradient
 _RATE = 0.05  # of Adam, for weights in units of a typical activation
 _ROUND = 4  # latents chosen at once, and the gradients they are chosen by, and the steps that fit them
 _CHOICE, _STEPS, _LAST = 12, 40, 150
 _REMOVED = 256  # candidates, the most active ones, for being taken away by their own activation
-_CHUNK = 4096  # latents looked at together
 _PICTURES, _CAPTURE = 24, 200  # pairs that are drawn to fit, and what that counts for on the bar
 _AWAY = 8  # latents at most that take the concept away at negative strengths
 _KEPT = 0.98  # share of the effect that a gate must keep
 _REACHED = 0.9  # share of it that a strength beyond 1 must keep
 
 
-@dataclass
-class Part:
-    """
-    What is fitted at one site. On the tokens that `gate` names it adds latents, or a direction of its own; it takes
-    away what is there of other latents, each by its own activation.
-
-    Args:
-        gate (`list[int]`, *optional*): only tokens on which one of these latents is active; everywhere without it.
-        added (`list[int]`), weights (`torch.Tensor`): latents and how much of their typical activation, `(added,)`.
-        removed (`list[int]`), shares (`torch.Tensor`): latents and which share of their activation, `(removed,)`.
-        direction (`torch.Tensor`, *optional*): `(G, d)` in activation space.
-    """
-
-    gate: list[int] | None = None
-    added: list[int] = field(default_factory=list)
-    weights: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    removed: list[int] = field(default_factory=list)
-    shares: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    direction: torch.Tensor | None = None
-
-    @property
-    def read(self) -> list[int]:
-        return sorted({*(self.gate or ()), *self.removed})
-
-    @property
-    def fitted(self) -> list[torch.Tensor]:
-        return [p for p in (self.weights, self.shares, self.direction) if p is not None and p.numel()]
-
-
-class _Model:
-    """The parts of all sites as a change of activations, differentiable in what is fitted."""
-
-    def __init__(self, states: States, parts: dict[str, Part]):
-        self.parts, self.dictionary, self.grids = parts, states.dictionary, states.grids
-        self.columns: dict[str, dict[int, int]] = {}
-
-    def read(self, *groups: States, also: dict[str, Sequence[int]] | None = None) -> None:
-        """Have the states keep the activations of what the parts read, and of some further latents of each site."""
-        for site, part in self.parts.items():
-            latents = sorted({*part.read, *(also or {}).get(site, ())})
-            self.columns[site] = {latent: i for i, latent in enumerate(latents)}
-            for states in groups:
-                states.read(site, latents)
-
-    def gate(self, site: str, state: State, rows: Sequence[int]) -> torch.Tensor:
-        """Which tokens a site's additions reach, `(rows, N or 1, 1)`."""
-        part = self.parts[site]
-        if part.gate is None:
-            return torch.ones(len(rows), 1, 1)
-        return (self.active(site, state, rows, part.gate) > 0).any(-1, keepdim=True).float()
-
-    def active(self, site: str, state: State, rows: Sequence[int], latents: Sequence[int]) -> torch.Tensor:
-        return state.codes[site][list(rows)][..., [self.columns[site][latent] for latent in latents]]
-
-    def full(self, site: str, state: State, rows: Sequence[int], change: torch.Tensor | None) -> torch.Tensor:
-        """A change of every token of some rows, `(rows, N, d)`, as a leaf."""
-        tokens, width = state.codes[site].shape[1], self.dictionary.sites[site].config.in_channels
-        zero = torch.zeros(len(rows), tokens, width, device=state.codes[site].device)
-        return zero if change is None else (zero + change).detach()
-
-    def shares_of_anchors(self, site: str, timestep: float) -> torch.Tensor:
-        """What each anchor's direction weighs at a step, `(G,)`."""
-        return self.at(site, torch.eye(len(self.dictionary.sites[site].config.anchors)).T[..., None], timestep)[..., 0]
-
-    def directions(self, site: str, latents: Sequence[int], timestep: float) -> torch.Tensor:
-        """`(latents, d)` at a step."""
-        return self.at(site, self.dictionary.sites[site].feature_trajectories(list(latents)).float(), timestep)
-
-    def at(self, site: str, paths: torch.Tensor, timestep: float) -> torch.Tensor:
-        """Paths `(..., G, d)` at a step, `(..., d)`."""
-        coordinate, last = self.grids[site].coordinate(timestep), paths.shape[-2] - 1
-        low = min(int(coordinate), last)
-        return torch.lerp(paths[..., low, :], paths[..., min(low + 1, last), :], coordinate - low)
-
-    def __call__(self, state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
-        """What to add at each site; `added` is the strength of the additions alone."""
-        changes = {}
-        for site, part in self.parts.items():
-            rtsae, terms = self.dictionary.sites[site], []
-            if part.added:
-                amounts = part.weights * rtsae.typical_activation[part.added]
-                path = amounts @ self.directions(site, part.added, state.timestep)
-                terms.append(added * self.gate(site, state, rows) * path)
-            if part.direction is not None:
-                path = self.at(site, part.direction, state.timestep)
-                terms.append(added * self.gate(site, state, rows) * path)
-            if part.removed:
-                amounts = part.shares * self.active(site, state, rows, part.removed)
-                terms.append(-amounts @ self.directions(site, part.removed, state.timestep))
-            if terms:
-                changes[site] = sum(terms[1:], terms[0])
-        return changes
-
-
-def _optimise(model: _Model, states: States, steps: int, generator: torch.Generator, bar, rate: float = _RATE) -> None:
+def _optimise(
+    model: Intervention, states: States, steps: int, generator: torch.Generator, bar, rate: float = _RATE
+) -> None:
     """Fit the weights of a model by gradient on the effect (Adam, its rate falls to zero)."""
     fitted = [p for part in model.parts.values() for p in part.fitted]
     for parameter in fitted:
         parameter.requires_grad_(True)
     optimiser = torch.optim.Adam(fitted, rate, betas=(0.9, 0.98))
     try:
-        for step, (state, rows, weight) in enumerate(states.draw(steps, _ROWS, generator)):
+        for step, (state, rows, weight) in enumerate(states.draw(steps, ROWS, generator)):
             for group in optimiser.param_groups:
                 group["lr"] = rate * min(1.0, 2 * (1 - step / steps))
             loss = states.errors(state, rows, model(state, rows)).mean() * weight
@@ -142,54 +48,6 @@ def _optimise(model: _Model, states: States, steps: int, generator: torch.Genera
             parameter.requires_grad_(False)
 
 
-def _best(
-    model: _Model, states: States, candidates: dict[str, list[int]], adding: bool, generator: torch.Generator
-) -> list[tuple[str, bool, int]]:
-    """
-    The latents of all sites whose weight the effect depends on most, for the size of the change they make: `(site,
-    added, latent)`, the best first. Attribution patching at the present weights.
-    """
-    sums: dict[str, torch.Tensor] = {}  # gradient that reaches a constant addition at each anchor, (G, d)
-    sizes: dict[str, torch.Tensor] = {}  # squared size of such an addition at each anchor, (G,)
-    gains = {site: torch.zeros(len(latents)) for site, latents in candidates.items()}
-    squares = {site: torch.zeros(len(latents)) for site, latents in candidates.items()}
-    for state, rows, weight in states.draw(_CHOICE, _ROWS, generator):
-        there = model(state, rows)
-        changes = {site: model.full(site, state, rows, there.get(site)).requires_grad_() for site in model.parts}
-        loss = states.errors(state, rows, changes).mean() * weight
-        for site, gradient in zip(changes, torch.autograd.grad(loss, list(changes.values())), strict=True):
-            gate = model.gate(site, state, rows)
-            at = model.shares_of_anchors(site, state.timestep)
-            sums[site] = sums.get(site, 0) + at[:, None] * (gradient * gate).sum((0, 1))
-            sizes[site] = sizes.get(site, 0) + weight * at * gate.mean() * gradient.shape[1]
-            active = model.active(site, state, rows, candidates[site])
-            paths = model.directions(site, candidates[site], state.timestep)
-            gains[site] += torch.einsum("bnk,bnd,kd->k", active, gradient, paths)
-            squares[site] += weight * active.square().sum((0, 1)) / len(rows) * paths.square().sum(1)
-    found = []
-    for site, part in model.parts.items():
-        rtsae = model.dictionary.sites[site]
-        score = gains[site] / squares[site].sqrt().clamp(min=1e-9)
-        found += [
-            (float(value), site, False, latent)
-            for latent, value in zip(candidates[site], score, strict=True)
-            if latent not in part.removed and value > 0
-        ]
-        for start in range(0, rtsae.config.num_latents if adding else 0, _CHUNK):
-            rows = range(start, min(start + _CHUNK, rtsae.config.num_latents))
-            paths = rtsae.feature_trajectories(list(rows)).detach().float()
-            gain = torch.einsum("mgd,gd->m", paths, sums[site])
-            length = torch.einsum("mgd,mgd,g->m", paths, paths, sizes[site]).sqrt()
-            score = torch.where(rtsae.density[list(rows)] > 0, gain.abs() / length.clamp(min=1e-9), 0.0)
-            best = score.topk(min(_ROUND + len(part.added), len(score)))
-            found += [
-                (float(value), site, True, rows[index])
-                for value, index in zip(best.values, best.indices.tolist(), strict=True)
-                if rows[index] not in part.added
-            ]
-    return [rest for _, *rest in sorted(found, reverse=True)]
-
-
 @dataclass
 class _Survey:
     """What is active at one site: `candidates`, most of all with the "from" prompts; `gate`, only on tokens on which
@@ -204,10 +62,10 @@ class _Survey:
 def _survey(states: States, site: str) -> _Survey:
     rtsae = states.dictionary.sites[site]
     count, concerned = rtsae.config.num_latents, list(states.concerned(site))
-    told = [[states.told[pair] for pair in state.pairs] for state in states.all()]
+    told = [[bool(states.told[pair]) for pair in state.pairs] for state in states.all()]
     before, gained, fired, inside = (torch.zeros(count) for _ in range(4))
-    for start in range(0, count, _CHUNK):
-        part = range(start, min(start + _CHUNK, count))
+    for start in range(0, count, CHUNK):
+        part = range(start, min(start + CHUNK, count))
         for (_, codes), where, rows in zip(states.latents(site, part), concerned, told, strict=True):
             codes, where, active = codes[rows].cpu(), where[rows].cpu(), (codes[rows] > 0).float().cpu()
             before[part.start : part.stop] += codes.mean((0, 1))
@@ -286,26 +144,25 @@ class _Fitter:
         self.states, self.judges, self.generator, self.bar = states, judges, generator, bar
         self.surveys = {site: _survey(states, site) for site in states.dictionary.sites}
 
-    def model(self, gated: bool, direction: bool) -> _Model:
+    def model(self, gated: bool, direction: bool) -> Intervention:
         """Nothing yet: on the tokens that a site's survey found or on all, with a direction or with latents alone."""
         parts = {}
         for site, survey in self.surveys.items():
             shape = self.states.dictionary.sites[site].decoder_bias.shape
             path = torch.zeros(shape) if direction else None
             parts[site] = Part(gate=survey.gate if gated else None, direction=path)
-        model = _Model(self.states, parts)
+        model = Intervention(parts, self.states)
         model.read(self.states, self.judges, also={site: s.candidates for site, s in self.surveys.items()})
         return model
 
-    def optimise(self, model: _Model, steps: int) -> None:
+    def optimise(self, model: Intervention, steps: int) -> None:
         _optimise(model, self.states, steps, self.generator, self.bar)
 
-    def pursue(self, model: _Model, latents: int, adding: bool) -> None:
+    def pursue(self, model: Intervention, latents: int, adding: bool) -> None:
         """Choose latents a few at a time, fit all weights after each choice, and leave out what that does not use."""
         candidates = {site: survey.candidates for site, survey in self.surveys.items()}
         for start in range(0, latents, _ROUND):
-            best = _best(model, self.states, candidates, adding, self.generator)
-            for site, added, latent in best[: min(_ROUND, latents - start)]:
+            for site, added, latent in self.best(model, candidates, adding)[: min(_ROUND, latents - start)]:
                 part = model.parts[site]
                 if added:
                     part.added, part.weights = [*part.added, latent], torch.cat([part.weights, torch.zeros(1)])
@@ -317,7 +174,23 @@ class _Fitter:
             part.added, part.weights = _used(part.added, part.weights)
             part.removed, part.shares = _used(part.removed, part.shares)
 
-    def effect(self, model: _Model) -> float:
+    def best(self, model: Intervention, candidates: dict[str, list[int]], adding: bool) -> list[tuple[str, bool, int]]:
+        """`(site, added or removed, latent)` whose weight the effect depends on most for the size of what it changes,
+        the best first."""
+        found = []
+        for site, order in first_order(model, candidates, _CHOICE, self.generator).items():
+            part, density = model.parts[site], model.dictionary.sites[site].density.cpu()
+            scores = order.removed / order.removed_length.clamp(min=1e-9)
+            scores[[candidates[site].index(latent) for latent in part.removed]] = 0
+            found += [(s, site, False, i) for s, i in zip(scores.tolist(), candidates[site], strict=True) if s > 0]
+            if adding:
+                scores = torch.where(density > 0, order.added.abs() / order.added_length.clamp(min=1e-9), 0.0)
+                scores[part.added] = 0
+                top = scores.topk(min(_ROUND, len(scores)))
+                found += [(s, site, True, i) for s, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+        return [choice for _, *choice in sorted(found, reverse=True)]
+
+    def effect(self, model: Intervention) -> float:
         """Mean effect on held-out pairs, less the harm to what was to stay."""
         effects, told = self.judges.effects(model), self.judges.told
         return float(effects[told].mean() + (effects[~told].mean() if not told.all() else 0))
@@ -328,7 +201,7 @@ def _used(latents: list[int], weights: torch.Tensor) -> tuple[list[int], torch.T
     return [latents[i] for i in kept], weights[kept]
 
 
-def _reach(fitter: _Fitter, model: _Model) -> float:
+def _reach(fitter: _Fitter, model: Intervention) -> float:
     """The largest strength, from 1 to 2, at which held-out pairs keep most of the effect that strength 1 has."""
 
     def at(strength: float) -> float:

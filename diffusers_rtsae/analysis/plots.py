@@ -41,6 +41,31 @@ def plot_strengths(rows: list[tuple[str, str, list]], strengths: list[float], ti
     return figure
 
 
+def plot_strip(table) -> Figure:
+    """
+    What verified features do, one row each below the plain pictures.
+
+    Args:
+        table (`FeatureTable`): as `find_features(..., verify=True)` returns it.
+
+    Raises:
+        `ValueError`: nothing in it is verified.
+    """
+    rows = [("unsteered", table.plain)] + [(f"{f.site}\n{f.index}", f.pictures) for f in table if f.pictures]
+    if not table.plain:
+        raise ValueError("Nothing in this table is verified: call find_features with verify=True.")
+    width = min(8, len(table.plain))
+    figure = Figure(figsize=(1.15 * width + 1.8, 1.15 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), width, squeeze=False)
+    for line, (name, images) in zip(axes, rows, strict=True):
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+    return figure
+
+
 def plot_feature_trajectories(dictionary: Dictionary, features: Sequence) -> Figure:
     """
     Features along denoising time: how long each one's direction is, with its onset (where it has half of its greatest
