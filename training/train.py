@@ -9,10 +9,12 @@ Every stage continues where it was stopped; a GPU is used if there is one, sever
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -157,6 +159,18 @@ class Checkpoints:
         if stream is not None:
             stream.load(path / "stream.safetensors")
         return int(path.name.removeprefix("step-"))
+
+
+def keep_freed_memory() -> None:
+    """
+    Have this process keep the memory of freed tensors for those of the next step, as it is on devices other than CPUs.
+
+    The system zeroes the pages that it hands out; a step that takes and returns gradients as large as the dictionary
+    spent a seventh of its time on that.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other libraries of C have no such
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: everything from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which stays
 
 
 def train_dictionaries(
@@ -505,6 +519,7 @@ def main() -> None:
     if a.dry_run:
         print(describe(plan(recipe, a.teraflops), a.teraflops))
         return
+    keep_freed_memory()
     work = a.work or Path("runs") / a.recipe.stem
     if a.collect_only and recipe.collect.buffer is not None:
         parser.error("this recipe streams (`collect.buffer`): it keeps no trajectories to collect")
