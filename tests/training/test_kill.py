@@ -11,7 +11,8 @@ import yaml
 
 from diffusers_rtsae import load_dictionary
 from training.recipe import Recipe
-from training.train import Checkpoints, run
+from training.stream import Stream
+from training.train import Checkpoints, load_pipeline, run
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
@@ -88,6 +89,22 @@ def test_streaming_keeps_nothing_on_disk_and_resumes_bit_for_bit(tmp_path, monke
         whole.sites[site].state_dict().items(), resumed.sites[site].state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+def test_the_buffer_of_a_stream_is_a_ring():
+    settings, site = streaming(), RECIPE["sites"][0]
+    pipe, samples, anchors = load_pipeline(settings, torch.device("cpu"))
+    stream = Stream(pipe, samples, settings, anchors, held_out=1)
+    expected = torch.cat([stream.generate(1 + i)[site] for i in range(4)])  # 64 rows each, there is room for 150
+    stream.renew()
+    place = stream.buffer[site].data_ptr()
+    stream.renew()
+    assert not stream.is_full
+    stream.renew()
+    stream.renew()
+    assert stream.is_full and stream.buffer[site].data_ptr() == place
+    kept = torch.arange(256)[-150:]
+    assert torch.equal(stream.buffer[site][kept % 150], expected[kept])
 
 
 def test_variants_are_saved_each_in_its_folder(tmp_path):
