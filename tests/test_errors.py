@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -155,6 +155,15 @@ def another_sampler(scheduler, steps):
         generate(world, {"red": 1.0}, steps=steps)
 
     return misuse
+
+
+def replaced_denoiser(world):
+    before = world.pipe.unet
+    try:
+        world.pipe.unet = UNet2DConditionModel.from_config(before.config)
+        world.draw(world.pipe, steps=1)
+    finally:
+        world.pipe.unet = before
 
 
 def unloaded(world):
@@ -294,6 +303,11 @@ MISUSE = {
         feature("x"),
         ValueError,
         "The dictionary has no feature labelled 'x'. It has ['black', 'blue', …, 'white', 'yellow'].",
+    ),
+    "an index in quotes": (
+        feature("1234"),
+        ValueError,
+        "The dictionary has no feature labelled '1234'; the feature of that index is 1234, without quotes.",
     ),
     "a label of a site that is not loaded": (
         lambda world: Dictionary({"up": two_sites().sites["up"]}, two_sites().labels).features("low"),
@@ -467,10 +481,16 @@ MISUSE = {
         f"UNet2DConditionModel has no site 'up_blocks.1.attentions.7'. The closest are […'{SITE}'…]; "
         "`list_sites(denoiser)` has all.",
     ),
-    "the sites of a whole pipeline": (
-        lambda world: list_sites(world.pipe),
+    "the sites of something else": (
+        lambda world: list_sites("unet"),
         ValueError,
-        "Expected a denoiser such as `pipe.unet`, got StableDiffusionPipeline.",
+        "str has no denoiser: expected a component `unet` or `transformer`.",
+    ),
+    "a denoiser put in the place of one with a dictionary": (
+        replaced_denoiser,
+        ValueError,
+        "The unet was replaced after `load_rtsae`, and the new one has none of the dictionaries ['default']: call "
+        "`load_rtsae` again, or `unload_rtsae` first to go on without.",
     ),
     "a dictionary of another width": (
         lambda world: other(world, SITE, 8),

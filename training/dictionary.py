@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,12 @@ def auxiliary_loss(
     return F.mse_loss(guess, error.detach()) / error.detach().square().mean()
 
 
+def _pieces(matrix: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Views `(rows, entries)` of a matrix of latents: on a CPU of as many rows as stay in its cache."""
+    flat = matrix.detach().flatten(1)
+    return flat.split(max(1, 2**17 // flat.shape[1]) if matrix.device.type == "cpu" else len(flat))
+
+
 class DictionaryTrainer:
     """
     A dictionary with its optimizer.
@@ -217,8 +223,8 @@ class DictionaryTrainer:
 
     @torch.no_grad()
     def _normalise(self) -> None:
-        decoder = self.rtsae.decoder
-        decoder.div_(decoder.flatten(1).norm(dim=1).clamp(min=1e-8)[:, None, None])
+        for rows in _pieces(self.rtsae.decoder):
+            rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
     def backward(
         self, residuals: torch.Tensor, prefix: int | None, share: float = 1.0, processes: int = 1
@@ -274,14 +280,14 @@ class DictionaryTrainer:
         rate = min(1.0, (step + 1) / 100, 5 * (settings.steps - step) / settings.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
-        flat, gradient = decoder.flatten(1), decoder.grad.flatten(1)
-        gradient.addcmul_(flat, (gradient * flat).sum(1, keepdim=True), value=-1)
         if self.blocks is not None:
             decoder.grad.mul_(self.blocks)
             self.rtsae.encoder.grad.mul_(self.blocks)
+        for row, gradient in zip(_pieces(decoder), _pieces(decoder.grad), strict=True):
+            gradient.addcmul_(row, (gradient * row).sum(1, keepdim=True), value=-1)
         # gradients of norm 1 at every step: the large ones of the beginning would make Adam's steps small for long
-        gradients = [parameter.grad for parameter in self.parameters.values()]
-        torch._foreach_div_(gradients, nn.utils.get_total_norm(gradients).clamp(min=1e-12))
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters.values()])
+        self.optimizer.grad_scale = norm.clamp(min=1e-12)  # which the fused step divides by
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._normalise()

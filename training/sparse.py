@@ -7,13 +7,13 @@ encoder's forward product is dense, made in pieces of a few rows each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-_PIECE = 5_000_000  # entries of the encoder's product held at once
+_PIECE = 10_500_000  # entries of the encoder's product held at once
 
 
 class Code(NamedTuple):
@@ -34,14 +34,24 @@ class Code(NamedTuple):
         return Code(self.rows[kept], self.latents[kept], self.values[kept])
 
 
-def pre_activations(
-    centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype = torch.float32
+def products(
+    centred: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """`centred @ weight.T + bias` computed in `dtype`, in pieces of rows, each with the index of its first row."""
-    centred, weight, bias = centred.to(dtype), weight.to(dtype), bias.to(dtype)
+    """`centred @ weight.T` computed in `dtype`, in pieces of rows, each with the index of its first row."""
+    centred, weight = centred.to(dtype), weight.to(dtype)
     step = max(1, _PIECE // len(weight))
     for start in range(0, len(centred), step):
-        yield start, F.linear(centred[start : start + step], weight, bias)
+        yield start, F.linear(centred[start : start + step], weight)
+
+
+def _true(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns where the few true entries of `mask (rows, columns)` are; looked for eight at a time."""
+    flat = mask.flatten()
+    whole = len(flat) // 8 * 8
+    words = flat[:whole].view(torch.int64).nonzero()[:, 0]
+    word, byte = flat[:whole].view(-1, 8)[words].nonzero(as_tuple=True)
+    at = torch.cat([words[word] * 8 + byte, flat[whole:].nonzero()[:, 0] + whole])
+    return at // mask.shape[1], at % mask.shape[1]
 
 
 @torch.no_grad()
@@ -49,21 +59,23 @@ def above(
     centred: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    threshold: torch.Tensor | float,
+    threshold: torch.Tensor | float | Callable[[torch.Tensor], float],
     dtype=torch.float32,
 ) -> Code:
-    """All pre-activations that exceed `threshold`, a number or one per latent."""
+    """All pre-activations that exceed `threshold`: a number, one per latent, or what tells it from the first piece."""
     found = []
-    for start, piece in pre_activations(centred, weight, bias, dtype):
-        rows, latents = (piece > threshold).nonzero(as_tuple=True)
-        found.append((rows + start, latents, piece[rows, latents].float()))
+    for start, piece in products(centred, weight, dtype):
+        if callable(threshold):
+            threshold = threshold(piece)
+        rows, latents = _true(piece > (threshold - bias).to(dtype))
+        found.append((rows + start, latents, piece[rows, latents].float() + bias[latents]))
     return Code(*map(torch.cat, zip(*found, strict=True)))
 
 
 @torch.no_grad()
 def topk(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, dtype=torch.float32) -> Code:
     """The `k` largest positive pre-activations of each row (TopK, 2406.04093)."""
-    found = [piece.topk(min(k, len(weight)), dim=1) for _, piece in pre_activations(centred, weight, bias, dtype)]
+    found = [(piece + bias).topk(min(k, len(weight)), dim=1) for _, piece in products(centred, weight, dtype)]
     values, latents = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
     return Code(rows.flatten(), latents.flatten(), values.flatten().float()).where(values.flatten() > 0)
@@ -74,14 +86,21 @@ def batch_topk(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
     """
     The `k * rows` largest positive pre-activations of the batch (BatchTopK, 2412.06410), exactly.
 
-    They are looked for among each row's `4 k` largest; if a row may have more of them, among all.
+    A few rows tell above which value to look for twice as many; if there are too few, lower.
     """
-    count, width = k * len(centred), min(4 * k, len(weight))
-    code = topk(centred, weight, bias, width, dtype)
-    threshold = code.values.topk(count, sorted=False).values.min() if len(code.values) > count else 0.0
-    cut = code.rows[code.values >= threshold]  # of a row that has `width` of them there may be more
-    if width < len(weight) and len(cut) and torch.bincount(cut).max() == width:
-        code = above(centred, weight, bias, threshold * (1 - 1e-6), dtype)
+    count, threshold = k * len(centred), 0.0
+
+    def guess(piece: torch.Tensor) -> float:
+        nonlocal threshold
+        few = (piece[:: len(piece) // 16 or 1] + bias).float()
+        threshold = max(0.0, few.flatten().topk(min(2 * k * len(few), few.numel()), sorted=False).values.min().item())
+        return threshold
+
+    code = above(centred, weight, bias, guess, dtype)
+    lowest = threshold / 100
+    while len(code.values) < count and threshold > 0:
+        threshold = threshold / 2 if threshold > lowest else 0.0
+        code = above(centred, weight, bias, threshold, dtype)
     if len(code.values) <= count:
         return code
     largest = code.values.topk(count, sorted=False)

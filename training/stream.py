@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .checkpoint import step_generator
 from .collect import Sample, batches, trajectories
 from .recipe import Recipe
 from .store import check_finite
@@ -19,7 +19,7 @@ from .store import check_finite
 
 class Stream:
     """
-    A buffer of trajectories of each site that generation keeps renewing.
+    A buffer of trajectories of each site that generation keeps renewing: a ring, where new ones replace the oldest.
 
     Pictures are generated in the order of the samples (again from the first after the last, with other seeds), so the
     buffer's content follows from how often it was renewed. A checkpoint keeps the buffer.
@@ -39,6 +39,7 @@ class Stream:
             )
         self.renewed = 0
         self.buffer: dict[str, torch.Tensor] = {}
+        self.written: dict[str, int] = {}  # rows of each site so far
 
     def generate(self, index: int) -> dict[str, torch.Tensor]:
         """Trajectories of each site from batch `index`."""
@@ -54,23 +55,19 @@ class Stream:
         return kept
 
     def renew(self) -> None:
-        """Put one more batch into the buffer: at its end until it is full, then in place of random rows."""
-        fresh, generator = (
-            self.generate(self.held_out + self.renewed),
-            step_generator(self.recipe.seed + 2, self.renewed),
-        )
-        for site, rows in fresh.items():
-            held = self.buffer.get(site, rows[:0])
-            room = min(len(rows), self.recipe.collect.buffer - len(held))
-            if room > 0:
-                self.buffer[site] = torch.cat([held, rows[:room]])
-            else:
-                held[torch.randperm(len(held), generator=generator)[: len(rows)]] = rows[: len(held)]
+        """Put one more batch into the buffer."""
+        size = self.recipe.collect.buffer
+        for site, rows in self.generate(self.held_out + self.renewed).items():
+            if site not in self.buffer:
+                self.buffer[site], self.written[site] = rows.new_empty(size, *rows.shape[1:]), 0
+            places = torch.arange(len(rows))[:size] + self.written[site]
+            self.buffer[site][places % size] = rows[:size]
+            self.written[site] += len(rows)
         self.renewed += 1
 
     @property
     def is_full(self) -> bool:
-        return all(len(rows) >= self.recipe.collect.buffer for rows in self.buffer.values()) and bool(self.buffer)
+        return self.renewed > 0 and min(self.written.values()) >= self.recipe.collect.buffer
 
     def held_out_halves(self, path: Path) -> list[dict[str, torch.Tensor]]:
         """Trajectories of the batches that are set aside, in two halves; kept in `path` once they are generated."""
@@ -90,10 +87,12 @@ class Stream:
 
     def save(self, path: Path) -> None:
         partial = path.with_suffix(".partial")
-        save_file(self.buffer, partial, metadata={"renewed": str(self.renewed)})
+        save_file(self.buffer, partial, metadata={"renewed": str(self.renewed), "written": json.dumps(self.written)})
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
-            self.buffer.update({site: file.get_tensor(site).clone() for site in file.keys()})
-            self.renewed = int(file.metadata()["renewed"])
+            for site in file.keys():
+                rows = file.get_tensor(site)
+                self.buffer.setdefault(site, torch.empty_like(rows)).copy_(rows)
+            self.renewed, self.written = int(file.metadata()["renewed"]), json.loads(file.metadata()["written"])

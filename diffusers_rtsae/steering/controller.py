@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 import weakref
 from dataclasses import dataclass, field
 
@@ -14,6 +15,10 @@ from .clock import Clock, call_arguments
 from .edits import Edit
 from .plan import PlanState, SitePlan
 from .sites import from_tokens, get_site, read_output, replace_output, spatial_size, to_tokens
+
+# A change ten times as large as the activation leaves that less than 1 % of the energy: whatever follows reads the
+# edit and no picture any more.
+_OVERWHELMING = 10.0
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Controller:
         self._plans: dict[str, list[SitePlan]] = {}
         self._hooks: dict = {}
         self._runs: dict[threading.Thread, _Run] = {}
+        self._warned = False
         self._register()
 
     def _register(self) -> None:
@@ -78,7 +84,7 @@ class Controller:
         for plan in plans:
             if plan.edits:
                 installed.setdefault(plan.rtsae.config.site, []).append(plan)
-        self._plans = installed
+        self._plans, self._warned = installed, False
         wanted = {None, *self._plans} if self._plans else set()
         changed = wanted != self._hooks.keys()
         for site in self._hooks.keys() - wanted:
@@ -137,7 +143,10 @@ class Controller:
                     masked = any(edit.mask is not None for edit in plan.edits)
                     size = spatial_size(hidden_states.shape, clock.latent_size) if masked else None
                     if role == "cond":
-                        changes.append(plan.conditional(state, tokens, clock.timestep, size))
+                        told = len(state.report)
+                        change = plan.conditional(state, tokens, clock.timestep, size)
+                        changes.append(change)
+                        self._tell_size(plan, change, tokens, state.report[told:])
                     elif role == "uncond":
                         changes.append(plan.unconditional(state, stream, tokens, clock.timestep, size))
                     else:
@@ -153,6 +162,23 @@ class Controller:
                         trajectory.continue_with(_activation(plan, block_input, edited, part))
         return edited
 
+    def _tell_size(self, plan: SitePlan, change: torch.Tensor | None, tokens: torch.Tensor, rows: list[dict]) -> None:
+        """Add to the rows of a report how large a change is; warn if no clipping keeps it in bounds and it is huge."""
+        if change is None:
+            return
+        with torch.no_grad():
+            size = _relative_size(change, tokens)
+        for row in rows:
+            row["relative_size"] = size
+        if not self._warned and not all(edit.clip for edit in plan.edits) and size > _OVERWHELMING:
+            self._warned = True
+            warnings.warn(
+                f"The edits at {plan.rtsae.config.site} are {size:.3g} times as large as the activation they are "
+                "added to, of which next to nothing is left. Strength 1.0 is a typical full activation; clip=True "
+                "keeps edits in the range of the training data.",
+                stacklevel=2,
+            )
+
     def report(self) -> dict[str, list[dict]]:
         """For each site, what each edit did at each step of this thread's last generation."""
         report: dict[str, list[dict]] = {}
@@ -160,6 +186,13 @@ class Controller:
             rows = [{k: v.item() if torch.is_tensor(v) else v for k, v in row.items()} for row in state.report]
             report.setdefault(plan.rtsae.config.site, []).extend(rows)
         return report
+
+
+def _relative_size(change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The length of a change `(B, N or 1, d)` over that of the activation `(B, N, d)`, of all tokens it moves."""
+    moved = torch.linalg.vector_norm(change, dim=-1).expand(tokens.shape[:2])
+    length = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32) * (moved > 0)
+    return moved.norm() / length.norm().clamp(min=1e-20)
 
 
 def _check_batch(edit: Edit, clock: Clock) -> None:

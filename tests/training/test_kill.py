@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ import yaml
 
 from diffusers_rtsae import load_dictionary
 from training.recipe import Recipe
-from training.train import Checkpoints, run
+from training.stream import Stream
+from training.train import Checkpoints, load_pipeline, run
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
@@ -31,19 +31,34 @@ RECIPE = {
 }  # fmt: skip
 
 
-def test_a_command_killed_at_a_random_moment_continues(tmp_path):
+KILLED = """
+import os, runpy, signal, sys
+
+written = 0
+
+def kill(event, arguments):
+    global written
+    if event == "os.rename" and str(arguments[1]).endswith(".safetensors"):
+        written += 1
+        if written == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+runpy.run_module("training.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_killed_command_continues(tmp_path):
+    """It is killed, for real, when the third of six files was written under its temporary name."""
     recipe, work, out = tmp_path / "recipe.yaml", tmp_path / "work", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(RECIPE))
-    command = [sys.executable, "-m", "training.train", recipe, "--out", out, "--work", work, "--cpu"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(work.glob("trajectories/*.safetensors"))) < 2 and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-c", KILLED, recipe, "--out", out, "--work", work, "--cpu"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert done.returncode == -signal.SIGKILL
     assert not out.exists()
     kept = {path: path.stat().st_mtime_ns for path in work.glob("trajectories/*.safetensors")}
     run(Recipe(**RECIPE), out, work)
-    assert 2 <= len(kept) < 6 and all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert len(kept) == 2 and all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert len(list(work.glob("trajectories/*.safetensors"))) == 6
     whole = run(Recipe(**RECIPE), tmp_path / "whole", tmp_path / "other")[""]
     again = load_dictionary(out)
@@ -74,6 +89,22 @@ def test_streaming_keeps_nothing_on_disk_and_resumes_bit_for_bit(tmp_path, monke
         whole.sites[site].state_dict().items(), resumed.sites[site].state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+def test_the_buffer_of_a_stream_is_a_ring():
+    settings, site = streaming(), RECIPE["sites"][0]
+    pipe, samples, anchors = load_pipeline(settings, torch.device("cpu"))
+    stream = Stream(pipe, samples, settings, anchors, held_out=1)
+    expected = torch.cat([stream.generate(1 + i)[site] for i in range(4)])  # 64 rows each, there is room for 150
+    stream.renew()
+    place = stream.buffer[site].data_ptr()
+    stream.renew()
+    assert not stream.is_full
+    stream.renew()
+    stream.renew()
+    assert stream.is_full and stream.buffer[site].data_ptr() == place
+    kept = torch.arange(256)[-150:]
+    assert torch.equal(stream.buffer[site][kept % 150], expected[kept])
 
 
 def test_variants_are_saved_each_in_its_folder(tmp_path):

@@ -58,6 +58,14 @@ def test_batch_topk_is_exact_when_few_rows_have_any(problem):
     torch.testing.assert_close(dense(chosen(batch_topk, problem, K)), expected, atol=1e-2, rtol=1e-4)
 
 
+def test_batch_topk_is_exact_when_the_first_rows_mislead(problem, monkeypatch):
+    monkeypatch.setattr(sparse, "_PIECE", 2 * LATENTS)
+    for factor in (100, 0.01):
+        problem["x"][:2] *= factor
+        expected = dense_batch_topk(product(problem).float(), K)
+        torch.testing.assert_close(dense(chosen(batch_topk, problem, K)), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_batch_topk_keeps_no_negative_latent(problem):
     problem["bias"] -= 100
     assert len(chosen(batch_topk, problem, K).values) == 0

@@ -18,6 +18,7 @@ from training.checkpoint import load_checkpoint, save_checkpoint
 from training.dictionary import ARCHITECTURES, DictionaryTrainer, auxiliary_loss, geometric_median, new_dictionary
 from training.evaluate import evaluate
 from training.recipe import Recipe
+from training.store import Rows
 from training.train import Checkpoints, Data, train_dictionaries
 
 D, ANCHORS = 16, [900, 500, 1]
@@ -88,6 +89,62 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
     resumed = train(tmp_path / "killed", *arms)
     assert len(saves) == 4  # twenty steps were kept, twenty were made
     assert all(same(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_a_resumed_run_writes_no_line_of_the_log_twice(tmp_path, monkeypatch):
+    settings = recipe(validate_every=5)
+    train(tmp_path / "whole", settings)
+    original = DictionaryTrainer.update
+
+    def update_then_die(trainer, step):
+        original(trainer, step)
+        if step == 17:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DictionaryTrainer, "update", update_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", settings)
+    monkeypatch.undo()
+    with open(tmp_path / "killed" / "log.jsonl", "a") as file:
+        file.write('{"step": 2')  # killed while it wrote
+    train(tmp_path / "killed", settings)
+    whole, killed = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    )
+    assert [line["step"] for line in killed] == list(range(5, 41, 5))
+    assert [line["fvu_validation"] for line in whole] == [line["fvu_validation"] for line in killed]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems manage memory in other ways")
+def test_memory_of_freed_tensors_is_kept_for_the_next_ones():
+    text = """
+        import torch; from resource import RUSAGE_SELF, getrusage; from training.train import keep_freed_memory
+        def faults():
+            before = getrusage(RUSAGE_SELF).ru_minflt
+            torch.ones(25_000_000)
+            return getrusage(RUSAGE_SELF).ru_minflt - before
+        assert min(faults() for _ in range(3)) > 20
+        keep_freed_memory(); faults()
+        assert max(faults() for _ in range(3)) < 10
+        """
+    command = [sys.executable, "-c", textwrap.dedent(text)]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+
+
+def test_a_process_reads_its_share_of_a_batch_only():
+    class Counted(Rows):
+        def __getitem__(self, rows):
+            self.asked = len(rows)
+            return super().__getitem__(rows)
+
+    stored = sparse_data(300)
+    rows = Counted(stored.split(70))
+    data = Data({"mid_block": rows}, {}, {})
+    whole = data.sample("mid_block", 101, torch.Generator().manual_seed(3))
+    for rank in range(4):
+        share = data.sample("mid_block", 101, torch.Generator().manual_seed(3), (rank, 4))
+        assert torch.equal(share, whole[rank::4]) and rows.asked == len(share)
 
 
 def test_a_half_written_checkpoint_is_not_read_and_old_ones_go(tmp_path):
