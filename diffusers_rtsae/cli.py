@@ -156,6 +156,8 @@ def find(
     negative: Annotated[list[str], typer.Option("--without", help="A prompt without it; repeatable.")],
     count: Annotated[int, typer.Option(min=1, help="How many features, of each site.")] = 10,
     verify: Annotated[int, typer.Option(min=0, help="Steer so many of the best, and measure what that does.")] = 0,
+    by: Annotated[str, typer.Option(help="Rank by effect or by presence.")] = "effect",
+    strip: Annotated[Path | None, typer.Option(help="Picture of what the verified ones do.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 2,
     until: Annotated[float, typer.Option(help="The beginning of denoising in which presence counts.")] = 0.35,
     steps: Steps = 25,
@@ -172,8 +174,69 @@ def find(
 
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe = _pipeline(pipeline, dictionary)
-    table = find_features(pipe, positive, negative, count, seeds=seeds, verify=verify, until=until, **call)
+    if strip and not verify:
+        raise ValueError("A --strip shows what verified features do: expected --verify with how many.")
+    pipe.set_progress_bar_config(disable=True)
+    table = find_features(
+        pipe, positive, negative, count, seeds=seeds, verify=verify, until=until, by=by, progress=not as_json, **call
+    )
+    if strip:
+        table.plot_strip().savefig(strip, dpi=130)
     print(json.dumps([feature.told() for feature in table]) if as_json else table)
+
+
+@app.command()
+def fit(
+    name: Annotated[str, typer.Option(help="Of the new label.")],
+    before: Annotated[
+        list[str] | None, typer.Option("--from", help="A prompt without the concept; repeatable.")
+    ] = None,
+    after: Annotated[list[str] | None, typer.Option("--to", help="The same with it; repeatable.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="JSON file of [[from, to], …] instead.")] = None,
+    unchanged: Annotated[list[str] | None, typer.Option(help="A prompt that is to stay as it is; repeatable.")] = None,
+    latents: Annotated[int, typer.Option(min=1, help="At most.")] = 16,
+    direction: Annotated[bool, typer.Option(help="Add a direction of its own instead of latents.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the dictionary with the label.")] = Path("fitted"),
+    steps: Steps = 25,
+    guidance: Guidance = 3.0,
+    seed: Seed = 0,
+    pipeline: Pipeline = None,
+    dictionary: Source = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a feature from pairs of prompts, by its effect, and write the dictionary with it.
+
+    With an --out that holds a dictionary already, that one gets the label; a label it has is not fitted again.
+
+    Example: diffusers-rtsae fit --from "a blue star" --to "a red star" --name red --direction
+    """
+    from .analysis.effect import check_pairs
+    from .analysis.fit import fit_feature
+    from .files import CONFIG_NAME, read_pairs
+    from .hub import load_dictionary
+    from .pipeline import get_dictionary
+
+    if bool(pairs) == bool(before or after):
+        raise ValueError("Expected either --from and --to, or --pairs.")
+    if len(before or []) != len(after or []):
+        raise ValueError(f"Expected as many --from as --to, got {len(before or [])} and {len(after or [])}.")
+    chosen = check_pairs(read_pairs(pairs) if pairs else list(zip(before, after, strict=True)))
+    if (out / CONFIG_NAME).is_file():
+        if name in load_dictionary(out).labels and dictionary is None:
+            console.print(f"{out} has a label {name} already.", markup=False)
+            return
+        dictionary = dictionary or str(out)
+    pipe = _pipeline(pipeline, dictionary)
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+    pipe.set_progress_bar_config(disable=True)
+    fitted = fit_feature(pipe, chosen, latents, unchanged or [], direction, seed=seed, **call)
+    pipe.add_rtsae_label(name, fitted)
+    get_dictionary(pipe).save(out)
+    if as_json:
+        print(json.dumps({"label": name, "out": str(out), "measured": fitted.measured}))
+    else:
+        console.print(f"{name}: {fitted}", markup=False)
+        console.print(f'{out} holds it: diffusers-rtsae steer "a star" {name}=1 --dictionary {out}', markup=False)
 
 
 @app.command()

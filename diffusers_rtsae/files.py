@@ -74,6 +74,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """Pairs of prompts from a JSON file `[[from, to], …]`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {_line(error)}") from None
+    if not isinstance(content, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
+        raise ValueError(f"{path} must hold a list of [from, to] prompts.")
+    return [tuple(pair) for pair in content]
+
+
 def is_site(name) -> bool:
     """Whether this is the path of a module, which is also a folder's name."""
     return isinstance(name, str) and len(name) <= 200 and _MODULE_PATH.fullmatch(name) is not None

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -170,6 +170,14 @@ class State:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def reversed(self, rows: list[int]) -> State:
+        """Some rows with the "from" and the "to" prompts exchanged."""
+        samples, texts, wants, pairs = (
+            [values[row] for row in rows] for values in (self.samples, self.wants, self.texts, self.pairs)
+        )
+        predictions = self.wanted[rows], self.before[rows]
+        return State(self.call, samples, texts, wants, pairs, *predictions, self.distance[rows])
+
 
 @dataclass
 class _Run:
@@ -183,6 +191,17 @@ class _Run:
     goal: dict[str, torch.Tensor]
     past: dict[str, torch.Tensor]
     concern: dict[str, torch.Tensor]
+
+    def reversed(self, chosen: list[bool]) -> _Run:
+        """With the prompts exchanged, of some pairs alone."""
+        first = next(state for state in self.states if state is not None)
+        rows = [row for row, pair in enumerate(first.pairs) if chosen[pair]]
+
+        def of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {site: tensor[rows] for site, tensor in tensors.items()}
+
+        states = [None if state is None else state.reversed(rows) for state in self.states]
+        return _Run(self.timesteps, states, of(self.goal), of(self.present), of(self.past), of(self.concern))
 
 
 class States:
@@ -268,25 +287,17 @@ class States:
         stacked = [{site: torch.stack(kind[site], 2) for site in sites} for kind in (present, goal, past)]
         return _Run([call.timestep for call, _, _ in kept], states, *stacked, concern)
 
-    def reversed(self) -> States:
-        """The same with the "from" and the "to" prompts exchanged."""
+    def reversed(self, only: Callable[[Pair], bool]) -> States:
+        """The same with the "from" and the "to" prompts exchanged: of the pairs that `only` is true of, if there are
+        any, and of those in which nothing is to change."""
+        chosen = [not told or only(pair) for pair, told in zip(self.pairs, self.told.tolist(), strict=True)]
+        if not any(one and told for one, told in zip(chosen, self.told.tolist(), strict=True)):
+            chosen = [True] * len(self.pairs)
         other = copy.copy(self)
         other.pairs = [pair[::-1] for pair in self.pairs]
-        other._runs = [
-            replace(
-                run,
-                present=run.goal,
-                goal=run.present,
-                states=[
-                    state
-                    and replace(
-                        state, texts=state.wants, wants=state.texts, before=state.wanted, wanted=state.before, codes={}
-                    )
-                    for state in run.states
-                ],
-            )
-            for run in self._runs
-        ]
+        other.told = self.told & torch.tensor(chosen)
+        other._runs = [run.reversed(chosen) for run in self._runs]
+        other._runs = [run for run in other._runs if len(run.present[next(iter(run.present))])]
         return other
 
     def _activation(self, site: str, tokens: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -375,7 +386,7 @@ class States:
                 pairs = torch.tensor([state.pairs[row] for row in rows])
                 missed.index_add_(0, pairs, self.errors(state, rows, changes(state, rows)).cpu())
                 count.index_add_(0, pairs, torch.ones(len(rows)))
-        return self.told.float() - missed / count
+        return self.told.float() - missed / count.clamp(min=1)
 
     def draw(self, count: int, rows: int, generator: torch.Generator) -> Iterator[tuple[State, list[int], float]]:
         """Random rows of random states, with the weight that makes their average that of all; states that the prompts

@@ -13,7 +13,7 @@ from .effect import CHUNK, ROWS, Changes, Intervention, Pair, Part, State, State
 
 _RATE = 0.05  # of Adam, for weights in units of a typical activation
 _ROUND = 4  # latents chosen at once, and the gradients they are chosen by, and the steps that fit them
-_CHOICE, _STEPS, _LAST = 12, 40, 150
+_CHOICE, _STEPS, _LAST = 10, 30, 120
 _REMOVED = 256  # candidates, the most active ones, for being taken away by their own activation
 _PICTURES, _CAPTURE = 24, 200  # pairs that are drawn to fit, and what that counts for on the bar
 _AWAY = 8  # latents at most that take the concept away at negative strengths
@@ -24,16 +24,20 @@ _REACHED = 0.9  # share of it that a strength beyond 1 must keep
 def _optimise(
     model: Intervention, states: States, steps: int, generator: torch.Generator, bar, rate: float = _RATE
 ) -> None:
-    """Fit the weights of a model by gradient on the effect (Adam, its rate falls to zero)."""
+    """Fit the weights of a model by gradient on the effect (Adam, its rate falls to zero). Pairs of which more is left
+    weigh more, so that one that is hard is not given up for many that are easy."""
     fitted = [p for part in model.parts.values() for p in part.fitted]
     for parameter in fitted:
         parameter.requires_grad_(True)
     optimiser = torch.optim.Adam(fitted, rate, betas=(0.9, 0.98))
+    left = torch.ones(len(states.pairs))  # share of each pair's distance
     try:
         for step, (state, rows, weight) in enumerate(states.draw(steps, ROWS, generator)):
             for group in optimiser.param_groups:
                 group["lr"] = rate * min(1.0, 2 * (1 - step / steps))
-            loss = states.errors(state, rows, model(state, rows)).mean() * weight
+            errors, pairs = states.errors(state, rows, model(state, rows)), [state.pairs[row] for row in rows]
+            harder = (left[pairs] / left[states.told].mean()).clamp(1 / 3, 3)
+            loss = (errors * harder.to(errors.device)).mean() * weight
             for parameter, gradient in zip(fitted, torch.autograd.grad(loss, fitted), strict=True):
                 if not gradient.isfinite().all():
                     raise ValueError("The gradient of the effect is NaN or inf; use float32 or bfloat16.")
@@ -42,6 +46,10 @@ def _optimise(
             with torch.no_grad():
                 for part in model.parts.values():
                     part.shares.clamp_(min=0)
+                now = errors.cpu() * states.scale[pairs] / state.distance.cpu()[rows].clamp(min=1e-9)
+                differ = states.told[pairs]
+                for pair, share in zip(torch.tensor(pairs)[differ].tolist(), now[differ].tolist(), strict=True):
+                    left[pair] += 0.1 * (min(share, 2.0) - left[pair])
             bar.update()
     finally:
         for parameter in fitted:
@@ -68,18 +76,18 @@ def _survey(states: States, site: str) -> _Survey:
         part = range(start, min(start + CHUNK, count))
         for (_, codes), where, rows in zip(states.latents(site, part), concerned, told, strict=True):
             codes, where, active = codes[rows].cpu(), where[rows].cpu(), (codes[rows] > 0).float().cpu()
-            before[part.start : part.stop] += codes.mean((0, 1))
+            before[part.start : part.stop] += codes.sum((0, 1))
             fired[part.start : part.stop] += active.sum((0, 1))
             inside[part.start : part.stop] += (active * where[..., None]).sum((0, 1))
         for (state, codes), rows in zip(states.latents(site, part, own=True), told, strict=True):
             goal = [state.samples[row] != state.texts[row] for row in range(len(state))]
             start_ = [one and not other for one, other in zip(rows, goal, strict=True)]
-            gained[part.start : part.stop] += (codes[goal].mean((0, 1)) - codes[start_].mean((0, 1))).cpu()
+            gained[part.start : part.stop] += (codes[goal].sum((0, 1)) - codes[start_].sum((0, 1))).cpu()
     typical = rtsae.typical_activation.cpu()
     present = gained / typical
     seen = [i for i in present.topk(min(4, count)).indices.tolist() if present[i] > 0.25 * present.max()]
     share = torch.cat([where[rows].flatten().float() for where, rows in zip(concerned, told, strict=True)]).mean()
-    gate = ((inside >= 0.9 * fired) & (fired >= 5)).nonzero()[:, 0].tolist() if share < 0.5 else []
+    gate = ((inside >= 0.97 * fired) & (fired >= 20)).nonzero()[:, 0].tolist() if share < 0.5 else []
     return _Survey((before / typical).topk(min(_REMOVED, count)).indices.tolist(), gate or None, seen)
 
 
@@ -128,6 +136,12 @@ def _entries(parts: dict[str, Part], sign: int, limit: float) -> list[dict]:
             taken = {"latents": part.removed, "weights": shares, "where": None, "operation": "ablate"}
             entries.append({"site": site, "bounds": sorted([0.0, float(sign)])} | taken)
     return entries
+
+
+def _leaves_open(pair: Pair) -> bool:
+    """Whether the "from" prompt only leaves out words of the "to" prompt."""
+    words = iter(pair[1].split())
+    return all(word in words for word in pair[0].removeprefix("an ").removeprefix("a ").split())
 
 
 def _split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -262,7 +276,7 @@ def fit_feature(
     judging = (judging * -(-_PICTURES // 3 // len(judging)))[: max(_PICTURES // 3, len(judging))]
     rounds = -(-latents // _ROUND) * _STEPS + _LAST
     away_rounds = -(-_AWAY // _ROUND) * _STEPS + _LAST
-    total = 2 * _CAPTURE + 3 * _LAST + rounds + away_rounds
+    total = 2 * _CAPTURE + _LAST + rounds + away_rounds
     with frozen(get_denoiser(pipeline), checkpointing), tqdm(total=total, disable=not progress) as bar:
         shared = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
         bar.set_description("pictures")
@@ -273,12 +287,12 @@ def fit_feature(
         generator = torch.Generator().manual_seed(seed)
         fitter = _Fitter(states, judges, generator, bar)
 
-        bar.set_description("free direction")
+        bar.set_description("direction")
         free = [fitter.model(gated, direction=True) for gated in (False, True)]
         if all(survey.gate is None for survey in fitter.surveys.values()):
             free = free[:1]
         for model in free:
-            fitter.optimise(model, _LAST)
+            fitter.optimise(model, _LAST // 2)
         reached = [fitter.effect(model) for model in free]
         gated = len(free) == 2 and reached[1] >= _KEPT * reached[0]
 
@@ -289,10 +303,10 @@ def fit_feature(
         effects = judges.effects(model)
 
         bar.set_description("away")
-        backwards = _Fitter(states.reversed(), judges.reversed(), generator, bar)
+        backwards = _Fitter(states.reversed(_leaves_open), judges.reversed(_leaves_open), generator, bar)
         away = backwards.model(gated, direction=False)
         backwards.pursue(away, min(_AWAY, latents), adding=True)
-        effect_away = backwards.judges.effects(away)[judges.told].mean()
+        effect_away = backwards.judges.effects(away)[backwards.judges.told].mean()
         bar.update(total - bar.n)
     told = judges.told
     parts = model.parts.values()

@@ -157,7 +157,7 @@ def dense_change(rtsae: RTSAE, edit: Edit, h: torch.Tensor, g: int) -> torch.Ten
             "set": strength * full + 0 * now,
             "scale": strength * now,
             "clamp": torch.minimum(now, strength * full),
-            "ablate": (1 - strength) * now,
+            "ablate": (1 - strength * weight) * now,
             "ablate_to_mean": now + strength * (rtsae.mean_activation[row] - now),
             "transfer": now + strength * level * full,
             "replace": torch.where(level > 0, strength * full, now),

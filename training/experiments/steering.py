@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
@@ -27,6 +29,26 @@ def measure(steered: list[dict], plain: list[dict], factor: str, value: str) -> 
         "leakage_mean": sum(map(sum, changed)) / (n * len(others)),
         "valid": sum(bool(s["valid"]) for s in steered) / n,
     }
+
+
+def pairs(
+    world: World, factor: str, value: str, contradicted: int, leave_open: int, already: int, seed: int
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """
+    Prompts to fit a value on, of scenes that were trained on: pairs (from, to) that change it or name it where it was
+    left open, in an order that mixes them, and prompts that name it already.
+    """
+    scenes = world.sample(8 * (contradicted + leave_open + already), seed=1_000_000 + seed, held_out=False)
+    scenes = iter([scene for scene in scenes if scene[factor] != value])
+    found, rng = [], random.Random(seed)
+    for i in range(contradicted + leave_open):
+        scene, words = next(scenes), 1000 * (1 + seed) + i
+        is_open = factor if i >= contradicted else None
+        before = world.describe([scene], words, leave_open=is_open)[0]
+        found.append((before, world.describe([scene | {factor: value}], words)[0]))
+    rng.shuffle(found)
+    named = [world.describe([next(scenes) | {factor: value}], i)[0] for i in range(already)]
+    return found, named
 
 
 def mean(cells: list[dict[str, float]]) -> dict[str, float]:
