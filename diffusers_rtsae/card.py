@@ -136,6 +136,17 @@ def _measurements(sites: dict[str, RTSAE], config: dict) -> list[str]:
     return ["## Measured on held-out trajectories", *parts] if parts else []
 
 
+def _moved(entry: dict) -> str:
+    """What one part of a label moves, and which strengths it answers."""
+    what = "a direction of its own" if "direction" in entry else " ".join(map(str, entry["latents"][:8]))
+    what += " …" if len(entry["latents"]) > 8 else ""
+    if entry.get("operation") == "ablate":
+        what = f"less {what}"
+    if "bounds" in entry:
+        what += f" ({entry['bounds'][0]:g} to {entry['bounds'][1]:g})"
+    return f"{entry['site']}: {what}"
+
+
 def _labels(labels: dict[str, dict]) -> list[str]:
     """What each label did when it was verified."""
     if not labels:
@@ -152,7 +163,7 @@ def _labels(labels: dict[str, dict]) -> list[str]:
         [
             name,
             label.get("factor", ""),
-            ", ".join(f"{entry['site']}: {' '.join(map(str, entry['latents'][:8]))}" for entry in label["features"]),
+            ", ".join(_moved(entry) for entry in label["features"]),
             ", ".join(f"{option}={value}" for option, value in (label.get("edit") or {}).items()),
             *(effects[name].get(column, "") for column in columns),
         ]
@@ -162,6 +173,10 @@ def _labels(labels: dict[str, dict]) -> list[str]:
     meaning = (
         "Measured by steering with the label alone and its options: `success` is the share of pictures that show what "
         "it names, `unsteered` the same without steering, `leakage` the share in which any other factor reads "
-        "differently than without steering, `valid` the share that are proper pictures, as far as these were measured."
+        "differently than without steering, `valid` the share of proper pictures, as far as these were measured. "
+        "Of a fitted label: `effect` is what it does to the denoiser's prediction, of what naming it in the prompt "
+        "does, on held-out pairs of prompts, `lowest` that of the pair where it does least, `harm` the change of "
+        "prompts that were to stay, `direction` the effect of a free direction alone, and `effect_away` that of "
+        "strength −1. Its parts answer the strengths in brackets."
     )
     return ["## Labels", meaning, _table(["label", "factor", "latents", "options", *map(_cell, columns)], rows), *more]

@@ -24,11 +24,15 @@ from safetensors.torch import load_file, save_file
 
 import diffusers_rtsae
 from diffusers_rtsae import RTSAE, Dictionary, cli, list_sites, load_dictionary
-from diffusers_rtsae.analysis import find
+from diffusers_rtsae.analysis import find, fit
+from diffusers_rtsae.analysis.effect import frozen
+from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops
 from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.report import write_report
+from diffusers_rtsae.files import DIRECTIONS_NAME, read_pairs, save_tensors
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME
+from diffusers_rtsae.steering import Edit
 
 SITE = "up_blocks.1.attentions.1"
 # 32 tokens of text, no grid; and a layer that does not tell its width
@@ -126,6 +130,46 @@ def weights(**changes):
         load_dictionary(world.folder)
 
     return load
+
+
+def directions(content: bytes | None = None, **tensors):
+    """The small folder with a label that has a direction of its own."""
+
+    def load(world):
+        entry = {"site": SMALL, "latents": [], "weights": [], "bounds": [0, 1], "direction": "red"}
+        (world.folder / LABELS_NAME).write_text(json.dumps({"red": {"features": [entry]}}))
+        path = world.folder / DIRECTIONS_NAME
+        path.write_bytes(content) if content else save_file(tensors, path)
+        load_dictionary(world.folder)
+
+    return load
+
+
+def fitted(pairs=(("a star", "a heart"),), latents=1, **call):
+    return lambda world: fit_feature(world.pipe, pairs, latents, progress=False, num_inference_steps=1, **call)
+
+
+def fitted_in_a_broken_denoiser(world):
+    bias = world.pipe.unet.conv_out.bias
+    kept = bias.detach().clone()
+    try:
+        bias.data[0] = float("nan")
+        fitted()(world)
+    finally:
+        bias.data.copy_(kept)
+
+
+def fitted_with_nothing(world):
+    """A dictionary whose latents write nothing."""
+    rtsae = RTSAE(SITE, 160, [900, 1], 8, 2).requires_grad_(False)
+    rtsae.decoder.zero_()
+    world.pipe.unload_rtsae()
+    world.pipe.load_rtsae({SITE: rtsae})
+    patch = pytest.MonkeyPatch()
+    with patch.context() as less:
+        for name in ("_PICTURES", "_LAST", "_STEPS", "_CHOICE"):
+            less.setattr(fit, name, 2)
+        fitted()(world)
 
 
 def local(**options):
@@ -725,7 +769,8 @@ MISUSE = {
     "a label of another form": (
         rewritten(LABELS_NAME, red=[1]),
         ValueError,
-        "…labels.json: label 'red' must be an object with a list `features` and, if any, an object `edit`.",
+        "…labels.json: label 'red' must be an object with a list `features` and, if any, an object `edit` and a list "
+        "`seen`.",
     ),
     "a label of an unknown site": (
         label(site="up"),
@@ -749,6 +794,61 @@ MISUSE = {
         ),
         ValueError,
         "…labels.json: 'red' cannot be used: `apply_to` must be one of ['cond', 'all', 'contrast'], got 'none'.",
+    ),
+    "a part of a label without bounds": (
+        label(operation="ablate"),
+        ValueError,
+        "…labels.json: the `bounds` of 'red' must be two numbers around 0, got None.",
+    ),
+    "a part of a label that is no part": (
+        label(bounds=[0, 1], operation="set"),
+        ValueError,
+        "…labels.json: a part of 'red' must 'add' or 'ablate', got 'set'.",
+    ),
+    "a label of a direction that is not there": (
+        label(bounds=[0, 1], latents=[], weights=[], direction="red"),
+        ValueError,
+        "…labels.json: 'red' must name one of the directions and no latents, got 'red'.",
+    ),
+    "a direction of another shape": (
+        directions(red=torch.zeros(2, 8)),
+        ValueError,
+        "The direction of 'red' has another shape than mid_block needs.",
+    ),
+    "a direction that is none": (
+        directions(red=torch.zeros(8)),
+        ValueError,
+        "…directions.safetensors: 'red' is no direction: expected (anchors, channels) floats.",
+    ),
+    "a direction that is not finite": (
+        directions(red=torch.full((3, 8), float("nan"))),
+        ValueError,
+        "…directions.safetensors holds NaN or inf in 'red'.",
+    ),
+    "damaged directions": (
+        directions(b"directions"),
+        OSError,
+        "…directions.safetensors is damaged or no safetensors file: …",
+    ),
+    "saving a direction that is too large": (
+        lambda world: save_tensors({"red": torch.tensor([1e9])}, world.empty / "directions.safetensors"),
+        ValueError,
+        "'red' holds NaN, inf, or what is too large for float16.",
+    ),
+    "pairs in a file that cannot be read": (
+        lambda world: read_pairs(world.empty / "none.json"),
+        ValueError,
+        "…none.json cannot be read as JSON: …",
+    ),
+    "pairs in a file of something else": (
+        lambda world: read_pairs(world.folder / LABELS_NAME),
+        ValueError,
+        "…labels.json must hold a list of [from, to] prompts.",
+    ),
+    "a direction that takes away": (
+        lambda world: Edit(latents=(1,), weights=(1.0,), strength=1.0, direction=torch.zeros(3, 8)),
+        ValueError,
+        "A direction is added, unclipped, and to no latents.",
     ),
     "a site without safetensors": (
         replaced(f"{SMALL}/{WEIGHTS_NAME}", None),
@@ -882,9 +982,69 @@ MISUSE = {
         "Expected positive and negative examples, got 1 and 0.",
     ),
     "finding with examples of two kinds": (
-        lambda world: find.find_features(world.pipe, ["a star"], [Image.new("RGB", (64, 64))], num_inference_steps=1),
+        lambda world: find.find_features(
+            world.pipe, ["a star"], [Image.new("RGB", (64, 64))], by="presence", num_inference_steps=1
+        ),
         ValueError,
         "Expected examples of one kind: prompts or pictures, for positive and negative alike.",
+    ),
+    "finding by something else": (
+        lambda world: find.find_features(world.pipe, ["a star"], ["a heart"], by="colour"),
+        ValueError,
+        "Expected by='effect', for prompts, or 'presence', got 'colour'.",
+    ),
+    "finding the effect of prompts that are no pairs": (
+        lambda world: find.find_features(world.pipe, ["a star"], ["a heart", "a circle"]),
+        ValueError,
+        "Expected as many prompts with the concept as without, one to one; got 1 and 2. by='presence' takes any number.",
+    ),
+    "a strip of nothing": (
+        lambda world: find.FeatureTable().plot_strip(),
+        ValueError,
+        "Nothing in this table is verified: call find_features with verify=True.",
+    ),
+    "fitting without pairs": (fitted(()), ValueError, "Expected pairs (from, to) of prompts, got none."),
+    "fitting what is no pair": (
+        fitted(("a star",)),
+        ValueError,
+        "Expected pairs (from, to) of prompts, got 'a star'.",
+    ),
+    "fitting equal prompts": (
+        fitted((("a star", "a star"),)),
+        ValueError,
+        "The prompts of a pair must differ, or there is no effect to have a share of: both are 'a star'. Prompts in "
+        "which nothing is to change go in `unchanged`.",
+    ),
+    "fitting no latents": (fitted(latents=0), ValueError, "Expected at least one latent, got latents=0."),
+    "fitting a prompt that is too long": (
+        fitted((("a star " * 40, "a heart"),)),
+        ValueError,
+        "A prompt of … tokens is cut off at 32, perhaps before the concept: 'a star …",
+    ),
+    "fitting without text": (
+        lambda world: fit_feature(Caller(world.pipe), [("a star", "a heart")], progress=False),
+        ValueError,
+        "An effect is that of a prompt, and Caller takes none.",
+    ),
+    "fitting several pictures a prompt": (
+        fitted(num_images_per_prompt=2),
+        ValueError,
+        "Expected one conditional row a prompt, got … for … prompts…",
+    ),
+    "fitting in a denoiser that is broken": (
+        fitted_in_a_broken_denoiser,
+        ValueError,
+        "The denoiser, or its gradient, is NaN or inf here; float32 or bfloat16 may help.",
+    ),
+    "fitting a compiled denoiser": (
+        lambda world: frozen(torch.compile(world.pipe.unet)).__enter__(),
+        ValueError,
+        "Effects are gradients through the denoiser, and a compiled one gives none; load a plain one.",
+    ),
+    "fitting with latents that do nothing": (
+        fitted_with_nothing,
+        ValueError,
+        "No latent of the dictionary has an effect on these pairs.",
     ),
     "verifying without prompts": (
         lambda world: find.find_features(
@@ -929,6 +1089,21 @@ MISUSE = {
         lambda world: cli.steer("a star"),
         ValueError,
         "Expected either features, like red=1.5, or --preset.",
+    ),
+    "fitting without pairs on the command line": (
+        lambda world: cli.fit("red"),
+        ValueError,
+        "Expected either --from and --to, or --pairs.",
+    ),
+    "fitting half a pair": (
+        lambda world: cli.fit("red", ["a star"], []),
+        ValueError,
+        "Expected as many --from as --to, got 1 and 0.",
+    ),
+    "a strip without --verify": (
+        lambda world: cli.find(["a star"], ["a heart"], strip=Path("strip.png")),
+        ValueError,
+        "A --strip shows what verified features do: expected --verify with how many.",
     ),
     "a preset and options": (
         lambda world: cli.steer("a star", preset="sunset", start=0.5),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,27 @@ def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
                 "Prompts in which nothing is to change go in `unchanged`."
             )
     return [tuple(pair) for pair in pairs]
+
+
+def check_prompts(pipeline, prompts: Sequence[str]) -> None:
+    """Raise `ValueError` unless a pipeline draws prompts, and reads these to their end."""
+    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(f"An effect is that of a prompt, and {type(pipeline).__name__} takes none.")
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    for prompt in prompts if tokenizer is not None else ():
+        count = len(tokenizer(prompt).input_ids)
+        if count > tokenizer.model_max_length:
+            raise ValueError(
+                f"A prompt of {count} tokens is cut off at {tokenizer.model_max_length}, perhaps before the concept: "
+                f"{prompt[:60]!r}…"
+            )
+
+
+def finite(values: torch.Tensor) -> torch.Tensor:
+    """The same values; raises `ValueError` if some are none."""
+    if not values.isfinite().all():
+        raise ValueError("The denoiser, or its gradient, is NaN or inf here; float32 or bfloat16 may help.")
+    return values
 
 
 def _take(value, batch: int, rows, name: str = ""):
@@ -151,6 +173,7 @@ class State:
         before, wanted (`torch.Tensor`): v(x, from) and v(x, to), `(states, ...)`.
         distance (`torch.Tensor`): ‖v(x, from) − v(x, to)‖² of each state, `(states,)`.
         codes (`dict[str, torch.Tensor]`): latents of each site that an edit reads, `(states, N, latents)`.
+        columns (`dict[str, dict[int, int]]`): where in these a latent is.
     """
 
     call: Call
@@ -162,6 +185,7 @@ class State:
     wanted: torch.Tensor
     distance: torch.Tensor
     codes: dict[str, torch.Tensor] = field(default_factory=dict)
+    columns: dict[str, dict[int, int]] = field(default_factory=dict)
 
     @property
     def timestep(self) -> float:
@@ -218,7 +242,7 @@ class States:
         call: passed to the pipeline.
 
     Raises:
-        `ValueError`: the pipeline takes no prompt, or its denoiser cannot be differentiated.
+        `ValueError`: the pipeline takes no prompt, cuts one off, draws several pictures of one, or gives NaN or inf.
     """
 
     @torch.no_grad()
@@ -229,6 +253,7 @@ class States:
         self.pipeline, self.denoiser = pipeline, get_denoiser(pipeline)
         self.dictionary: Dictionary = get_dictionary(pipeline, adapter_name)
         self.pairs, self._seed, self._call = list(pairs), seed, call
+        check_prompts(pipeline, sorted({prompt for pair in self.pairs for prompt in pair}))
         self.grids = {
             site: TimeGrid(rtsae.config.anchors, getattr(pipeline.scheduler, "alphas_cumprod", None))
             for site, rtsae in self.dictionary.sites.items()
@@ -266,13 +291,15 @@ class States:
         with Calls(self.denoiser, sites) as again:
             for step, (call, _, tokens) in enumerate(kept):
                 if call.rows != len(prompts):
-                    raise ValueError(f"Expected one conditional row a prompt, got {call.rows} for {len(prompts)}.")
+                    raise ValueError(
+                        f"Expected one conditional row a prompt, got {call.rows} for {len(prompts)} prompts."
+                    )
                 told, there, state = tokens, tokens, None
                 if step % every == 0:
                     again.kept = []
                     before = call.replay(self.denoiser, samples, texts).float()
                     told = again.kept[-1][2]
-                    wanted = call.replay(self.denoiser, samples, wants).float()
+                    wanted = finite(call.replay(self.denoiser, samples, wants).float())
                     there = again.kept[-1][2]
                     for site in sites:
                         apart = self._activation(site, told[site]) - self._activation(site, there[site])
@@ -354,8 +381,9 @@ class States:
 
     def read(self, site: str, latents: Sequence[int]) -> None:
         """Keep the activation of these latents of a site in the `codes` of all states."""
+        columns = {latent: i for i, latent in enumerate(latents)}
         for state, codes in self.latents(site, latents):
-            state.codes[site] = codes.clone()
+            state.codes[site], state.columns[site] = codes.clone(), columns
 
     def predict(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
         """v(x, from) of some of a state's rows with `changes` added at the sites; differentiable in these."""
@@ -464,15 +492,11 @@ class Intervention:
     def __init__(self, parts: dict[str, Part], states: States):
         self.parts, self.states = parts, states
         self.dictionary, self.grids = states.dictionary, states.grids
-        self.columns: dict[str, dict[int, int]] = {}
 
-    def read(self, *groups: States, also: dict[str, Sequence[int]] | None = None) -> None:
-        """Have the states keep the activations of what the parts read, and of some further latents of each site."""
+    def read(self) -> None:
+        """Have its states keep the activations of what the parts read."""
         for site, part in self.parts.items():
-            latents = sorted({*part.read, *(also or {}).get(site, ())})
-            self.columns[site] = {latent: i for i, latent in enumerate(latents)}
-            for states in groups:
-                states.read(site, latents)
+            self.states.read(site, part.read)
 
     def gate(self, site: str, state: State, rows: Sequence[int]) -> torch.Tensor:
         """Which tokens a site's additions reach, `(rows, N or 1, 1)`."""
@@ -482,7 +506,7 @@ class Intervention:
         return (self.active(site, state, rows, part.gate) > 0).any(-1, keepdim=True).float()
 
     def active(self, site: str, state: State, rows: Sequence[int], latents: Sequence[int]) -> torch.Tensor:
-        return state.codes[site][list(rows)][..., [self.columns[site][latent] for latent in latents]]
+        return state.codes[site][list(rows)][..., [state.columns[site][latent] for latent in latents]]
 
     def full(self, site: str, state: State, rows: Sequence[int], change: torch.Tensor | None) -> torch.Tensor:
         """A change of every token of some rows, `(rows, N, d)`, as a leaf."""

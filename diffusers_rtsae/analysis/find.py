@@ -310,7 +310,7 @@ def find_features(
 def _rank_by_effect(pipeline, pairs, count: int, adapter_name, until, progress: bool, **call) -> FeatureTable:
     states = States(pipeline, pairs, adapter_name, progress=progress, **call)
     model = Intervention({site: Part() for site in states.dictionary.sites}, states)
-    model.read(states)
+    model.read()
     table, generator = FeatureTable(), torch.Generator().manual_seed(0)
     for site, order in first_order(model, {}, _PASSES, generator).items():
         steps, present, absent = states.presence(site)
@@ -346,7 +346,7 @@ def _judge(features: Sequence[Feature], states: States, strength: float) -> None
     for feature in features:
         part = Part(added=[feature.index], weights=torch.tensor([strength]))
         model = Intervention({feature.site: part}, states)
-        model.read(states)
+        model.read()
         effects = states.effects(model)
         told = {"effect": round(float(effects[states.told].mean()), 4)}
         if not states.told.all():

@@ -9,7 +9,20 @@ import torch
 from tqdm.auto import tqdm
 
 from ..pipeline import get_denoiser
-from .effect import CHUNK, ROWS, Changes, Intervention, Pair, Part, State, States, check_pairs, first_order, frozen
+from .effect import (
+    CHUNK,
+    ROWS,
+    Changes,
+    Intervention,
+    Pair,
+    Part,
+    State,
+    States,
+    check_pairs,
+    finite,
+    first_order,
+    frozen,
+)
 
 _RATE = 0.05  # of Adam, for weights in units of a typical activation
 _ROUND = 4  # latents chosen at once, and the gradients they are chosen by, and the steps that fit them
@@ -27,6 +40,8 @@ def _optimise(
     """Fit the weights of a model by gradient on the effect (Adam, its rate falls to zero). Pairs of which more is left
     weigh more, so that one that is hard is not given up for many that are easy."""
     fitted = [p for part in model.parts.values() for p in part.fitted]
+    if not fitted:
+        return
     for parameter in fitted:
         parameter.requires_grad_(True)
     optimiser = torch.optim.Adam(fitted, rate, betas=(0.9, 0.98))
@@ -39,9 +54,7 @@ def _optimise(
             harder = (left[pairs] / left[states.told].mean()).clamp(1 / 3, 3)
             loss = (errors * harder.to(errors.device)).mean() * weight
             for parameter, gradient in zip(fitted, torch.autograd.grad(loss, fitted), strict=True):
-                if not gradient.isfinite().all():
-                    raise ValueError("The gradient of the effect is NaN or inf; use float32 or bfloat16.")
-                parameter.grad = gradient
+                parameter.grad = finite(gradient)
             optimiser.step()
             with torch.no_grad():
                 for part in model.parts.values():
@@ -157,6 +170,9 @@ class _Fitter:
     def __init__(self, states: States, judges: States, generator: torch.Generator, bar):
         self.states, self.judges, self.generator, self.bar = states, judges, generator, bar
         self.surveys = {site: _survey(states, site) for site in states.dictionary.sites}
+        for site, survey in self.surveys.items():
+            for group in (states, judges):
+                group.read(site, sorted({*survey.candidates, *(survey.gate or ())}))
 
     def model(self, gated: bool, direction: bool) -> Intervention:
         """Nothing yet: on the tokens that a site's survey found or on all, with a direction or with latents alone."""
@@ -165,9 +181,7 @@ class _Fitter:
             shape = self.states.dictionary.sites[site].decoder_bias.shape
             path = torch.zeros(shape) if direction else None
             parts[site] = Part(gate=survey.gate if gated else None, direction=path)
-        model = Intervention(parts, self.states)
-        model.read(self.states, self.judges, also={site: s.candidates for site, s in self.surveys.items()})
-        return model
+        return Intervention(parts, self.states)
 
     def optimise(self, model: Intervention, steps: int) -> None:
         _optimise(model, self.states, steps, self.generator, self.bar)
@@ -201,7 +215,8 @@ class _Fitter:
                 scores = torch.where(density > 0, order.added.abs() / order.added_length.clamp(min=1e-9), 0.0)
                 scores[part.added] = 0
                 top = scores.topk(min(_ROUND, len(scores)))
-                found += [(s, site, True, i) for s, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+                added = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+                found += [(s, site, True, i) for s, i in added if s > 0]
         return [choice for _, *choice in sorted(found, reverse=True)]
 
     def effect(self, model: Intervention) -> float:

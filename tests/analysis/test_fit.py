@@ -1,0 +1,112 @@
+"""Features fitted by their effect: what is fitted acts, is saved, and answers its strength."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.analysis import fit
+from diffusers_rtsae.analysis.fit import fit_feature
+from diffusers_rtsae.files import check_label
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SITE = "up_blocks.1.attentions.1"
+CALL = {"num_inference_steps": 5, "guidance_scale": 3.0}
+PAIRS = [
+    ("a large star in the centre, flat, on black", "a large star in the centre, flat, on white"),
+    ("a large star in the centre, flat", "a large star in the centre, flat, on white"),
+]
+UNCHANGED = ["a small red heart on the left, on a white background"]
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """The same with less of everything."""
+    patch = pytest.MonkeyPatch()
+    for name, value in {"_PICTURES": 3, "_STEPS": 6, "_LAST": 10, "_CHOICE": 3}.items():
+        patch.setattr(fit, name, value)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def fitted(_pipeline, dictionary, quick):
+    """A sum of latents, and a direction."""
+    _pipeline.load_rtsae(dictionary)
+    try:
+        return [
+            fit_feature(_pipeline, PAIRS, 6, UNCHANGED, direction, progress=False, **CALL)
+            for direction in (False, True)
+        ]
+    finally:
+        _pipeline.unload_rtsae()
+
+
+def test_what_is_fitted_has_an_effect_and_says_so(fitted):
+    for one in fitted:
+        assert one.measured["effect"] > 0.2 and one.measured["lowest"] <= one.measured["effect"] <= 1
+        assert 0 < one.measured["latents"] <= 6 and one.measured["pairs"] > 0
+        assert 0 <= one.measured["harm"] < one.measured["effect"]
+        assert f"effect {one.measured['effect']:.3g}" in repr(one)
+    assert not fitted[0].directions and fitted[1].directions[SITE].shape == (3, 160)
+
+
+def test_a_fitted_label_is_saved_and_steers_as_before(fitted, pipe, draw, tmp_path):
+    pipe.load_rtsae(load_dictionary(EXAMPLES / "shapes-rtsae"))
+    for name, one in zip(("sum", "direction"), fitted, strict=True):
+        pipe.add_rtsae_label(name, one)
+    pipe.save_rtsae(tmp_path)
+    pictures = []
+    for source in (None, tmp_path):
+        if source:
+            pipe.unload_rtsae()
+            pipe.load_rtsae(source)
+        pipe.set_rtsae_features({"sum": 1.0, "direction": [0.0, -0.5]})
+        pictures.append(draw(pipe, steps=3))
+    assert abs(pictures[0] - pictures[1]).max() < 2e-3  # stored as float16
+    moved = pipe.get_rtsae_features()
+    assert (SITE, None) in moved["direction"] and (SITE, None) not in moved["sum"]
+    card = (tmp_path / "README.md").read_text()
+    assert "a direction of its own" in card
+
+
+def test_each_part_answers_strengths_of_its_sign_within_its_bounds(fitted):
+    for one in fitted:
+        entries = one.label["features"]
+        assert all(low <= 0 <= high and low != high for low, high in (entry["bounds"] for entry in entries))
+        assert any(entry["bounds"][1] >= 1 for entry in entries) and any(entry["bounds"][0] == -1 for entry in entries)
+        for entry in entries:
+            if entry.get("operation") == "ablate":  # nothing is taken away more than was fitted
+                assert entry["bounds"] in ([0.0, 1.0], [-1.0, 0.0]) and entry["where"] is None
+
+
+def test_strengths_beyond_the_bounds_are_kept_inside_unless_clip_is_lifted(fitted, pipe, draw):
+    pipe.load_rtsae(load_dictionary(EXAMPLES / "shapes-rtsae"))
+    pipe.add_rtsae_label("sum", fitted[0])
+    highest = max(entry["bounds"][1] for entry in fitted[0].label["features"])
+
+    def at(strength, **options):
+        with pipe.rtsae_steering({"sum": strength}, **options):
+            return draw(pipe, steps=2)
+
+    assert (at(highest) == at(50.0)).all() and (at(highest) != at(50.0, clip=False)).any()
+    assert (at(0.0) == draw(pipe, steps=2)).all()
+
+
+def test_what_cannot_be_fitted_is_one_sentence(steered):
+    with pytest.raises(ValueError, match="must differ"):
+        fit_feature(steered, [("a star", "a star")], **CALL)
+    with pytest.raises(ValueError, match="at least one latent"):
+        fit_feature(steered, PAIRS, latents=0, **CALL)
+    entry = {"site": SITE, "latents": [], "weights": [], "bounds": [0, 1], "direction": "missing"}
+    with pytest.raises(ValueError, match="name one of the directions"):
+        check_label(Path("labels.json"), "x", {"features": [entry]}, {SITE: 2048}, {})
+
+
+def test_nothing_stays_behind(steered, fitted, draw):
+    """A fit leaves no hook, no gradient and no edit."""
+    parameters = list(steered.unet.parameters())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in parameters)
+    assert not any(module._forward_hooks for module in steered.unet.modules())
+    assert torch.is_grad_enabled()
