@@ -996,7 +996,8 @@ MISUSE = {
     "finding the effect of prompts that are no pairs": (
         lambda world: find.find_features(world.pipe, ["a star"], ["a heart", "a circle"]),
         ValueError,
-        "Expected as many prompts with the concept as without, one to one; got 1 and 2. by='presence' takes any number.",
+        "Expected as many prompts with the concept as without, one to one; got 1 and 2. by='presence' takes any "
+        "number.",
     ),
     "a strip of nothing": (
         lambda world: find.FeatureTable().plot_strip(),
@@ -1025,11 +1026,6 @@ MISUSE = {
         lambda world: fit_feature(Caller(world.pipe), [("a star", "a heart")], progress=False),
         ValueError,
         "An effect is that of a prompt, and Caller takes none.",
-    ),
-    "fitting several pictures a prompt": (
-        fitted(num_images_per_prompt=2),
-        ValueError,
-        "Expected one conditional row a prompt, got … for … prompts…",
     ),
     "fitting in a denoiser that is broken": (
         fitted_in_a_broken_denoiser,

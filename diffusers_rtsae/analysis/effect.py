@@ -242,7 +242,7 @@ class States:
         call: passed to the pipeline.
 
     Raises:
-        `ValueError`: the pipeline takes no prompt, cuts one off, draws several pictures of one, or gives NaN or inf.
+        `ValueError`: the pipeline takes no prompt, cuts one off, or its denoiser gives NaN or inf.
     """
 
     @torch.no_grad()
@@ -290,10 +290,6 @@ class States:
         every, concern = -(-len(kept) // _STEPS), dict.fromkeys(sites, 0)
         with Calls(self.denoiser, sites) as again:
             for step, (call, _, tokens) in enumerate(kept):
-                if call.rows != len(prompts):
-                    raise ValueError(
-                        f"Expected one conditional row a prompt, got {call.rows} for {len(prompts)} prompts."
-                    )
                 told, there, state = tokens, tokens, None
                 if step % every == 0:
                     again.kept = []
