@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -106,6 +107,11 @@ class Dictionary:
         """The `(site, latents, weights, where)` entries a label, an index or a `(site, index)` stands for, and its
         options."""
         if isinstance(name, str):
+            if name not in self.labels and name.isdecimal():
+                raise ValueError(
+                    f"The dictionary has no feature labelled {name!r}; the feature of that index is {int(name)}, "
+                    "without quotes."
+                )
             if name not in self.labels:
                 raise ValueError(f"The dictionary has no feature labelled {name!r}. {closest(name, self.labels)}")
             label = self.labels[name]
@@ -116,7 +122,7 @@ class Dictionary:
                     f"{name!r} lives at {wanted}, of which none is loaded; loaded are {list(self.sites)}."
                 )
             return entries, label.get("edit", {})
-        if type(name) is int:
+        if isinstance(name, Integral) and not isinstance(name, bool):
             if len(self.sites) > 1:
                 raise ValueError(
                     f"Several sites are loaded, so feature {name} needs one: use (site, {name}) with a site of "
@@ -129,11 +135,11 @@ class Dictionary:
         if site not in self.sites:
             raise ValueError(f"The dictionary has no site {site!r}. {closest(site, self.sites)}")
         count = self.sites[site].config.num_latents
-        if type(index) is not int or not 0 <= index < count:
+        if not isinstance(index, Integral) or isinstance(index, bool) or not 0 <= index < count:
             raise ValueError(
                 f"Feature {index!r} does not exist: the dictionary of {site} has features 0 to {count - 1}."
             )
-        return [{"site": site, "latents": [index], "weights": [1.0], "where": None}], {}
+        return [{"site": site, "latents": [int(index)], "weights": [1.0], "where": None}], {}
 
     @torch.no_grad()
     def trajectory(self, name: str | int | tuple[str, int]) -> torch.Tensor:

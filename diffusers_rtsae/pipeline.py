@@ -14,7 +14,19 @@ from torch import nn
 
 from .hub import Dictionary, load_dictionary
 from .models import RTSAE
-from .steering import Controller, Edit, SitePlan, as_mask, check_width
+from .steering import (
+    DENOISERS,
+    Controller,
+    Edit,
+    SitePlan,
+    as_mask,
+    as_strength,
+    check_width,
+    get_denoiser,
+    numbers,
+    running_pipeline,
+    unwrapped,
+)
 
 Name = str | int | tuple[str, int]
 Strength = float | list[float] | torch.Tensor | Callable[[float], float | list[float]]
@@ -27,15 +39,6 @@ class _Adapter:
     dictionary: Dictionary
     weight: float = 1.0
     edits: list[tuple[str, Edit]] = field(default_factory=list)
-
-
-def get_denoiser(pipeline) -> nn.Module:
-    """The U-Net or transformer of a pipeline."""
-    for name in ("unet", "transformer"):
-        module = getattr(pipeline, name, None)
-        if isinstance(module, nn.Module):
-            return getattr(module, "_orig_mod", module)  # inside what `torch.compile` returned
-    raise ValueError(f"{type(pipeline).__name__} has no denoiser: expected a component `unet` or `transformer`.")
 
 
 def _controller(pipeline, create: bool = False) -> Controller:
@@ -74,7 +77,7 @@ def _edits(
     options = {key: value for key, value in options.items() if value is not None}
     mask, result = as_mask(mask), []
     for name, strength in features.items():
-        strength = tuple(strength) if isinstance(strength, list) else strength
+        strength = as_strength(strength)
         entries, verified = adapter.dictionary.features(name)
         for entry in entries:
             gate = entry.get("where") if where is None else None
@@ -124,7 +127,7 @@ def _install(pipeline) -> None:
         for site, rtsae in adapter.dictionary.sites.items():
             edits = [_scaled(edit, adapter.weight) for where, edit in adapter.edits if where == site]
             plans.append(SitePlan(rtsae, edits, alphas_cumprod))
-    compiled = any(hasattr(getattr(pipeline, name, None), "_orig_mod") for name in ("unet", "transformer"))
+    compiled = any(hasattr(getattr(pipeline, name, None), "_orig_mod") for name in DENOISERS)
     controller.install(plans, compiled)
 
 
@@ -144,8 +147,7 @@ class _ScaledSchedule:
     weight: float
 
     def __call__(self, progress: float) -> list[float]:
-        values = self.schedule(progress)
-        return [value * self.weight for value in (values if isinstance(values, list | tuple) else [values])]
+        return [value * self.weight for value in numbers(self.schedule(progress))]
 
 
 class RTSAELoaderMixin:
@@ -190,8 +192,8 @@ class RTSAELoaderMixin:
 
         Args:
             features (`dict`): label, index or `(site, index)` → strength; 1.0 is the feature's typical full
-                activation. A list holds one strength per prompt; a tensor `(steps,)` or `(steps, prompts)`, or a
-                function of the progress from 0 to 1, is a schedule over denoising.
+                activation. A list holds one strength per prompt; a tensor or array `(steps,)` or `(steps, prompts)`,
+                or a function of the progress from 0 to 1, is a schedule over denoising.
             adapter_name (`str`, *optional*): which dictionary; needed if several are loaded.
             options: `operation`, `source`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`, `clip`; see
                 [`Edit`]. `source` is a feature. `where` may be `"everywhere"`, or a feature (or list of them) whose
@@ -288,6 +290,7 @@ class RTSAELoaderMixin:
 
     def unload_rtsae(self) -> None:
         """Remove every dictionary; the pipeline is as before `load_rtsae`."""
+        vars(self).pop("_rtsae_replaced", None)
         controller = get_denoiser(self).__dict__.pop("_rtsae_controller", None)
         if controller is not None:
             controller.install([])
@@ -313,8 +316,9 @@ class RTSAELoaderMixin:
     def rtsae_report(self) -> dict[str, list[dict]]:
         """
         What the last generation did, for each site a list over steps and edits: `timestep`, `latents`, the share of
-        tokens `edited`, and `out_of_range`, the share of these that the edit wanted outside the training range (kept
-        inside unless `clip=False`; `None` where that is not known).
+        tokens `edited`, `out_of_range`, the share of these that the edit wanted outside the training range (kept
+        inside unless `clip=False`; `None` where that is not known), and `relative_size`, how many times as large as
+        the activation all edits of the dictionary together are there, on the tokens they change.
         """
         return _controller(self).report()
 
@@ -323,8 +327,49 @@ class RTSAELoaderMixin:
         _controller(self).restart()
 
 
+class _Replaced:
+    """A denoiser in the place of one with dictionaries: as its forward pre-hook this says so when the pipeline calls,
+    until the pipeline's mark is another or its own denoiser has a dictionary."""
+
+    def __init__(self, component: str, names: list[str]):
+        self.component, self.names = component, names
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        pipeline, _ = running_pipeline()
+        is_mine = pipeline is not None and vars(pipeline).get("_rtsae_replaced") is self
+        if is_mine and "_rtsae_controller" not in vars(module):
+            raise ValueError(
+                f"The {self.component} was replaced after `load_rtsae`, and the new one has none of the dictionaries "
+                f"{self.names}: call `load_rtsae` again, or `unload_rtsae` first to go on without."
+            )
+
+
+def _replace_denoiser(pipeline, component: str, before, after) -> None:
+    """Note that a component of a pipeline is now another one."""
+    mark = vars(pipeline).pop("_rtsae_replaced", None)
+    before, after = unwrapped(before), unwrapped(after)
+    controller = getattr(before, "_rtsae_controller", None)
+    names = list(controller.adapters) if controller is not None else mark.names if mark is not None else []
+    if names and "_rtsae_controller" not in getattr(after, "__dict__", {}):
+        mark = vars(pipeline)["_rtsae_replaced"] = _Replaced(component, names)
+        if isinstance(after, nn.Module):
+            after.register_forward_pre_hook(mark)
+
+
 def attach(pipeline_class: type) -> None:
-    """Give a pipeline class, and so its subclasses, the methods of `RTSAELoaderMixin`."""
+    """Give a pipeline class, and so its subclasses, the methods of `RTSAELoaderMixin`, and let it notice when its
+    denoiser is replaced."""
     for name, method in vars(RTSAELoaderMixin).items():
         if not name.startswith("_"):
             setattr(pipeline_class, name, method)
+
+    set_attribute = pipeline_class.__setattr__
+
+    def __setattr__(self, name, value):
+        before = vars(self).get(name) if name in DENOISERS else None
+        set_attribute(self, name, value)
+        if name in DENOISERS and value is not before:
+            _replace_denoiser(self, name, before, value)
+
+    pipeline_class.__setattr__ = __setattr__

@@ -1,5 +1,6 @@
 """Shared fixtures: the bundled pipeline, dictionary and scorer, which are real and trained."""
 
+import random
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,14 @@ from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """What a test draws at random does not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -149,9 +149,21 @@ def another_model(world, **config):
     world.pipe.load_rtsae(Dictionary(world.dictionary.sites, {}, world.dictionary.config | config))
 
 
-def another_sampler(world):
-    world.pipe.scheduler = diffusers.EDMEulerScheduler()
-    generate(world, {"red": 1.0}, steps=2)
+def another_sampler(scheduler, steps):
+    def misuse(world):
+        world.pipe.scheduler = scheduler
+        generate(world, {"red": 1.0}, steps=steps)
+
+    return misuse
+
+
+def replaced_denoiser(world):
+    before = world.pipe.unet
+    try:
+        world.pipe.unet = UNet2DConditionModel.from_config(before.config)
+        world.draw(world.pipe, steps=1)
+    finally:
+        world.pipe.unet = before
 
 
 def unloaded(world):
@@ -291,6 +303,11 @@ MISUSE = {
         feature("x"),
         ValueError,
         "The dictionary has no feature labelled 'x'. It has ['black', 'blue', …, 'white', 'yellow'].",
+    ),
+    "an index in quotes": (
+        feature("1234"),
+        ValueError,
+        "The dictionary has no feature labelled '1234'; the feature of that index is 1234, without quotes.",
     ),
     "a label of a site that is not loaded": (
         lambda world: Dictionary({"up": two_sites().sites["up"]}, two_sites().labels).features("low"),
@@ -464,10 +481,16 @@ MISUSE = {
         f"UNet2DConditionModel has no site 'up_blocks.1.attentions.7'. The closest are […'{SITE}'…]; "
         "`list_sites(denoiser)` has all.",
     ),
-    "the sites of a whole pipeline": (
-        lambda world: list_sites(world.pipe),
+    "the sites of something else": (
+        lambda world: list_sites("unet"),
         ValueError,
-        "Expected a denoiser such as `pipe.unet`, got StableDiffusionPipeline.",
+        "str has no denoiser: expected a component `unet` or `transformer`.",
+    ),
+    "a denoiser put in the place of one with a dictionary": (
+        replaced_denoiser,
+        ValueError,
+        "The unet was replaced after `load_rtsae`, and the new one has none of the dictionaries ['default']: call "
+        "`load_rtsae` again, or `unload_rtsae` first to go on without.",
     ),
     "a dictionary of another width": (
         lambda world: other(world, SITE, 8),
@@ -502,10 +525,15 @@ MISUSE = {
         f"The dictionary of {SITE} holds NaN or inf in rows [1].",
     ),
     "a sampler with another unit of time": (
-        another_sampler,
+        another_sampler(diffusers.DDIMScheduler(num_train_timesteps=4000), 2),
         ValueError,
-        "EDMEulerScheduler calls with timesteps from … to …, expected 0 to 1000: a sampler that counts time in "
+        "DDIMScheduler calls with timesteps from 2000 to 0, expected 0 to 1000: a sampler that counts time in "
         "another unit cannot be followed.",
+    ),
+    "a sampler that counts noise": (
+        another_sampler(diffusers.EDMEulerScheduler(), 1),  # its only timestep, 1.1, could be a training step
+        ValueError,
+        "EDMEulerScheduler counts time in noise levels, not in training steps: it cannot be followed.",
     ),
     "a batch of an unknown layout": (
         lambda world: (feature("red")(world), Caller(world.pipe)(3, 1)),

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +14,10 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 
-from diffusers_rtsae import Dictionary
+from diffusers_rtsae import Dictionary, list_sites
 from diffusers_rtsae.pipeline import _edits
 
 PROMPTS = ["a star", "a large blue heart on the left"]
@@ -265,3 +267,76 @@ def test_the_report_says_what_the_last_generation_did(steered, dictionary, featu
     with steered.rtsae_steering({feature: 1.0}, clip=False, where="everywhere"):
         draw(steered, steps=2)
         assert all(row["out_of_range"] is None for row in steered.rtsae_report()[entry["site"]])
+
+
+def test_the_report_says_how_large_an_edit_was_and_a_huge_one_warns_once(steered, dictionary, feature, draw):
+    site = dictionary.labels[feature]["features"][0]["site"]
+
+    def sizes(strength: float, **options) -> list[float]:
+        steered.set_rtsae_features({feature: strength}, where="everywhere", start=0.0, end=1.0, **options)
+        draw(steered, steps=2)
+        return [row["relative_size"] for row in steered.rtsae_report()[site]]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small, double = sizes(0.5, clip=False), sizes(1.0, clip=False)
+        assert max(sizes(1e9)) < 10  # kept in range
+    assert 0.05 < small[0] < 2 and double[0] == pytest.approx(2 * small[0], rel=1e-3)
+    with pytest.warns(UserWarning, match="times as large as the activation") as warned:
+        huge = sizes(1e9, clip=False)
+    assert huge[0] == pytest.approx(2e9 * small[0], rel=1e-3) and len(warned) == 1
+    with pytest.warns(UserWarning, match="times as large as the activation"):
+        sizes(-1e9, clip=False)
+
+
+def test_numbers_of_numpy_are_numbers(steered, draw):
+    site = next(iter(list_sites(steered)), None)
+    assert site in list_sites(steered.unet) == list_sites(steered)
+    given = {
+        "index": ({7: 1.5}, {np.int64(7): np.float32(1.5)}, {7: np.array(1.5)}, {7: torch.tensor(1.5)}),
+        "site": ({("up_blocks.1.attentions.1", 7): 2}, {("up_blocks.1.attentions.1", np.uint8(7)): np.int32(2)}),
+        "per prompt": ({7: [0.0, 1.5]}, {7: list(np.array([0.0, 1.5]))}),
+        "schedule": ({7: torch.linspace(0, 2, 5)}, {7: np.linspace(0, 2, 5)}, {7: lambda p: np.array([2 * p])}),
+    }
+    for name, (first, *others) in given.items():
+        steered.set_rtsae_features(first)
+        expected = draw(steered, steps=2)
+        for other in others:
+            steered.set_rtsae_features(other)
+            np.testing.assert_allclose(draw(steered, steps=2), expected, atol=1e-5, err_msg=name)
+    steered.set_rtsae_features({7: lambda p: np.array(p)})  # a dictionary's weight reaches what a schedule gives
+    steered.set_rtsae("default", 0.5)
+    half = draw(steered, steps=2)
+    steered.set_rtsae("default")
+    steered.set_rtsae_features({7: lambda p: 0.5 * p})
+    np.testing.assert_allclose(draw(steered, steps=2), half, atol=1e-5)
+
+
+def test_a_replaced_denoiser_is_noticed_until_it_is_settled(pipe, dictionary, draw):
+    unet, other = pipe.unet, UNet2DConditionModel.from_config(pipe.unet.config)
+    pipe = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_rtsae(dictionary)
+    pipe.set_rtsae_features({7: 1.0})
+    steered = draw(pipe, steps=1)
+    pipe.unet = torch.compile(unet, backend="eager")  # the same one
+    pipe.unet = unet
+    assert np.array_equal(draw(pipe, steps=1), steered)
+    pipe.unet = None
+    pipe.unet = other
+    for _ in range(2):
+        with pytest.raises(ValueError, match="unet was replaced"):
+            draw(pipe, steps=1)
+    elsewhere = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    elsewhere.set_progress_bar_config(disable=True)
+    plain = draw(elsewhere, steps=1)  # nothing was loaded there
+    pipe.load_rtsae(dictionary)
+    assert np.array_equal(draw(pipe, steps=1), plain)
+    pipe.unet = unet  # which still has its own
+    assert np.array_equal(draw(pipe, steps=1), steered)
+    pipe.unet = copy.deepcopy(unet)
+    assert np.array_equal(draw(pipe, steps=1), steered)
+    elsewhere.unload_rtsae()
+    pipe.unet = other
+    pipe.unload_rtsae()
+    assert np.array_equal(draw(pipe, steps=1), plain)

@@ -247,26 +247,49 @@ def test_resolution_may_change_between_generations(fresh, dictionary, draw):
 
 
 @pytest.mark.way(15)
-def test_several_threads_on_one_denoiser(fresh, dictionary, draw):
+@pytest.mark.parametrize("shared", ["denoiser", "pipeline"])
+def test_several_threads(fresh, dictionary, shared):
+    """Each begins while the others are in the middle, then all go step by step. Prompts are encoded before, as a
+    fast tokenizer is not for several threads."""
+    count, results, generator = 3, {}, torch.Generator().manual_seed(0)
     fresh.load_rtsae(dictionary)
-    fresh.set_rtsae_features({(SITE, 3): 1.0}, operation="set")
-    pipes = [StableDiffusionPipeline(**fresh.components, requires_safety_checker=False) for _ in range(3)]
-    for pipe in pipes:
-        pipe.scheduler = DDIMScheduler.from_config(fresh.scheduler.config)
-        pipe.set_progress_bar_config(disable=True)
-    expected = [draw(pipe, steps=4, seed=i) for i, pipe in enumerate(pipes)]
-    results = [None] * len(pipes)
+    fresh.set_rtsae_features({(SITE, 3): 1.0, (SITE, 7): 0.5}, operation="set")
+    pipes = [fresh] * count
+    if shared == "denoiser":
+        pipes = [StableDiffusionPipeline(**fresh.components, requires_safety_checker=False) for _ in range(count)]
+        for pipe in pipes:
+            pipe.scheduler = DDIMScheduler.from_config(fresh.scheduler.config)
+            pipe.set_progress_bar_config(disable=True)
+    texts = fresh.encode_prompt(PROMPTS, torch.device("cpu"), 1, True)
+    call = dict(zip(("prompt_embeds", "negative_prompt_embeds"), texts, strict=True))
+    call |= {"latents": torch.randn(count, 2, 4, 16, 16, generator=generator), "num_inference_steps": 4}
 
-    def work(i):
-        results[i] = draw(pipes[i], steps=4, seed=i)
+    def work(i, **more):
+        settings = call | {"latents": call["latents"][i], "guidance_scale": 4.0, "output_type": "np"}
+        results[i] = pipes[i](**settings, **more).images
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(pipes))]
+    for i in range(count):
+        work(i)
+    expected, results = results, {}
+    begun, together = [threading.Event() for _ in range(count)], threading.Barrier(count, timeout=60)
+
+    def in_turn(i):
+        def after_step(pipe, step, timestep, tensors):
+            begun[i].set()
+            together.wait()
+            return tensors
+
+        if i > 0:
+            begun[i - 1].wait(60)
+        work(i, callback_on_step_end=after_step)
+
+    threads = [threading.Thread(target=in_turn, args=(i,)) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for result, wanted in zip(results, expected, strict=True):
-        np.testing.assert_allclose(result, wanted, atol=1e-5)
+    for i in range(count):
+        np.testing.assert_allclose(results[i], expected[i], atol=1e-5)
 
 
 def test_interrupt_and_callbacks(fresh, dictionary, draw):
@@ -305,3 +328,15 @@ def test_dictionary_dtype_and_device(fresh, draw):
         images.append(draw(fresh, steps=2))
         fresh.unload_rtsae()
     assert np.array_equal(images[0], images[1]) and np.allclose(images[0], images[2], atol=1e-4)
+
+
+def test_training_after_generating_in_inference_mode(fresh, dictionary, draw):
+    fresh.load_rtsae(dictionary)
+    fresh.set_rtsae_features({(SITE, 3): 1.0}, operation="set")
+    with torch.inference_mode():
+        draw(fresh, steps=2)
+    sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(2, 8, fresh.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    for timestep in (961, 481, 1):
+        fresh.unet(sample, timestep, text).sample.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in fresh.unet.get_submodule(SITE).parameters())

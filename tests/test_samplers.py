@@ -101,3 +101,25 @@ def test_custom_timesteps_and_image_to_image(steered, draw):
             images = call()
         assert np.isfinite(images).all() and np.array_equal(images[0], plain[0])
         assert not np.array_equal(images[1], plain[1])
+
+
+@pytest.mark.parametrize("change", ["another scheduler", "its betas"])
+def test_the_noise_schedule_is_the_one_at_the_call(steered, draw, change):
+    ablate = dict.fromkeys([(SITE, i) for i in range(40)], 1.0)
+    original = DDIMScheduler.from_config(steered.scheduler.config)
+    rescaled = DDIMScheduler.from_config(original.config, rescale_betas_zero_snr=True)
+    images = []
+    for features_first in (True, False):
+        steered.scheduler = DDIMScheduler.from_config(original.config)
+        for setting in (True, False):
+            if setting == features_first:
+                steered.set_rtsae_features(ablate, operation="ablate", end=1.0)
+            elif change == "its betas":
+                steered.scheduler.alphas_cumprod = rescaled.alphas_cumprod
+            else:
+                steered.scheduler = rescaled
+        images.append(draw(steered, steps=4))
+    assert np.array_equal(*images)
+    with steered.rtsae_steering({}):
+        steered.disable_rtsae()
+        assert not np.array_equal(draw(steered, steps=4), images[0])

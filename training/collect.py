@@ -19,6 +19,7 @@ from diffusers_rtsae.pipeline import get_denoiser
 from .checkpoint import step_generator
 from .recipe import Collect, Recipe
 from .store import TrajectoryStore
+from .worlds import load_world, worlds
 
 
 class Sample(NamedTuple):
@@ -53,7 +54,7 @@ def read_samples(settings: Collect, seed: int) -> list[Sample]:
     """
     The pictures a recipe asks for, each prompt and seed once.
 
-    Prompts are the captions of the bundled world (`"shapes"`); the lines of a text file; the rows of a `.jsonl` or
+    Prompts are the captions of a world (`"shapes"`); the lines of a text file; the rows of a `.jsonl` or
     `.parquet` file; or those of a dataset on the Hub. Rows without a seed get one each.
 
     Raises:
@@ -61,14 +62,9 @@ def read_samples(settings: Collect, seed: int) -> list[Sample]:
         `OSError`: if there is no such file or dataset.
     """
     source = settings.prompts
-    if source == "shapes":
-        from .shapes.captions import captions
-        from .shapes.scenes import sample_scenes
-
-        rows = [
-            {"prompt": p} for p in captions(sample_scenes(settings.count, 40_000_000 + seed, held_out=False), seed)
-        ]
-        return [Sample(row["prompt"], seed * 1_000_003 + i) for i, row in enumerate(rows)]
+    if source in worlds():
+        prompts = load_world(source).prompts(settings.count, seed)
+        return [Sample(prompt, seed * 1_000_003 + i) for i, prompt in enumerate(prompts)]
     if source.endswith(".txt"):
         rows = [{settings.column: line.strip()} for line in Path(source).read_text().splitlines() if line.strip()]
     elif source.endswith(".jsonl"):

@@ -20,7 +20,7 @@ class Section(BaseModel):
 class Collect(Section):
     """Which pictures are generated, and what is kept of them."""
 
-    prompts: str  # "shapes"; a .txt, .jsonl or .parquet file; or the name of a dataset on the Hub
+    prompts: str  # a world ("shapes"); a .txt, .jsonl or .parquet file; or the name of a dataset on the Hub
     split: str = "train"  # of a dataset on the Hub
     column: str = "prompt"  # of everything that has columns; a column "seed" is used if there is one
     count: Positive

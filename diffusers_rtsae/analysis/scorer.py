@@ -3,15 +3,52 @@ measured."""
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
+from typing import Literal
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 
+class _Attention(nn.Module):
+    """A transformer of four layers over cells of 8x8 pixels and one token more for each factor, of which it returns
+    the latter, `(batch, factors, channels)`."""
+
+    def __init__(self, factors: int, sample_size: int, channels: int):
+        super().__init__()
+        widths = [3, channels // 4, channels // 2, channels]
+        stem = [nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)]
+        self.cells = nn.Sequential(stem[0], nn.GELU(), stem[1], nn.GELU(), stem[2])
+        self.positions = nn.Parameter(0.02 * torch.randn((sample_size // 8) ** 2, channels))
+        self.factors = nn.Parameter(0.02 * torch.randn(factors, channels))
+        options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layer = partial(nn.TransformerEncoderLayer, channels, channels // 32, 2 * channels, **options)
+        self.layers = nn.Sequential(*[layer() for _ in range(4)])
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        cells = self.cells(images).flatten(2).transpose(1, 2) + self.positions
+        tokens = torch.cat([self.factors.expand(len(images), -1, -1), cells], 1)
+        return self.norm(self.layers(tokens)[:, : len(self.factors)])
+
+
+class _Heads(nn.Module):
+    """Logits of each factor from its own token."""
+
+    def __init__(self, sizes: list[int], channels: int):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(channels, size) for size in sizes)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.cat([head(token) for head, token in zip(self.heads, tokens.unbind(1), strict=True)], 1)
+
+
 class FactorScorer(ModelMixin, ConfigMixin):
     """
-    A convolutional network with one softmax per factor.
+    A small network with one softmax per factor.
 
     A factor name may have a slot, `slot.factor`: if any factor of a slot reads `none`, the slot is empty and all its
     factors read `None`. The factor `valid` (values `no`, `yes`) says whether the picture shows what the scorer knows.
@@ -19,14 +56,28 @@ class FactorScorer(ModelMixin, ConfigMixin):
     Args:
         factors (`dict[str, list[str]]`): the values of each factor.
         sample_size (`int`, defaults to 64): height and width of the images; a multiple of 16.
-        channels (`int`, defaults to 32): width of the first stage.
+        channels (`int`, defaults to 32): width of the first stage of convolutions; of attention a multiple of 32.
+        architecture (`str`, defaults to `"convolution"`): or `"attention"`, a transformer, so that pictures can be
+            judged by a scorer that errs in other ways.
     """
 
     @register_to_config
-    def __init__(self, factors: dict[str, list[str]], sample_size: int = 64, channels: int = 32):
+    def __init__(
+        self,
+        factors: dict[str, list[str]],
+        sample_size: int = 64,
+        channels: int = 32,
+        architecture: Literal["convolution", "attention"] = "convolution",
+    ):
         super().__init__()
         # saved configs are sorted by key, so the order of the logits is alphabetical from the beginning
         self.factors = {name: list(factors[name]) for name in sorted(factors)}
+        if architecture == "attention":
+            self.features = _Attention(len(factors), sample_size, channels)
+            self.head = _Heads([len(values) for values in self.factors.values()], channels)
+            return
+        if architecture != "convolution":
+            raise ValueError(f"`architecture` must be 'convolution' or 'attention', got {architecture!r}.")
         widths = [channels, channels * 2, channels * 4, channels * 4]
         layers: list[nn.Module] = []
         previous = 3

@@ -1,10 +1,11 @@
-from .clock import Clock, TimeGrid, call_arguments
+from .clock import Clock, TimeGrid, call_arguments, running_pipeline
 from .controller import Controller, check_width
-from .edits import Edit, as_mask
+from .edits import Edit, as_mask, as_strength, numbers
 from .plan import PlanState, PrefixEncoder, SitePlan, Trajectory
-from .sites import get_site, list_sites
+from .sites import DENOISERS, get_denoiser, get_site, list_sites, unwrapped
 
 __all__ = [
+    "DENOISERS",
     "Clock",
     "Controller",
     "Edit",
@@ -14,8 +15,13 @@ __all__ = [
     "TimeGrid",
     "Trajectory",
     "as_mask",
+    "as_strength",
     "call_arguments",
     "check_width",
+    "get_denoiser",
     "get_site",
     "list_sites",
+    "numbers",
+    "running_pipeline",
+    "unwrapped",
 ]

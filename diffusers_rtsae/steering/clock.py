@@ -48,9 +48,11 @@ class Clock:
     (conditional, but deliberately made worse, to guide away from it).
 
     The pipeline that is calling is found on the call stack. It knows what the batch does not say: how many prompts and
-    images there are, which guidance is on at this very step, and, by a new `scheduler.timesteps`, that a generation
-    begins. Without a pipeline the whole batch counts as conditional, and a new generation begins when time jumps back
-    to the beginning. Another number or size of images always begins one.
+    images there are, which guidance is on at this very step, and the noise schedule, `alphas_cumprod`. Without a
+    pipeline the whole batch counts as conditional.
+
+    A new generation begins with a new call of a pipeline, when time jumps back to the beginning, and with another
+    number or size of images. The scheduler is no witness: threads that share a pipeline share it.
     """
 
     def __init__(self):
@@ -64,36 +66,33 @@ class Clock:
         self.prompts: int | None = None
         self.latent_size: tuple[int, int] = (0, 0)
         self.streams: tuple[str, ...] = ("cond",)
+        self.pipeline_calls = False
+        self.alphas_cumprod: torch.Tensor | None = None
         self._shape: tuple[int, ...] = ()
         self._first: float | None = None
-        self._timesteps, self._unit = None, 1
+        self._call, self._unit = None, 1
 
     def tick(self, sample: torch.Tensor, timestep: float | torch.Tensor, text: torch.Tensor | None = None) -> None:
         """Take note of a denoiser call by its arguments; see `call_arguments`."""
         pipeline, call = running_pipeline()
-        timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+        scheduler = getattr(pipeline, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
         timestep = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
-        is_new = timesteps is not self._timesteps
+        is_new = self.timestep is None or call.get(_CALL) is not self._call
         if is_new and timesteps is not None:
-            if timesteps.min() < -1 or timesteps.max() > 1001:
-                raise ValueError(
-                    f"{type(pipeline.scheduler).__name__} calls with timesteps from {timesteps.max():.4g} to "
-                    f"{timesteps.min():.4g}, expected 0 to 1000: a sampler that counts time in another unit cannot be "
-                    "followed."
-                )
-            # some samplers count time from 0 to 1
-            self._unit = 1000 if 0 <= timesteps.min() and timesteps.max() <= 1 else 1
+            self._unit = _time_unit(scheduler)
         timestep *= self._unit if timesteps is not None else 1
         if self._unit == 1 and 0 <= timestep <= 1 and timesteps is not None and timestep not in timesteps:
             timestep *= 1000  # the sampler counts in training steps, the denoiser from 0 to 1
-        if pipeline is None:
-            is_new = self.timestep is None or (timestep > self.timestep and timestep >= self._first)
+        is_new = is_new or (timestep > self.timestep and timestep >= self._first)
+        self.pipeline_calls, self._call = pipeline is not None, call.get(_CALL)
+        self.alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         self.prompts = call.get("batch_size")
         images = None
         if isinstance(self.prompts, int):
             images = self.prompts * (call.get("num_images_per_prompt") or 1)
         again = not is_new and timestep == self.timestep
-        self._timesteps, self.timestep = timesteps, timestep
+        self.timestep = timestep
         self.streams = _streams(pipeline, call, len(sample), images, text, again)
         self.images = len(sample) // len(self.streams)
         if sample.ndim == 4:
@@ -106,9 +105,24 @@ class Clock:
             self._first, self._shape = timestep, shape
 
     def rows(self, batch_size: int) -> list[tuple[str, slice]]:
-        """Each stream with its rows in a batch."""
+        """Each stream with its rows in a batch; a cache may leave all but the conditional ones out."""
+        if batch_size == self.images and "cond" in self.streams:
+            return [("cond", slice(0, batch_size))]
         part = batch_size // len(self.streams)
         return [(stream, slice(i * part, (i + 1) * part)) for i, stream in enumerate(self.streams)]
+
+
+def _time_unit(scheduler) -> int:
+    """Training steps in one unit of a scheduler's time; raises `ValueError` if it counts in noise levels instead."""
+    timesteps, config, name = scheduler.timesteps, getattr(scheduler, "config", {}), type(scheduler).__name__
+    if "sigma_data" in config or config.get("timestep_type") == "continuous":
+        raise ValueError(f"{name} counts time in noise levels, not in training steps: it cannot be followed.")
+    if timesteps.min() < -1 or timesteps.max() > 1001:
+        raise ValueError(
+            f"{name} calls with timesteps from {timesteps.max():.4g} to {timesteps.min():.4g}, expected 0 to 1000: a "
+            "sampler that counts time in another unit cannot be followed."
+        )
+    return 1000 if 0 <= timesteps.min() and timesteps.max() <= 1 else 1  # some count time from 0 to 1
 
 
 def _streams(pipeline, call: dict, rows: int, images: int | None, text, again: bool) -> tuple[str, ...]:
@@ -144,6 +158,9 @@ def call_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tenso
     return sample, timestep, kwargs.get("encoder_hidden_states")
 
 
+_CALL = "__rtsae_call__"  # among the local variables of a pipeline's call: an object of its own
+
+
 def running_pipeline() -> tuple[DiffusionPipeline | ModularPipeline | None, dict]:
     """The innermost pipeline whose `__call__` is on the stack, and the local variables of that call."""
     frame, step = sys._getframe(1), {}
@@ -151,6 +168,7 @@ def running_pipeline() -> tuple[DiffusionPipeline | ModularPipeline | None, dict
         if frame.f_code.co_name == "__call__":
             local = frame.f_locals
             if isinstance(local.get("self"), DiffusionPipeline | ModularPipeline):
+                local.setdefault(_CALL, object())  # stays with the frame, whose own id another call may get
                 return local["self"], local | step
             if "guider_state_batch" in local:  # the denoising block of a modular pipeline
                 state = local["block_state"]

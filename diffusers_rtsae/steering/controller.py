@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 import weakref
 from dataclasses import dataclass, field
 
@@ -14,6 +15,10 @@ from .clock import Clock, call_arguments
 from .edits import Edit
 from .plan import PlanState, SitePlan
 from .sites import from_tokens, get_site, read_output, replace_output, spatial_size, to_tokens
+
+# A change ten times as large as the activation leaves that less than 1 % of the energy: whatever follows reads the
+# edit and no picture any more.
+_OVERWHELMING = 10.0
 
 
 @dataclass
@@ -29,7 +34,8 @@ class _Run:
         if plan not in self.states:
             for edit in plan.edits:
                 _check_batch(edit, self.clock)
-            self.states[plan] = PlanState()
+            clock = self.clock
+            self.states[plan] = plan.begin(clock.alphas_cumprod) if clock.pipeline_calls else PlanState()
         return self.states[plan]
 
 
@@ -50,7 +56,8 @@ class Controller:
         self.enabled = True
         self._plans: dict[str, list[SitePlan]] = {}
         self._hooks: dict = {}
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[threading.Thread, _Run] = {}
+        self._warned = False
         self._register()
 
     def _register(self) -> None:
@@ -73,10 +80,11 @@ class Controller:
             compiled (`bool`): the denoiser has been compiled as a whole. Compiled code does not notice new hooks, so
                 it is thrown away if these change; new strengths need no new code.
         """
-        self._plans = {}
+        installed: dict[str, list[SitePlan]] = {}
         for plan in plans:
             if plan.edits:
-                self._plans.setdefault(plan.rtsae.config.site, []).append(plan)
+                installed.setdefault(plan.rtsae.config.site, []).append(plan)
+        self._plans, self._warned = installed, False
         wanted = {None, *self._plans} if self._plans else set()
         changed = wanted != self._hooks.keys()
         for site in self._hooks.keys() - wanted:
@@ -85,12 +93,11 @@ class Controller:
             if site is None:
                 self._hooks[site] = self.denoiser.register_forward_pre_hook(_TickHook(self), with_kwargs=True)
             else:
-                hook = _SiteHook(self, site)
-                self._hooks[site] = get_site(self.denoiser, site).register_forward_hook(hook, with_kwargs=True)
+                self._hooks[site] = _SiteHook(self, site, get_site(self.denoiser, site))
         compiled = compiled or any(module._compiled_call_impl is not None for module in self.denoiser.modules())
         if changed and compiled:
             torch.compiler.reset()
-        for run in self._runs.values():
+        for run in list(self._runs.values()):
             run.states = {}
 
     def restart(self) -> None:
@@ -99,11 +106,14 @@ class Controller:
 
     @property
     def _run(self) -> _Run:
-        thread = threading.get_ident()
-        if thread not in self._runs:
-            alive = {t.ident for t in threading.enumerate()}
-            self._runs = {t: run for t, run in self._runs.items() if t in alive} | {thread: _Run()}
-        return self._runs[thread]
+        thread = threading.current_thread()
+        run = self._runs.get(thread)
+        if run is None:
+            for other in list(self._runs):
+                if not other.is_alive():
+                    self._runs.pop(other, None)
+            run = self._runs[thread] = _Run()
+        return run
 
     def tick(self, sample: torch.Tensor, timestep: torch.Tensor | float, text: torch.Tensor | None) -> None:
         """The denoiser is called."""
@@ -113,24 +123,30 @@ class Controller:
             run.generation, run.states = run.clock.generation, {}
             for plan in (plan for plans in self._plans.values() for plan in plans):
                 run.state(plan)
+        if "cond" in run.clock.streams:  # a cache may leave the block out; then its last change stands
+            for state in run.states.values():
+                state.timestep = None if state.timestep is None else run.clock.timestep
 
     def apply(self, site: str, block_input: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the network continues with after the block at `site`; the very same tensor if nothing changes."""
-        run, edited = self._run, hidden_states
+        run, edited, plans = self._run, hidden_states, self._plans.get(site, [])
         clock, rows = run.clock, run.clock.rows(len(hidden_states))
+        states = [run.state(plan) for plan in plans]
         order = sorted(range(len(rows)), key=lambda i: rows[i][0] != "cond")  # the others follow what it does
         with torch.autocast(hidden_states.device.type, enabled=False):  # float32 inside, whatever runs around
             for stream in order:
                 role, part = rows[stream]
                 changes = []
-                for plan in self._plans[site]:
-                    state = run.state(plan)
+                for plan, state in zip(plans, states, strict=True):
                     tokens = _activation(plan, block_input, hidden_states, part)
                     _check_channels(site, plan.rtsae.config.in_channels, tokens.shape[-1])
                     masked = any(edit.mask is not None for edit in plan.edits)
                     size = spatial_size(hidden_states.shape, clock.latent_size) if masked else None
                     if role == "cond":
-                        changes.append(plan.conditional(state, tokens, clock.timestep, size))
+                        told = len(state.report)
+                        change = plan.conditional(state, tokens, clock.timestep, size)
+                        changes.append(change)
+                        self._tell_size(plan, change, tokens, state.report[told:])
                     elif role == "uncond":
                         changes.append(plan.unconditional(state, stream, tokens, clock.timestep, size))
                     else:
@@ -140,12 +156,28 @@ class Controller:
                     edited = hidden_states.clone() if edited is hidden_states else edited
                     edited[part] += from_tokens(sum(changes[1:], changes[0]), hidden_states)
             for stream, (role, part) in enumerate(rows):
-                for plan in self._plans[site]:
-                    state = run.states[plan]
+                for plan, state in zip(plans, states, strict=True):
                     trajectory = state.conditional if role == "cond" else state.others.get(stream)
                     if trajectory is not None and trajectory.pending is not None:
                         trajectory.continue_with(_activation(plan, block_input, edited, part))
         return edited
+
+    def _tell_size(self, plan: SitePlan, change: torch.Tensor | None, tokens: torch.Tensor, rows: list[dict]) -> None:
+        """Add to the rows of a report how large a change is; warn if no clipping keeps it in bounds and it is huge."""
+        if change is None:
+            return
+        with torch.no_grad():
+            size = _relative_size(change, tokens)
+        for row in rows:
+            row["relative_size"] = size
+        if not self._warned and not all(edit.clip for edit in plan.edits) and size > _OVERWHELMING:
+            self._warned = True
+            warnings.warn(
+                f"The edits at {plan.rtsae.config.site} are {size:.3g} times as large as the activation they are "
+                "added to, of which next to nothing is left. Strength 1.0 is a typical full activation; clip=True "
+                "keeps edits in the range of the training data.",
+                stacklevel=2,
+            )
 
     def report(self) -> dict[str, list[dict]]:
         """For each site, what each edit did at each step of this thread's last generation."""
@@ -154,6 +186,13 @@ class Controller:
             rows = [{k: v.item() if torch.is_tensor(v) else v for k, v in row.items()} for row in state.report]
             report.setdefault(plan.rtsae.config.site, []).extend(rows)
         return report
+
+
+def _relative_size(change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The length of a change `(B, N or 1, d)` over that of the activation `(B, N, d)`, of all tokens it moves."""
+    moved = torch.linalg.vector_norm(change, dim=-1).expand(tokens.shape[:2])
+    length = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32) * (moved > 0)
+    return moved.norm() / length.norm().clamp(min=1e-20)
 
 
 def _check_batch(edit: Edit, clock: Clock) -> None:
@@ -202,12 +241,34 @@ class _TickHook:
 
 
 class _SiteHook:
-    """A forward hook of a site that can be copied and pickled with its module."""
+    """
+    Edits what a site returns, by forward hooks that can be copied and pickled with their module.
 
-    def __init__(self, controller: Controller, site: str):
-        self.controller, self.site = controller, site
+    A block cache replaces a block's forward, to call the real one or to return what it kept. The edit then belongs
+    around the real one: what is kept holds it, once, and a block that is left out is neither read nor edited.
+    """
+
+    def __init__(self, controller: Controller, site: str, module: nn.Module):
+        self.controller, self.site, self.module = controller, site, module
+        self._handles = [
+            module.register_forward_pre_hook(self.enter), module.register_forward_hook(self, with_kwargs=True)
+        ]  # fmt: skip
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        """Before the module is called: go inside of what has replaced its forward since the last time."""
+        place, name = _real_forward(module)
+        forward = place.get(name)
+        if isinstance(forward, _EditedForward):
+            forward.hook = self
+        elif place is not vars(module):
+            place[name] = _EditedForward(forward, self)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        place, name = _real_forward(module)
+        return output if isinstance(place.get(name), _EditedForward) else self.edit(args, kwargs, output)
+
+    def edit(self, args: tuple, kwargs: dict, output):
+        """What the module is to return instead of `output`."""
         block_input = args[0] if args else kwargs["hidden_states"]
         hidden_states = read_output(output)
         if torch.compiler.is_compiling():
@@ -216,6 +277,38 @@ class _SiteHook:
         else:
             edited = self.controller.apply(self.site, block_input, hidden_states)
         return output if edited is hidden_states else replace_output(output, edited)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        place, name = _real_forward(self.module)
+        if isinstance(place.get(name), _EditedForward):
+            place[name] = place[name].forward
+
+
+class _EditedForward:
+    """The real forward of a site under a block cache."""
+
+    def __init__(self, forward, hook: _SiteHook):
+        self.forward, self.hook = forward, hook
+
+    def __call__(self, *args, **kwargs):
+        return self.hook.edit(args, kwargs, self.forward(*args, **kwargs))
+
+
+def _real_forward(module: nn.Module) -> tuple[dict, str | tuple]:
+    """The dictionary, and the key in it, in which a module's own forward is kept by what has replaced it: diffusers'
+    hooks or the helper of DeepCache; `vars(module)` if neither has."""
+    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", None)
+    if references:
+        replaced = references[0].original_forward is not None
+        return vars(references[0]), "original_forward" if replaced else "forward"
+    forward = vars(module).get("forward")
+    if getattr(forward, "__qualname__", "").startswith("DeepCacheSDHelper."):
+        names = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
+        block = tuple(names[name].cell_contents for name in ("blocktype", "block_name", "block_i", "layer_i"))
+        return names["self"].cell_contents.function_dict, block
+    return vars(module), "forward"
 
 
 # Inside compiled code the controller is an operator the compiler does not look into: one graph, and new strengths

@@ -144,22 +144,43 @@ class Edit:
             values = torch.lerp(self.strength[low].double(), self.strength[high].double(), place - low)
             return tuple(values.reshape(-1).tolist())
         strength = self.strength(progress) if callable(self.strength) else self.strength
-        if torch.is_tensor(strength):
-            strength = strength.reshape(-1).tolist()
-        strengths = tuple(strength) if isinstance(strength, tuple | list) else (strength,)
+        strengths = tuple(numbers(strength))
         if not _is_finite(strengths):
             raise ValueError(f"The schedule gave {strength!r} at progress {progress:.3g}, expected finite numbers.")
         return strengths
 
 
+def numbers(values) -> list:
+    """The numbers in a number, a list, a tuple, an array or a tensor."""
+    if isinstance(values, np.ndarray | torch.Tensor):
+        return values.reshape(-1).tolist()
+    return list(values) if isinstance(values, list | tuple) else [values]
+
+
+def as_strength(strength) -> Strength:
+    """A strength as an [`Edit`] takes it: a list as a tuple, an array as a tensor, and of one number the number."""
+    if isinstance(strength, list):
+        return tuple(strength)
+    if isinstance(strength, np.ndarray | torch.Tensor) and strength.ndim == 0:
+        return strength.item()
+    return torch.tensor(strength) if isinstance(strength, np.ndarray) else strength
+
+
 def as_mask(mask) -> torch.Tensor | None:
-    """A PIL image, array or tensor as `(1 or n, height, width)` float in [0, 1]."""
+    """
+    A PIL image, array or tensor as `(1 or n, height, width)` float in [0, 1]. An array `(height, width, 1 or 3)` is a
+    picture, as is one of bytes that are not all 0 or 1.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Image.Image | np.ndarray | torch.Tensor):
         raise ValueError(f"A mask must be a PIL image, an array or a tensor, got {type(mask).__name__}.")
     if isinstance(mask, Image.Image):
         mask = np.asarray(mask.convert("L"), dtype=np.float32) / 255
+    if isinstance(mask, np.ndarray) and mask.ndim == 3 and mask.shape[-1] in (1, 3):
+        mask = mask.mean(-1, dtype=np.float32).astype(mask.dtype)
+    if isinstance(mask, np.ndarray) and mask.dtype == np.uint8 and mask.size and mask.max() > 1:
+        mask = mask / np.float32(255)
     mask = torch.as_tensor(np.asarray(mask) if not torch.is_tensor(mask) else mask).float().cpu()
     if mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]

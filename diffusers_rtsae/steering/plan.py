@@ -3,6 +3,7 @@ activation."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from ..models import RTSAE, jump_relu
 from .clock import TimeGrid
 from .edits import APPLY_TO, Edit
 
+_loading = threading.Lock()
 _REACHED = 0.1  # a step this close before an anchor, in units of anchors, stands for it if none is closer
 
 
@@ -31,9 +33,10 @@ class Trajectory:
     past: tuple[float, torch.Tensor] | None = None  # coordinate and activation of the last anchor passed
     pending: tuple[float, float, torch.Tensor] | None = None  # timestep, coordinate, pre-activations
     continued: torch.Tensor | None = None  # the activation the network really continued with, after any edit
+    grid: TimeGrid | None = None  # of this generation's noise schedule, if that is not the encoder's
 
     def continue_with(self, tokens: torch.Tensor) -> None:
-        self.continued = tokens.clone()  # later layers may write into the activation
+        self.continued = tokens.detach().clone()  # later layers may write into the activation
 
 
 class PrefixEncoder:
@@ -82,6 +85,8 @@ class PrefixEncoder:
                 terms = stayed | {(*intervals, g): c * part for intervals, c in terms.items()}
         return sum(c * self._product(block, intervals) for intervals, c in terms.items())
 
+    @torch.inference_mode(False)  # products are kept and may meet autograd later
+    @torch.no_grad()
     def _fold(self, then: float | None, coordinate: float) -> tuple:
         """
         What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation,
@@ -109,7 +114,7 @@ class PrefixEncoder:
 
     def observe(self, state: Trajectory, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
         """Latents `(B, N, rows)` of tokens `(B, N, d)` at this step; tell `state` what the network continues with."""
-        coordinate, last = self.grid.coordinate(timestep), len(self.threshold) - 1
+        coordinate, last = (state.grid or self.grid).coordinate(timestep), len(self.threshold) - 1
         still_first = state.past is None and coordinate == 0  # steps before the first anchor stand for it in turn
         if state.pending is not None and state.pending[0] != timestep and not still_first:
             self._commit(state, coordinate)
@@ -121,7 +126,7 @@ class PrefixEncoder:
             pre_activations = committed + constant + tokens.float() @ now.T
             if carried is not None:
                 pre_activations = pre_activations - state.past[1].float() @ carried.T
-        state.pending = (timestep, coordinate, pre_activations)
+        state.pending = (timestep, coordinate, pre_activations.detach())
         return jump_relu(pre_activations, threshold)
 
 
@@ -154,7 +159,7 @@ class PlanState:
 
     conditional: Trajectory = field(default_factory=Trajectory)
     others: dict[int, Trajectory] = field(default_factory=dict)  # of unconditional streams, if an edit reads them
-    timestep: float | None = None  # of the conditional change kept for calls that follow it
+    timestep: float | None = None  # of the conditional call whose change is kept for calls that follow it
     on_conditional: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
     counts: list[_Counts] = field(default_factory=list)
@@ -255,8 +260,9 @@ class _Fold:
         if images in self._strengths:
             return self._strengths[images]
         given = [edit.strength_at(timestep) for edit in self.edits]
-        each = torch.tensor([[s for s in own for _ in range(images // len(own))] for own in given])
-        strength = each.to(self.device, torch.float32).T[:, None, self.owners]
+        with torch.inference_mode(False):  # what is kept may meet autograd later
+            each = torch.tensor([[s for s in own for _ in range(images // len(own))] for own in given])
+            strength = each.to(self.device, torch.float32).T[:, None, self.owners]
         if not any(callable(edit.strength) or torch.is_tensor(edit.strength) for edit in self.edits):
             self._strengths[images] = strength
         return strength
@@ -291,8 +297,9 @@ class _Fold:
             here = (latents[..., self.where] > 0).any(-1, keepdim=True).float()
         if self.options.mask is not None:
             if size not in self._masks:
-                pooled = F.adaptive_avg_pool2d(self.options.mask.to(self.device)[:, None], size)
-                self._masks[size] = pooled.flatten(1)[..., None]
+                with torch.inference_mode(False):
+                    pooled = F.adaptive_avg_pool2d(self.options.mask.to(self.device)[:, None], size)
+                    self._masks[size] = pooled.flatten(1)[..., None]
             mask = self._masks[size].repeat_interleave(images // len(self._masks[size]), 0)
             here = mask if here is None else here * mask
         return here
@@ -329,7 +336,7 @@ class SitePlan:
     Args:
         rtsae (`RTSAE`): the dictionary; only rows that are edited or read are taken from it.
         edits (`list[Edit]`): what to change; idle edits are left out.
-        alphas_cumprod (`torch.Tensor`, *optional*): of the base model's schedule.
+        alphas_cumprod (`torch.Tensor`, *optional*): of the noise schedule, where no pipeline says it; see `begin`.
     """
 
     def __init__(self, rtsae: RTSAE, edits: list[Edit], alphas_cumprod: torch.Tensor | None):
@@ -338,6 +345,8 @@ class SitePlan:
         self.rows = list(dict.fromkeys(row for edit in self.edits for row in edit.read))
         self.device: torch.device | None = None
 
+    @torch.inference_mode(False)  # what is kept may meet autograd later
+    @torch.no_grad()
     def _load(self, device: torch.device) -> None:
         self.encoder = PrefixEncoder(self.rtsae, self.rows, self.grid, device) if self.rows else None
         if self.encoder is not None and not self.encoder.encoder.isfinite().all():
@@ -347,6 +356,10 @@ class SitePlan:
             alike.setdefault(_shared(edit), []).append(edit)
         self.folds = [_Fold(edits, self.rtsae, self.rows, device) for edits in alike.values()]
         self.device = device
+
+    def begin(self, alphas_cumprod: torch.Tensor | None) -> PlanState:
+        """A new generation on another noise schedule."""
+        return PlanState(Trajectory(grid=TimeGrid(self.rtsae.config.anchors, alphas_cumprod)))
 
     def conditional(
         self, state: PlanState, tokens: torch.Tensor, timestep: float, size: tuple[int, int] | None
@@ -377,7 +390,7 @@ class SitePlan:
         """What to add to the rows of an unconditional stream, after `conditional` of the same step."""
         if any(edit.apply_to == "contrast" for edit in self.edits):
             self._follows(state, timestep)
-        run = state.others.setdefault(stream, Trajectory())
+        run = state.others.setdefault(stream, Trajectory(grid=state.conditional.grid))
         own = _sum([change for _, change in self._changes(run, tokens, timestep, size, ("all",))], tokens)
         if own is None or state.contrast is None:
             return own if state.contrast is None else -state.contrast
@@ -405,10 +418,11 @@ class SitePlan:
         counts: list[_Counts] | None = None,
     ) -> list[tuple[_Fold, tuple[torch.Tensor, torch.Tensor]]]:
         """What the folds whose `apply_to` is among these add at this step."""
-        if self.device != tokens.device:
-            self._load(tokens.device)
+        with _loading:  # one thread loads what all of them use
+            if self.device != tokens.device:
+                self._load(tokens.device)
         folds = [fold for fold in self.folds if fold.options.apply_to in apply_to]
         reads = any(edit.read for fold in folds for edit in fold.edits)
         latents = self.encoder.observe(run, tokens, timestep) if reads else None
-        place = len(tokens), timestep, self.grid.coordinate(timestep), size
+        place = len(tokens), timestep, (run.grid or self.grid).coordinate(timestep), size
         return [(f, f.change(latents, *place, counts)) for f in folds if f.options.acts_at(timestep)]

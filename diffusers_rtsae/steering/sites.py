@@ -8,23 +8,40 @@ import math
 import torch
 from torch import nn
 
+DENOISERS = ("unet", "transformer")  # as pipelines name them
 _BLOCKS = ("Transformer2DModel", "BasicTransformerBlock", "ResnetBlock2D")
 
 
-def list_sites(denoiser: nn.Module) -> list[str]:
+def get_denoiser(pipeline) -> nn.Module:
+    """The U-Net or transformer of a pipeline."""
+    for name in DENOISERS:
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return unwrapped(module)
+    raise ValueError(f"{type(pipeline).__name__} has no denoiser: expected a component `unet` or `transformer`.")
+
+
+def unwrapped(module):
+    """A module inside what `torch.compile` returned."""
+    return getattr(module, "_orig_mod", module)
+
+
+def list_sites(model) -> list[str]:
     """
     Paths of the modules that a dictionary can be attached to, in the order they are defined.
 
+    Args:
+        model (`DiffusionPipeline` or `nn.Module`): a pipeline or its denoiser.
+
     Raises:
-        `ValueError`: `denoiser` is no module, but perhaps a whole pipeline.
+        `ValueError`: `model` is neither.
     """
-    if not isinstance(denoiser, nn.Module):
-        raise ValueError(f"Expected a denoiser such as `pipe.unet`, got {type(denoiser).__name__}.")
+    denoiser = model if isinstance(model, nn.Module) else get_denoiser(model)
     sites = []
     for name, module in denoiser.named_modules():
-        kind, depth = type(module).__name__, name.count(".")
+        kinds, depth = [kind.__name__ for kind in type(module).__mro__], name.count(".")
         is_block = depth == 1 and name.split(".")[0].endswith("blocks") or name == "mid_block"
-        if name and (is_block or kind in _BLOCKS or kind.endswith("TransformerBlock")):
+        if name and (is_block or any(kind in _BLOCKS or kind.endswith("TransformerBlock") for kind in kinds)):
             sites.append(name)
     return sites
 

@@ -37,16 +37,19 @@ class Caller(DiffusionPipeline):
     def __init__(self):
         self.scheduler = DDIMScheduler()
 
-    def __call__(self, clock: Clock, rows: int, timestep: float, batch_size: int = 1, num_images_per_prompt: int = 1):
-        clock.tick(torch.zeros(rows, 4, 8, 8), timestep)
+    def __call__(self, clock: Clock, *calls: tuple[int, float], batch_size: int = 1, num_images_per_prompt: int = 1):
+        for rows, timestep in calls:
+            clock.tick(torch.zeros(rows, 4, 8, 8), timestep)
+            yield  # what happens between the steps
 
 
 def test_conditional_rows_follow_guidance_live():
     clock, pipeline = Clock(), Caller()
-    pipeline(clock, 4, 900, batch_size=2)
+    steps = pipeline(clock, (4, 900), (2, 800), batch_size=2)
+    next(steps)
     assert dict(clock.rows(4))["cond"] == slice(2, 4) and clock.prompts == 2
     pipeline.do_classifier_free_guidance = False
-    pipeline(clock, 2, 800, batch_size=2)
+    next(steps)
     assert dict(clock.rows(2))["cond"] == slice(0, 2)
     assert clock.generation == 1  # dropping guidance in mid-run is no new generation
 
@@ -55,21 +58,25 @@ def test_each_pipeline_is_asked_about_its_own_call():
     clock, guided, plain = Clock(), Caller(), Caller()
     plain.do_classifier_free_guidance = False
     for _ in range(2):
-        guided(clock, 2, 900)
+        next(guided(clock, (2, 900)))
         assert dict(clock.rows(2))["cond"] == slice(1, 2)
-        plain(clock, 2, 900, num_images_per_prompt=2)
+        next(plain(clock, (2, 900), num_images_per_prompt=2))
         assert dict(clock.rows(2))["cond"] == slice(0, 2)
     assert clock.generation == 4
 
 
-def test_generation_changes_with_new_timesteps_only():
+def test_a_call_of_a_pipeline_is_a_generation():
     clock, pipeline = Clock(), Caller()
-    for t in (900, 500, 500, 510, 100):  # repeats and small steps back happen within a run
-        pipeline(clock, 2, t)
+    for _ in pipeline(clock, *((2, t) for t in (900, 500, 500, 510, 100))):  # repeats and small steps back happen
+        pipeline.scheduler.set_timesteps(10)  # another thread begins with the same scheduler
     assert clock.generation == 1
-    pipeline.scheduler.set_timesteps(10)
-    pipeline(clock, 2, 50)  # image-to-image may begin below where the last run ended
-    assert clock.generation == 2
+    for generation in range(2, 6):  # image-to-image may begin below where the last run ended
+        assert len(list(pipeline(clock, (2, 50), (2, 40)))) == 2
+        assert clock.generation == generation
+    assert len(list(pipeline(clock, (2, 900), (2, 400), (2, 950)))) == 3  # two runs in one call
+    assert clock.generation == 7
+    clock.tick(torch.zeros(1, 4, 8, 8), 30)  # no pipeline any more
+    assert clock.generation == 8
 
 
 def test_without_a_pipeline_time_jumping_back_or_another_shape_is_a_new_generation():

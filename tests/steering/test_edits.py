@@ -36,3 +36,13 @@ def test_masks_of_all_kinds():
     for mask in (picture, np.ones((4, 8)), torch.ones(4, 8), torch.ones(1, 1, 4, 8)):
         assert as_mask(mask).shape == (1, 4, 8) and as_mask(mask).max() == 1
     assert as_mask(np.ones((3, 4, 8), dtype=bool)).shape == (3, 4, 8)
+
+
+def test_an_array_that_is_a_picture_is_a_mask():
+    mask = np.zeros((6, 8), np.float32)
+    mask[:, :4] = 1
+    expected = torch.from_numpy(mask)[None]
+    pictures = [mask[..., None], np.stack([mask] * 3, -1), np.stack([mask * 255] * 3, -1).astype(np.uint8)]
+    for picture in [*pictures, (mask * 255).astype(np.uint8), mask.astype(np.uint8), mask.astype(bool)]:
+        assert torch.equal(as_mask(picture), expected)
+    assert as_mask(np.stack([mask, mask])).shape == (2, 6, 8)

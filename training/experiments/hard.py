@@ -1,6 +1,6 @@
 """The hard case: prompts that name another value than the one that is steered to (a green star, steered red).
 
-    python -m training.shapes.hard --out training/results/hard.json
+    python -m training.experiments.hard --out training/results/hard.json
 
 For each pair of labelled values of a factor, in both halves of guidance until the end: `add` alone; the token-local
 edits `transfer` and `replace`, which take from the feature of the value that the prompt names; `swap`, which adds the
@@ -11,7 +11,6 @@ Rows are added to the JSON as they are measured; the same command continues wher
 
 from __future__ import annotations
 
-import argparse
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,12 +19,11 @@ import torch
 from tqdm import tqdm
 
 from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, contents, generate, load_pipeline, stored_rows
-from .scenes import FACTORS
-from .steering import Probe, code, measure, probe, run, score
+from ..worlds import Probe
+from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
+from .results import Results, best, figures, table
+from .steering import mean, measure, run, score
 
 METHODS = ("add", "transfer", "replace", "swap", "fading", "local")
 
@@ -42,8 +40,7 @@ def steer(
     rows = []
     for one, target in zip(probes, targets, strict=True):
         for i, prompt in enumerate(one.prompts):
-            named = FACTORS[one.factor][code(one.scenes, one.factor)[i]]
-            rows.append((prompt, one.seeds[i], target, named))
+            rows.append((prompt, one.seeds[i], target, one.scenes[i][one.factor]))
     images = []
     for start in range(0, len(rows), a.batch_size):
         part = rows[start : start + a.batch_size]
@@ -68,59 +65,49 @@ def steer(
 def markdown(rows: list[dict]) -> str:
     """Success / leakage / valid of each factor, at each method's best strength."""
     factors = list(dict.fromkeys(r["factor"] for r in rows))
-    text = ["| edit | " + " | ".join(factors) + " |", "| --- |" + " --- |" * len(factors)]
+    lines = []
     for method in dict.fromkeys(r["method"] for r in rows):
-        cells = []
-        for factor in factors:
-            found = [r for r in rows if (r["factor"], r["method"]) == (factor, method)]
-            best = max(found, key=lambda r: r["success"] - r["leakage"])
-            cells.append(f"{best['success']:.2f} / {best['leakage']:.2f} / {best['valid']:.2f} @{best['strength']:g}")
-        text.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+        found = [best(r for r in rows if (r["factor"], r["method"]) == (factor, method)) for factor in factors]
+        lines.append([method] + [f"{figures(r)} @{r['strength']:g}" for r in found])
+    return table(["edit", *factors], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--dictionary", type=Path, default=Path("examples/shapes-rtsae"))
+    parser = new_parser(__doc__)
+    add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/hard.json"))
     parser.add_argument("--prompts", type=int, default=8, help="for each label")
     parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 1.25, 1.5])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    a = parser.parse_args()
-    pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
+    a, world = parse(parser)
+    pipe, scorer = load_models(a)
     dictionary = load_dictionary(a.dictionary)
     pipe.load_rtsae(dictionary)
     labels = dictionary.labels
-    settings = {
-        k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size", "strengths", "methods")
-    }
-    settings["contents"] = contents(a.pipeline, a.dictionary)
-    rows = stored_rows(a.out, settings)
+    results = Results(a, [a.pipeline, a.dictionary], said_by_rows=("strengths", "methods"))
     targets = list(labels)
     probes = [
-        probe(labels[name]["factor"], labels[name]["value"], "contradicted", a.prompts, seed=400) for name in targets
+        world.probe(labels[name]["factor"], labels[name]["value"], "contradicted", a.prompts, seed=400)
+        for name in targets
     ]
-    plain = score(scorer, run(pipe, probes, None, a.steps, a.guidance, a.batch_size), probes)
+    plain = score(world, scorer, run(pipe, probes, None, a.steps, a.guidance, a.batch_size), probes)
     trials = [(method, strength) for method in a.methods for strength in a.strengths]
     for method, strength in tqdm(trials, unit="setting"):
-        if any((r["method"], r["strength"]) == (method, strength) for r in rows):
+        if results.has(method=method, strength=strength):
             continue
-        steered = score(scorer, steer(pipe, probes, targets, labels, method, strength, a), probes)
+        steered = score(world, scorer, steer(pipe, probes, targets, labels, method, strength, a), probes)
+        rows = []
         for factor in dict.fromkeys(label["factor"] for label in labels.values()):
             cells = [
                 measure(steered[i], plain[i], factor, labels[name]["value"])
                 for i, name in enumerate(targets)
                 if labels[name]["factor"] == factor
             ]
-            mean = {key: round(sum(cell[key] for cell in cells) / len(cells), 4) for key in cells[0]}
-            row = {"factor": factor, "method": method, "strength": strength, "n": len(cells) * a.prompts}
-            rows.append(row | mean)
-            print(rows[-1], flush=True)
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(a.out, {"settings": settings, "rows": rows})
-    a.out.with_suffix(".md").write_text(markdown(rows))
-    print(markdown(rows))
+            row = {"factor": factor, "method": method, "strength": strength, "n": len(cells) * a.prompts} | mean(cells)
+            rows.append(row)
+            print(row, flush=True)
+        results.add(*rows)
+    results.tell(markdown(results.rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The honest table: every labelled feature of the bundled dictionary against its baselines, judged by the scorer.
+"""The honest table: every labelled feature of a world's dictionary against its baselines, judged by the scorer.
 
-    python -m training.shapes.table --out training/results/steering.json
+    python -m training.experiments.table --out training/results/steering.json
 
 Rows are added to the JSON as they are measured; the same command continues where it was stopped, and measures again
 what another dictionary changes.
@@ -12,27 +12,17 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.hub import write_json
 
-from .evaluate import add_arguments, contents, load_pipeline, stored_rows
-from .steering import (
-    TARGETS,
-    Probe,
-    as_dictionary,
-    difference_of_means,
-    measure,
-    probe,
-    prompted,
-    run,
-    score,
-)
+from ..worlds import KINDS, Probe, World
+from ..worlds.pictures import add_models, load_models, new_parser, parse
+from .results import Results, best, contents, figures, table
+from .steering import as_dictionary, difference_of_means, mean, measure, run, score
 
-KINDS = ("open", "contradicted")
 METHODS = {  # and the strengths at which each is measured
     "plain": (0.0,),
     "feature": (1.0, 2.0, 0.5, -1.0),
@@ -78,9 +68,8 @@ def markdown(rows: list[dict]) -> str:
         found = [r for key, r in cells.items() if key[:3] == (label, kind, method)]
         if not found:
             return "–"
-        r = max(found, key=lambda r: r["success"] - r["leakage"])
-        at = f" @{r['strength']:g}" if len(METHODS[method]) > 1 else ""
-        return f"{r['success']:.2f} / {r['leakage']:.2f} / {r['valid']:.2f}{at}"
+        shown = best(found)
+        return figures(shown) + (f" @{shown['strength']:g}" if len(METHODS[method]) > 1 else "")
 
     methods = {
         "plain": "no edit",
@@ -95,9 +84,8 @@ def markdown(rows: list[dict]) -> str:
         if not any(r["kind"] == kind for r in rows):
             continue
         text += [f"**{kind} prompts** (success / leakage / valid, at the best strength)", ""]
-        text += ["| feature | " + " | ".join(methods.values()) + " |", "| --- |" + " --- |" * len(methods)]
-        text += [f"| {label} | " + " | ".join(cell(label, kind, m) for m in methods) + " |" for label in labels]
-        text.append("")
+        lines = [[label, *(cell(label, kind, m) for m in methods)] for label in labels]
+        text.append(table(["feature", *methods.values()], lines))
     return "\n".join(text)
 
 
@@ -105,7 +93,8 @@ Pictures = tuple[torch.Tensor, list[list[dict]]]  # images (n, 3, height, width)
 
 
 def pictures(
-    pipe: StableDiffusionPipeline,
+    world: World,
+    pipe: DiffusionPipeline,
     scorer: FactorScorer,
     groups: dict[str, list[Probe]],
     method: str,
@@ -119,36 +108,34 @@ def pictures(
     prompts = strengths = None
     options = {}
     if method == "prompt":
-        prompts = [prompted(one) for one in probes]
+        prompts = [one.prompted for one in probes]
     elif method != "plain":
         strengths = [{name: strength} for name, group in groups.items() for _ in group]
         # directions that are no features have no range to be kept in, and do not find the object themselves
         options = {"adapter_name": method, "clip": method == "feature", "masks": method != "feature"}
     images = run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, prompts, **options)
-    readings = iter(score(scorer, images, probes))
+    readings = iter(score(world, scorer, images, probes))
     parts = iter(images.split([sum(len(one.prompts) for one in group) for group in groups.values()]))
     return {name: (next(parts), [next(readings) for _ in group]) for name, group in groups.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--dictionary", type=Path, default=Path("examples/shapes-rtsae"))
+    parser = new_parser(__doc__)
+    add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/steering.json"))
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--samples", type=int, default=512, help="pictures behind the difference of means")
-    a = parser.parse_args()
-    pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
+    a, world = parse(parser)
+    pipe, scorer = load_models(a)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     labels, digest = dictionary.labels, contents(a.dictionary)
-    said_by_rows = ("out", "device", "batch_size", "dictionary", "kinds", "methods")
-    settings = {k: str(v) for k, v in vars(a).items() if k not in said_by_rows} | {"contents": contents(a.pipeline)}
-    rows = [r for r in stored_rows(a.out, settings) if r.get("dictionary", digest) == digest]
-    means = difference_of_means(pipe, list(dictionary.sites), a.samples, a.steps, a.guidance, a.batch_size)
-    rows_of_means = [TARGETS.index((label["factor"], label["value"])) for label in labels.values()]
+    results = Results(a, [a.pipeline], said_by_rows=("dictionary", "kinds", "methods"))
+    results.rows = [r for r in results.rows if r.get("dictionary", digest) == digest]
+    means = difference_of_means(world, pipe, list(dictionary.sites), a.samples, a.steps, a.guidance, a.batch_size)
+    rows_of_means = [world.targets.index((label["factor"], label["value"])) for label in labels.values()]
     optioned = with_labels(means.sites, labels, rows_of_means)
     plainly = {name: label | {"edit": {}} for name, label in optioned.labels.items()}
     pipe.load_rtsae(dictionary, "feature")
@@ -158,32 +145,30 @@ def main() -> None:
 
     for kind in a.kinds:
         groups = {  # for each label the prompts of each seed
-            name: [probe(label["factor"], label["value"], kind, a.prompts, seed=100 + s) for s in a.seeds]
+            name: [world.probe(label["factor"], label["value"], kind, a.prompts, seed=100 + s) for s in a.seeds]
             for name, label in labels.items()
         }
         plain: dict[str, Pictures] = {}
         for method, strength in tqdm([(m, s) for m in a.methods for s in METHODS[m]], desc=kind, unit="setting"):
-            done = {r["label"] for r in rows if (r["method"], r["strength"], r["kind"]) == (method, strength, kind)}
-            missing = {name: group for name, group in groups.items() if name not in done}
+            setting = {"kind": kind, "method": method, "strength": strength}
+            missing = {name: group for name, group in groups.items() if not results.has(label=name, **setting)}
             if not missing:
                 continue
             new = {name: group for name, group in missing.items() if name not in plain}
-            plain |= pictures(pipe, scorer, new, "plain", 0.0, a)
-            made = plain if method == "plain" else pictures(pipe, scorer, missing, method, strength, a)
+            plain |= pictures(world, pipe, scorer, new, "plain", 0.0, a)
+            made = plain if method == "plain" else pictures(world, pipe, scorer, missing, method, strength, a)
+            rows = []
             for name in missing:
                 (images, readings), (before, was), label = made[name], plain[name], labels[name]
                 cells = [measure(r, p, label["factor"], label["value"]) for r, p in zip(readings, was, strict=True)]
-                row = {"label": name, "factor": label["factor"], "kind": kind, "method": method, "strength": strength}
+                row = {"label": name, "factor": label["factor"]} | setting
                 row |= {"dictionary": digest} if method in OF_DICTIONARY else {}
-                row |= {k: round(sum(c[k] for c in cells) / len(cells), 4) for k in cells[0]}
+                row |= mean(cells)
                 row |= {"success_per_seed": [round(c["success"], 4) for c in cells], "n": len(images)}
                 row["image_distance"] = round((images - before).square().mean((1, 2, 3)).sqrt().mean().item(), 4)
                 rows.append(row)
-            a.out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(a.out, {"settings": settings, "rows": rows})
-    rows = [r for r in rows if r["label"] in labels]
-    a.out.with_suffix(".md").write_text(markdown(rows))
-    print(markdown(rows))
+            results.add(*rows)
+    results.tell(markdown([r for r in results.rows if r["label"] in labels]))
 
 
 if __name__ == "__main__":

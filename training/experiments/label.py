@@ -1,6 +1,6 @@
-"""Name the features of the bundled dictionary: found by selectivity in the collected trajectories, kept if they act.
+"""Name the features of a world's dictionary: found by selectivity in the collected trajectories, kept if they act.
 
-    python -m training.shapes.label training/recipes/shapes.yaml --dictionary examples/shapes-rtsae
+    python -m training.experiments.label training/recipes/shapes.yaml --dictionary examples/shapes-rtsae
 
 Every latent is scored against every factor value; for each value small sets of the most selective latents are steered
 on prompts that leave the factor open, with several strengths and options. The best few are tried again on other
@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from scipy.optimize import nnls
 from tqdm import tqdm
 
@@ -27,64 +27,54 @@ from ..collect import anchor_timesteps, read_samples
 from ..recipe import load_recipe
 from ..store import TrajectoryStore
 from ..train import open_store
-from .evaluate import load_pipeline, read_objects
-from .scenes import FACTORS, GLOBAL_FACTORS, PLACES, SIZES
-from .steering import STEERED, TARGETS, Probe, measure, probe, run, score
+from ..worlds import Probe, World
+from ..worlds.pictures import add_models, load_pipeline, new_parser, parse
+from .steering import measure, run, score
 
 EDITS = tuple({"end": end, "apply_to": "cond"} for end in (0.7, 0.85, 1.0))  # options that are tried
 LATENT_COST = 0.01  # what each further latent of a set must earn, in success minus leakage
 
 
-def token_discs(side: int) -> dict[tuple[str, str], torch.Tensor]:
-    """For each place and size the tokens `(side * side,)` bool that such an object covers."""
-    axis = (torch.arange(side) + 0.5) * 64 / side
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return {
-        (place, size): (((x - px) ** 2 + (y - py) ** 2).sqrt() < 1.1 * radius).flatten()
-        for place, (px, py) in PLACES.items()
-        for size, radius in SIZES.items()
-    }
-
-
 @torch.no_grad()
 def selectivity(
-    rtsae: RTSAE, store: TrajectoryStore, batch: int = 4096
+    world: World, rtsae: RTSAE, store: TrajectoryStore, batch: int = 4096
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """
     Mean activation of every latent given each value: `{factor: (values, m)}`, over all tokens for global factors and
     over the object's tokens for its own; and the share of each latent's activations that lie on an object, `(m,)`.
     """
     count = rtsae.config.num_latents
-    sums = {f: torch.zeros(len(FACTORS[f]), count) for f in STEERED}
-    seen = {f: torch.zeros(len(FACTORS[f])) for f in STEERED}
+    factors = {f: world.factors[f] for f in world.steered}
+    sums = {f: torch.zeros(len(values), count) for f, values in factors.items()}
+    seen = {f: torch.zeros(len(values)) for f, values in factors.items()}
     fired, fired_on_object = torch.zeros(count), torch.zeros(count)
     for path in tqdm(store.shards(), desc="selectivity", unit="shard"):
         image, token, readings = store.load_origin(path, rtsae.config.site)
         trajectories, first = store.load(path, rtsae.config.site), int(image[0])
-        discs = token_discs(int((int(token.max()) + 1) ** 0.5))
-        codes = {f: torch.full((len(image),), -1) for f in STEERED}
+        side = int((int(token.max()) + 1) ** 0.5)
+        codes = {f: torch.full((len(image),), -1) for f in factors}
         on_object = torch.zeros(len(image), dtype=torch.bool)
         for i, reading in enumerate(readings):
             if reading["valid"] != "yes":
                 continue
             here = (image == first + i).nonzero()[:, 0]
-            for f in GLOBAL_FACTORS:
-                codes[f][here] = FACTORS[f].index(reading[f])
-            for seen_object in read_objects(reading):
-                covered = here[discs[seen_object["place"], seen_object["size"]][token[here].long()]]
+            for f in factors.keys() - {*world.local}:
+                codes[f][here] = factors[f].index(reading[f])
+            for one in world.objects(reading):
+                covered = here[world.masks([one], side).flatten().bool()[token[here].long()]]
                 on_object[covered] = True
-                for f in ("colour", "shape", "size"):
-                    codes[f][covered] = FACTORS[f].index(seen_object[f])
+                for f in factors.keys() & {*world.local}:
+                    codes[f][covered] = factors[f].index(one[f])
         for part in torch.arange(len(image)).split(batch):
             latents = rtsae.encode(trajectories[part].float())
             active = (latents > 0).float()
             fired += active.sum(0)
             fired_on_object += active[on_object[part]].sum(0)
-            for f in STEERED:
+            for f in factors:
                 known = codes[f][part] >= 0
                 sums[f].index_add_(0, codes[f][part][known], latents[known])
                 seen[f] += torch.bincount(codes[f][part][known], minlength=len(seen[f]))
-    means = {f: sums[f] / seen[f].clamp(min=1)[:, None] for f in STEERED}
+    means = {f: sums[f] / seen[f].clamp(min=1)[:, None] for f in factors}
     return means, fired_on_object / fired.clamp(min=1)
 
 
@@ -127,7 +117,8 @@ def candidates(rtsae: RTSAE, means: torch.Tensor, value: int, size: int) -> dict
 
 
 def judge(
-    pipe: StableDiffusionPipeline,
+    world: World,
+    pipe: DiffusionPipeline,
     scorer: FactorScorer,
     dictionary: Dictionary,
     trials: list[dict | None],
@@ -147,7 +138,7 @@ def judge(
     pipe.unload_rtsae()
     return [
         measure(now, was, one.factor, one.value) | {"unsteered": measure(was, was, one.factor, one.value)["success"]}
-        for now, was, one in zip(score(scorer, images, probes), plain, probes, strict=True)
+        for now, was, one in zip(score(world, scorer, images, probes), plain, probes, strict=True)
     ]
 
 
@@ -157,10 +148,10 @@ def worth(label: dict, measured: dict[str, float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
+    add_models(parser, "dictionary", "scorer")
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--dictionary", type=Path, default=Path("examples/shapes-rtsae"))
-    parser.add_argument("--work", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--work", type=Path, help="of the training; runs/<world> by default")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes the recipe was trained with"
     )
@@ -170,42 +161,38 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, help="prompts on which each trial is made")
     parser.add_argument("--finalists", type=int, default=4, help="trials of a value that are made again")
     parser.add_argument("--final-images", type=int, default=32, help="other prompts, which decide between those")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the pipeline")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a = parser.parse_args()
+    a, world = parse(parser)
     recipe = load_recipe(a.recipe, a.set)
-    a.guidance = recipe.collect.guidance_scale
     pipe = load_pipeline(recipe.pipeline, a.device, recipe.dtype)
-    scorer = FactorScorer.from_pretrained(recipe.scorer).to(a.device)
+    scorer = FactorScorer.from_pretrained(a.scorer).to(a.device)
     samples = read_samples(recipe.collect, recipe.seed)
-    store = open_store(recipe, a.work, samples, anchor_timesteps(pipe, recipe.collect, recipe.anchors), pipe)
+    anchors = anchor_timesteps(pipe, recipe.collect, recipe.anchors)
+    store = open_store(recipe, a.work or Path("runs") / a.world, samples, anchors, pipe)
     pipe.to(getattr(torch, a.dtype))
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
 
-    targets = [target for target in TARGETS if a.values is None or target[1] in a.values]
+    targets = [target for target in world.targets if a.values is None or target[1] in a.values]
 
     def open_prompts(count: int, seed: int) -> tuple[list[Probe], list[list[dict]]]:
-        probes = [probe(factor, value, "open", count, seed) for factor, value in targets]
-        return probes, score(scorer, run(pipe, probes, None, a.steps, a.guidance, a.batch_size), probes)
+        probes = [world.probe(factor, value, "open", count, seed) for factor, value in targets]
+        return probes, score(world, scorer, run(pipe, probes, None, a.steps, a.guidance, a.batch_size), probes)
 
     prompts = open_prompts(a.images, seed=50)
     tried: list[list[tuple[float, dict]]] = [[] for _ in targets]  # for each target worth and label of each trial
     for site, rtsae in dictionary.sites.items():
-        means, on_object = selectivity(rtsae, store)
+        means, on_object = selectivity(world, rtsae, store)
         gate = object_latents(rtsae, on_object)
         print(f"{site}: {len(gate)} latents mark objects")
         for size, edit, strength in itertools.product(a.set_sizes, EDITS, a.strengths):
             trials = []
             for factor, value in targets:
-                entry = candidates(rtsae, means[factor], FACTORS[factor].index(value), size)
+                entry = candidates(rtsae, means[factor], world.factors[factor].index(value), size)
                 if entry:
                     entry["weights"] = [round(w * strength, 4) for w in entry["weights"]]
-                    entry["where"] = None if factor in GLOBAL_FACTORS else gate
+                    entry["where"] = gate if factor in world.local else None
                 trials.append(entry and {"factor": factor, "value": value, "features": [entry], "edit": edit})
             told: dict[str, list[float]] = {}
-            results = judge(pipe, scorer, dictionary, trials, *prompts, a)
+            results = judge(world, pipe, scorer, dictionary, trials, *prompts, a)
             for found, label, measured in zip(tried, trials, results, strict=True):
                 if label:
                     found.append((worth(label, measured), label))
@@ -218,7 +205,7 @@ def main() -> None:
     ranked = [[label for _, label in sorted(found, key=lambda t: -t[0])] for found in tried]
     for rank in range(a.finalists):
         trials = [labels[rank] if rank < len(labels) else None for labels in ranked]
-        results = judge(pipe, scorer, dictionary, trials, *prompts, a)
+        results = judge(world, pipe, scorer, dictionary, trials, *prompts, a)
         for i, (label, measured) in enumerate(zip(trials, results, strict=True)):
             if label and (best[i] is None or worth(label, measured) > best[i][0]):
                 best[i] = worth(label, measured), label | {"measured": measured | {"prompts": a.final_images}}
@@ -235,7 +222,7 @@ def main() -> None:
         )
         if passed:
             stored.labels[label["value"]] = label
-    stored.labels = {value: stored.labels[value] for _, value in TARGETS if value in stored.labels}
+    stored.labels = {value: stored.labels[value] for _, value in world.targets if value in stored.labels}
     stored.save(a.dictionary)
 
 

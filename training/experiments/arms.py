@@ -1,7 +1,7 @@
-"""The paper's comparison on the bundled world: which kind of dictionary describes, survives a new seed, and steers?
+"""The paper's comparison on a world: which kind of dictionary describes, survives a new seed, and steers?
 
     python -m training.train training/recipes/arms.yaml --out runs/arms
-    python -m training.shapes.arms --dictionaries runs/arms --out training/results/arms.json
+    python -m training.experiments.arms --dictionaries runs/arms --out training/results/arms.json
 
 Steering follows RIEBench's protocol: pairs of prompts that differ in one value give the features (the latents whose
 mean activation differs most between the two pictures); on other prompts that name the first value these are moved by
@@ -13,7 +13,6 @@ same command continues where it was stopped.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 
@@ -24,30 +23,23 @@ from tqdm import tqdm
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.hub import write_json
 
 from ..evaluate import recovered, stability
-from .captions import captions
-from .evaluate import add_arguments, contents, generate, load_pipeline, stored_rows
+from ..worlds import Probe, World
+from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
+from .results import Results, table
 from .samplers import SAMPLERS
-from .scenes import FACTORS
-from .steering import NAMED, Probe, measure, probe, prompted, run, score
+from .steering import mean, measure, run, score, tokens_on
 
-PAIRED = [(factor, value) for factor in ("background", "style", "colour", "shape") for value in FACTORS[factor]]
 FIGURES = ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead", "recovered_online", "recovered_teacher_forced")
 STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
 ELSEWHERE = ("DPM++ 2M", 12)  # another sampler with its number of steps
 
 
-def tokens_on(one: Probe, side: int) -> torch.Tensor:
-    """`(prompts, tokens)` bool: where a probe's factor lives."""
-    return torch.nn.functional.adaptive_avg_pool2d(one.mask[:, None], side).flatten(1) > 0.35
-
-
 @torch.no_grad()
 def pair_trajectories(pipe, site: str, anchors: list[int], probes: list[Probe], a) -> list[torch.Tensor]:
     """For each probe the trajectories of its own prompts and of the edited ones, `(2, prompts, tokens, G, d)`."""
-    texts = [t for one in probes for t in one.prompts], [t for one in probes for t in prompted(one)]
+    texts = [t for one in probes for t in one.prompts], [t for one in probes for t in one.prompted]
     seeds, kept = [s for one in probes for s in one.seeds], ([], [])
     for side, prompts in enumerate(texts):
         for start in range(0, len(seeds), a.batch_size):
@@ -64,27 +56,28 @@ def pair_features(rtsae: RTSAE, pairs: list[torch.Tensor], probes: list[Probe], 
     """Labels: for each target the `count` latents that differ most between its pairs of pictures, and by how much."""
     length = (rtsae.feature_trajectories() / rtsae.dynamics.scale[:, None]).flatten(1).norm(dim=1)
     labels = {}
-    for (factor, value), both, one in zip(PAIRED, pairs, probes, strict=True):
-        where = tokens_on(one, int(both.shape[2] ** 0.5))
+    for one, both in zip(probes, pairs, strict=True):
+        where = tokens_on(one.mask, int(both.shape[2] ** 0.5))
         before, after = (rtsae.encode(side[where]).mean(0) for side in both)
         difference = after - before
         chosen = (difference.abs() * length).topk(count).indices
         weights = (difference[chosen] / rtsae.typical_activation[chosen]).tolist()
         entry = {"site": rtsae.config.site, "latents": chosen.tolist(), "weights": weights, "where": None}
-        labels[f"{factor}={value}"] = {"factor": factor, "value": value, "features": [entry], "edit": {}}
+        label = {"factor": one.factor, "value": one.value, "features": [entry], "edit": {}}
+        labels[f"{one.factor}={one.value}"] = label
     return labels
 
 
 class Trial:
     """Steering the same prompts with a sampler, and what they give without and with the edited prompt."""
 
-    def __init__(self, pipe, scorer: FactorScorer, probes: list[Probe], scheduler, steps: int, a):
-        self.pipe, self.scorer, self.probes, self.scheduler, self.steps, self.a = (
-            pipe, scorer, probes, scheduler, steps, a,
+    def __init__(self, world: World, pipe, scorer: FactorScorer, probes: list[Probe], scheduler, steps: int, a):
+        self.world, self.pipe, self.scorer, self.probes, self.scheduler, self.steps, self.a = (
+            world, pipe, scorer, probes, scheduler, steps, a,
         )  # fmt: skip
         self.plain_images = self._run(None)
-        edited = self._run(None, [prompted(one) for one in probes])
-        self.plain = score(scorer, self.plain_images, probes)
+        edited = self._run(None, [one.prompted for one in probes])
+        self.plain = score(world, scorer, self.plain_images, probes)
         self.reach = self._distance(edited)
 
     def _run(self, strengths, prompts=None) -> torch.Tensor:
@@ -103,21 +96,21 @@ class Trial:
     def figures(self, labels: dict[str, dict], strength: float) -> dict[str, float]:
         """The means over all targets at one strength."""
         images = self._run([{name: strength} for name in labels])
-        steered = score(self.scorer, images, self.probes)
-        cells = [measure(s, p, *target) for s, p, target in zip(steered, self.plain, PAIRED, strict=True)]
-        before = [measure(p, p, *target)["success"] for p, target in zip(self.plain, PAIRED, strict=True)]
-        found = {key: sum(c[key] for c in cells) / len(cells) for key in cells[0]}
-        found["gain"] = found["success"] - sum(before) / len(before)
-        found["distance"] = self._distance(images) / self.reach
-        found["efficiency"] = found["gain"] / found["distance"]
-        return {"strength": strength} | {key: round(value, 4) for key, value in found.items()}
+        steered = score(self.world, self.scorer, images, self.probes)
+        trios = list(zip(steered, self.plain, self.probes, strict=True))
+        cells = [measure(now, was, one.factor, one.value) for now, was, one in trios]
+        before = [measure(was, was, one.factor, one.value)["success"] for _, was, one in trios]
+        gain = sum(cell["success"] for cell in cells) / len(cells) - sum(before) / len(before)
+        distance = self._distance(images) / self.reach
+        found = {"gain": gain, "distance": distance, "efficiency": gain / distance}
+        return {"strength": strength} | mean(cells) | {key: round(value, 4) for key, value in found.items()}
 
 
 def summary(rows: list[dict]) -> str:
     """Mean ± standard deviation over the seeds of each kind, at its most efficient strength; the last two columns with
     another sampler, each seed at its own."""
     names = (*FIGURES, "stability", *STEERING, "success elsewhere", "efficiency elsewhere")
-    text = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    lines = []
     for kind in dict.fromkeys(r["kind"] for r in rows):
         own = [r for r in rows if r["kind"] == kind]
         strengths = dict.fromkeys(s["strength"] for r in own for s in r["steering"])
@@ -130,13 +123,13 @@ def summary(rows: list[dict]) -> str:
         cells += [at(best, key) for key in STEERING]
         cells += [[r["elsewhere"][key] for r in own] for key in ("success", "efficiency")]
         told = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in cells]
-        text.append(f"| {kind} @{best:g} | " + " | ".join(told) + " |")
-    return "\n".join(text) + "\n"
+        lines.append([f"{kind} @{best:g}", *told])
+    return table(["", *names], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    parser = new_parser(__doc__)
+    add_models(parser, "pipeline", "scorer")
     parser.add_argument(
         "--dictionaries", type=Path, default=Path("runs/arms"), help="folder of `<kind>-<seed>` folders"
     )
@@ -144,33 +137,33 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="that choose the features of a target, and to steer")
     parser.add_argument("--features", type=int, default=8)
     parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 2.0, 3.0])
-    a = parser.parse_args()
-    pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
+    a, world = parse(parser)
+    pipe, scorer = load_models(a)
     folders = sorted(path for path in a.dictionaries.iterdir() if path.is_dir())
     if not folders:
         raise ValueError(f"{a.dictionaries} holds no dictionaries: train `recipes/arms.yaml` first.")
-    settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "device", "batch_size")}
-    settings |= {"contents": contents(a.pipeline, a.dictionaries), "elsewhere": str(ELSEWHERE)}
-    rows = stored_rows(a.out, settings)
-    choose = [probe(*target, "contradicted", a.pairs, seed=500) for target in PAIRED]
-    steer = [probe(*target, "contradicted", a.pairs, seed=501) for target in PAIRED]
+    results = Results(a, [a.pipeline, a.dictionaries], elsewhere=str(ELSEWHERE))
+    rows = results.rows
+    targets = [t for t in world.targets if len(world.factors[t[0]]) > 2]  # one of two is soon right by chance
+    choose = [world.probe(*target, "contradicted", a.pairs, seed=500) for target in targets]
+    steer = [world.probe(*target, "contradicted", a.pairs, seed=501) for target in targets]
     sampler, steps = ELSEWHERE
     kind, options = SAMPLERS[sampler]
     scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
-    here = Trial(pipe, scorer, steer, pipe.scheduler, a.steps, a)
-    elsewhere = Trial(pipe, scorer, steer, scheduler, steps, a)
+    here = Trial(world, pipe, scorer, steer, pipe.scheduler, a.steps, a)
+    elsewhere = Trial(world, pipe, scorer, steer, scheduler, steps, a)
     pairs, found = {}, {}  # trajectories by anchors, dictionaries by name
     for folder in tqdm(folders, unit="dictionary"):
         dictionary = load_dictionary(folder, dtype=torch.float32)
         ((site, rtsae),) = dictionary.sites.items()
         found[folder.name] = rtsae
-        if any(r["dictionary"] == folder.name for r in rows):
+        if results.has(dictionary=folder.name):
             continue
         anchors = tuple(rtsae.config.anchors)
         if anchors not in pairs:
             pairs[anchors] = pair_trajectories(pipe, site, list(anchors), choose, a)
         row = {"dictionary": folder.name, "kind": folder.name.rpartition("-")[0]} | dictionary.config["metrics"][site]
-        prompts = captions(choose[0].scenes, 0, NAMED)
+        prompts = world.describe(choose[0].scenes, 0)
         call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         row |= recovered(pipe, rtsae, prompts, generators, **call)
@@ -180,19 +173,16 @@ def main() -> None:
         best = max(row["steering"], key=lambda figures: figures["efficiency"])["strength"]
         row["elsewhere"] = elsewhere.figures(labels, best)
         pipe.unload_rtsae()
-        rows.append(row)
+        results.add(row)
         print(row["dictionary"], row["steering"], flush=True)
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(a.out, {"settings": settings, "rows": rows})
     for kind in dict.fromkeys(r["kind"] for r in rows):
         own = [r for r in rows if r["kind"] == kind]
         if len(own) > 1:
             shared = stability([found[r["dictionary"]] for r in own])
             for r in own:
                 r["stability"] = shared
-    write_json(a.out, {"settings": settings, "rows": rows})
-    a.out.with_suffix(".md").write_text(summary(rows))
-    print(summary(rows))
+    results.write()
+    results.tell(summary(rows))
 
 
 if __name__ == "__main__":

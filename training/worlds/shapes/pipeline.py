@@ -1,6 +1,6 @@
 """Train the bundled text-to-image pipeline from nothing: tokenizer, autoencoder, text encoder and denoiser.
 
-    python -m training.shapes.pipeline training/recipes/shapes-sd.yaml --out examples/shapes-sd
+    python -m training.worlds.shapes.pipeline training/recipes/shapes-sd.yaml --out examples/shapes-sd
 
 Checkpoints go to `--work`; the same command continues a run that was stopped. A GPU is used if there is one.
 """
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..checkpoint import load_checkpoint, save_checkpoint, step_generator
+from ...checkpoint import load_checkpoint, save_checkpoint, step_generator
 from .captions import captions
 from .scenes import FACTORS, Scenes, render, render_layers, render_pictures, sample_scenes
 

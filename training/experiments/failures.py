@@ -1,6 +1,6 @@
 """What it looks like where steering falls short: pictures of the labels that miss the goal in the table.
 
-    python -m training.shapes.failures --out training/results/failures.png
+    python -m training.experiments.failures --out training/results/failures.png
 
 For each, open prompts of the table on which the feature at strength 1 did not give its value, or changed another
 factor: the picture without steering beside the one with it, and what the scorer reads wrongly. The first found are
@@ -9,7 +9,6 @@ shown.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,33 +16,30 @@ import torch
 from matplotlib.figure import Figure
 
 from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.analysis.scorer import FactorScorer
 
-from .evaluate import add_arguments, load_pipeline
-from .scenes import FACTORS
-from .steering import probe, run, score
+from ..worlds.pictures import add_models, load_models, new_parser, parse
+from .steering import run, score
 
 SUCCESS, LEAKAGE = 0.9, 0.1  # the goal
 
 
 def wrong(plain: dict, steered: dict, factor: str, value: str) -> str:
-    """What is wrong with a steered picture, by its `factors` reading; empty if nothing is."""
+    """What is wrong with a steered picture, as `World.seen` reads it; empty if nothing is."""
     found = [] if steered["valid"] else ["no valid scene"]
     found += [] if steered[factor] == value else [f"{factor} {steered[factor]}"]
-    found += [f"{f} {plain[f]} → {steered[f]}" for f in FACTORS if f != factor and steered[f] != plain[f]]
+    found += [f"{f} {plain[f]} → {steered[f]}" for f in plain if f not in (factor, "valid") and steered[f] != plain[f]]
     return "\n".join(found)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--dictionary", type=Path, default=Path("examples/shapes-rtsae"))
+    parser = new_parser(__doc__)
+    add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--table", type=Path, default=Path("training/results/steering.json"))
     parser.add_argument("--out", type=Path, default=Path("runs/failures.png"))
     parser.add_argument("--prompts", type=int, default=32, help="for each label; as many as of each seed of the table")
     parser.add_argument("--columns", type=int, default=5)
-    a = parser.parse_args()
-    pipe, scorer = load_pipeline(a.pipeline, a.device, a.dtype), FactorScorer.from_pretrained(a.scorer).to(a.device)
+    a, world = parse(parser)
+    pipe, scorer = load_models(a)
     pipe.load_rtsae(load_dictionary(a.dictionary))
     missed = [
         row
@@ -51,11 +47,11 @@ def main() -> None:
         if (row["kind"], row["method"], row["strength"]) == ("open", "feature", 1.0)
         and (row["success"] < SUCCESS or row["leakage"] > LEAKAGE)
     ]
-    probes = [probe(row["factor"], row["label"], "open", a.prompts, seed=100) for row in missed]
+    probes = [world.probe(row["factor"], row["label"], "open", a.prompts, seed=100) for row in missed]
     plain = run(pipe, probes, None, a.steps, a.guidance, a.batch_size)
     strengths = [{row["label"]: 1.0} for row in missed]
     steered = run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, masks=False)
-    readings = zip(score(scorer, plain, probes), score(scorer, steered, probes), strict=True)
+    readings = zip(score(world, scorer, plain, probes), score(world, scorer, steered, probes), strict=True)
 
     figure = Figure(figsize=(2.4 * a.columns, 1.5 * len(missed)), layout="constrained")
     axes = figure.subplots(len(missed), a.columns, squeeze=False)

@@ -1,0 +1,95 @@
+"""Measuring steering, and every experiment from its command to its rows, at a size that means nothing."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_rtsae import load_dictionary
+from training.experiments.steering import difference_of_means, measure, tokens_on
+from training.worlds import load_world
+
+ROOT = Path(__file__).parents[3]
+SITE = "up_blocks.1.attentions.1"
+
+
+def test_measure_counts_success_and_leakage():
+    plain = {
+        "shape": "star",
+        "colour": "blue",
+        "size": "small",
+        "place": "left",
+        "background": "white",
+        "style": "flat",
+    }
+    plain["valid"] = True
+    red, leaking = plain | {"colour": "red"}, plain | {"colour": "red", "style": "dotted"}
+    invalid = dict.fromkeys(plain) | {"valid": False}
+    cell = measure([red, leaking, invalid, plain], [plain] * 4, "colour", "red")
+    assert cell == {"success": 0.5, "leakage": 0.5, "leakage_mean": (0.2 + 1.0) / 4, "valid": 0.75}
+
+
+def test_tokens_lie_on_what_a_mask_covers():
+    mask = torch.zeros(2, 8, 8)
+    mask[0, :4, :4] = 1
+    mask[1, :, 0] = 1
+    assert tokens_on(mask, 2).tolist() == [[True, False, False, False], [False] * 4]
+
+
+def test_differences_of_means_add_up_to_nothing(pipe):
+    world = load_world("shapes")
+    found = difference_of_means(world, pipe, [SITE], 16, steps=2, guidance=3.0, batch_size=16).sites[SITE]
+    directions = found.feature_trajectories().detach()
+    assert directions.shape == (len(world.targets), 2, 160)
+    for factor in world.steered:
+        own = directions[[f == factor for f, _ in world.targets]]
+        assert own.abs().max() > 0.1 and own.sum(0).abs().max() < 1e-3 * own.abs().max() * len(own)
+
+
+TINY = ["--steps", "2", "--batch-size", "32"]
+COMMANDS = {
+    "capacity": ["--sites", SITE, "--strengths", "1", "--apply-to", "cond", "--kinds", "open", "--images", "3"],
+    "hard": ["--prompts", "1", "--strengths", "1", "--methods", "swap", "transfer"],
+    "samplers": ["--prompts", "1", "--step-counts", "3"],
+    "table": ["--prompts", "1", "--seeds", "0", "--kinds", "open", "--methods", "prompt", "means", "feature"],
+    "unlearn": ["--prompts", "1", "--features", "2", "--scales", "0"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_experiment_runs_and_continues(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    out, command = tmp_path / f"{name}.json", [name, *TINY, *COMMANDS[name]]
+    if name in ("capacity", "table"):
+        command += ["--samples", "32"]
+    if name != "capacity":
+        few = load_dictionary("examples/shapes-rtsae")
+        few.labels = {label: few.labels[label] for label in ("red", "blue", "dotted")}
+        few.save(tmp_path / "few")
+        command += ["--dictionary", str(tmp_path / "few")]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(out)])
+    experiment = import_module(f"training.experiments.{name}")
+    experiment.main()
+    found = json.loads(out.read_text())
+    assert found["rows"] and found["settings"]["pipeline"] == "examples/shapes-sd"
+    told = out.with_suffix(".md").read_text() if name != "capacity" else ""
+    assert told in capsys.readouterr().out
+
+    if name in ("samplers", "table"):  # the others generate what they compare with before they look
+
+        def never(*args, **options):
+            raise AssertionError("measured again")
+
+        monkeypatch.setattr(experiment, "run", never)
+        experiment.main()
+        assert json.loads(out.read_text()) == found
+
+
+def test_an_unknown_world_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["table", "--world", "nowhere"])
+    with pytest.raises(SystemExit):
+        import_module("training.experiments.table").main()
+    assert "invalid choice: 'nowhere'" in capsys.readouterr().err

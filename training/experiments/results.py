@@ -1,0 +1,88 @@
+"""What a measurement found: rows in a JSON file that an interrupted run continues, and a table of them in Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from diffusers_rtsae.hub import write_json
+
+
+def contents(*folders: Path) -> str:
+    """A short hash of the weights and labels in some folders: their paths do not say what lies there."""
+    digest = hashlib.blake2b(digest_size=8)
+    for folder in folders:
+        for path in sorted(
+            p for p in Path(folder).rglob("*") if p.suffix == ".safetensors" or p.name == "labels.json"
+        ):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class Results:
+    """
+    The rows of a measurement. They are written as they are added; a run with the same settings continues them.
+
+    Args:
+        a (`argparse.Namespace`): what the measurement was told; all of it are settings but `world`, whose models are
+            settings, `out`, `device` and `batch_size`.
+        folders (`list[Path]`): of the models that were measured.
+        said_by_rows (`tuple[str, ...]`): arguments that are no settings, as each row says its own.
+        settings: that are no arguments.
+
+    Raises:
+        `ValueError`: what lies at `a.out` was measured with other settings.
+    """
+
+    def __init__(
+        self, a: argparse.Namespace, folders: list[Path], said_by_rows: tuple[str, ...] = (), **settings: str
+    ):
+        apart = ("world", "out", "device", "batch_size", *said_by_rows)
+        self.path: Path = a.out
+        self.settings = {name: str(value) for name, value in vars(a).items() if name not in apart}
+        self.settings |= {"contents": contents(*folders)} | settings
+        self.rows: list[dict] = []
+        if self.path.exists():
+            stored = json.loads(self.path.read_text())
+            if stored["settings"] != self.settings:
+                raise ValueError(
+                    f"{self.path} was measured with other settings: {stored['settings']}. Choose another --out."
+                )
+            self.rows = stored["rows"]
+
+    def has(self, **entries) -> bool:
+        """Whether there is a row with these entries."""
+        return any(entries.items() <= row.items() for row in self.rows)
+
+    def add(self, *rows: dict) -> None:
+        self.rows += rows
+        self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"settings": self.settings, "rows": self.rows})
+
+    def tell(self, markdown: str) -> None:
+        """Print a summary of the rows, and keep it beside them."""
+        self.path.with_suffix(".md").write_text(markdown)
+        print(markdown)
+
+
+def table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    heads = list(heads)
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "".join("|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|\n" for row in rows)
+
+
+def best(rows: Iterable[dict]) -> dict:
+    """The row of the largest success minus leakage."""
+    return max(rows, key=lambda row: row["success"] - row["leakage"])
+
+
+def figures(row: dict) -> str:
+    """Success / leakage / valid."""
+    return f"{row['success']:.2f} / {row['leakage']:.2f} / {row['valid']:.2f}"

@@ -1,0 +1,131 @@
+"""Measuring steering: pictures of many probes, difference-of-means directions, success and leakage."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from diffusers_rtsae import RTSAE, Dictionary
+from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae.analysis.scorer import FactorScorer
+
+from ..worlds import Probe, World
+from ..worlds.pictures import generate
+
+
+def measure(steered: list[dict], plain: list[dict], factor: str, value: str) -> dict[str, float]:
+    """
+    Success (valid and shows the value), leakage (share of pictures in which any other factor changed; `leakage_mean`:
+    share of other factors that changed) and validity, of pictures as `World.seen` reads them.
+    """
+    others, n = [f for f in plain[0] if f not in (factor, "valid")], len(steered)
+    changed = [[s[f] != p[f] for f in others] for s, p in zip(steered, plain, strict=True)]
+    return {
+        "success": sum(bool(s["valid"]) and s[factor] == value for s in steered) / n,
+        "leakage": sum(map(any, changed)) / n,
+        "leakage_mean": sum(map(sum, changed)) / (n * len(others)),
+        "valid": sum(bool(s["valid"]) for s in steered) / n,
+    }
+
+
+def mean(cells: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of what `measure` found for several probes, rounded."""
+    return {name: round(sum(cell[name] for cell in cells) / len(cells), 4) for name in cells[0]}
+
+
+def tokens_on(masks: torch.Tensor, side: int) -> torch.Tensor:
+    """`(pictures, side * side)` bool: the tokens of which a mask `(pictures, size, size)` covers a third."""
+    return torch.nn.functional.adaptive_avg_pool2d(masks[:, None], side).flatten(1) > 0.35
+
+
+def run(
+    pipe: DiffusionPipeline,
+    probes: list[Probe],
+    strengths: list[dict] | None,
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    prompts: list[list[str]] | None = None,
+    masks: bool = True,
+    neutral: float = 0.0,
+    **options,
+) -> torch.Tensor:
+    """
+    Generate the pictures of many probes in large batches.
+
+    Args:
+        strengths (`list[dict]`, *optional*): for each probe `{feature: strength}`; `None` generates plainly.
+        prompts (*optional*): to use instead of the probes' own.
+        masks (`bool`): steer only on the probes' masks.
+        neutral (`float`): the strength of a probe's pictures for the features of other probes.
+    """
+    rows = [(p, i) for p, one in enumerate(probes) for i in range(len(one.prompts))]
+    texts = [(prompts[p] if prompts else probes[p].prompts)[i] for p, i in rows]
+    seeds, where = [probes[p].seeds[i] for p, i in rows], torch.cat([one.mask for one in probes])
+    images = []
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        if strengths is None:
+            images.append(generate(pipe, texts[part], seeds[part], steps, guidance))
+            continue
+        names = dict.fromkeys(name for p in {p for p, _ in rows[part]} for name in strengths[p])
+        features = {name: [strengths[p].get(name, neutral) for p, _ in rows[part]] for name in names}
+        with pipe.rtsae_steering(features, mask=where[part] if masks else None, **options):
+            images.append(generate(pipe, texts[part], seeds[part], steps, guidance))
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def difference_of_means(
+    world: World,
+    pipe: DiffusionPipeline,
+    sites: list[str],
+    count: int,
+    steps: int,
+    guidance: float,
+    batch_size: int,
+) -> Dictionary:
+    """
+    For each site and target of the world, the mean activation of fully named prompts with its value minus that of all
+    values, at each step: over all tokens for global factors, over the object's tokens for its own. As a dictionary,
+    one feature a target.
+    """
+    sums: dict[tuple[str, str], torch.Tensor] = {}
+    counts: dict[tuple[str, str], torch.Tensor] = {}
+    for start in tqdm(range(0, count, batch_size), desc="difference of means", unit="batch"):
+        scenes = world.sample(batch_size, seed=60_000_000 + start, held_out=False)
+        with Recorder(pipe, sites) as recorder:
+            generate(pipe, world.describe(scenes, start), range(start, start + batch_size), steps, guidance)
+        for site in sites:
+            h = recorder.trajectories(site)
+            on_object = tokens_on(world.masks(scenes, world.image_size), int(h.shape[1] ** 0.5))  # squares
+            for factor in world.steered:
+                weight = on_object if factor in world.local else torch.ones_like(on_object)
+                total = torch.einsum("bngd,bn->bgd", h, weight.float())
+                values = world.factors[factor]
+                codes = torch.tensor([values.index(scene[factor]) for scene in scenes])
+                sums.setdefault((site, factor), torch.zeros(len(values), *total.shape[1:])).index_add_(0, codes, total)
+                tokens = weight.sum(1).float()
+                counts.setdefault((site, factor), torch.zeros(len(values))).index_add_(0, codes, tokens)
+    pipe.scheduler.set_timesteps(steps)
+    anchors = [int(t) for t in pipe.scheduler.timesteps]
+    dictionaries = {}
+    for site in sites:
+        means = {f: sums[site, f] / counts[site, f].clamp(min=1)[:, None, None] for f in world.steered}
+        directions = [(means[f] - means[f].mean(0))[world.factors[f].index(value)] for f, value in world.targets]
+        dictionaries[site] = as_dictionary(site, anchors, torch.stack(directions))
+    return Dictionary(dictionaries)
+
+
+def as_dictionary(site: str, anchors: list[int], directions: torch.Tensor) -> RTSAE:
+    """Directions `(features, steps, d)` as a dictionary without dynamics, whose strength 1 adds exactly them."""
+    rtsae = RTSAE(site, directions.shape[2], anchors, num_latents=len(directions), k=1)
+    rtsae.decoder.data.copy_(directions)
+    return rtsae
+
+
+def score(world: World, scorer: FactorScorer, images: torch.Tensor, probes: list[Probe]) -> list[list[dict]]:
+    """What the scorer sees in the pictures that `run` made, for each probe."""
+    seen = iter([world.seen(reading) for reading in scorer.read(images)])
+    return [[next(seen) for _ in one.prompts] for one in probes]

@@ -1,0 +1,111 @@
+"""Removing a concept by its features alone, in UnlearnCanvas' protocol on two factors of a world.
+
+    python -m training.experiments.unlearn --out training/results/unlearn.json
+
+For each value of the two (of shapes: the styles and the shapes) the latents that are most present when prompts name
+it, against prompts that name another value, are multiplied by a scale (0: set to zero) wherever they are active; so
+SAeUron (2501.18052) does, with negative scales. *Unlearned*: the share of pictures that do not show the concept any
+more, though the prompt names it. *In-domain*: prompts that name another value of the same factor still show that.
+*Cross-domain*: the other of the two factors is still right. *Valid*: of the pictures whose concept was removed. Beside
+it the model without any edit. Rows are added to the JSON as they are measured; the same command continues where it was
+stopped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from diffusers_rtsae import Dictionary, load_dictionary
+from diffusers_rtsae.analysis.find import find_features
+
+from ..worlds import Probe
+from ..worlds.pictures import add_models, load_models, new_parser, parse
+from .results import Results, table
+from .steering import run, score
+
+FIGURES = ("unlearned", "in_domain", "cross_domain", "valid")
+
+
+def right(readings: list[dict], one: Probe, factor: str) -> float:
+    """Share of pictures that show the value of `factor` that a probe's scenes have."""
+    hits = [seen[factor] == scene[factor] for seen, scene in zip(readings, one.scenes, strict=True)]
+    return sum(hits) / len(hits)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Means over the concepts of each factor, by number of latents and scale."""
+    lines = []
+    for factor, count, minus in sorted(dict.fromkeys((r["factor"], r["latents"], -r["scale"]) for r in rows)):
+        own = [r for r in rows if (r["factor"], r["latents"], -r["scale"]) == (factor, count, minus)]
+        means = [sum(r[name] for r in own) / len(own) for name in FIGURES]
+        edit = [f"{count}", f"{-minus:g}"] if count else ["no edit", ""]
+        lines.append([factor, *edit] + [f"{m:.2f}" for m in means])
+    return table(["factor", "latents", "scale", *FIGURES], lines)
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    add_models(parser, "pipeline", "scorer", "dictionary")
+    parser.add_argument("--out", type=Path, default=Path("runs/unlearn.json"))
+    parser.add_argument("--prompts", type=int, default=12, help="that name the concept, and that name another value")
+    parser.add_argument("--features", nargs="*", type=int, default=[8, 32], help="latents of a concept")
+    parser.add_argument("--scales", nargs="*", type=float, default=[0.0, -1.0, -2.0])
+    a, world = parse(parser)
+    pipe, scorer = load_models(a)
+    dictionary: Dictionary = load_dictionary(a.dictionary)
+    results = Results(a, [a.pipeline, a.dictionary], said_by_rows=("scales",))
+    concepts = [(factor, value) for domain in world.domains for factor, value in world.targets if factor == domain]
+    others = [world.probe(*concept, "contradicted", a.prompts, seed=600) for concept in concepts]
+    named = [one.prompted for one in others]
+
+    pipe.load_rtsae(dictionary)
+    (site,) = dictionary.sites
+    call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+    found = {}
+    for concept in tqdm(concepts, desc="features", unit="concept"):
+        choose = world.probe(*concept, "contradicted", a.prompts, seed=601)
+        ranked = find_features(pipe, choose.prompted, choose.prompts, max(a.features), seeds=1, **call)
+        found[concept] = [feature.index for feature in ranked]
+    pipe.unload_rtsae()
+
+    for count, scale in [(0, 1.0), *((n, s) for n in a.features for s in a.scales)]:
+        if results.has(latents=count, scale=scale):
+            continue
+        strengths = None
+        if count:
+            entries = {value: found[factor, value][:count] for factor, value in concepts}
+            labels = {
+                value: {"features": [{"site": site, "latents": e, "weights": [1.0] * len(e), "where": None}]}
+                for value, e in entries.items()
+            }
+            pipe.load_rtsae(Dictionary(dictionary.sites, labels, dictionary.config))
+            strengths = [{value: scale} for _, value in concepts]
+        sides = []
+        for prompts in (named, None):
+            options = {"masks": False, "operation": "scale", "clip": False, "neutral": 1.0} if strengths else {}
+            images = run(pipe, others, strengths, a.steps, a.guidance, a.batch_size, prompts, **options)
+            sides.append(score(world, scorer, images, others))
+        pipe.unload_rtsae()
+        rows = []
+        for (factor, value), removed, kept, one in zip(concepts, *sides, others, strict=True):
+            (other,), n = {*world.domains} - {factor}, len(removed)
+            row = {
+                "factor": factor,
+                "concept": value,
+                "latents": count,
+                "scale": scale,
+                "n": n,
+                "unlearned": sum(r[factor] != value for r in removed) / n,
+                "in_domain": right(kept, one, factor),
+                "cross_domain": (right(kept, one, other) + right(removed, one, other)) / 2,
+                "valid": sum(bool(r["valid"]) for r in removed) / n,
+            }
+            rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+        results.add(*rows)
+    results.tell(markdown(results.rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Worlds: small text-to-image pipelines whose pictures have known factors that can be read back.
+
+A world is a folder here with a `world.py` that defines `WORLD`. The experiments know a world by what `World` says and
+by nothing else, so that a second world is a folder and not a second set of scripts.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Scene = dict[str, str]  # a picture of one object: the value of each factor
+KINDS = ("open", "contradicted")  # what a prompt says of the factor that is steered: nothing, or another value
+
+
+@dataclass
+class Probe:
+    """Prompts on which one value of one factor is to be steered to. They name all other factors."""
+
+    factor: str
+    value: str
+    scenes: list[Scene]  # what the prompts describe
+    prompts: list[str]
+    prompted: list[str]  # edited to name the target: the upper bound of steering
+    seeds: list[int]
+    mask: torch.Tensor  # where to steer, (prompts, size, size): everywhere for global factors, else on the object
+
+
+class World(ABC):
+    """What a world offers: factors, prompts, and models by their paths."""
+
+    name: str
+    factors: dict[str, tuple[str, ...]]  # the values of each
+    local: tuple[str, ...]  # factors of an object; the others are of the whole picture
+    targets: tuple[tuple[str, str], ...]  # (factor, value) that can be steered to; all values of a factor, or some
+    domains: tuple[str, str]  # of which values are unlearned, each factor beside the other
+    image_size: int  # height and width of a picture in pixels
+
+    pipeline: Path
+    scorer: Path  # reads factors back from pictures, in every choice
+    judge: Path  # a scorer of another architecture and training, for final tables alone
+    dictionary: Path
+    steps: int  # of denoising, as users of the pipeline would
+    guidance: float
+
+    @abstractmethod
+    def prompts(self, count: int, seed: int, held_out: bool = False) -> list[str]:
+        """Captions as in training, with factors left out at random, of combinations that are (not) trained on."""
+
+    @abstractmethod
+    def sample(self, count: int, seed: int, held_out: bool) -> list[Scene]:
+        """Scenes of one object each, of combinations that are (not) trained on."""
+
+    @abstractmethod
+    def describe(self, scenes: list[Scene], seed: int, leave_open: str | None = None) -> list[str]:
+        """Prompts that name all factors of each scene but the one that is left open."""
+
+    @abstractmethod
+    def masks(self, scenes: list[Scene], size: int) -> torch.Tensor:
+        """`(scenes, size, size)` float, 1 where the object of each scene is."""
+
+    @abstractmethod
+    def objects(self, reading: dict[str, str | None]) -> list[Scene]:
+        """The objects in a scorer's reading of a picture, each with its `local` factors."""
+
+    @property
+    def steered(self) -> list[str]:
+        """The factors of which values can be steered to."""
+        return list(dict.fromkeys(factor for factor, _ in self.targets))
+
+    def seen(self, reading: dict[str, str | None]) -> dict[str, str | bool | None]:
+        """All factors in a scorer's reading of a picture; those of an object are `None` if there is not exactly one.
+        `valid`, as bool: one object, in a picture of this world."""
+        objects = self.objects(reading)
+        one = objects[0] if len(objects) == 1 else {}
+        seen = {name: one.get(name) if name in self.local else reading[name] for name in self.factors}
+        return seen | {"valid": reading["valid"] == "yes" and len(objects) == 1}
+
+    def probe(self, factor: str, value: str, kind: str, count: int, seed: int) -> Probe:
+        """
+        `count` prompts of held-out scenes with another value than `value`, of one of the `KINDS`.
+
+        Raises:
+            `ValueError`: if too few of the scenes that are sampled have another value.
+        """
+        index = self.targets.index((factor, value))
+        scenes = self.sample(count * 4, seed=9000 + 97 * index + seed, held_out=True)
+        scenes = [scene for scene in scenes if scene[factor] != value][:count]
+        if len(scenes) < count:
+            raise ValueError(
+                f"Expected {count} of {4 * count} scenes with another {factor} than {value}; ask for more."
+            )
+        return Probe(
+            factor,
+            value,
+            scenes,
+            prompts=self.describe(scenes, index + seed, leave_open=factor if kind == "open" else None),
+            prompted=self.describe([scene | {factor: value} for scene in scenes], len(scenes)),
+            seeds=[100_000 * (1 + seed) + 1000 * index + i for i in range(len(scenes))],
+            mask=self.masks(scenes, self.image_size)
+            if factor in self.local
+            else torch.ones(len(scenes), self.image_size, self.image_size),
+        )
+
+
+def worlds() -> list[str]:
+    """Names of the worlds that exist."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/world.py"))
+
+
+def load_world(name: str) -> World:
+    """The world `name`; raises `ValueError` with those that exist if there is none."""
+    if name not in worlds():
+        raise ValueError(f"There is no world {name!r}; there are {worlds()}.")
+    return importlib.import_module(f".{name}.world", __name__).WORLD
