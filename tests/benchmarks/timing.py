@@ -24,7 +24,7 @@ def seconds(work: Callable[[], object]) -> float:
     return clock() - started
 
 
-def take_turns(contenders: dict[str, Callable[[], float]], budget: float, least: int = 3) -> dict[str, list[float]]:
+def take_turns(contenders: dict[str, Callable[[], float]], budget: float, least: int = 2) -> dict[str, list[float]]:
     """
     What each contender returned in each round, after one round that warms up.
 
@@ -46,7 +46,7 @@ def take_turns(contenders: dict[str, Callable[[], float]], budget: float, least:
 def row(what: str, values: list[float], baseline: str, references: list[float]) -> dict:
     """One line of the results: the median of the rounds' ratios to the baseline's, and their quartiles."""
     ratios = [value / reference for value, reference in zip(values, references, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
         "what": what, "ratio": statistics.median(ratios), "quartiles": [low, high], "rounds": len(ratios),
         "seconds": statistics.median(values), "baseline": baseline, "baseline_seconds": statistics.median(references),
