@@ -1,12 +1,8 @@
-"""What a dictionary of Stable Diffusion 1.5's size costs to open and to steer with: seconds and bytes.
-
-python tests/benchmarks/memory.py
-"""
+"""What a dictionary of Stable Diffusion 1.5's size costs to open, and to steer with, in bytes."""
 
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -14,11 +10,9 @@ import torch
 from diffusers_rtsae import RTSAE, Dictionary, Edit, load_dictionary
 from diffusers_rtsae.steering import PlanState, SitePlan
 
+from .timing import DEVICE, seconds
+
 SITE, LATENTS, ANCHORS, WIDTH = "up_blocks.1.attentions.1", 20_480, [961, 721, 481, 241, 1], 1280
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def tensor_bytes(thing, seen: set[int]) -> int:
@@ -36,32 +30,31 @@ def tensor_bytes(thing, seen: set[int]) -> int:
     return sum(tensor_bytes(part, seen) for part in parts)
 
 
-def main() -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def held(rtsae: RTSAE, edits: list[Edit]) -> int:
+    """Bytes that a plan and its run keep after 50 steps of one picture of 16x16 tokens."""
+    plan, state = SitePlan(rtsae, edits, torch.linspace(0.999, 0.005, 1000)), PlanState()
+    for step in range(50):
+        tokens = torch.randn(1, 256, WIDTH, device=DEVICE, dtype=torch.float16)
+        plan.conditional(state, tokens, 981 - 20 * step, None)
+        state.conditional.continue_with(tokens)
+    return tensor_bytes([plan.encoder, plan.folds, state], set())
+
+
+def measure(budget: float) -> list[dict]:
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         rtsae = RTSAE(SITE, WIDTH, ANCHORS, LATENTS, k=32)
         for matrix in (rtsae.encoder, rtsae.decoder):
             matrix.data = matrix.data.half()
         Dictionary({SITE: rtsae}).save(folder)
-        del rtsae
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
-        before, started = resident_bytes(), time.perf_counter()
-        dictionary = load_dictionary(folder)
-        seconds = time.perf_counter() - started
-        print(
-            f"dictionary of {size / 1e6:.0f} MB opened in {seconds:.3f} s, {(resident_bytes() - before) / 1e6:.0f} MB"
-        )
-        alphas = torch.linspace(0.999, 0.005, 1000)
-        for options in ({}, {"clip": False}):
-            edits = [Edit(latents=(100 * i,), weights=(1.0,), strength=1.0, **options) for i in range(5)]
-            plan, state = SitePlan(dictionary.sites[SITE], edits, alphas), PlanState()
-            for step in range(50):  # a batch of one picture, 16x16 tokens
-                tokens = torch.randn(1, 256, WIDTH, device=device, dtype=torch.float16)
-                plan.conditional(state, tokens, 981 - 20 * step, None)
-                state.conditional.continue_with(tokens)
-            held = tensor_bytes([plan.encoder, plan.folds, state], set())
-            print(f"steering 5 features for 50 steps keeps {held / 1e6:.2f} MB on {device} {options or ''}")
-
-
-if __name__ == "__main__":
-    main()
+        found.append({"what": "a dictionary of 20,480 latents on disk", "megabytes": size / 1e6})
+        opened = []
+        took = seconds(lambda: opened.append(load_dictionary(folder).sites[SITE]))
+        found.append({"what": "opening it", "seconds": took})
+        for count in (5, 50):
+            edits = [Edit(latents=(100 * i,), weights=(1.0,), strength=1.0) for i in range(count)]
+            found.append(
+                {"what": f"steering {count} of its features keeps", "megabytes": held(opened[0], edits) / 1e6}
+            )
+    return found

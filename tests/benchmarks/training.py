@@ -1,8 +1,10 @@
 """A training step of a sparse autoencoder, ours against the public packages': time, memory, and what is learned.
 
     pip install --no-deps --target peers sae-lens dictionary-learning eai-sparsify     # and what they say is missing
-    python tests/benchmarks/training.py --peers peers                          # one synthetic batch, ratios to ours
-    python tests/benchmarks/training.py --peers peers --steps 300 --data runs/shapes/trajectories    # also the FVU
+    python -m tests.benchmarks.training --peers peers                          # one synthetic batch, ratios to ours
+    python -m tests.benchmarks.training --peers peers --steps 300 --data runs/shapes/trajectories    # also the FVU
+
+`tests.benchmarks.all` measures ours alone, against the encoder's product.
 
 Each contender has a process of its own; they take turns, one step at a time. A step is the whole of it: sparsity,
 auxiliary loss, decoder norm, gradient clipping, Adam, bookkeeping. Parts of the packages that only language models
@@ -17,10 +19,18 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import torch
+
+from diffusers_rtsae.models import LinearDynamics
+from training.dictionary import DictionaryTrainer, new_dictionary
+from training.recipe import Recipe
+from training.train import keep_freed_memory
+
+from .timing import DEVICE, rows, seconds, take_turns
 
 UNUSED = (
     "nnsight",
@@ -56,10 +66,6 @@ class Ours:
     """A step of `DictionaryTrainer`."""
 
     def __init__(self, first: torch.Tensor, latents: int, k: int, steps: int, rate: float, precision: str = "no"):
-        from diffusers_rtsae.models import LinearDynamics
-        from training.dictionary import DictionaryTrainer, new_dictionary
-        from training.recipe import Recipe
-
         collect = {
             "prompts": "x", "count": 1, "steps": 2, "guidance_scale": 1, "batch_size": 1, "tokens_per_image": 1,
         }  # fmt: skip
@@ -70,7 +76,7 @@ class Ours:
         recipe = Recipe(pipeline="x", base_model="x", sites=["x"], anchors=2, collect=collect, train=train)
         dynamics = LinearDynamics(2, first.shape[1] // 2)
         self.trainer = DictionaryTrainer(
-            new_dictionary("x", [2, 1], recipe, dynamics), recipe.train, first.unflatten(1, (2, -1)), "cpu"
+            new_dictionary("x", [2, 1], recipe, dynamics), recipe.train, first.unflatten(1, (2, -1)), first.device
         )
         self.done = 0
 
@@ -179,10 +185,10 @@ def contend(
     name: str, peers: str, arguments: tuple, data: torch.Tensor, unseen: torch.Tensor, batch: int, pipe
 ) -> None:
     """One contender's process: makes a step whenever it is told to, and says how long it took."""
-    sys.path[:0] = [str(Path(__file__).parents[2])]
     sys.path.append(peers)
     sys.meta_path.append(Unused())
-    torch.set_num_threads(torch.get_num_threads())
+    if name.startswith("ours"):
+        keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     contender = CONTENDERS[name](data[:batch].clone(), *arguments)
@@ -204,6 +210,21 @@ def load(folder: Path) -> torch.Tensor:
     site = next(key for key in tensors[0] if "/" not in key)
     data = torch.cat([t[site] for t in tensors]).float()
     return ((data - data.mean(0)) / (data - data.mean(0)).square().mean((0, 2), keepdim=True).sqrt()).flatten(1)
+
+
+def measure(budget: float) -> list[dict]:
+    """Our step on batches of 1,024 x 1,280 with 20,480 latents and k = 32, beside the encoder's product."""
+    keep_freed_memory()
+    count, width, latents = 1024, 1280, 20_480
+    data, weight, found = torch.randn(2 * count, width, device=DEVICE), torch.randn(latents, width, device=DEVICE), []
+    for precision, dtype, trainer in (("float32", torch.float32, Ours), ("bfloat16", torch.bfloat16, OursBfloat16)):
+        ours = trainer(data[:count].clone(), latents, 32, 10_000, 3e-4)
+        works = {
+            f"the encoder's product, {precision}": partial(torch.matmul, data[:count].to(dtype), weight.to(dtype).T),
+            f"a training step, {precision}": lambda ours=ours: ours.step(data[torch.randperm(len(data))[:count]]),
+        }
+        found += rows(take_turns({name: partial(seconds, work) for name, work in works.items()}, budget / 2))
+    return found
 
 
 def main() -> None:
