@@ -158,7 +158,7 @@ class Dictionary:
 
     def seen(self, name: str | int | tuple[str, int]) -> list[dict]:
         """The entries of the latents that are active where a feature is."""
-        return self.features(name, "set")[0]
+        return self.features(name, operation="set")[0]
 
     def add_label(self, name: str, label: dict, directions: dict[str, torch.Tensor]) -> None:
         """Add or replace a label, with the directions of its own at some sites; raises `ValueError` if it cannot be

@@ -13,7 +13,7 @@ prompt = "a large star on the left of a large heart, flat, on white"
 
 
 def draw():
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(0)
     return pipe(prompt, generator=generator, num_inference_steps=a.steps, guidance_scale=3.0).images[0]
 
 

@@ -47,8 +47,8 @@ def dictionary():
 
 @pytest.fixture(scope="session")
 def latent(dictionary):
-    """`latent("red")`: the first latent of a label of the bundled dictionary."""
-    return lambda label: dictionary.labels[label]["features"][0]["latents"][0]
+    """`latent("red")`: the latent that is most active where a label of the bundled dictionary is."""
+    return lambda label: dictionary.seen(label)[0]["latents"][0]
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ _CHOICE, _STEPS, _LAST = 10, 30, 120
 _REMOVED = 256  # candidates, the most active ones, for being taken away by their own activation
 _PICTURES, _CAPTURE = 24, 200  # pairs that are drawn to fit, and what that counts for on the bar
 _AWAY = 8  # latents at most that take the concept away at negative strengths
-_KEPT = 0.98  # share of the effect that a gate must keep
 _REACHED = 0.9  # share of it that a strength beyond 1 must keep
 
 
@@ -174,13 +173,13 @@ class _Fitter:
             for group in (states, judges):
                 group.read(site, sorted({*survey.candidates, *(survey.gate or ())}))
 
-    def model(self, gated: bool, direction: bool) -> Intervention:
-        """Nothing yet: on the tokens that a site's survey found or on all, with a direction or with latents alone."""
+    def model(self, direction: bool) -> Intervention:
+        """Nothing yet, with a direction at each site or with latents alone."""
         parts = {}
         for site, survey in self.surveys.items():
             shape = self.states.dictionary.sites[site].decoder_bias.shape
             path = torch.zeros(shape) if direction else None
-            parts[site] = Part(gate=survey.gate if gated else None, direction=path)
+            parts[site] = Part(gate=survey.gate, direction=path)
         return Intervention(parts, self.states)
 
     def optimise(self, model: Intervention, steps: int) -> None:
@@ -218,11 +217,6 @@ class _Fitter:
                 added = zip(top.values.tolist(), top.indices.tolist(), strict=True)
                 found += [(s, site, True, i) for s, i in added if s > 0]
         return [choice for _, *choice in sorted(found, reverse=True)]
-
-    def effect(self, model: Intervention) -> float:
-        """Mean effect on held-out pairs, less the harm to what was to stay."""
-        effects, told = self.judges.effects(model), self.judges.told
-        return float(effects[told].mean() + (effects[~told].mean() if not told.all() else 0))
 
 
 def _used(latents: list[int], weights: torch.Tensor) -> tuple[list[int], torch.Tensor]:
@@ -303,23 +297,19 @@ def fit_feature(
         fitter = _Fitter(states, judges, generator, bar)
 
         bar.set_description("direction")
-        free = [fitter.model(gated, direction=True) for gated in (False, True)]
-        if all(survey.gate is None for survey in fitter.surveys.values()):
-            free = free[:1]
-        for model in free:
-            fitter.optimise(model, _LAST // 2)
-        reached = [fitter.effect(model) for model in free]
-        gated = len(free) == 2 and reached[1] >= _KEPT * reached[0]
+        free = fitter.model(direction=True)
+        fitter.optimise(free, _LAST)
+        reached = float(judges.effects(free)[judges.told].mean())
 
         bar.set_description("latents")
-        model = free[gated] if direction else fitter.model(gated, direction=False)
+        model = free if direction else fitter.model(direction=False)
         fitter.pursue(model, latents, adding=not direction)
         limit = _reach(fitter, model)
         effects = judges.effects(model)
 
         bar.set_description("away")
         backwards = _Fitter(states.reversed(_leaves_open), judges.reversed(_leaves_open), generator, bar)
-        away = backwards.model(gated, direction=False)
+        away = backwards.model(direction=False)
         backwards.pursue(away, min(_AWAY, latents), adding=True)
         effect_away = backwards.judges.effects(away)[backwards.judges.told].mean()
         bar.update(total - bar.n)
@@ -329,7 +319,7 @@ def fit_feature(
         "effect": round(float(effects[told].mean()), 4),
         "lowest": round(float(effects[told].min()), 4),
         "harm": round(float(-effects[~told].mean()), 4) if not told.all() else None,
-        "direction": round(max(reached), 4),
+        "direction": round(reached, 4),
         "effect_away": round(float(effect_away), 4),
         "latents": sum(len(part.added) + len(part.removed) for part in parts),
         "pairs": int(told.sum()),

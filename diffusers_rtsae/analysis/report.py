@@ -143,7 +143,7 @@ def _choose(dictionary: Dictionary, count: int) -> list[str | tuple[str, int]]:
 
 def _facts(dictionary: Dictionary, key: str | tuple[str, int], path: torch.Tensor) -> dict:
     """What the dictionary itself says of a feature whose trajectory is `path`."""
-    entry = dictionary.features(key)[0][0]
+    entry = dictionary.seen(key)[0]
     rtsae = dictionary.sites[entry["site"]]
     times = FeatureTimes.of((path / rtsae.dynamics.scale.cpu()[:, None]).norm(dim=1)[None])
     facts = {

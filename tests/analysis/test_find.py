@@ -39,7 +39,7 @@ def found(_pipeline, dictionary, scorer):
 
 
 def test_the_latents_of_a_label_are_found_and_verified(found, dictionary):
-    labelled = set(dictionary.labels["red"]["features"][0]["latents"])
+    labelled = set(dictionary.seen("red")[0]["latents"])
     assert labelled & {f.index for f in found[:3]} and any("red" in f.labels for f in found[:3])
     assert all(0 < f.specific <= 1 and f.present > 0 for f in found)
     assert [f.score for f in found[3:]] == sorted((f.score for f in found[3:]), reverse=True)
@@ -113,7 +113,7 @@ def test_labels_are_found_by_text(dictionary):
 
 def test_figures_show_what_they_should(steered, dictionary, found, tmp_path):
     recording = record(steered, scenes("red")[:2], **CALL)
-    red = (SITE, dictionary.labels["red"]["features"][0]["latents"][0])
+    red = (SITE, dictionary.seen("red")[0]["latents"][0])
     figures = {
         "heat": plot_heat_maps(recording, ["red", found[0], red], columns=4),
         "presence": plot_presence(recording, ["red", "blue"]),

@@ -25,7 +25,7 @@ from .steering import as_dictionary, difference_of_means, mean, measure, run, sc
 
 METHODS = {  # and the strengths at which each is measured
     "plain": (0.0,),
-    "feature": (1.0, 2.0, 0.5, -1.0),
+    "feature": (1.0,),
     "means": (1.0, 2.0, 0.5),
     "means with options": (1.0, 2.0, 0.5),
     "random": (1.0,),
@@ -38,8 +38,9 @@ def with_labels(sites: dict[str, RTSAE], labels: dict[str, dict], rows: list[int
     """Directions under the names and with the options of `labels`; `rows` says which one stands for which label."""
     named = {}
     for row, (name, label) in zip(rows, labels.items(), strict=True):
-        entries = [{"site": f["site"], "latents": [row], "weights": [1.0]} for f in label["features"]]
-        named[name] = label | {"features": entries}
+        at = dict.fromkeys(entry["site"] for entry in label["features"])
+        entries = [{"site": site, "latents": [row], "weights": [1.0]} for site in at]
+        named[name] = {"factor": label["factor"], "edit": label.get("edit", {}), "features": entries}
     return Dictionary(sites, named)
 
 
@@ -48,11 +49,8 @@ def random_directions(dictionary: Dictionary, seed: int = 0) -> Dictionary:
     generator, sites = torch.Generator().manual_seed(seed), {}
     for site, rtsae in dictionary.sites.items():
         rows = []
-        for label in dictionary.labels.values():
-            entry = next((f for f in label["features"] if f["site"] == site), None)
-            latents = entry["latents"] if entry else [0]
-            units = rtsae.typical_activation[latents] * torch.tensor(entry["weights"] if entry else [0.0])
-            norm = torch.einsum("n,ngd->gd", units, rtsae.feature_trajectories(latents).detach()).norm(dim=1)
+        for name in dictionary.labels:
+            norm = dictionary.trajectory(name).norm(dim=1)
             direction = torch.randn(rtsae.config.in_channels, generator=generator)
             rows.append(norm[:, None] * direction / direction.norm())
         sites[site] = as_dictionary(site, list(rtsae.config.anchors), torch.stack(rows))
@@ -134,14 +132,15 @@ def main() -> None:
     labels, digest = dictionary.labels, contents(a.dictionary)
     results = Results(a, [a.pipeline], said_by_rows=("dictionary", "kinds", "methods"))
     results.rows = [r for r in results.rows if r.get("dictionary", digest) == digest]
-    means = difference_of_means(world, pipe, list(dictionary.sites), a.samples, a.steps, a.guidance, a.batch_size)
-    rows_of_means = [world.targets.index((label["factor"], label["value"])) for label in labels.values()]
-    optioned = with_labels(means.sites, labels, rows_of_means)
-    plainly = {name: label | {"edit": {}} for name, label in optioned.labels.items()}
     pipe.load_rtsae(dictionary, "feature")
-    pipe.load_rtsae(Dictionary(means.sites, plainly), "means")
-    pipe.load_rtsae(optioned, "means with options")
     pipe.load_rtsae(random_directions(dictionary), "random")
+    if {"means", "means with options"} & set(a.methods):
+        means = difference_of_means(world, pipe, list(dictionary.sites), a.samples, a.steps, a.guidance, a.batch_size)
+        rows_of_means = [world.targets.index((label["factor"], label["value"])) for label in labels.values()]
+        optioned = with_labels(means.sites, labels, rows_of_means)
+        plainly = {name: label | {"edit": {}} for name, label in optioned.labels.items()}
+        pipe.load_rtsae(Dictionary(means.sites, plainly), "means")
+        pipe.load_rtsae(optioned, "means with options")
 
     for kind in a.kinds:
         groups = {  # for each label the prompts of each seed
