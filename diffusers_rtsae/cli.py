@@ -270,11 +270,11 @@ def inspect(
         console.print(
             f"{site}: {c.num_latents:,} latents of {c.in_channels} channels at {len(c.anchors)} anchors", *figures
         )
-    table = Table("label", "latents", "measured")
+    table = Table("label", "seen by latents", "measured")
     for name in labels:
         measured = loaded.labels[name].get("measured", {})
-        latents = [str(i) for entry in loaded.labels[name]["features"] for i in entry["latents"]]
-        kept = ("success", "leakage", "valid", "prompts")
+        latents = [str(i) for entry in loaded.seen(name) for i in entry["latents"]]
+        kept = ("effect", "effect_away", "success", "leakage", "valid", "prompts")
         table.add_row(name, ", ".join(latents), ", ".join(f"{k} {measured[k]:.2g}" for k in kept if k in measured))
     console.print(table)
     if loaded.presets:

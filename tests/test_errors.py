@@ -30,6 +30,7 @@ from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops
 from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.report import write_report
+from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.files import DIRECTIONS_NAME, read_pairs, save_tensors
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME
 from diffusers_rtsae.steering import Edit
@@ -987,6 +988,11 @@ MISUSE = {
         ),
         ValueError,
         "Expected examples of one kind: prompts or pictures, for positive and negative alike.",
+    ),
+    "a scorer of another architecture": (
+        lambda world: FactorScorer({"colour": ["red", "blue"]}, architecture="none"),
+        ValueError,
+        "`architecture` must be 'convolution' or 'attention', got 'none'.",
     ),
     "finding by something else": (
         lambda world: find.find_features(world.pipe, ["a star"], ["a heart"], by="colour"),
