@@ -111,6 +111,11 @@ BOTH = {
     "1F930": ("woman", "pregnant"), "1FAC3": ("man", "pregnant"), "1F472": ("man", "cap"),
     "1F9D5": ("woman", "headscarf"),
 }  # fmt: skip
+#: roles that are not drawn for all three of who
+_ALONE = ("angel", "baby", "bathing", "horse racing", "in bed", "levitating", "ninja", "snowboarding")
+WHO_OF = dict.fromkeys(_ALONE, ("person",)) | {"cap": ("man",), "headscarf": ("woman",), "dancing": ("woman", "man")}
+#: roles without skin tones
+TONELESS = {"genie", "zombie"}
 #: what is left out: two people in one picture; single pictures without tones; nursing, so like feeding a baby; every
 #: picture that faces right, which one foundry has not drawn; and the subcategory of symbols
 LEFT_OUT = {"1F46F", "1F93C", "1F93A", "26F7", "1F9CC", "1F931", "27A1"}
@@ -143,6 +148,18 @@ class People:
 def is_held_out(people: People) -> torch.Tensor:
     """`(batch,)` bool: combinations of role, tone, who and style that are never trained on (1 in 11)."""
     return (people.role + 3 * people.tone + 5 * people.who + 7 * people.style) % 11 == 0
+
+
+def combinations() -> People:
+    """All people that are drawn, each once: three foundries have drawn the same ones."""
+    codes = [
+        (style, tone, FACTORS["who"].index(who), FACTORS["role"].index(role))
+        for style in range(len(PACKAGES))
+        for role in FACTORS["role"]
+        for who in WHO_OF.get(role, FACTORS["who"])
+        for tone in ([-1] if role in TONELESS else range(len(TONES)))
+    ]
+    return People(*torch.tensor(codes).T.contiguous())
 
 
 def factors_of(code_points: str, name: str) -> tuple[str, str] | None:
