@@ -13,6 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffusers_rtsae.analysis.scorer import FactorScorer
+from training.collect import anchor_timesteps, collect, read_samples
+from training.recipe import Collect, Recipe
+from training.store import TrajectoryStore
 from training.worlds.people import pipeline as training
 from training.worlds.people import scenes
 from training.worlds.people.captions import PHRASES, caption
@@ -324,3 +327,23 @@ def test_the_evaluation_counts_what_the_scorer_reads(trained, pictures):
     read = [reading["who"] for reading in scorer.read(images)]
     right = sum(who == people.values(i)["who"] for i, who in enumerate(read)) / len(people)
     assert result["right"]["who"] == pytest.approx(right, abs=1e-4)
+
+
+def test_trajectories_are_collected_at_the_size_and_with_the_sampler_of_the_pipeline(trained, tmp_path):
+    pipe, site = load_pipeline(trained / "pipeline", "cpu"), "transformer_blocks.0"
+    settings = {
+        "prompts": "people",
+        "count": 4,
+        "steps": 4,
+        "guidance_scale": 3.0,
+        "batch_size": 2,
+        "tokens_per_image": 10,
+    }
+    train = {"num_latents": 8, "k": 2, "steps": 1, "batch_size": 4, "learning_rate": 1e-3}
+    recipe = Recipe(pipeline="x", base_model="x", sites=[site], anchors=3, collect=Collect(**settings), train=train)
+    anchors = anchor_timesteps(pipe, recipe.collect, 3)
+    assert anchors[0] == 999 and anchors == sorted(anchors, reverse=True)
+    store = TrajectoryStore(tmp_path, "x")
+    collect(pipe, read_samples(recipe.collect, 0)[:2], recipe, anchors, store)
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert store.load(store.shards()[0], site).shape == (20, 3, 16)
