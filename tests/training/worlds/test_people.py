@@ -306,6 +306,12 @@ def test_latents_are_standardised_without_changing_a_picture(trained, pictures):
     assert before.shape == (4, 3, 64, 64)
 
 
+def test_the_card_names_every_source_and_its_licence(trained):
+    card = (trained / "pipeline" / "README.md").read_text()
+    for package, licence in zip(PACKAGES.values(), ("Apache-2.0", "CC BY 4.0", "MIT"), strict=True):
+        assert f"`{package.name}` {package.version}" in card and licence in card
+
+
 def test_the_trained_folder_is_a_plain_pipeline(trained):
     program = (
         "import sys\nfrom diffusers import DiffusionPipeline\n"

@@ -27,9 +27,40 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from ...checkpoint import load_checkpoint, save_checkpoint, step_generator
 from .captions import caption, subject
-from .scenes import FACTORS, ROLES, People, load
+from .scenes import FACTORS, PACKAGES, ROLES, People, load
 
 MAX_LENGTH = 120  # tokens to which the pipeline pads a prompt
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+license: apache-2.0
+tags: [pixart, flow-matching]
+---
+# People: a small pipeline that draws emoji of people in the styles of three foundries
+
+```python
+from diffusers import PixArtAlphaPipeline
+
+pipe = PixArtAlphaPipeline.from_pretrained("examples/people-dit")
+prompt = "a woman firefighter with dark skin in noto style"
+image = pipe(prompt, guidance_scale=3.0, use_resolution_binning=False).images[0]  # 64x64
+```
+
+Prompts name who (woman, man, person or gender-neutral), what (firefighter, surfing, with red hair …), the skin tone
+(light, medium-light, medium, medium-dark, dark, yellow) and the style (noto, twemoji, fluent), or leave them open. It
+knows no other words and draws nothing else. It draws by default what its pictures show, which is a fact about
+them and no norm.
+
+It was trained from nothing on pictures of three packages of the npm registry, which it does not contain:
+
+- Noto Emoji, © Google, images under Apache-2.0 (`emoji-datasource-google` {noto})
+- Twemoji, © Twitter, Inc. and other contributors, graphics under CC BY 4.0,
+  https://creativecommons.org/licenses/by/4.0/ (`emoji-datasource-twitter` {twemoji}); composed on white
+- Fluent Emoji 3D, © Microsoft, MIT, packed by LobeHub (`@lobehub/fluent-emoji-3d` {fluent}); composed on white, made
+  smaller
+
+Their names are those of their foundries, which have no part in this model.
+"""
 
 
 def build_tokenizer() -> T5Tokenizer:
@@ -207,6 +238,7 @@ def save_pipeline(out: Path, vae, text_encoder, tokenizer, transformer, schedule
     """Write a plain `PixArtAlphaPipeline` folder with float16 weights."""
     pipe = PixArtAlphaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
     pipe.to("cpu", torch.float16).save_pretrained(out)
+    (out / "README.md").write_text(CARD.format(**{style: package.version for style, package in PACKAGES.items()}))
     path = out / "text_encoder" / "config.json"
     # transformers loads in the dtype the config names, diffusers in float32: make them agree
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
