@@ -119,7 +119,7 @@ def steer(
     from PIL import Image
 
     from .analysis.find import parse_feature
-    from .pipeline import get_dictionary
+    from .pipeline import get_dictionary, own_size
 
     options = {"start": start, "end": end, "mask": mask, "operation": operation}
     if bool(features) == bool(preset):
@@ -130,8 +130,8 @@ def steer(
     pipe = _pipeline(pipeline, dictionary)
 
     def draw():
-        generator = torch.Generator().manual_seed(seed)
-        return pipe(prompt, generator=generator, num_inference_steps=steps, guidance_scale=guidance).images[0]
+        call = {"num_inference_steps": steps, "guidance_scale": guidance} | own_size(pipe)
+        return pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
 
     plain = draw()
     if preset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from .steering import (
     as_strength,
     check_width,
     get_denoiser,
+    noise_schedule,
     numbers,
     running_pipeline,
     unwrapped,
@@ -39,6 +41,13 @@ class _Adapter:
     dictionary: Dictionary
     weight: float = 1.0
     edits: list[tuple[str, Edit]] = field(default_factory=list)
+
+
+def own_size(pipeline) -> dict[str, bool]:
+    """What `pipeline` has to be told to draw at the size of its model. PixArt and its kin otherwise look the size up
+    among those of published models, and raise for a model of another."""
+    known = inspect.signature(pipeline.__call__).parameters
+    return {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
 
 
 def _controller(pipeline, create: bool = False) -> Controller:
@@ -130,7 +139,7 @@ def _rows(adapter: _Adapter, features: Name | list[Name], site: str) -> list[int
 def _install(pipeline) -> None:
     """Fold all edits of all enabled adapters and hand them to the controller."""
     controller = _controller(pipeline)
-    alphas_cumprod = getattr(pipeline.scheduler, "alphas_cumprod", None)
+    alphas_cumprod = noise_schedule(pipeline.scheduler)
     plans = []
     for adapter in controller.adapters.values():
         if adapter.weight == 0 or not controller.enabled:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.record import Recorder
-from diffusers_rtsae.pipeline import get_denoiser
+from diffusers_rtsae.pipeline import get_denoiser, own_size
+from diffusers_rtsae.steering import noise_schedule
 
 from .checkpoint import step_generator
 from .recipe import Collect, Recipe
@@ -35,13 +36,14 @@ def anchor_timesteps(pipe: DiffusionPipeline, settings: Collect, anchors: int | 
 
     Models trained on a noise schedule are sampled with DDIM from here on, others with the sampler they have.
     """
-    if "beta_schedule" in pipe.scheduler.config:
+    if noise_schedule(pipe.scheduler) is not None:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.scheduler.set_timesteps(settings.steps)
         timesteps = [int(t) for t in pipe.scheduler.timesteps]
     else:  # the timesteps may depend on the size of the picture: generate one
         with Recorder(pipe, list_sites(get_denoiser(pipe))[:1]) as recorder:
-            pipe("", num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, output_type="latent")
+            call = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+            pipe("", output_type="latent", **call, **own_size(pipe))
         timesteps = [round(t) for t in recorder.timesteps]
     if isinstance(anchors, int):
         return [timesteps[round(i * (len(timesteps) - 1) / (anchors - 1))] for i in range(anchors)]
@@ -115,7 +117,7 @@ def trajectories(
     with Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, streams) as recorder:
         images = pipe(
             [sample.prompt for sample in samples], generator=generators, num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale, output_type="pt" if pictures else "latent",
+            guidance_scale=settings.guidance_scale, output_type="pt" if pictures else "latent", **own_size(pipe),
         ).images  # fmt: skip
     tensors = {}
     for site in recipe.sites:

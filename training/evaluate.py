@@ -19,7 +19,7 @@ from diffusers_rtsae import RTSAE, load_dictionary
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.hub import write_json
 from diffusers_rtsae.models import jump_relu
-from diffusers_rtsae.pipeline import get_denoiser
+from diffusers_rtsae.pipeline import get_denoiser, own_size
 from diffusers_rtsae.steering import Clock, call_arguments, get_site
 from diffusers_rtsae.steering.sites import from_tokens, read_output, replace_output, to_tokens
 
@@ -188,7 +188,7 @@ def recovered(pipe: DiffusionPipeline, rtsae: RTSAE, prompts: Sequence[str], gen
         _Calls(denoiser, anchors) as calls,
         Recorder(pipe, [rtsae.config.site], anchors, rtsae.config.activation) as recorder,
     ):
-        pipe(list(prompts), generator=generators, output_type="latent", **call)
+        pipe(list(prompts), generator=generators, output_type="latent", **own_size(pipe) | call)
     whole = recorder.trajectories(rtsae.config.site)
     if whole.shape[2] != len(anchors):
         raise ValueError(f"The sampler visited {recorder.timesteps}, not all anchors {anchors}: give its step count.")

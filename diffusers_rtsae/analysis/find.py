@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..files import closest
 from ..hub import Dictionary
-from ..pipeline import get_denoiser, get_dictionary
+from ..pipeline import get_denoiser, get_dictionary, own_size
 from ..steering import as_mask
 from .effect import FirstOrder, Intervention, Part, States, check_pairs, first_order, frozen
 from .record import Recorder, Recording, kind_of, record
@@ -383,7 +383,7 @@ def verify_features(
     def generate() -> tuple[list, torch.Tensor, list[torch.Tensor]]:
         repeated = [prompt for prompt in prompts for _ in range(seeds)]
         with _Outputs(get_denoiser(pipeline)) as outputs:
-            images = pipeline(repeated, generator=_generators(len(prompts), seeds), **call).images
+            images = pipeline(repeated, generator=_generators(len(prompts), seeds), **own_size(pipeline) | call).images
         return images, _pixels(images), outputs.kept
 
     images, pixels, outputs = generate()

@@ -9,8 +9,8 @@ import torch
 
 from ..files import closest
 from ..hub import Dictionary
-from ..pipeline import get_denoiser, get_dictionary
-from ..steering import Clock, PrefixEncoder, TimeGrid, Trajectory, as_mask, call_arguments, get_site
+from ..pipeline import get_denoiser, get_dictionary, own_size
+from ..steering import Clock, PrefixEncoder, TimeGrid, Trajectory, as_mask, call_arguments, get_site, noise_schedule
 from ..steering.sites import read_output, spatial_size, to_tokens
 
 
@@ -256,9 +256,9 @@ def record(
             raise ValueError(f"The dictionary has no site {site!r}. {closest(site, dictionary.sites)}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     with Recorder(pipeline, sites, activation=kind_of(dictionary, sites)) as recorder:
-        images = pipeline(prompts, num_images_per_prompt=1, **call).images
+        images = pipeline(prompts, num_images_per_prompt=1, **own_size(pipeline) | call).images
     return Recording(
         list(images), prompts, recorder.timesteps, {site: recorder.trajectories(site) for site in sites},
         {site: recorder.size(site) for site in sites}, dictionary,
-        getattr(pipeline.scheduler, "alphas_cumprod", None),
+        noise_schedule(pipeline.scheduler),
     )  # fmt: skip

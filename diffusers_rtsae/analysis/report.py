@@ -17,7 +17,7 @@ from rich.progress import track
 from ..files import write_text
 from ..hub import Dictionary
 from ..models import FeatureTimes
-from ..pipeline import get_dictionary
+from ..pipeline import get_dictionary, own_size
 from .find import labels_of
 from .record import record
 
@@ -106,7 +106,8 @@ def _strips(
     """Yields for each feature one picture a prompt: the prompt at all `STRENGTHS`, side by side."""
 
     def generate(texts: list[str]) -> list[Image.Image]:
-        return pipe(texts, generator=[torch.Generator().manual_seed(seed) for _ in texts], **call).images
+        generators = [torch.Generator().manual_seed(seed) for _ in texts]
+        return pipe(texts, generator=generators, **own_size(pipe) | call).images
 
     plain = [generate([prompt])[0] for prompt in prompts]
     jobs = [(key, prompt, strength) for key in keys for prompt in prompts for strength in STRENGTHS if strength]

@@ -1,4 +1,4 @@
-from .clock import Clock, TimeGrid, call_arguments, running_pipeline
+from .clock import Clock, TimeGrid, call_arguments, noise_schedule, running_pipeline
 from .controller import Controller, check_width
 from .edits import Edit, as_mask, as_strength, numbers
 from .plan import PlanState, PrefixEncoder, SitePlan, Trajectory
@@ -21,6 +21,7 @@ __all__ = [
     "get_denoiser",
     "get_site",
     "list_sites",
+    "noise_schedule",
     "numbers",
     "running_pipeline",
     "unwrapped",

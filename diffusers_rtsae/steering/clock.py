@@ -8,6 +8,14 @@ import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
 
+def noise_schedule(scheduler) -> torch.Tensor | None:
+    """`alphas_cumprod` of the schedule that a model was trained on; `None` for flow matching, of which some schedulers
+    keep a schedule that they do not use."""
+    if scheduler is None or scheduler.config.get("prediction_type") == "flow_prediction":
+        return None
+    return getattr(scheduler, "alphas_cumprod", None)
+
+
 class TimeGrid:
     """
     Places any sampler's timesteps among a dictionary's anchors, on the log-SNR axis.
@@ -86,7 +94,7 @@ class Clock:
             timestep *= 1000  # the sampler counts in training steps, the denoiser from 0 to 1
         is_new = is_new or (timestep > self.timestep and timestep >= self._first)
         self.pipeline_calls, self._call = pipeline is not None, call.get(_CALL)
-        self.alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+        self.alphas_cumprod = noise_schedule(scheduler)
         self.prompts = call.get("batch_size")
         images = None
         if isinstance(self.prompts, int):

@@ -1,8 +1,13 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
-from diffusers_rtsae.steering import Clock, TimeGrid
+from diffusers_rtsae.steering import Clock, TimeGrid, noise_schedule
 
 ALPHAS = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
 ANCHORS = [961, 721, 481, 241, 1]
@@ -23,6 +28,13 @@ def test_interpolation_is_on_the_log_snr_axis():
     grid, snr = TimeGrid(ANCHORS, ALPHAS), (ALPHAS / (1 - ALPHAS)).log()
     expected = (snr[800] - snr[961]) / (snr[721] - snr[961])
     assert grid.coordinate(800) == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_flow_matching_has_no_noise_schedule():
+    flow = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    assert flow.alphas_cumprod is not None and noise_schedule(flow) is None
+    assert noise_schedule(FlowMatchEulerDiscreteScheduler()) is None
+    assert noise_schedule(DPMSolverMultistepScheduler()) is not None
 
 
 def test_without_a_schedule_interpolation_is_linear_in_time():

@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.pipeline import get_denoiser
+from diffusers_rtsae.pipeline import get_denoiser, own_size
+from diffusers_rtsae.steering import noise_schedule
 
 from . import World, load_world, worlds
 
@@ -58,7 +59,7 @@ def load_pipeline(folder: Path | str, device: str, dtype: str = "float32") -> Di
     """A pipeline; models trained on a noise schedule sample with DDIM, others with the sampler they have."""
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    if "beta_schedule" in pipe.scheduler.config:
+    if noise_schedule(pipe.scheduler) is not None:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     return pipe
 
@@ -82,6 +83,7 @@ def generate(
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="pt",
+        **own_size(pipe),
     ).images
     return images.float().cpu().clamp(0, 1)
 

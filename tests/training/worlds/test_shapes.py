@@ -1,18 +1,14 @@
 """The bundled world: scenes, captions, scorer and pipeline."""
 
-import copy
-import json
 import random
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
-from diffusers_rtsae.analysis.scorer import FactorScorer
 from training.worlds.pictures import load_pipeline
-from training.worlds.shapes import scorer as scoring
+from training.worlds.scoring import accuracy
 from training.worlds.shapes.captions import WORDS, caption
 from training.worlds.shapes.evaluate import evaluate
 from training.worlds.shapes.pipeline import ALIGNED, factor_cells
@@ -24,10 +20,9 @@ from training.worlds.shapes.scenes import (
     is_held_out,
     render,
     render_layers,
-    render_pictures,
     sample_scenes,
 )
-from training.worlds.shapes.scorer import accuracy, agreement
+from training.worlds.shapes.scorer import held_out_renders
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -94,7 +89,7 @@ def test_cells_say_what_each_part_of_the_picture_shows():
 
 
 def test_the_bundled_scorer_reads_held_out_renders(scorer):
-    right = accuracy(scorer, count=600, seed=123)
+    right = accuracy(scorer, *held_out_renders(count=600, seed=123))
     assert right.pop("invalid") > 0.95  # a corrupted picture may by chance still be a scene
     assert min(right.values()) > 0.99, right
 
@@ -118,38 +113,3 @@ def test_the_bundled_pipeline_draws_what_it_is_told(scorer):
     one = result["1 object"]
     assert min(one["background"], one["place"]) > 0.95 and min(one.values()) > 0.8, result
     assert result["2 objects"]["binding"] > 0.85 and result["valid"] > 0.9, result
-
-
-def test_scorers_agree_on_what_they_read_alike(scorer):
-    pictures = render(sample_scenes(24, 3, objects=1))
-    assert set(agreement(scorer, scorer, pictures).values()) == {1.0}
-    same_but_style = copy.deepcopy(scorer)  # which reads "flat" everywhere
-    first = sum(len(values) for name, values in scorer.factors.items() if name < "style")
-    same_but_style.head[-1].bias.data[first + scorer.factors["style"].index("flat")] += 1e4
-    alike = agreement(scorer, same_but_style, pictures)
-    assert alike["style"] == alike["all"] < 0.5 and alike["colour"] == alike["valid"] == 1.0
-
-
-def test_a_killed_training_of_the_judge_continues_and_can_be_loaded(tmp_path, monkeypatch):
-    pictures = render_pictures(64, seed=1)
-    monkeypatch.setattr(scoring, "render_pictures", lambda *a, **k: pictures)
-    monkeypatch.setattr(scoring, "accuracy", lambda scorer: {})
-    monkeypatch.setattr(scoring, "CHECKPOINT_EVERY", 1)
-    once = {"kind": scoring.JUDGE._replace(channels=32), "steps": 4, "batch_size": 4, "device": "cpu"}
-
-    corrupt, left = scoring.corrupt, iter((1, 1))
-
-    def killed(images, generator):
-        next(left)  # nothing is left in the third step
-        return corrupt(images, generator)
-
-    scoring.train(out=tmp_path / "whole", work=tmp_path / "whole-work", **once)
-    with monkeypatch.context() as patched, pytest.raises(StopIteration):
-        patched.setattr(scoring, "corrupt", killed)
-        scoring.train(out=tmp_path / "parts", work=tmp_path / "parts-work", **once)
-    assert not (tmp_path / "parts").exists()
-    scoring.train(out=tmp_path / "parts", work=tmp_path / "parts-work", **once)
-    whole, parts = (FactorScorer.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
-    assert whole.config.architecture == "attention"
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
-    assert json.loads((tmp_path / "parts" / "metrics.json").read_text())["held_out_renders"] == 2000
