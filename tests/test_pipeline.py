@@ -20,12 +20,17 @@ from diffusers import (
 from diffusers_rtsae import Dictionary, list_sites
 from diffusers_rtsae.pipeline import _edits
 
+SITE = "up_blocks.1.attentions.1"
 PROMPTS = ["a star", "a large blue heart on the left"]
 
 
 @pytest.fixture
-def feature(dictionary):
-    return next(iter(dictionary.labels))
+def feature(dictionary, latent):
+    """A label of one latent, as one would write it by hand."""
+    entry = {"site": SITE, "latents": [latent("white")], "weights": [0.85], "where": None}
+    dictionary.labels["by hand"] = {"features": [entry], "edit": {"apply_to": "cond", "end": 0.7}}
+    yield "by hand"
+    del dictionary.labels["by hand"]
 
 
 @pytest.mark.way(7)

@@ -23,8 +23,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..hub import Dictionary
-from ..pipeline import get_denoiser, get_dictionary, resting
-from ..steering import Clock, PrefixEncoder, TimeGrid, Trajectory, call_arguments, get_site
+from ..pipeline import get_denoiser, get_dictionary, own_size, resting
+from ..steering import Clock, PrefixEncoder, TimeGrid, Trajectory, call_arguments, get_site, noise_schedule
 from ..steering.sites import from_tokens, read_output, replace_output, to_tokens
 
 Pair = tuple[str, str]
@@ -255,7 +255,7 @@ class States:
         self.pairs, self._seed, self._call = list(pairs), seed, call
         check_prompts(pipeline, sorted({prompt for pair in self.pairs for prompt in pair}))
         self.grids = {
-            site: TimeGrid(rtsae.config.anchors, getattr(pipeline.scheduler, "alphas_cumprod", None))
+            site: TimeGrid(rtsae.config.anchors, noise_schedule(pipeline.scheduler))
             for site, rtsae in self.dictionary.sites.items()
         }
         per_run = max(1, batch_size // 2)
@@ -281,7 +281,8 @@ class States:
         generators = [torch.Generator().manual_seed(self._seed + first + i) for i in order]
         sites = list(self.dictionary.sites)
         with Calls(self.denoiser, sites) as calls:
-            self.pipeline(prompts, generator=generators, output_type="latent", **self._call)
+            call = own_size(self.pipeline) | self._call
+            self.pipeline(prompts, generator=generators, output_type="latent", **call)
             kept = calls.kept
         samples, texts = list(range(len(prompts))), order
         wants = [row_of.get(i, i) for i in order]

@@ -143,10 +143,10 @@ class Controller:
                     masked = any(edit.mask is not None for edit in plan.edits)
                     size = spatial_size(hidden_states.shape, clock.latent_size) if masked else None
                     if role == "cond":
-                        told = len(state.report)
+                        told = len(state.counts)
                         change = plan.conditional(state, tokens, clock.timestep, size)
                         changes.append(change)
-                        self._tell_size(plan, change, tokens, state.report[told:])
+                        self._tell_size(plan, change, tokens, state.counts[told:])
                     elif role == "uncond":
                         changes.append(plan.unconditional(state, stream, tokens, clock.timestep, size))
                     else:
@@ -162,14 +162,14 @@ class Controller:
                         trajectory.continue_with(_activation(plan, block_input, edited, part))
         return edited
 
-    def _tell_size(self, plan: SitePlan, change: torch.Tensor | None, tokens: torch.Tensor, rows: list[dict]) -> None:
-        """Add to the rows of a report how large a change is; warn if no clipping keeps it in bounds and it is huge."""
+    def _tell_size(self, plan: SitePlan, change: torch.Tensor | None, tokens: torch.Tensor, counts: list) -> None:
+        """Add to a report how large a change is; warn if no clipping keeps it in bounds and it is huge."""
         if change is None:
             return
         with torch.no_grad():
             size = _relative_size(change, tokens)
-        for row in rows:
-            row["relative_size"] = size
+        for count in counts:
+            count.relative_size = size
         if not self._warned and not all(edit.clip for edit in plan.edits) and size > _OVERWHELMING:
             self._warned = True
             warnings.warn(
@@ -183,8 +183,7 @@ class Controller:
         """For each site, what each edit did at each step of this thread's last generation."""
         report: dict[str, list[dict]] = {}
         for plan, state in self._run.states.items():
-            rows = [{k: v.item() if torch.is_tensor(v) else v for k, v in row.items()} for row in state.report]
-            report.setdefault(plan.rtsae.config.site, []).extend(rows)
+            report.setdefault(plan.rtsae.config.site, []).extend(state.report)
         return report
 
 

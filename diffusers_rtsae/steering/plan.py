@@ -6,7 +6,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,25 +130,35 @@ class PrefixEncoder:
         return jump_relu(pre_activations, threshold)
 
 
-class _Counts(NamedTuple):
+@dataclass
+class _Counts:
     """
     What the edits of a fold did at a step: tensors until somebody asks.
 
     edited (`torch.Tensor`): the share of tokens that each edit is to change, `(edits,)`.
     out_of_range (`torch.Tensor`, *optional*): the share of these that had to be kept in range, `(edits,)`.
+    relative_size (`torch.Tensor`, *optional*): how large all changes of that step were, of the activation.
     """
 
     timestep: float
     edits: list[Edit]
     edited: torch.Tensor
     out_of_range: torch.Tensor | None
+    relative_size: torch.Tensor | None = None
 
     def rows(self) -> list[dict]:
         edited, outside = self.edited.tolist(), [None] * len(self.edits)
         if self.out_of_range is not None:
             outside = self.out_of_range.tolist()
+        size = None if self.relative_size is None else float(self.relative_size)
         return [
-            {"timestep": self.timestep, "latents": edit.latents, "edited": share, "out_of_range": share_outside}
+            {
+                "timestep": self.timestep,
+                "latents": edit.latents,
+                "edited": share,
+                "out_of_range": share_outside,
+                "relative_size": size,
+            }
             for edit, share, share_outside in zip(self.edits, edited, outside, strict=True)
         ]
 
@@ -167,7 +176,8 @@ class PlanState:
 
     @property
     def report(self) -> list[dict]:
-        """What each edit did at each step: `timestep`, `latents`, and the shares `edited` and `out_of_range`."""
+        """What each edit did at each step: `timestep`, `latents`, the shares `edited` and `out_of_range`, and the
+        `relative_size` of all of them."""
         return [row for counts in self.counts for row in counts.rows()]
 
 
