@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.cli import app
 
 
@@ -33,7 +35,7 @@ def test_demo_with_a_wrong_dictionary_is_one_sentence(tmp_path):
     assert run.returncode != 0 and "rtsae_config.json" in run.stderr and "Traceback" not in run.stderr
 
 
-COMMANDS = ("demo", "steer", "find", "inspect", "report", "app", "list", "push", "collect", "train", "evaluate")
+COMMANDS = ("demo", "steer", "find", "fit", "inspect", "report", "app", "list", "push", "collect", "train", "evaluate")
 
 
 def invoke(*arguments: str, code: int = 0):
@@ -48,6 +50,22 @@ def test_every_command_explains_itself_with_an_example():
         assert name in listed
         told = " ".join(invoke(name, "--help").split())
         assert f"Example: diffusers-rtsae {name}" in told
+
+
+def test_fit_makes_a_label_and_does_not_make_it_twice(tmp_path, monkeypatch):
+    for constant, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2}.items():
+        monkeypatch.setattr(fit, constant, value)
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([["a star, on white", "a star, on navy"]]))
+    out, options = tmp_path / "fitted", ("--name", "dusk", "--direction", "--latents", 4, "--steps", 4, "--json")
+    told = json.loads(invoke("fit", "--pairs", pairs, "--out", out, *options))
+    assert told["label"] == "dusk" and -1 < told["measured"]["effect"] <= 1
+    assert "direction" in load_dictionary(out).labels["dusk"]["features"][0]
+    before = (out / "labels.json").read_bytes()
+    assert "has a label dusk already" in invoke("fit", "--pairs", pairs, "--out", out, *options[:-1])
+    assert (out / "labels.json").read_bytes() == before
+    steered = invoke("steer", "a star", "dusk=1", "--dictionary", out, "--steps", 2, "--out", tmp_path / "dusk.png")
+    assert "dusk.png" in steered.replace("\n", "")
 
 
 def test_steer_writes_both_pictures_and_says_what_it_did(tmp_path, scorer):

@@ -25,7 +25,7 @@ from .steering import as_dictionary, difference_of_means, mean, measure, run, sc
 
 METHODS = {  # and the strengths at which each is measured
     "plain": (0.0,),
-    "feature": (1.0,),
+    "feature": (1.0, 2.0, 0.5, -1.0),
     "means": (1.0, 2.0, 0.5),
     "means with options": (1.0, 2.0, 0.5),
     "random": (1.0,),
@@ -125,12 +125,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--strengths", nargs="*", type=float, help="of those at which a method is measured; all")
     parser.add_argument("--samples", type=int, default=512, help="pictures behind the difference of means")
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     labels, digest = dictionary.labels, contents(a.dictionary)
-    results = Results(a, [a.pipeline], said_by_rows=("dictionary", "kinds", "methods"))
+    results = Results(a, [a.pipeline], said_by_rows=("dictionary", "kinds", "methods", "strengths"))
     results.rows = [r for r in results.rows if r.get("dictionary", digest) == digest]
     pipe.load_rtsae(dictionary, "feature")
     pipe.load_rtsae(random_directions(dictionary), "random")
@@ -148,7 +149,8 @@ def main() -> None:
             for name, label in labels.items()
         }
         plain: dict[str, Pictures] = {}
-        for method, strength in tqdm([(m, s) for m in a.methods for s in METHODS[m]], desc=kind, unit="setting"):
+        trials = [(m, s) for m in a.methods for s in METHODS[m] if not a.strengths or s in (0.0, *a.strengths)]
+        for method, strength in tqdm(trials, desc=kind, unit="setting"):
             setting = {"kind": kind, "method": method, "strength": strength}
             missing = {name: group for name, group in groups.items() if not results.has(label=name, **setting)}
             if not missing:
