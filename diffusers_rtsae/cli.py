@@ -223,7 +223,7 @@ def fit(
     chosen = check_pairs(read_pairs(pairs) if pairs else list(zip(before, after, strict=True)))
     if (out / CONFIG_NAME).is_file():
         if name in load_dictionary(out).labels and dictionary is None:
-            console.print(f"{out} has a label {name} already.", markup=False)
+            console.print(f"{out} has a label {name} already.", markup=False, soft_wrap=True)
             return
         dictionary = dictionary or str(out)
     pipe = _pipeline(pipeline, dictionary)
@@ -235,8 +235,10 @@ def fit(
     if as_json:
         print(json.dumps({"label": name, "out": str(out), "measured": fitted.measured}))
     else:
-        console.print(f"{name}: {fitted}", markup=False)
-        console.print(f'{out} holds it: diffusers-rtsae steer "a star" {name}=1 --dictionary {out}', markup=False)
+        console.print(f"{name}: {fitted}", markup=False, soft_wrap=True)
+        console.print(
+            f'{out} holds it: diffusers-rtsae steer "a star" {name}=1 --dictionary {out}', markup=False, soft_wrap=True
+        )
 
 
 @app.command()
