@@ -463,7 +463,7 @@ class Part:
         gate (`list[int]`, *optional*): only tokens on which one of these latents is active; everywhere without it.
         added (`list[int]`), weights (`torch.Tensor`): latents and how much of their typical activation, `(added,)`.
         removed (`list[int]`), shares (`torch.Tensor`): latents and which share of their activation, `(removed,)`.
-        direction (`torch.Tensor`, *optional*): `(G, d)` in activation space.
+        direction (`torch.Tensor`, *optional*): `(G, d)`, in units of the activation's scale at each anchor.
     """
 
     gate: list[int] | None = None
@@ -535,7 +535,7 @@ class Intervention:
                 path = amounts @ self.directions(site, part.added, state.timestep)
                 terms.append(added * self.gate(site, state, rows) * path)
             if part.direction is not None:
-                path = self.at(site, part.direction, state.timestep)
+                path = self.at(site, part.direction * rtsae.dynamics.scale[:, None].cpu(), state.timestep)
                 terms.append(added * self.gate(site, state, rows) * path)
             if part.removed:
                 amounts = part.shares * self.active(site, state, rows, part.removed)

@@ -337,4 +337,9 @@ def fit_feature(
     }
     if not label["features"]:
         raise ValueError("No latent of the dictionary has an effect on these pairs.")
-    return FittedFeature(label, {s: p.direction for s, p in model.parts.items() if p.direction is not None})
+    directions = {
+        site: part.direction * states.dictionary.sites[site].dynamics.scale[:, None].cpu()
+        for site, part in model.parts.items()
+        if part.direction is not None
+    }
+    return FittedFeature(label, directions)

@@ -1,0 +1,84 @@
+"""Dose and response: each label at each strength on prompts that leave it open, and at −1 where they name it.
+
+    python -m training.experiments.dose --out training/results/dose.json
+
+Rows are added to the JSON as they are measured; the same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+from diffusers_rtsae import load_dictionary
+
+from ..worlds.pictures import add_models, load_models, new_parser, parse
+from .results import Results, table
+from .steering import measure, run, score
+
+STRENGTHS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+
+
+def markdown(rows: list[dict]) -> str:
+    """The share of pictures that show a value at each strength, how monotone that is, and what −1 takes away."""
+    lines, rising, gone, valid = [], 0, 0, 0
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = {row["strength"]: row for row in rows if row["label"] == label and not row["named"]}
+        named = next(row for row in rows if row["label"] == label and row["named"])
+        shares = [own[s]["success"] for s in STRENGTHS]
+        order = float(spearmanr(STRENGTHS, shares).statistic)
+        rising, gone, valid = (
+            rising + (order >= 0.9),
+            gone + (named["gone"] >= 0.8),
+            valid + (own[2.0]["valid"] >= 0.95),
+        )
+        away = f"{named['gone']:.2f} / {named['valid']:.2f}"
+        lines.append([label, *(f"{share:.2f}" for share in shares), f"{order:.2f}", f"{own[2.0]['valid']:.2f}", away])
+    heads = ["label", *(f"{s:g}" for s in STRENGTHS), "Spearman", "valid at 2", "named, −1: gone / valid"]
+    count = len(lines)
+    summary = f"Of {count}: Spearman ≥ 0.9 for {rising}, valid at 2 ≥ 0.95 for {valid}, gone at −1 ≥ 0.8 for {gone}.\n"
+    return table(heads, lines) + "\n" + summary
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    add_models(parser, "pipeline", "scorer", "dictionary")
+    parser.add_argument("--out", type=Path, default=Path("runs/dose.json"))
+    parser.add_argument("--prompts", type=int, default=16, help="for each label")
+    a, world = parse(parser)
+    pipe, scorer = load_models(a)
+    dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
+    pipe.load_rtsae(dictionary)
+    results = Results(a, [a.pipeline, a.dictionary])
+    for name, label in tqdm(dictionary.labels.items(), unit="label"):
+        if results.has(label=name):
+            continue
+        factor, value = label["factor"], label["value"]
+        probe = world.probe(factor, value, "open", a.prompts, seed=600)
+
+        def seen(strength: float, prompts=None, probe=probe, name=name) -> list[dict]:
+            strengths = [{name: strength}] if strength else None
+            how = {"masks": False, "prompts": prompts}
+            images = run(pipe, [probe], strengths, a.steps, a.guidance, a.batch_size, **how)
+            return score(world, scorer, images, [probe])[0]
+
+        plain, rows = seen(0.0), []
+        for strength in STRENGTHS:
+            now = plain if strength == 0 else seen(strength)
+            rows.append({"label": name, "named": False, "strength": strength} | measure(now, plain, factor, value))
+        named, away = seen(0.0, [probe.prompted]), seen(-1.0, [probe.prompted])
+        showed = [i for i, one in enumerate(named) if one[factor] == value]
+        rows.append(
+            {"label": name, "named": True, "strength": -1.0}
+            | measure(away, named, factor, value)
+            | {"gone": sum(away[i][factor] != value for i in showed) / max(1, len(showed))}
+        )
+        results.add(*rows)
+    results.tell(markdown(results.rows))
+
+
+if __name__ == "__main__":
+    main()
