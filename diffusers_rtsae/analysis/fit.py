@@ -25,6 +25,7 @@ from .effect import (
 )
 
 _RATE = 0.05  # of Adam, for weights in units of a typical activation
+_OWN_RATE = 0.01  # for directions, in units of the activation's scale; faster, they outrun what is taken away
 _ROUND = 4  # latents chosen at once, and the gradients they are chosen by, and the steps that fit them
 _CHOICE, _STEPS, _LAST = 10, 30, 120
 _REMOVED = 256  # candidates, the most active ones, for being taken away by their own activation
@@ -33,9 +34,7 @@ _AWAY = 8  # latents at most that take the concept away at negative strengths
 _REACHED = 0.9  # share of it that a strength beyond 1 must keep
 
 
-def _optimise(
-    model: Intervention, states: States, steps: int, generator: torch.Generator, bar, rate: float = _RATE
-) -> None:
+def _optimise(model: Intervention, states: States, steps: int, generator: torch.Generator, bar) -> None:
     """Fit the weights of a model by gradient on the effect (Adam, its rate falls to zero). Pairs of which more is left
     weigh more, so that one that is hard is not given up for many that are easy."""
     fitted = [p for part in model.parts.values() for p in part.fitted]
@@ -43,11 +42,14 @@ def _optimise(
         return
     for parameter in fitted:
         parameter.requires_grad_(True)
-    optimiser = torch.optim.Adam(fitted, rate, betas=(0.9, 0.98))
+    own = {id(part.direction) for part in model.parts.values()}
+    rates = [_OWN_RATE if id(parameter) in own else _RATE for parameter in fitted]
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(fitted, rates, strict=True)]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98))
     left = torch.ones(len(states.pairs))  # share of each pair's distance
     try:
         for step, (state, rows, weight) in enumerate(states.draw(steps, ROWS, generator)):
-            for group in optimiser.param_groups:
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * min(1.0, 2 * (1 - step / steps))
             errors, pairs = states.errors(state, rows, model(state, rows)), [state.pairs[row] for row in rows]
             harder = (left[pairs] / left[states.told].mean()).clamp(1 / 3, 3)
