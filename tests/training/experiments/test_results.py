@@ -40,6 +40,7 @@ def test_a_table_has_a_line_a_row(tmp_path):
     "stem, experiment, summary",
     [
         ("steering", "table", "markdown"),
+        ("fitted", "table", "markdown"),
         ("hard", "hard", "markdown"),
         ("samplers", "samplers", "markdown"),
         ("unlearn", "unlearn", "markdown"),
