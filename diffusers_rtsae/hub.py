@@ -109,6 +109,11 @@ class Dictionary:
             if not is_site(site):
                 raise ValueError(f"A site is the path of a module, got {brief(site)}.")
 
+        for name, label in self.labels.items():
+            for entry in label["features"]:
+                if "direction" in entry and entry["direction"] not in self.directions:
+                    raise ValueError(f"The label {brief(name)} has a direction of its own, which is not there.")
+
     def features(self, name: str | int | tuple[str, int], operation: str | None = None) -> tuple[list[dict], dict]:
         """
         The `(site, latents, weights, where)` entries a label, an index or a `(site, index)` stands for, and its

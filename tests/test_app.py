@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,5 +203,5 @@ def test_a_written_preset_can_be_loaded(tab, dictionary, steered):
         tab.get_by_text("Download presets.json").click()
     presets = json.loads(open(download.value.path()).read())
     assert presets == {"preset": {"features": [["red", 1], ["heart", 1]], "options": {}}}
-    steered.load_rtsae(Dictionary(dictionary.sites, dictionary.labels, dictionary.config, presets), "with_presets")
+    steered.load_rtsae(replace(dictionary, presets=presets), "with_presets")
     steered.set_rtsae_preset("preset", "with_presets")

@@ -811,6 +811,11 @@ MISUSE = {
         ValueError,
         "…labels.json: 'red' must name one of the directions and no latents, got 'red'.",
     ),
+    "labels without their directions": (
+        lambda world: Dictionary(world.dictionary.sites, world.dictionary.labels),
+        ValueError,
+        "The label 'white' has a direction of its own, which is not there.",
+    ),
     "a direction of another shape": (
         directions(red=torch.zeros(2, 8)),
         ValueError,

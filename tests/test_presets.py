@@ -1,6 +1,7 @@
 """Named edits travel with a dictionary and steer as what they stand for."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def with_presets(dictionary, latent):
         "local": {"features": [[[SITE, latent("red")], 1.0]], "options": {"where": [SITE, latent("square")]}},
         "moved": {"features": [["red", 1.0]], "options": {"operation": "transfer", "source": "green"}},
     }
-    return Dictionary(dictionary.sites, dictionary.labels, dictionary.config, presets)
+    return replace(dictionary, presets=presets)
 
 
 def test_a_preset_is_the_edit_it_stands_for(pipe, with_presets, draw, latent):

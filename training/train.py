@@ -480,7 +480,8 @@ def save(recipe: Recipe, sites: dict[str, RTSAE], report: dict, out: Path, pipe,
         "prediction_type": pipe.scheduler.config.get("prediction_type", "flow"),
     }  # fmt: skip
     before = _unchanged(sites, out)
-    dictionary = Dictionary(sites, before.labels if before else {}, config, before.presets if before else {})
+    kept = (before.labels, config, before.presets, before.directions) if before else ({}, config)
+    dictionary = Dictionary(sites, *kept)
     dictionary.save(out)
     write_json(out / "metrics.json", report)
     return dictionary

@@ -115,11 +115,11 @@ def search_labels(dictionary: Dictionary, text: str) -> list[str]:
 
 
 def labels_of(dictionary: Dictionary, site: str, index: int) -> list[str]:
-    """The labels that contain a latent."""
+    """The labels that are seen by a latent."""
     return [
         name
         for name, label in dictionary.labels.items()
-        if any(e["site"] == site and index in e["latents"] for e in label["features"] + label.get("seen", []))
+        if any(e["site"] == site and index in e["latents"] for e in label.get("seen") or label["features"])
     ]
 
 

@@ -171,7 +171,7 @@ def _facts(dictionary: Dictionary, key: str | tuple[str, int], path: torch.Tenso
 def _similar(dictionary: Dictionary, keys: list, paths: list[torch.Tensor], count: int = 4) -> list[list[list]]:
     """For each feature the others at its site with the most similar trajectories, `[position, cosine]`."""
     found: list[list[list]] = [[] for _ in keys]
-    sites = [dictionary.features(key)[0][0]["site"] for key in keys]
+    sites = [dictionary.seen(key)[0]["site"] for key in keys]
     for site, rtsae in dictionary.sites.items():
         mine = [i for i, of in enumerate(sites) if of == site]
         if len(mine) < 2:
@@ -241,8 +241,8 @@ def write_report(
     sites, keys = list(dictionary.sites), _choose(dictionary, count)
     if not keys:
         raise ValueError("There is nothing to report: the dictionary has no labels, and `count` is 0.")
-    at = {site: [i for i, k in enumerate(keys) if dictionary.features(k)[0][0]["site"] == site] for site in sites}
-    columns = {site: [dictionary.features(keys[i])[0][0]["latents"] for i in at[site]] for site in sites}
+    at = {site: [i for i, k in enumerate(keys) if dictionary.seen(k)[0]["site"] == site] for site in sites}
+    columns = {site: [dictionary.seen(keys[i])[0]["latents"] for i in at[site]] for site in sites}
     at = {site: where for site, where in at.items() if where}
 
     pictures: list[str] = []

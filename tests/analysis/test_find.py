@@ -41,7 +41,7 @@ def found(_pipeline, dictionary, scorer):
 def test_the_latents_of_a_label_are_found_and_verified(found, dictionary):
     labelled = set(dictionary.seen("red")[0]["latents"])
     assert labelled & {f.index for f in found[:3]} and any("red" in f.labels for f in found[:3])
-    assert all(0 < f.specific <= 1 and f.present > 0 for f in found)
+    assert all(f.effect > 0 and f.score > 0 and f.specific <= 1 for f in found)
     assert [f.score for f in found[3:]] == sorted((f.score for f in found[3:]), reverse=True)
     verified = [f for f in found if f.verified]
     assert len(verified) == 3 and all(

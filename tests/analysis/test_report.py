@@ -13,6 +13,7 @@ from PIL import Image
 from diffusers_rtsae import RTSAE, Dictionary
 from diffusers_rtsae.analysis.record import record
 from diffusers_rtsae.analysis.report import _map_side, write_report
+from diffusers_rtsae.models import FeatureTimes
 
 SITE = "up_blocks.1.attentions.1"
 PROMPTS = ["a large red square on the left, flat, on white", "a small blue star at the top, dotted, on black"]
@@ -55,7 +56,8 @@ def test_what_it_says_of_a_feature_is_what_a_recording_shows(told, steered, dict
     expected = maps[0][told["shown"]].numpy() / feature["highest"] * 255
     np.testing.assert_allclose(stored[0], expected, atol=2)
     rtsae = dictionary.sites[SITE]
-    times = rtsae.feature_times(feature["latents"])
+    path = dictionary.trajectory("square") / rtsae.dynamics.scale[:, None]
+    times = FeatureTimes.of(path.norm(dim=1)[None])
     assert (feature["peak"], feature["onset"]) == (int(times.peak), int(times.onset))
     assert feature["density"] == pytest.approx(rtsae.density[feature["latents"]].max().item())
 
