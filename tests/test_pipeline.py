@@ -116,7 +116,7 @@ def test_a_zero_mask_protects_and_a_window_limits(steered, feature, draw):
 @pytest.mark.way(2)
 def test_a_label_brings_its_options_and_the_caller_has_the_last_word(dictionary):
     def edit(verified: dict, **options):
-        labels = {"red": dictionary.labels["red"] | {"edit": verified}}
+        labels = {"red": {"features": dictionary.seen("red"), "edit": verified}}
         adapter = SimpleNamespace(dictionary=Dictionary(dictionary.sites, labels))
         ((_, edit),) = _edits(adapter, {"red": 1.0}, **options)
         return edit.operation, edit.start, edit.end, edit.apply_to
