@@ -13,7 +13,6 @@ from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason="the app extra is not installed")
 
-from diffusers_rtsae import Dictionary  # noqa: E402
 from diffusers_rtsae.app import as_code, build, launch, painted_mask  # noqa: E402
 
 PROMPT = "a large heart in the centre, flat, on white"
@@ -156,7 +155,7 @@ def test_what_is_missing_is_said(tab):
 
 def test_a_label_brings_the_options_it_was_verified_with(browser, pipe, dictionary):
     labels = {"late": dictionary.labels["red"] | {"edit": {"apply_to": "cond", "start": 0.5}}}
-    pipe.load_rtsae(Dictionary(dictionary.sites, labels, dictionary.config))
+    pipe.load_rtsae(replace(dictionary, labels=labels))
     page = build(pipe, "a", "b", PROMPT)
     launch(page, None, False, prevent_thread_lock=True, quiet=True)
     tab = browser.new_page(viewport={"width": 1280, "height": 1100})
