@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 import diffusers_rtsae
 from diffusers_rtsae import RTSAE, Dictionary, cli, list_sites, load_dictionary
 from diffusers_rtsae.analysis import find, fit
-from diffusers_rtsae.analysis.effect import frozen
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops
 from diffusers_rtsae.analysis.record import Recorder, record
@@ -158,6 +157,16 @@ def fitted_in_a_broken_denoiser(world):
         fitted()(world)
     finally:
         bias.data.copy_(kept)
+
+
+def fitted_when_compiled(world):
+    """As people do it: the pipeline holds what `torch.compile` returned."""
+    plain = world.pipe.unet
+    try:
+        world.pipe.unet = torch.compile(plain)
+        fitted()(world)
+    finally:
+        world.pipe.unet = plain
 
 
 def fitted_with_nothing(world):
@@ -1044,7 +1053,7 @@ MISUSE = {
         "The denoiser, or its gradient, is NaN or inf here; float32 or bfloat16 may help.",
     ),
     "fitting a compiled denoiser": (
-        lambda world: frozen(torch.compile(world.pipe.unet)).__enter__(),
+        fitted_when_compiled,
         ValueError,
         "Effects are gradients through the denoiser, and a compiled one gives none; load a plain one.",
     ),

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary, own_size, resting
-from ..steering import Clock, PrefixEncoder, TimeGrid, Trajectory, call_arguments, get_site, noise_schedule
+from ..steering import DENOISERS, Clock, PrefixEncoder, TimeGrid, Trajectory, call_arguments, get_site, noise_schedule
 from ..steering.sites import from_tokens, read_output, replace_output, to_tokens
 
 Pair = tuple[str, str]
@@ -433,10 +433,13 @@ def _adds(change: torch.Tensor):
 
 
 @contextlib.contextmanager
-def frozen(denoiser: nn.Module, checkpointing: bool = False):
-    """A denoiser that can be differentiated with respect to its activations alone, inside the `with` block."""
-    if getattr(denoiser, "is_quantized", False) or hasattr(denoiser, "_orig_mod"):
-        kind = "compiled" if hasattr(denoiser, "_orig_mod") else "quantized"
+def frozen(pipeline, checkpointing: bool = False):
+    """The denoiser can be differentiated with respect to its activations alone inside the `with` block."""
+    denoiser = get_denoiser(pipeline)
+    compiled = any(hasattr(getattr(pipeline, name, None), "_orig_mod") for name in DENOISERS)
+    compiled = compiled or any(module._compiled_call_impl is not None for module in denoiser.modules())
+    if getattr(denoiser, "is_quantized", False) or compiled:
+        kind = "compiled" if compiled else "quantized"
         raise ValueError(f"Effects are gradients through the denoiser, and a {kind} one gives none; load a plain one.")
     wanted = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     for parameter in wanted:

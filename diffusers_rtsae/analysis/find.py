@@ -287,7 +287,7 @@ def find_features(
                 f"{len(negative)}. by='presence' takes any number."
             )
         pairs = check_pairs(list(zip(negative, positive, strict=True)))
-        with frozen(get_denoiser(pipeline)):
+        with frozen(pipeline):
             table = _rank_by_effect(pipeline, pairs * seeds, count, adapter_name, until, progress, **call)
     else:
         with torch.no_grad():

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from ..pipeline import get_denoiser
 from .effect import (
     CHUNK,
     ROWS,
@@ -288,7 +287,7 @@ def fit_feature(
     rounds = -(-latents // _ROUND) * _STEPS + _LAST
     away_rounds = -(-_AWAY // _ROUND) * _STEPS + _LAST
     total = 2 * _CAPTURE + _LAST + rounds + away_rounds
-    with frozen(get_denoiser(pipeline), checkpointing), tqdm(total=total, disable=not progress) as bar:
+    with frozen(pipeline, checkpointing), tqdm(total=total, disable=not progress) as bar:
         shared = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
         bar.set_description("pictures")
         states = States(pipeline, fitting + (same[1::2] or same), seed=seed, **shared)

@@ -40,7 +40,7 @@ def test_what_changes_a_prompt_that_is_to_stay_is_harm(states, latent):
 def test_the_gradient_is_that_of_the_effect(states, latent):
     index, generator = latent("red"), torch.Generator().manual_seed(0)
     model = intervention(states)
-    with frozen(states.denoiser):
+    with frozen(states.pipeline):
         slope = first_order(model, {}, 60, generator)[SITE].added[index]
     step = 0.02
     counts = torch.tensor([2.0, 1.0])  # draws weigh states evenly, of which the first pair has twice as many
@@ -100,8 +100,13 @@ def test_what_is_no_pair_is_said():
 
 def test_a_frozen_denoiser_is_as_before(_pipeline):
     before = [parameter.requires_grad for parameter in _pipeline.unet.parameters()]
-    with frozen(_pipeline.unet):
+    with frozen(_pipeline):
         assert not any(parameter.requires_grad for parameter in _pipeline.unet.parameters())
     assert [parameter.requires_grad for parameter in _pipeline.unet.parameters()] == before
-    with pytest.raises(ValueError, match="compiled"), frozen(torch.compile(_pipeline.unet)):
-        pass
+    plain = _pipeline.unet
+    try:
+        _pipeline.unet = torch.compile(plain)
+        with pytest.raises(ValueError, match="compiled"), frozen(_pipeline):
+            pass
+    finally:
+        _pipeline.unet = plain
