@@ -4,12 +4,21 @@
 from diffusers import DiffusionPipeline, ModularPipeline
 
 from .hub import Dictionary, list_pretrained, load_dictionary
-from .models import RTSAE
+from .models import RTSAE, SparseDictionary
 from .pipeline import RTSAELoaderMixin, attach
 from .steering import Edit, list_sites
 
 __version__ = "0.1.0.dev0"
-__all__ = ["RTSAE", "Dictionary", "Edit", "RTSAELoaderMixin", "list_pretrained", "list_sites", "load_dictionary"]
+__all__ = [
+    "RTSAE",
+    "Dictionary",
+    "Edit",
+    "RTSAELoaderMixin",
+    "SparseDictionary",
+    "list_pretrained",
+    "list_sites",
+    "load_dictionary",
+]
 
 attach(DiffusionPipeline)
 attach(ModularPipeline)

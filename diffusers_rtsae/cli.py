@@ -258,14 +258,14 @@ def inspect(
     labels = search_labels(loaded, label) if label else list(loaded.labels)
     metrics = loaded.config.get("metrics", {})
     if as_json:
-        sites = {site: dict(rtsae.config) | {"metrics": metrics.get(site)} for site, rtsae in loaded.sites.items()}
+        sites = {site: dict(sae.config) | {"metrics": metrics.get(site)} for site, sae in loaded.sites.items()}
         sites = {site: {k: v for k, v in told.items() if not k.startswith("_")} for site, told in sites.items()}
         told = {"base_model": loaded.config.get("base_model"), "sites": sites, "presets": loaded.presets}
         print(json.dumps(told | {"labels": {name: loaded.labels[name] for name in labels}}))
         return
     console.print(f"for {loaded.config.get('base_model', 'an unnamed model')}")
-    for site, rtsae in loaded.sites.items():
-        c, m = rtsae.config, metrics.get(site, {})
+    for site, sae in loaded.sites.items():
+        c, m = sae.config, metrics.get(site, {})
         figures = [
             f"{name} {m[name]}" for name in ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead") if name in m
         ]

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .models import RTSAE
+from .models import KINDS, SparseDictionary
 from .steering.edits import Edit
 
 CONFIG_NAME, LABELS_NAME, PRESETS_NAME = "rtsae_config.json", "labels.json", "presets.json"
@@ -23,7 +23,6 @@ DIRECTIONS_NAME = "directions.safetensors"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a site is also a folder, and must not lead out of its own
-_MATRICES = ("encoder", "decoder", "dynamics.transition")  # stored in half precision; statistics stay float32
 _MAPPED = ("encoder", "decoder")  # too large to look through: who takes rows of these checks them
 _JSON_BYTES, _JSON_DEPTH = 64 * 2**20, 32
 
@@ -204,33 +203,37 @@ def check_preset(path: Path, name: str, preset) -> None:
         raise ValueError(f"{path}: {name} cannot be used: {_line(error)}") from None
 
 
-def load_site(folder: Path, site: str, dtype: torch.dtype | None) -> RTSAE:
+def load_site(folder: Path, site: str, dtype: torch.dtype | None) -> SparseDictionary:
     """Open the dictionary of one site. Its file is mapped: rows are read from disk when they are used. So it may be
     replaced meanwhile, as saving does, but not cut short."""
     path, weights = folder / site, folder / site / WEIGHTS_NAME
     if not (path / "config.json").is_file() or not weights.is_file():
         found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "nothing"
         raise OSError(f"Expected config.json and {WEIGHTS_NAME} (safetensors only) in {path}, found {found}.")
-    rtsae = _skeleton(path / "config.json", site)
-    expected = rtsae.state_dict()
+    sae = _skeleton(path / "config.json", site)
+    expected = sae.state_dict()
     try:
         with safe_open(weights, "pt") as file:
-            _check_header(weights, {name: file.get_slice(name) for name in file.keys()}, expected)
+            _check_header(weights, {name: file.get_slice(name) for name in file.keys()}, expected, sae.matrices)
             tensors = {name: file.get_tensor(name) for name in expected}  # mapped: neither read nor copied
     except (SafetensorError, RuntimeError) as error:
         raise OSError(f"{weights} is damaged or no safetensors file: {_line(error)}") from None
     for name, tensor in tensors.items():
         if name not in _MAPPED and not torch.isfinite(tensor).all():
             raise ValueError(f"{weights} holds NaN or inf in {name!r}.")
-        if name in _MATRICES and dtype is not None:
+        if name in sae.matrices and dtype is not None:
             tensors[name] = tensor.to(dtype)
-    rtsae.load_state_dict(tensors, assign=True)
-    return rtsae.requires_grad_(False).eval()
+    sae.load_state_dict(tensors, assign=True)
+    return sae.requires_grad_(False).eval()
 
 
-def _skeleton(path: Path, site: str) -> RTSAE:
+def _skeleton(path: Path, site: str) -> SparseDictionary:
     """The dictionary that a config.json describes, without memory for its weights."""
-    config = {name: value for name, value in read_json(path).items() if not name.startswith("_")}
+    content = read_json(path)
+    kind = content.get("_class_name")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{path} must name its kind as one of {list(KINDS)}, got {brief(kind)}.")
+    config = {name: value for name, value in content.items() if not name.startswith("_")}
     if config.get("site") != site:
         raise ValueError(f"{path} must be of site {site!r}, got {brief(config.get('site'))}.")
     for name in ("in_channels", "num_latents", "k"):
@@ -244,12 +247,12 @@ def _skeleton(path: Path, site: str) -> RTSAE:
         raise ValueError(f"{path}: expected `activation` 'output' or 'update', got {brief(config['activation'])}.")
     try:
         with torch.device("meta"):
-            return RTSAE(**config)
+            return KINDS[kind](**config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} describes no dictionary: {_line(error)}") from None
 
 
-def _check_header(path: Path, found: dict, expected: dict[str, torch.Tensor]) -> None:
+def _check_header(path: Path, found: dict, expected: dict[str, torch.Tensor], matrices: tuple[str, ...]) -> None:
     """Raise `ValueError` unless the slices of a file are the tensors that its config.json promises."""
     wrong = [f"{name!r} is missing" for name in expected if name not in found]
     wrong += [f"{brief(name)} is none of ours" for name in found if name not in expected]
@@ -257,8 +260,8 @@ def _check_header(path: Path, found: dict, expected: dict[str, torch.Tensor]) ->
         shape, dtype = list(expected[name].shape), found[name].get_dtype()
         if found[name].get_shape() != shape:
             wrong.append(f"{name!r} has shape {brief(found[name].get_shape())} instead of {shape}")
-        elif dtype not in (DTYPES if name in _MATRICES else ("F32",)):
-            wrong.append(f"{name!r} is {dtype} instead of {' or '.join(DTYPES) if name in _MATRICES else 'F32'}")
+        elif dtype not in (DTYPES if name in matrices else ("F32",)):
+            wrong.append(f"{name!r} is {dtype} instead of {' or '.join(DTYPES) if name in matrices else 'F32'}")
     if wrong:
         raise ValueError(f"The weights in {path} do not fit its config.json: {', '.join(wrong[:8])}.")
 
@@ -290,17 +293,17 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(0o644)
 
 
-def save_site(folder: Path, site: str, rtsae: RTSAE) -> None:
+def save_site(folder: Path, site: str, sae: SparseDictionary) -> None:
     """Write the dictionary of one site into a new folder: encoder and decoder rows as float16, statistics as
     float32."""
     path = folder / site
     path.mkdir()
     tensors = {}
-    for name, tensor in rtsae.state_dict().items():
-        tensor = tensor.detach().to("cpu", torch.float16 if name in _MATRICES else torch.float32).contiguous()
+    for name, tensor in sae.state_dict().items():
+        tensor = tensor.detach().to("cpu", torch.float16 if name in sae.matrices else torch.float32).contiguous()
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name!r} of {site} holds NaN, inf, or what is too large for {tensor.dtype}.")
         tensors[name] = tensor
-    write_json(path / "config.json", json.loads(rtsae.to_json_string()))
+    write_json(path / "config.json", json.loads(sae.to_json_string()))
     save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
     shutil.copymode(path / "config.json", path / WEIGHTS_NAME)  # safetensors makes it unreadable for others

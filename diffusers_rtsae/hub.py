@@ -47,7 +47,7 @@ from .files import (
     save_tensors,
     write_json,
 )
-from .models import RTSAE
+from .models import SparseDictionary
 
 __all__ = [
     "CONFIG_NAME",
@@ -84,7 +84,7 @@ class Dictionary:
     The dictionaries of one base model's sites with their labels.
 
     Args:
-        sites (`dict[str, RTSAE]`): by path of the site.
+        sites (`dict[str, SparseDictionary]`): by path of the site.
         labels (`dict[str, dict]`): for each label its `features` (site, latents, weights, where), the edit options it
             was verified with and what was measured.
         config (`dict`): `base_model`, `signature` of its denoiser, and how the trajectories were made.
@@ -93,7 +93,7 @@ class Dictionary:
             sum of latents.
     """
 
-    sites: dict[str, RTSAE]
+    sites: dict[str, SparseDictionary]
     labels: dict[str, dict] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     presets: dict[str, dict] = field(default_factory=dict)
@@ -102,10 +102,10 @@ class Dictionary:
     def __post_init__(self):
         if not self.sites:
             raise ValueError("A dictionary needs at least one site.")
-        for site, rtsae in self.sites.items():
-            if not isinstance(rtsae, RTSAE) or rtsae.config.site != site:
-                found = rtsae.config.site if isinstance(rtsae, RTSAE) else type(rtsae).__name__
-                raise ValueError(f"Expected an RTSAE of site {site!r} under that name, got {found!r}.")
+        for site, sae in self.sites.items():
+            if not isinstance(sae, SparseDictionary) or sae.config.site != site:
+                found = sae.config.site if isinstance(sae, SparseDictionary) else type(sae).__name__
+                raise ValueError(f"Expected a dictionary of site {site!r} under that name, got {found!r}.")
             if not is_site(site):
                 raise ValueError(f"A site is the path of a module, got {brief(site)}.")
 
@@ -168,7 +168,7 @@ class Dictionary:
     def add_label(self, name: str, label: dict, directions: dict[str, torch.Tensor]) -> None:
         """Add or replace a label, with the directions of its own at some sites; raises `ValueError` if it cannot be
         used."""
-        sizes = {site: rtsae.config.num_latents for site, rtsae in self.sites.items()}
+        sizes = {site: sae.config.num_latents for site, sae in self.sites.items()}
         own = {f"{name}.{site}": direction for site, direction in directions.items()}
         features = [
             entry | ({"direction": f"{name}.{entry['site']}"} if "direction" in entry else {})
@@ -186,9 +186,9 @@ class Dictionary:
         entry = self.features(name)[0][0]
         if "direction" in entry:
             return self.directions[entry["direction"]].float().cpu()
-        rtsae, latents = self.sites[entry["site"]], entry["latents"]
-        amounts = rtsae.typical_activation[latents].cpu() * torch.tensor(entry["weights"])
-        return torch.einsum("n,ngd->gd", amounts, rtsae.feature_trajectories(latents).cpu())
+        sae, latents = self.sites[entry["site"]], entry["latents"]
+        amounts = sae.typical_activation[latents].cpu() * torch.tensor(entry["weights"])
+        return torch.einsum("n,ngd->gd", amounts, sae.feature_trajectories(latents).cpu())
 
     def preset(self, name: str) -> tuple[dict, dict]:
         """The features with their strengths, and the options, of a preset."""
@@ -267,8 +267,8 @@ class Dictionary:
         write_json(folder / CONFIG_NAME, config)
         card = model_card(self.sites, labels, config, repo_id)
         (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
-        for site, rtsae in self.sites.items():
-            save_site(folder, site, rtsae)
+        for site, sae in self.sites.items():
+            save_site(folder, site, sae)
         inner = [f"{site}/{name}" for site in self.sites for name in ("config.json", WEIGHTS_NAME)]
         optional = [PRESETS_NAME] * bool(self.presets) + [DIRECTIONS_NAME] * bool(used)
         return [*inner, LABELS_NAME, *optional, CARD_NAME, CONFIG_NAME]
@@ -368,7 +368,7 @@ def list_pretrained(refresh: bool = False, token: str | bool | None = None) -> l
 
 
 def load_dictionary(
-    source: str | os.PathLike | dict[str, RTSAE] | Dictionary,
+    source: str | os.PathLike | dict[str, SparseDictionary] | Dictionary,
     layers: list[str] | None = None,
     dtype: torch.dtype | None = None,
     *,
@@ -383,7 +383,7 @@ def load_dictionary(
     Open a dictionary from a local folder, the Hub, or memory. Its rows are read from disk when they are used.
 
     Args:
-        source (`str`, `os.PathLike`, `dict` or `Dictionary`): Hub id, folder, or `{site: RTSAE}`.
+        source (`str`, `os.PathLike`, `dict` or `Dictionary`): Hub id, folder, or `{site: dictionary of it}`.
         layers (`list[str]`, *optional*): sites to load; all by default. Others are not downloaded.
         dtype (`torch.dtype`, *optional*): of the weights in memory: `torch.float16`, `torch.bfloat16` or
             `torch.float32`; as they are stored by default. Statistics and arithmetic are always float32.
@@ -409,7 +409,7 @@ def load_dictionary(
         return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets, dictionary.directions)
     if not isinstance(source, str | os.PathLike) or not str(source):
         found = "an empty string" if isinstance(source, str) else type(source).__name__
-        raise ValueError(f"Expected a Hub id, a folder or a dict of RTSAE by site, got {found}.")
+        raise ValueError(f"Expected a Hub id, a folder or a dict of dictionaries by site, got {found}.")
     inside = PureWindowsPath(subfolder or "")  # knows the separators, drives and roots of every system
     if inside.anchor or ".." in inside.parts:
         raise ValueError(f"`subfolder` must lie inside the folder or repository, got {subfolder!r}.")
@@ -515,8 +515,9 @@ def _read(folder: Path, layers: list[str] | None, dtype: torch.dtype | None) -> 
     for name, label in labels.items():
         check_label(folder / LABELS_NAME, name, label, sizes, directions)
         for entry in label["features"]:
-            rtsae = sites.get(entry["site"])
-            if "direction" in entry and rtsae and directions[entry["direction"]].shape != rtsae.decoder_bias.shape:
+            sae = sites.get(entry["site"])
+            needed = sae and (len(sae.config.anchors), sae.config.in_channels)
+            if "direction" in entry and sae and directions[entry["direction"]].shape != needed:
                 raise ValueError(f"The direction of {brief(name)} has another shape than {entry['site']} needs.")
     presets = read_json(folder / PRESETS_NAME) if (folder / PRESETS_NAME).is_file() else {}
     for name, preset in presets.items():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .hub import Dictionary, load_dictionary
-from .models import RTSAE
+from .models import SparseDictionary
 from .steering import (
     DENOISERS,
     Controller,
@@ -144,9 +144,9 @@ def _install(pipeline) -> None:
     for adapter in controller.adapters.values():
         if adapter.weight == 0 or not controller.enabled:
             continue
-        for site, rtsae in adapter.dictionary.sites.items():
+        for site, sae in adapter.dictionary.sites.items():
             edits = [_scaled(edit, adapter.weight) for where, edit in adapter.edits if where == site]
-            plans.append(SitePlan(rtsae, edits, alphas_cumprod))
+            plans.append(SitePlan(sae, edits, alphas_cumprod))
     compiled = any(hasattr(getattr(pipeline, name, None), "_orig_mod") for name in DENOISERS)
     controller.install(plans, compiled)
 
@@ -188,7 +188,7 @@ class RTSAELoaderMixin:
 
     def load_rtsae(
         self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, RTSAE] | Dictionary,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, SparseDictionary] | Dictionary,
         adapter_name: str | None = None,
         layers: list[str] | None = None,
         dtype: torch.dtype | None = None,
@@ -198,7 +198,7 @@ class RTSAELoaderMixin:
         Attach a dictionary. Nothing changes until features are set.
 
         Args:
-            pretrained_model_name_or_path_or_dict: Hub id, local folder, or `{site: RTSAE}`.
+            pretrained_model_name_or_path_or_dict: Hub id, local folder, or `{site: dictionary of it}`.
             adapter_name (`str`, *optional*): name to address it by, `"default"` if left out.
             layers (`list[str]`, *optional*): which of its sites to load.
             dtype (`torch.dtype`, *optional*): of the weights in memory.
@@ -210,8 +210,8 @@ class RTSAELoaderMixin:
         denoiser = get_denoiser(self)
         dictionary = load_dictionary(pretrained_model_name_or_path_or_dict, layers, dtype, **hub_kwargs)
         dictionary.check(denoiser)
-        for site, rtsae in dictionary.sites.items():
-            check_width(denoiser, site, rtsae.config.in_channels)
+        for site, sae in dictionary.sites.items():
+            check_width(denoiser, site, sae.config.in_channels)
         name = adapter_name or "default"
         if name in self.get_list_rtsae():
             raise ValueError(
@@ -365,8 +365,8 @@ class RTSAELoaderMixin:
         controller = _controller(self)
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names or list(controller.adapters):
-            for rtsae in _adapter(controller, name).dictionary.sites.values():
-                rtsae.to(device)
+            for sae in _adapter(controller, name).dictionary.sites.values():
+                sae.to(device)
         _install(self)
 
     def rtsae_report(self) -> dict[str, list[dict]]:

@@ -606,12 +606,12 @@ MISUSE = {
     "a dictionary of something else": (
         lambda world: world.pipe.load_rtsae({SITE: "folder"}, "second"),
         ValueError,
-        f"Expected an RTSAE of site '{SITE}' under that name, got 'str'.",
+        f"Expected a dictionary of site '{SITE}' under that name, got 'str'.",
     ),
     "a dictionary under another name": (
         lambda world: world.pipe.load_rtsae({"mid_block": world.dictionary.sites[SITE]}, "second"),
         ValueError,
-        f"Expected an RTSAE of site 'mid_block' under that name, got '{SITE}'.",
+        f"Expected a dictionary of site 'mid_block' under that name, got '{SITE}'.",
     ),
     "a site that is no path": (
         lambda world: Dictionary({"../up": RTSAE("../up", 8, [900, 1], 8, 2)}),
@@ -677,17 +677,17 @@ MISUSE = {
     "nothing": (
         lambda world: load_dictionary(None),
         ValueError,
-        "Expected a Hub id, a folder or a dict of RTSAE by site, got NoneType.",
+        "Expected a Hub id, a folder or a dict of dictionaries by site, got NoneType.",
     ),
     "an empty string": (
         lambda world: load_dictionary(""),
         ValueError,
-        "Expected a Hub id, a folder or a dict of RTSAE by site, got an empty string.",
+        "Expected a Hub id, a folder or a dict of dictionaries by site, got an empty string.",
     ),
     "one RTSAE": (
         lambda world: load_dictionary(world.dictionary.sites[SITE]),
         ValueError,
-        "Expected a Hub id, a folder or a dict of RTSAE by site, got RTSAE.",
+        "Expected a Hub id, a folder or a dict of dictionaries by site, got RTSAE.",
     ),
     "a Hub id that is not in the cache": (
         lambda world: load_dictionary("org/none", cache_dir=world.empty / "cache", local_files_only=True),
@@ -891,6 +891,11 @@ MISUSE = {
         rewritten(f"{SMALL}/config.json", site="up"),
         ValueError,
         "…config.json must be of site 'mid_block', got 'up'.",
+    ),
+    "a configuration of a kind of somebody else": (
+        rewritten(f"{SMALL}/config.json", _class_name="UNet2DConditionModel"),
+        ValueError,
+        "…config.json must name its kind as one of ['RTSAE'], got 'UNet2DConditionModel'.",
     ),
     "a configuration without width": (
         rewritten(f"{SMALL}/config.json", in_channels=None),

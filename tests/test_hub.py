@@ -293,7 +293,7 @@ def test_the_card(folder):
     assert data["library_name"] == "diffusers-rtsae" and "diffusers-rtsae" in data["tags"]
     assert data["base_model"] == "org/base" and data["license"] == "mit" and data["sites"] == [SITE]
     for line in (
-        "| mid_block | 8 | 16 | 4 | 900, 500, 1 | output |",
+        "| mid_block | RTSAE | 8 | 16 | 4 | 900, 500, 1 | output |",
         "| dead | 0.25 |",
         "| r2 | 0.5, 0.75 |",
         "| sampler | DDIM |",
@@ -351,7 +351,8 @@ def write_sparse(folder: Path, num_latents: int, in_channels: int, anchors: list
     with open(folder / SITE / WEIGHTS_NAME, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    config = {"site": SITE, "in_channels": in_channels, "anchors": anchors, "num_latents": num_latents, "k": 32}
+    config = {"_class_name": "RTSAE", "site": SITE, "in_channels": in_channels, "anchors": anchors}
+    config |= {"num_latents": num_latents, "k": 32}
     (folder / SITE / "config.json").write_text(json.dumps(config))
     (folder / LABELS_NAME).write_text("{}")
     (folder / CONFIG_NAME).write_text(json.dumps({"format_version": 1, "sites": [SITE]}))

@@ -78,5 +78,5 @@ def test_a_dictionary_of_full_size_opens_at_once_and_takes_few_bytes(tmp_path):
     for step in range(50):
         tokens = torch.randn(1, 256, WIDTH, dtype=torch.float16)
         plan.conditional(state, tokens, 981 - 20 * step, None)
-        state.conditional.continue_with(tokens)
-    assert tensor_bytes([plan.encoder, plan.folds, state], set()) < 4e6
+        state.memories[None].continue_with(tokens)
+    assert tensor_bytes([plan.reader, plan.folds, state], set()) < 4e6

@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_rtsae import RTSAE, load_dictionary
+from diffusers_rtsae import RTSAE, SparseDictionary, load_dictionary
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.hub import write_json
-from diffusers_rtsae.models import jump_relu
 from diffusers_rtsae.pipeline import get_denoiser, own_size
 from diffusers_rtsae.steering import Clock, call_arguments, get_site
 from diffusers_rtsae.steering.sites import from_tokens, read_output, replace_output, to_tokens
@@ -49,7 +48,7 @@ class Unexplained:
 
 
 @torch.no_grad()
-def evaluate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> dict:
+def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
     """
     Reconstruction, sparsity and causality of a dictionary.
 
@@ -58,73 +57,77 @@ def evaluate(rtsae: RTSAE, trajectories: torch.Tensor, k: int) -> dict:
         k (`int`): latents that BatchTopK keeps, for comparison with the threshold.
 
     Returns:
-        `dict`: FVU per anchor and over all, in residual space and in activation space. In activation space anchors are
-        weighed by their own variance (each divided by its scale): `online` rolls the reconstruction out from the
-        first anchor, `teacher_forced` predicts each anchor from the true one before. L0 with BatchTopK and with the
-        threshold, share of latents that never fired when their statistics were measured, and how well the code of each
+        `dict`: FVU of the activation per anchor and over all, where anchors are weighed by their own variance (each
+        divided by its spread): `online` rolls the reconstruction out from the first anchor, `teacher_forced` predicts
+        each anchor from the true one before; of a kind that predicts nothing the two are the same. L0 of a trajectory
+        or, of a kind that has a code for each step, of a step; share of latents that never fired when their statistics
+        were measured. Of an RTSAE also the FVU of the residuals, L0 with BatchTopK, and how well the code of each
         prefix agrees with the whole: cosine of the codes, and the share of the whole code's active latents that the
         prefix finds.
     """
-    dynamics, anchors = rtsae.dynamics, len(rtsae.config.anchors)
-    scale = dynamics.scale[:, None]
+    anchors, spread, is_whole = len(sae.config.anchors), sae.spread[:, None], isinstance(sae, RTSAE)
     unexplained = {name: Unexplained() for name in ("residual", "online", "teacher_forced")}
     sums, topk_l0 = torch.zeros(3, anchors), 0.0
-    cosine, length = 0.0, max(256, 2**23 // rtsae.config.num_latents)
+    cosine, length = 0.0, max(256, 2**23 // sae.config.num_latents)
     for part in trajectories.split(length):
         part = part.float()
-        residuals = dynamics.residuals(part)
-        codes = [jump_relu(rtsae.pre_activations(residuals[:, : g + 1]), rtsae.threshold[g]) for g in range(anchors)]
-        whole = codes[-1]
-        reconstruction = rtsae.decode_residuals(whole)
-        online = dynamics.rollout(reconstruction)
-        unexplained["residual"].add(reconstruction, residuals)
-        unexplained["online"].add(online / scale, part / scale)
-        unexplained["teacher_forced"].add(dynamics.teacher_forced(reconstruction, part) / scale, part / scale)
-        cosine += torch.cosine_similarity((online / scale).flatten(1), (part / scale).flatten(1)).sum().item()
-        topk_l0 += len(residual_code(rtsae, residuals, k).values)
+        codes = [sae.encode(part[:, : g + 1]) for g in range(anchors)]
+        online, forced = sae.reconstruct(part), sae.reconstruct(part, teacher_forced=True)
+        unexplained["online"].add(online / spread, part / spread)
+        unexplained["teacher_forced"].add(forced / spread, part / spread)
+        cosine += torch.cosine_similarity((online / spread).flatten(1), (part / spread).flatten(1)).sum().item()
+        if is_whole:
+            residuals = sae.dynamics.residuals(part)
+            unexplained["residual"].add(sae.decode_residuals(codes[-1]), residuals)
+            topk_l0 += len(residual_code(sae, residuals, k).values)
         for g, code in enumerate(codes):
-            both = ((code > 0) & (whole > 0)).sum()
-            sums[:, g] += torch.stack([torch.cosine_similarity(code, whole).sum(), both, (code > 0).sum()])
+            both = ((code > 0) & (codes[-1] > 0)).sum()
+            sums[:, g] += torch.stack([torch.cosine_similarity(code, codes[-1]).sum(), both, (code > 0).sum()])
     count = len(trajectories)
+    agreement, found, l0 = sums / count
     result = {"tokens": count}
     for name, of in unexplained.items():
-        result[f"fvu_{name}_per_anchor"], result[f"fvu_{name}"] = of.result()
-    active = sums[2, -1]
-    return result | {
+        if of.count:
+            result[f"fvu_{name}_per_anchor"], result[f"fvu_{name}"] = of.result()
+    result |= {
         "cosine_online": round(cosine / count, 4),
+        "l0_threshold": round((l0[-1] if is_whole else l0.mean()).item(), 2),
+        "dead": round((sae.density == 0).float().mean().item(), 4),
+    }
+    if not is_whole:
+        return result | {"l0_per_anchor": [round(v, 2) for v in l0.tolist()]}
+    return result | {
         "l0_batch_topk": round(topk_l0 / count, 2),
-        "l0_threshold": round((active / count).item(), 2),
-        "dead": round((rtsae.density == 0).float().mean().item(), 4),
-        "prefix_cosine": [round(v, 4) for v in (sums[0] / count).tolist()],
-        "prefix_recall": [round(v, 4) for v in (sums[1] / active).tolist()],
-        "prefix_l0": [round(v, 2) for v in (sums[2] / count).tolist()],
+        "prefix_cosine": [round(v, 4) for v in agreement.tolist()],
+        "prefix_recall": [round(v, 4) for v in (found / l0[-1]).tolist()],
+        "prefix_l0": [round(v, 2) for v in l0.tolist()],
     }
 
 
 @torch.no_grad()
-def timing(rtsae: RTSAE) -> dict:
+def timing(sae: SparseDictionary) -> dict:
     """
     When features act: histograms over anchors of the peak, onset and lifetime of the latents that are alive (see
-    `RTSAE.feature_times`); the first number of lifetime is of those that last one anchor.
+    `SparseDictionary.feature_times`); the first number of lifetime is of those that last one anchor.
     """
-    times, anchors = rtsae.feature_times(rtsae.density > 0), len(rtsae.config.anchors)
+    times, anchors = sae.feature_times(sae.density > 0), len(sae.config.anchors)
     found = {"peak": times.peak, "onset": times.onset, "lifetime": times.lifetime - 1}
     return {name: torch.bincount(values, minlength=anchors).tolist() for name, values in found.items()}
 
 
 @torch.no_grad()
-def stability(rtsaes: Sequence[RTSAE]) -> float:
+def stability(saes: Sequence[SparseDictionary]) -> float:
     """
     Mean over ordered pairs of dictionaries of how well the features of one are found in the other: the largest cosine
     between their whole trajectories, weighed by how often a feature is active.
     """
     paths = []
-    for rtsae in rtsaes:
-        path = (rtsae.feature_trajectories() / rtsae.dynamics.scale[:, None]).flatten(1)
+    for sae in saes:
+        path = (sae.feature_trajectories() / sae.spread[:, None]).flatten(1)
         paths.append(torch.nn.functional.normalize(path, dim=1))
     found = []
     for i, a in enumerate(paths):
-        weight = rtsaes[i].density / rtsaes[i].density.sum()
+        weight = saes[i].density / saes[i].density.sum()
         found += [(weight * (a @ b.T).amax(1)).sum().item() for j, b in enumerate(paths) if j != i]
     return round(sum(found) / len(found), 4)
 
@@ -169,27 +172,27 @@ class _Replaced:
 
 
 @torch.no_grad()
-def recovered(pipe: DiffusionPipeline, rtsae: RTSAE, prompts: Sequence[str], generators=None, **call) -> dict:
+def recovered(pipe: DiffusionPipeline, sae: SparseDictionary, prompts: Sequence[str], generators=None, **call) -> dict:
     """
     What the denoiser predicts when a site's activation is replaced by its reconstruction.
 
     At each anchor of a plain generation the denoiser is called again on the same input, with the conditional rows of
     the site replaced: by the reconstruction from what is known by then, rolled out (`online`) or from the true
-    activation before (`teacher_forced`); and by the mean activation, which is what 0 stands for.
+    activation before (`teacher_forced`); and by the mean activation of these pictures, which is what 0 stands for.
 
     Returns:
         `dict`: the share of the mean replacement's error in the noise prediction that the reconstruction recovers, 1
         is all: per anchor, and over all (ratio of sums).
     """
-    denoiser, anchors = get_denoiser(pipe), list(rtsae.config.anchors)
-    site = get_site(denoiser, rtsae.config.site)
+    denoiser, anchors = get_denoiser(pipe), list(sae.config.anchors)
+    site = get_site(denoiser, sae.config.site)
     device = next(denoiser.parameters()).device
     with (
         _Calls(denoiser, anchors) as calls,
-        Recorder(pipe, [rtsae.config.site], anchors, rtsae.config.activation) as recorder,
+        Recorder(pipe, [sae.config.site], anchors, sae.config.activation) as recorder,
     ):
         pipe(list(prompts), generator=generators, output_type="latent", **own_size(pipe) | call)
-    whole = recorder.trajectories(rtsae.config.site)
+    whole = recorder.trajectories(sae.config.site)
     if whole.shape[2] != len(anchors):
         raise ValueError(f"The sampler visited {recorder.timesteps}, not all anchors {anchors}: give its step count.")
     images, tokens = whole.shape[:2]
@@ -197,18 +200,17 @@ def recovered(pipe: DiffusionPipeline, rtsae: RTSAE, prompts: Sequence[str], gen
     errors = {name: torch.zeros(len(anchors), dtype=torch.float64) for name in ("online", "teacher_forced", "mean")}
     for g, timestep in enumerate(anchors):
         args, kwargs = calls.kept[timestep]
-        latents = rtsae.encode(h[:, : g + 1])
-        residuals = rtsae.decode_residuals(latents)
+        known = h[:, : g + 1]
         replacements = {
-            "online": rtsae.dynamics.rollout(residuals)[:, g],
-            "teacher_forced": rtsae.dynamics.teacher_forced(residuals, h)[:, g],
-            "mean": rtsae.dynamics.mean[g].expand(len(h), -1),
+            "online": sae.reconstruct(known)[:, g],
+            "teacher_forced": sae.reconstruct(known, teacher_forced=True)[:, g],
+            "mean": h[:, g].mean(0).expand(len(h), -1),
         }
         truth = denoiser(*args, **kwargs)[0].float()
         rows = dict(recorder.clock.rows(len(truth)))["cond"]
         for name, replacement in replacements.items():
             new = replacement.unflatten(0, (images, tokens)).to(device)
-            with _Replaced(site, rows, new, rtsae.config.activation):
+            with _Replaced(site, rows, new, sae.config.activation):
                 found = denoiser(*args, **kwargs)[0].float()
             errors[name][g] += (found[rows] - truth[rows]).double().square().mean().item()
     result = {}
@@ -246,30 +248,30 @@ def report(found: dict[str, dict], folder: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate_pipeline(pipe: DiffusionPipeline, rtsae: RTSAE, collect: Collect, seed: int = 1) -> dict:
+def evaluate_pipeline(pipe: DiffusionPipeline, sae: SparseDictionary, collect: Collect, seed: int = 1) -> dict:
     """All figures of one dictionary, on pictures a pipeline makes now from the prompts of `collect`."""
-    anchors = anchor_timesteps(pipe, collect, list(rtsae.config.anchors))
+    anchors = anchor_timesteps(pipe, collect, list(sae.config.anchors))
     train = {"num_latents": 1, "k": 1, "steps": 1, "batch_size": 1, "learning_rate": 1.0}
     recipe = Recipe(
-        pipeline="", base_model="", seed=seed, sites=[rtsae.config.site], anchors=anchors,
-        activation=rtsae.config.activation, collect=collect, train=train,
+        pipeline="", base_model="", seed=seed, sites=[sae.config.site], anchors=anchors,
+        activation=sae.config.activation, collect=collect, train=train,
     )  # fmt: skip
     samples, rows, shares = read_samples(collect, seed), [], []
     for start in range(0, len(samples), collect.batch_size):
         part = samples[start : start + collect.batch_size]
-        rows.append(trajectories(pipe, part, start, recipe, anchors)[0][rtsae.config.site])
+        rows.append(trajectories(pipe, part, start, recipe, anchors)[0][sae.config.site])
         if len(shares) * collect.batch_size < 32:  # three more calls an anchor each
             generators = [torch.Generator().manual_seed(sample.seed) for sample in part]
             prompts = [sample.prompt for sample in part]
             call = {"num_inference_steps": collect.steps, "guidance_scale": collect.guidance_scale}
-            shares.append(recovered(pipe, rtsae, prompts, generators, **call))
-    found = evaluate(rtsae, torch.cat(rows).float(), rtsae.config.k)
+            shares.append(recovered(pipe, sae, prompts, generators, **call))
+    found = evaluate(sae, torch.cat(rows).float(), sae.config.k)
     for key in shares[0]:
         values = torch.tensor([share[key] for share in shares])
         found[key] = (
             [round(v, 4) for v in values.mean(0).tolist()] if values.ndim > 1 else round(values.mean().item(), 4)
         )
-    return found | timing(rtsae)
+    return found | timing(sae)
 
 
 def main() -> None:
@@ -295,9 +297,9 @@ def main() -> None:
     found = {}
     for source in a.dictionaries:
         dictionary = load_dictionary(source, dtype=torch.float32)
-        for site, rtsae in dictionary.sites.items():
+        for site, sae in dictionary.sites.items():
             name = site if len(a.dictionaries) == 1 else f"{Path(source).name} {site}"
-            found[name] = evaluate_pipeline(pipe, rtsae, collect, a.seed)
+            found[name] = evaluate_pipeline(pipe, sae, collect, a.seed)
             print(name, json.dumps(found[name]), flush=True)
     report(found, a.out)
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary, own_size, resting
-from ..steering import DENOISERS, Clock, PrefixEncoder, TimeGrid, Trajectory, call_arguments, get_site, noise_schedule
+from ..steering import DENOISERS, Clock, TimeGrid, call_arguments, get_site, noise_schedule
 from ..steering.sites import from_tokens, read_output, replace_output, to_tokens
 
 Pair = tuple[str, str]
@@ -344,9 +344,10 @@ class States:
         rtsae = self.dictionary.sites[site]
         for run in self._runs:
             present, past = run.past[site] if own else run.present[site], run.past[site]
-            encoder, memory = PrefixEncoder(rtsae, list(latents), self.grids[site], present.device), Trajectory()
+            reader = rtsae.reader(list(latents), present.device)
+            memory = reader.begin()
             for step, state in enumerate(run.states):
-                codes = encoder.observe(memory, present[:, :, step], run.timesteps[step])
+                codes = reader.read(memory, present[:, :, step], self.grids[site].step(run.timesteps[step]))
                 memory.continue_with(past[:, :, step])
                 if state is not None:
                     yield state, codes
@@ -520,7 +521,8 @@ class Intervention:
 
     def directions(self, site: str, latents: Sequence[int], timestep: float) -> torch.Tensor:
         """`(latents, d)` at a step."""
-        return self.at(site, self.dictionary.sites[site].feature_trajectories(list(latents)).float(), timestep)
+        step = self.grids[site].step(timestep)
+        return self.dictionary.sites[site].directions(list(latents)).at(step).float()
 
     def at(self, site: str, paths: torch.Tensor, timestep: float) -> torch.Tensor:
         """Paths `(..., G, d)` at a step, `(..., d)`."""
@@ -538,7 +540,7 @@ class Intervention:
                 path = amounts @ self.directions(site, part.added, state.timestep)
                 terms.append(added * self.gate(site, state, rows) * path)
             if part.direction is not None:
-                path = self.at(site, part.direction * rtsae.dynamics.scale[:, None].cpu(), state.timestep)
+                path = self.at(site, part.direction * rtsae.spread[:, None].cpu(), state.timestep)
                 terms.append(added * self.gate(site, state, rows) * path)
             if part.removed:
                 amounts = part.shares * self.active(site, state, rows, part.removed)
@@ -577,8 +579,9 @@ def first_order(
             them.
     """
     states, dictionary = model.states, model.dictionary
-    sums = {site: torch.zeros_like(dictionary.sites[site].decoder_bias).float() for site in model.parts}
-    sizes = {site: torch.zeros(len(dictionary.sites[site].config.anchors)) for site in model.parts}
+    configs = {site: dictionary.sites[site].config for site in model.parts}
+    sums = {site: torch.zeros(len(config.anchors), config.in_channels) for site, config in configs.items()}
+    sizes = {site: torch.zeros(len(config.anchors)) for site, config in configs.items()}
     removed = {site: torch.zeros(2, len(latents)) for site, latents in candidates.items()}
     for state, rows, weight in states.draw(count, ROWS, generator):
         there = model(state, rows)

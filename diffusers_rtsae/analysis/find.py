@@ -139,21 +139,21 @@ def rank(
         order (`FirstOrder`, *optional*): their effects; ranked by presence without it.
         present, absent (`torch.Tensor`): mean presence at each step, `(steps, num_latents)`.
     """
-    rtsae = dictionary.sites[site]
+    sae = dictionary.sites[site]
     difference, when = (present - absent).max(0)
     steps = when[None]
     with_it, without = present.gather(0, steps)[0], absent.gather(0, steps)[0]
-    usual = (rtsae.mean_activation / rtsae.typical_activation).cpu()  # a latent that is often active says little
-    scale = rtsae.dynamics.scale[:, None]
+    usual = (sae.mean_activation / sae.typical_activation).cpu()  # a latent that is often active says little
+    scale = sae.spread[:, None]
     specific = (with_it - torch.maximum(without, usual)) / (with_it + torch.maximum(without, usual)).clamp(min=1e-9)
     score = difference.clamp(min=0) * specific.clamp(min=0)
     table = FeatureTable()
-    score = score if order is None else torch.where(rtsae.density.cpu() > 0, order.added / order.added_length, 0.0)
+    score = score if order is None else torch.where(sae.density.cpu() > 0, order.added / order.added_length, 0.0)
     for index in score.nan_to_num().argsort(descending=True).tolist():
         if len(table) == count or score[index] <= 0:
             break
-        path = (rtsae.feature_trajectories([index]).detach() / scale).flatten()
-        kept = (rtsae.feature_trajectories([f.index for f in table]).detach() / scale).flatten(1)
+        path = (sae.feature_trajectories([index]).detach() / scale).flatten()
+        kept = (sae.feature_trajectories([f.index for f in table]).detach() / scale).flatten(1)
         same = torch.cosine_similarity(kept, path[None]) > _DUPLICATE
         if same.any():
             table[int(same.int().argmax())].duplicates.append(index)
@@ -421,12 +421,12 @@ def top_features(recording: Recording, image: int = 0, mask=None, count: int = 1
             picture. Without it: more than usual, over the training data.
     """
     table = FeatureTable()
-    for site, rtsae in recording.dictionary.sites.items():
+    for site, sae in recording.dictionary.sites.items():
         if site not in recording.trajectories:
             continue
         present = recording.presence(site, mask)[image]
         if mask is None:
-            usual = (rtsae.mean_activation / rtsae.typical_activation).cpu()[None].expand_as(present)
+            usual = (sae.mean_activation / sae.typical_activation).cpu()[None].expand_as(present)
             table += rank(recording.dictionary, site, recording.timesteps, present, usual, count)
         else:
             elsewhere = recording.presence(site, 1 - as_mask(mask))[image]

@@ -178,8 +178,8 @@ class _Fitter:
         """Nothing yet, with a direction at each site or with latents alone."""
         parts = {}
         for site, survey in self.surveys.items():
-            shape = self.states.dictionary.sites[site].decoder_bias.shape
-            path = torch.zeros(shape) if direction else None
+            config = self.states.dictionary.sites[site].config
+            path = torch.zeros(len(config.anchors), config.in_channels) if direction else None
             parts[site] = Part(gate=survey.gate, direction=path)
         return Intervention(parts, self.states)
 
@@ -339,7 +339,7 @@ def fit_feature(
     if not label["features"]:
         raise ValueError("No latent of the dictionary has an effect on these pairs.")
     directions = {
-        site: part.direction * states.dictionary.sites[site].dynamics.scale[:, None].cpu()
+        site: part.direction * states.dictionary.sites[site].spread[:, None].cpu()
         for site, part in model.parts.items()
         if part.direction is not None
     }

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..hub import Dictionary
-from ..models import RTSAE, FeatureTimes
+from ..models import FeatureTimes, SparseDictionary
 from .find import Feature
 from .record import Recording
 
@@ -77,8 +77,8 @@ def plot_feature_trajectories(dictionary: Dictionary, features: Sequence) -> Fig
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     norms, neighbours, last = figure.subplots(1, 3)
     for feature in features:
-        rtsae, trajectory = _site(dictionary, feature), dictionary.trajectory(_key(feature))
-        anchors, spread = rtsae.config.anchors, rtsae.dynamics.scale.cpu() * math.sqrt(rtsae.config.in_channels)
+        sae, trajectory = _site(dictionary, feature), dictionary.trajectory(_key(feature))
+        anchors, spread = sae.config.anchors, sae.spread.cpu() * math.sqrt(sae.config.in_channels)
         times = FeatureTimes.of((trajectory.norm(dim=1) / spread)[None])
         length, peak, onset = times.length[0], int(times.peak), int(times.onset)
         (line,) = norms.plot(anchors, length, marker=".", label=_name(feature))
@@ -100,7 +100,7 @@ def plot_feature_trajectories(dictionary: Dictionary, features: Sequence) -> Fig
     return figure
 
 
-def _site(dictionary: Dictionary, feature) -> RTSAE:
+def _site(dictionary: Dictionary, feature) -> SparseDictionary:
     return dictionary.sites[dictionary.features(_key(feature))[0][0]["site"]]
 
 
@@ -220,7 +220,7 @@ def plot_similarity(dictionary: Dictionary, features: Sequence) -> Figure:
     """Cosines between the whole trajectories of features, each its first site's latents together."""
     paths = []
     for feature in features:
-        scale = _site(dictionary, feature).dynamics.scale.cpu()
+        scale = _site(dictionary, feature).spread.cpu()
         paths.append((dictionary.trajectory(_key(feature)) / scale[:, None]).flatten())
     paths = torch.nn.functional.normalize(torch.stack(paths), dim=1)
     figure = Figure(figsize=(0.32 * len(paths) + 2.4, 0.32 * len(paths) + 1.8), layout="constrained")

@@ -10,7 +10,7 @@ import torch
 from ..files import closest
 from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary, own_size
-from ..steering import Clock, PrefixEncoder, TimeGrid, Trajectory, as_mask, call_arguments, get_site, noise_schedule
+from ..steering import Clock, TimeGrid, as_mask, call_arguments, get_site, noise_schedule
 from ..steering.sites import read_output, spatial_size, to_tokens
 
 
@@ -131,14 +131,14 @@ class Recording:
         Args:
             rows (`Sequence[int]`, *optional*): which; all by default.
         """
-        rtsae, trajectories = self.dictionary.sites[site], self.trajectories[site]
-        rows = list(range(rtsae.config.num_latents)) if rows is None else list(rows)
-        grid = TimeGrid(rtsae.config.anchors, self.alphas_cumprod)
-        encoder, state = PrefixEncoder(rtsae, rows, grid, trajectories.device), Trajectory()
+        sae, trajectories = self.dictionary.sites[site], self.trajectories[site]
+        rows = list(range(sae.config.num_latents)) if rows is None else list(rows)
+        grid, reader = TimeGrid(sae.config.anchors, self.alphas_cumprod), sae.reader(rows, trajectories.device)
+        memory, typical = reader.begin(), sae.typical_activation[rows].to(trajectories.device)
         for i, timestep in enumerate(self.timesteps):
-            latents = encoder.observe(state, trajectories[:, :, i], timestep)
-            state.continue_with(trajectories[:, :, i])
-            yield latents / rtsae.typical_activation[rows].to(latents.device)
+            latents = reader.read(memory, trajectories[:, :, i], grid.step(timestep))
+            memory.continue_with(trajectories[:, :, i])
+            yield latents / typical
 
     def maps(self, features: Sequence[str | int | tuple[str, int]]) -> torch.Tensor:
         """

@@ -136,23 +136,23 @@ def _choose(dictionary: Dictionary, count: int) -> list[str | tuple[str, int]]:
     for name, label in dictionary.labels.items():
         if any(entry["site"] in dictionary.sites for entry in label["features"]):
             chosen.append(name)
-    for site, rtsae in dictionary.sites.items():
-        known = int((rtsae.density > 0).sum()) or len(rtsae.density)  # a dictionary may come without statistics
-        chosen += [(site, index) for index in rtsae.density.argsort(descending=True)[: min(count, known)].tolist()]
+    for site, sae in dictionary.sites.items():
+        known = int((sae.density > 0).sum()) or len(sae.density)  # a dictionary may come without statistics
+        chosen += [(site, index) for index in sae.density.argsort(descending=True)[: min(count, known)].tolist()]
     return chosen
 
 
 def _facts(dictionary: Dictionary, key: str | tuple[str, int], path: torch.Tensor) -> dict:
     """What the dictionary itself says of a feature whose trajectory is `path`."""
     entry = dictionary.seen(key)[0]
-    rtsae = dictionary.sites[entry["site"]]
-    times = FeatureTimes.of((path / rtsae.dynamics.scale.cpu()[:, None]).norm(dim=1)[None])
+    sae = dictionary.sites[entry["site"]]
+    times = FeatureTimes.of((path / sae.spread.cpu()[:, None]).norm(dim=1)[None])
     facts = {
         "name": key if isinstance(key, str) else str(key[1]),
         "site": list(dictionary.sites).index(entry["site"]),
         "latents": entry["latents"],
-        "density": max(rtsae.density[entry["latents"]].tolist()),
-        "length": [round(v, 4) for v in (times.length[0] / rtsae.config.in_channels**0.5).tolist()],
+        "density": max(sae.density[entry["latents"]].tolist()),
+        "length": [round(v, 4) for v in (times.length[0] / sae.config.in_channels**0.5).tolist()],
         "peak": int(times.peak),
         "onset": int(times.onset),
         "lifetime": int(times.lifetime),
@@ -172,11 +172,11 @@ def _similar(dictionary: Dictionary, keys: list, paths: list[torch.Tensor], coun
     """For each feature the others at its site with the most similar trajectories, `[position, cosine]`."""
     found: list[list[list]] = [[] for _ in keys]
     sites = [dictionary.seen(key)[0]["site"] for key in keys]
-    for site, rtsae in dictionary.sites.items():
+    for site, sae in dictionary.sites.items():
         mine = [i for i, of in enumerate(sites) if of == site]
         if len(mine) < 2:
             continue
-        scaled = torch.stack([paths[i] for i in mine]) / rtsae.dynamics.scale.cpu()[:, None]
+        scaled = torch.stack([paths[i] for i in mine]) / sae.spread.cpu()[:, None]
         directions = torch.nn.functional.normalize(scaled.flatten(1), dim=1)
         for part in torch.arange(len(mine)).split(1024):
             cosines = directions[part] @ directions.T

@@ -48,6 +48,8 @@ class LinearDynamics(nn.Module):
         return hidden_states + self.mean if bias else hidden_states
 
     def teacher_forced(self, residuals: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Activations from normalised `residuals` when every prediction starts at the true previous activation."""
-        error = (residuals - self.residuals(hidden_states)) * self.residual_scale[:, None] * self.scale[:, None]
+        """Activations from normalised `residuals` when every prediction starts at the true previous activation; both
+        `(..., g, d)`, where `g` may be a prefix of the anchors."""
+        g = hidden_states.shape[-2]
+        error = (residuals - self.residuals(hidden_states)) * self.residual_scale[:g, None] * self.scale[:g, None]
         return hidden_states + error

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from .base import Directions, Memory, Reader, SparseDictionary, Step, interpolate
 from .dynamics import LinearDynamics
 from .sparsity import batch_topk, jump_relu
 
@@ -26,27 +27,7 @@ class RTSAEOutput(NamedTuple):
     reconstruction: torch.Tensor
 
 
-class FeatureTimes(NamedTuple):
-    """
-    length (`torch.Tensor`): of each feature at each anchor, relative to the activation's scale, `(features, G)`.
-    peak (`torch.Tensor`): the anchor at which it is longest, `(features,)`, counted from 0.
-    onset (`torch.Tensor`): the first anchor at which it has half of that length.
-    lifetime (`torch.Tensor`): at how many anchors it has half of it or more.
-    """
-
-    length: torch.Tensor
-    peak: torch.Tensor
-    onset: torch.Tensor
-    lifetime: torch.Tensor
-
-    @classmethod
-    def of(cls, length: torch.Tensor) -> FeatureTimes:
-        """The times of trajectories of these lengths, `(features, G)`."""
-        strong = length >= length.amax(1, keepdim=True) / 2
-        return cls(length, length.argmax(1), strong.int().argmax(1), strong.sum(1))
-
-
-class RTSAE(ModelMixin, ConfigMixin):
+class RTSAE(SparseDictionary):
     r"""
     A sparse dictionary of denoising trajectories at one site of a denoiser.
 
@@ -72,15 +53,19 @@ class RTSAE(ModelMixin, ConfigMixin):
         ```
     """
 
+    matrices = ("encoder", "decoder", "dynamics.transition")
+    summary = (
+        "A residualized temporal sparse autoencoder ([arXiv 2605.27813](https://arxiv.org/abs/2605.27813)). A linear "
+        "predictor says what a block's activation at one denoising step would be after the one before; the "
+        "autoencoder explains what that missed with few features, each with a path through denoising time. `k` "
+        "latents are active for a token's whole trajectory on average while training."
+    )
+
     @register_to_config
     def __init__(
         self, site: str, in_channels: int, anchors: list[int], num_latents: int, k: int, activation: str = "output"
     ):
-        super().__init__()
-        if not anchors or list(anchors) != sorted(set(anchors), reverse=True):
-            raise ValueError(f"`anchors` must be strictly descending timesteps, got {anchors}.")
-        if activation not in ("output", "update"):
-            raise ValueError(f"`activation` must be 'output' or 'update', got {activation!r}.")
+        super().__init__(anchors, num_latents, activation)
         shape = (num_latents, len(anchors), in_channels)
         self.dynamics = LinearDynamics(len(anchors), in_channels)
         decoder = F.normalize(torch.randn(num_latents, len(anchors) * in_channels), dim=1).view(shape)
@@ -88,13 +73,18 @@ class RTSAE(ModelMixin, ConfigMixin):
         self.encoder_bias = nn.Parameter(torch.zeros(num_latents))
         self.decoder = nn.Parameter(decoder)
         self.decoder_bias = nn.Parameter(torch.zeros(len(anchors), in_channels))
-        # threshold of a prefix that ends at each anchor; activation statistics of each latent over the training data:
-        # 99th percentile and maximum where active, mean and share of active over everything
-        self.register_buffer("threshold", torch.zeros(len(anchors)))
-        self.register_buffer("typical_activation", torch.ones(num_latents))
-        self.register_buffer("max_activation", torch.ones(num_latents))
-        self.register_buffer("mean_activation", torch.zeros(num_latents))
-        self.register_buffer("density", torch.zeros(num_latents))
+        self.register_buffer("threshold", torch.zeros(len(anchors)))  # of a prefix that ends at each anchor
+
+    @property
+    def spread(self) -> torch.Tensor:
+        return self.dynamics.scale
+
+    def reader(self, latents: list[int], device: torch.device) -> PrefixReader:
+        return PrefixReader(self, latents, device)
+
+    def directions(self, latents: list[int] | torch.Tensor, injection: str = "trajectory") -> Directions:
+        paths = self.feature_trajectories if injection == "trajectory" else self.residual_directions
+        return Directions(paths(latents).detach())
 
     def pre_activations(self, residuals: torch.Tensor) -> torch.Tensor:
         """Pre-activations `(batch, m)` of normalised residuals `(batch, g, d)`, where g ≤ G anchors are known so
@@ -113,13 +103,9 @@ class RTSAE(ModelMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: latents `(batch, m)`, non-negative.
         """
-        channels, anchors, shape = self.config.in_channels, len(self.config.anchors), tuple(hidden_states.shape)
-        if len(shape) < 2 or shape[-1] != channels or not 1 <= shape[-2] <= anchors:
-            raise ValueError(
-                f"Expected trajectories (batch, 1 to {anchors} anchors, {channels} channels), got shape {shape}."
-            )
+        self.check_trajectories(hidden_states)
         pre_activations = self.pre_activations(self.dynamics.residuals(hidden_states.float()))
-        return jump_relu(pre_activations, self.threshold[shape[-2] - 1])
+        return jump_relu(pre_activations, self.threshold[hidden_states.shape[-2] - 1])
 
     def decode_residuals(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised residuals `(batch, G, d)` of latents `(batch, m)`."""
@@ -128,6 +114,12 @@ class RTSAE(ModelMixin, ConfigMixin):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Activations `(batch, G, d)` that latents `(batch, m)` stand for, rolled out over the anchors."""
         return self.dynamics.rollout(self.decode_residuals(latents))
+
+    def reconstruct(self, hidden_states: torch.Tensor, teacher_forced: bool = False) -> torch.Tensor:
+        residuals = self.decode_residuals(self.encode(hidden_states))
+        if teacher_forced:
+            return self.dynamics.teacher_forced(residuals[..., : hidden_states.shape[-2], :], hidden_states)
+        return self.dynamics.rollout(residuals)[..., : hidden_states.shape[-2], :]
 
     def forward(
         self, hidden_states: torch.Tensor, train_k: int | None = None, prefix: int | None = None
@@ -165,13 +157,118 @@ class RTSAE(ModelMixin, ConfigMixin):
         decoder = self.decoder if latents is None else self.decoder[latents]
         return decoder.float() * (self.dynamics.residual_scale * self.dynamics.scale)[:, None]
 
-    def feature_times(self, latents: list[int] | torch.Tensor | None = None) -> FeatureTimes:
-        """
-        When features act, from the length of their trajectories (2605.27813, section 4).
 
-        Args:
-            latents (`list[int]`, *optional*): which features; all by default.
+_REACHED = 0.1  # a step this close before an anchor, in units of anchors, stands for it if none is closer
+
+
+@dataclass
+class Trajectory(Memory):
+    """What a prefix reader remembers of one running generation."""
+
+    committed: torch.Tensor | None = None  # pre-activations from the anchors passed so far
+    past: tuple[float, torch.Tensor] | None = None  # coordinate and activation of the last anchor passed
+    pending: tuple[float, float, torch.Tensor] | None = None  # timestep, coordinate, pre-activations
+    continued: torch.Tensor | None = None  # the activation the network really continued with, after any edit
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.pending is not None
+
+    def continue_with(self, tokens: torch.Tensor) -> None:
+        self.continued = tokens.detach().clone()  # later layers may write into the activation
+
+
+class PrefixReader(Reader):
+    """
+    Reads latents of an RTSAE from what is known so far.
+
+    The linear predictor is folded into the encoder rows, so a step costs O(tokens · d · rows) and no full-width
+    product. The code of a step is the sum over the anchors passed so far, plus the innovation since the last of them;
+    a repeated call at one timestep overwrites, and skipped anchors compose. The past is the activation the network
+    continued with.
+
+    Args:
+        rtsae (`RTSAE`): the dictionary; only the named rows of its matrices are read.
+        rows (`list[int]`): the latents to read.
+        device (`torch.device`): where activations are.
+    """
+
+    def __init__(self, rtsae: RTSAE, rows: list[int], device: torch.device):
+        self.rtsae = rtsae
+        self.encoder = rtsae.encoder[rows].detach().float().to(device)
+        if not self.encoder.isfinite().all():
+            raise ValueError(f"The dictionary of {rtsae.config.site} holds NaN or inf in rows {rows}.")
+        self.mean, self.scale = rtsae.dynamics.mean.float().to(device), rtsae.dynamics.scale.float().to(device)
+        self.offset = (self.encoder * rtsae.decoder_bias.detach().to(device)).sum(-1)  # (rows, G)
+        self.bias = rtsae.encoder_bias[rows].detach().float().to(device)
+        self.threshold = rtsae.threshold.tolist()
+        self._products: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+
+    def _product(self, block: int, intervals: tuple[int, ...]) -> torch.Tensor:
+        """Encoder rows of an anchor, carried back over whole intervals between anchors; kept, as they are few."""
+        if (block, intervals) not in self._products:
+            if intervals:
+                transition = self.rtsae.dynamics.transition[intervals[-1]].to(self.encoder)
+                product = self._product(block, intervals[:-1]) @ transition
+            else:
+                product = self.encoder[:, block] / self.rtsae.dynamics.residual_scale[block].item()
+            self._products[block, intervals] = product
+        return self._products[block, intervals]
+
+    def _carry(self, block: int, start: float, end: float) -> torch.Tensor:
+        """`rows @ Φ(start → end)`: the linear dynamics between two coordinates, part of an interval to first order."""
+        terms: dict[tuple[int, ...], float] = {(): 1.0}
+        for g in range(len(self.threshold) - 2, -1, -1):
+            part = min(end, g + 1) - max(start, g)
+            if part > 0:
+                stayed = {intervals: c * (1 - part) for intervals, c in terms.items() if part < 1}
+                terms = stayed | {(*intervals, g): c * part for intervals, c in terms.items()}
+        return sum(c * self._product(block, intervals) for intervals, c in terms.items())
+
+    @torch.inference_mode(False)  # products are kept and may meet autograd later
+    @torch.no_grad()
+    def _fold(self, then: float | None, coordinate: float) -> tuple:
         """
-        return FeatureTimes.of(
-            (self.feature_trajectories(latents) / self.dynamics.scale[:, None]).norm(dim=2).detach()
-        )
+        What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation,
+        rows for the past one (`None` if there is none), a constant, and the threshold.
+        """
+        last = len(self.threshold) - 1
+        mean, scale = interpolate(self.mean, coordinate), interpolate(self.scale, coordinate)
+        if then is None:  # the first activation is its own innovation
+            now = self._product(0, ()) / scale
+            return now, None, -(now @ mean) - self.offset[:, 0], self.threshold[0]
+        passed = int(then + _REACHED)
+        block = min(max(passed + 1, -int(-(coordinate - _REACHED) // 1)), last)
+        progress = min(max((coordinate - then) / (block - then), 0.0), 1.0)
+        now = self._product(block, ()) / scale
+        carried = self._carry(block, then, coordinate) / interpolate(self.scale, then)
+        constant = carried @ interpolate(self.mean, then) - now @ mean - progress * self.offset[:, block]
+        threshold = self.threshold[passed] + progress * (self.threshold[block] - self.threshold[passed])
+        return now, carried, constant, threshold
+
+    def _commit(self, memory: Trajectory, now: float) -> None:
+        """Once time moves on to `now`, the step closest to the next anchor becomes the past that later steps are
+        predicted from."""
+        _, coordinate, pre_activations = memory.pending
+        following = 0 if memory.past is None else int(memory.past[0] + _REACHED) + 1
+        if coordinate >= following - _REACHED and abs(coordinate - following) <= abs(now - following):
+            memory.past, memory.committed = (coordinate, memory.continued), pre_activations
+
+    def begin(self) -> Trajectory:
+        return Trajectory()
+
+    def read(self, memory: Trajectory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
+        (timestep, coordinate), last = step[:2], len(self.threshold) - 1
+        still_first = memory.past is None and coordinate == 0  # steps before the first anchor stand for it in turn
+        if memory.pending is not None and memory.pending[0] != timestep and not still_first:
+            self._commit(memory, coordinate)
+        committed = self.bias if memory.committed is None else memory.committed
+        if memory.past is not None and memory.past[0] + _REACHED >= last:
+            pre_activations, threshold = committed, self.threshold[last]
+        else:
+            now, carried, constant, threshold = self._fold(memory.past and memory.past[0], coordinate)
+            pre_activations = committed + constant + tokens.float() @ now.T
+            if carried is not None:
+                pre_activations = pre_activations - memory.past[1].float() @ carried.T
+        memory.pending = (timestep, coordinate, pre_activations.detach())
+        return jump_relu(pre_activations, threshold)

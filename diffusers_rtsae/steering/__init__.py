@@ -1,7 +1,7 @@
 from .clock import Clock, TimeGrid, call_arguments, noise_schedule, running_pipeline
 from .controller import Controller, check_width
 from .edits import Edit, as_mask, as_strength, numbers
-from .plan import PlanState, PrefixEncoder, SitePlan, Trajectory
+from .plan import PlanState, SitePlan
 from .sites import DENOISERS, get_denoiser, get_site, list_sites, unwrapped
 
 __all__ = [
@@ -10,10 +10,8 @@ __all__ = [
     "Controller",
     "Edit",
     "PlanState",
-    "PrefixEncoder",
     "SitePlan",
     "TimeGrid",
-    "Trajectory",
     "as_mask",
     "as_strength",
     "call_arguments",

@@ -7,6 +7,8 @@ import sys
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
+from ..models import Step
+
 
 def noise_schedule(scheduler) -> torch.Tensor | None:
     """`alphas_cumprod` of the schedule that a model was trained on; `None` for flow matching, of which some schedulers
@@ -47,6 +49,10 @@ class TimeGrid:
             if position < anchors[g + 1]:
                 return g + max(0.0, (position - anchors[g]) / (anchors[g + 1] - anchors[g]))
         return len(anchors) - 1.0
+
+    def step(self, timestep: float) -> Step:
+        """A step as dictionaries read it."""
+        return Step(timestep, self.coordinate(timestep))
 
 
 class Clock:

@@ -83,7 +83,7 @@ class Controller:
         installed: dict[str, list[SitePlan]] = {}
         for plan in plans:
             if plan.edits:
-                installed.setdefault(plan.rtsae.config.site, []).append(plan)
+                installed.setdefault(plan.sae.config.site, []).append(plan)
         self._plans, self._warned = installed, False
         wanted = {None, *self._plans} if self._plans else set()
         changed = wanted != self._hooks.keys()
@@ -139,7 +139,7 @@ class Controller:
                 changes = []
                 for plan, state in zip(plans, states, strict=True):
                     tokens = _activation(plan, block_input, hidden_states, part)
-                    _check_channels(site, plan.rtsae.config.in_channels, tokens.shape[-1])
+                    _check_channels(site, plan.sae.config.in_channels, tokens.shape[-1])
                     masked = any(edit.mask is not None for edit in plan.edits)
                     size = spatial_size(hidden_states.shape, clock.latent_size) if masked else None
                     if role == "cond":
@@ -157,9 +157,9 @@ class Controller:
                     edited[part] += from_tokens(sum(changes[1:], changes[0]), hidden_states)
             for stream, (role, part) in enumerate(rows):
                 for plan, state in zip(plans, states, strict=True):
-                    trajectory = state.conditional if role == "cond" else state.others.get(stream)
-                    if trajectory is not None and trajectory.pending is not None:
-                        trajectory.continue_with(_activation(plan, block_input, edited, part))
+                    memory = state.memories.get(None if role == "cond" else stream)
+                    if memory is not None and memory.is_waiting:
+                        memory.continue_with(_activation(plan, block_input, edited, part))
         return edited
 
     def _tell_size(self, plan: SitePlan, change: torch.Tensor | None, tokens: torch.Tensor, counts: list) -> None:
@@ -173,7 +173,7 @@ class Controller:
         if not self._warned and not all(edit.clip for edit in plan.edits) and size > _OVERWHELMING:
             self._warned = True
             warnings.warn(
-                f"The edits at {plan.rtsae.config.site} are {size:.3g} times as large as the activation they are "
+                f"The edits at {plan.sae.config.site} are {size:.3g} times as large as the activation they are "
                 "added to, of which next to nothing is left. Strength 1.0 is a typical full activation; clip=True "
                 "keeps edits in the range of the training data.",
                 stacklevel=2,
@@ -183,7 +183,7 @@ class Controller:
         """For each site, what each edit did at each step of this thread's last generation."""
         report: dict[str, list[dict]] = {}
         for plan, state in self._run.states.items():
-            report.setdefault(plan.rtsae.config.site, []).extend(state.report)
+            report.setdefault(plan.sae.config.site, []).extend(state.report)
         return report
 
 
@@ -204,7 +204,7 @@ def _check_batch(edit: Edit, clock: Clock) -> None:
 
 def _activation(plan: SitePlan, block_input: torch.Tensor, hidden_states: torch.Tensor, rows: slice) -> torch.Tensor:
     """The activation the plan's dictionary is about, `(B, N, d)`: a block's output, or its update."""
-    if plan.rtsae.config.activation == "update":
+    if plan.sae.config.activation == "update":
         return to_tokens(hidden_states[rows]) - to_tokens(block_input[rows])
     return to_tokens(hidden_states[rows])
 

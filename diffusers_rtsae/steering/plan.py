@@ -1,4 +1,4 @@
-"""Edits of one site folded to tensors: a lazy encoder for the latents that must be read, and what to add to the
+"""Edits of one site folded to tensors: a reader of the latents that must be known, and what to add to the
 activation."""
 
 from __future__ import annotations
@@ -10,124 +10,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ..models import RTSAE, jump_relu
+from ..models import Directions, Memory, SparseDictionary, Step
 from .clock import TimeGrid
 from .edits import APPLY_TO, Edit
 
 _loading = threading.Lock()
-_REACHED = 0.1  # a step this close before an anchor, in units of anchors, stands for it if none is closer
-
-
-def _at(values: torch.Tensor, coordinate: float, dim: int = 0) -> torch.Tensor:
-    """`values` along the anchors `dim`, linearly interpolated at `coordinate`."""
-    low = min(int(coordinate), values.shape[dim] - 1)
-    high = min(low + 1, values.shape[dim] - 1)
-    return torch.lerp(values.select(dim, low), values.select(dim, high), coordinate - low)
-
-
-@dataclass
-class Trajectory:
-    """What an encoder remembers of one running generation."""
-
-    committed: torch.Tensor | None = None  # pre-activations from the anchors passed so far
-    past: tuple[float, torch.Tensor] | None = None  # coordinate and activation of the last anchor passed
-    pending: tuple[float, float, torch.Tensor] | None = None  # timestep, coordinate, pre-activations
-    continued: torch.Tensor | None = None  # the activation the network really continued with, after any edit
-    grid: TimeGrid | None = None  # of this generation's noise schedule, if that is not the encoder's
-
-    def continue_with(self, tokens: torch.Tensor) -> None:
-        self.continued = tokens.detach().clone()  # later layers may write into the activation
-
-
-class PrefixEncoder:
-    """
-    Encodes chosen latents while denoising, from what is known so far.
-
-    The linear predictor is folded into the encoder rows, so a step costs O(tokens · d · rows) and no full-width
-    product. The code of a step is the sum over the anchors passed so far, plus the innovation since the last of them;
-    a repeated call at one timestep overwrites, and skipped anchors compose. The past is the activation the network
-    continued with.
-
-    Args:
-        rtsae (`RTSAE`): the dictionary; only the named rows of its matrices are read.
-        rows (`list[int]`): the latents to encode.
-        grid (`TimeGrid`): where timesteps lie among the anchors.
-        device (`torch.device`): where activations are.
-    """
-
-    def __init__(self, rtsae: RTSAE, rows: list[int], grid: TimeGrid, device: torch.device):
-        self.rtsae, self.grid = rtsae, grid
-        self.encoder = rtsae.encoder[rows].detach().float().to(device)
-        self.mean, self.scale = rtsae.dynamics.mean.float().to(device), rtsae.dynamics.scale.float().to(device)
-        self.offset = (self.encoder * rtsae.decoder_bias.detach().to(device)).sum(-1)  # (rows, G)
-        self.bias = rtsae.encoder_bias[rows].detach().float().to(device)
-        self.threshold = rtsae.threshold.tolist()
-        self._products: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-
-    def _product(self, block: int, intervals: tuple[int, ...]) -> torch.Tensor:
-        """Encoder rows of an anchor, carried back over whole intervals between anchors; kept, as they are few."""
-        if (block, intervals) not in self._products:
-            if intervals:
-                transition = self.rtsae.dynamics.transition[intervals[-1]].to(self.encoder)
-                product = self._product(block, intervals[:-1]) @ transition
-            else:
-                product = self.encoder[:, block] / self.rtsae.dynamics.residual_scale[block].item()
-            self._products[block, intervals] = product
-        return self._products[block, intervals]
-
-    def _carry(self, block: int, start: float, end: float) -> torch.Tensor:
-        """`rows @ Φ(start → end)`: the linear dynamics between two coordinates, part of an interval to first order."""
-        terms: dict[tuple[int, ...], float] = {(): 1.0}
-        for g in range(len(self.threshold) - 2, -1, -1):
-            part = min(end, g + 1) - max(start, g)
-            if part > 0:
-                stayed = {intervals: c * (1 - part) for intervals, c in terms.items() if part < 1}
-                terms = stayed | {(*intervals, g): c * part for intervals, c in terms.items()}
-        return sum(c * self._product(block, intervals) for intervals, c in terms.items())
-
-    @torch.inference_mode(False)  # products are kept and may meet autograd later
-    @torch.no_grad()
-    def _fold(self, then: float | None, coordinate: float) -> tuple:
-        """
-        What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation,
-        rows for the past one (`None` if there is none), a constant, and the threshold.
-        """
-        last, mean, scale = len(self.threshold) - 1, _at(self.mean, coordinate), _at(self.scale, coordinate)
-        if then is None:  # the first activation is its own innovation
-            now = self._product(0, ()) / scale
-            return now, None, -(now @ mean) - self.offset[:, 0], self.threshold[0]
-        passed = int(then + _REACHED)
-        block = min(max(passed + 1, -int(-(coordinate - _REACHED) // 1)), last)
-        progress = min(max((coordinate - then) / (block - then), 0.0), 1.0)
-        now, carried = self._product(block, ()) / scale, self._carry(block, then, coordinate) / _at(self.scale, then)
-        constant = carried @ _at(self.mean, then) - now @ mean - progress * self.offset[:, block]
-        threshold = self.threshold[passed] + progress * (self.threshold[block] - self.threshold[passed])
-        return now, carried, constant, threshold
-
-    def _commit(self, state: Trajectory, now: float) -> None:
-        """Once time moves on to `now`, the step closest to the next anchor becomes the past that later steps are
-        predicted from."""
-        _, coordinate, pre_activations = state.pending
-        following = 0 if state.past is None else int(state.past[0] + _REACHED) + 1
-        if coordinate >= following - _REACHED and abs(coordinate - following) <= abs(now - following):
-            state.past, state.committed = (coordinate, state.continued), pre_activations
-
-    def observe(self, state: Trajectory, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
-        """Latents `(B, N, rows)` of tokens `(B, N, d)` at this step; tell `state` what the network continues with."""
-        coordinate, last = (state.grid or self.grid).coordinate(timestep), len(self.threshold) - 1
-        still_first = state.past is None and coordinate == 0  # steps before the first anchor stand for it in turn
-        if state.pending is not None and state.pending[0] != timestep and not still_first:
-            self._commit(state, coordinate)
-        committed = self.bias if state.committed is None else state.committed
-        if state.past is not None and state.past[0] + _REACHED >= last:
-            pre_activations, threshold = committed, self.threshold[last]
-        else:
-            now, carried, constant, threshold = self._fold(state.past and state.past[0], coordinate)
-            pre_activations = committed + constant + tokens.float() @ now.T
-            if carried is not None:
-                pre_activations = pre_activations - state.past[1].float() @ carried.T
-        state.pending = (timestep, coordinate, pre_activations.detach())
-        return jump_relu(pre_activations, threshold)
 
 
 @dataclass
@@ -167,8 +54,8 @@ class _Counts:
 class PlanState:
     """What a plan remembers of one running generation."""
 
-    conditional: Trajectory = field(default_factory=Trajectory)
-    others: dict[int, Trajectory] = field(default_factory=dict)  # of unconditional streams, if an edit reads them
+    grid: TimeGrid | None = None  # of this generation's noise schedule, if that is not the plan's
+    memories: dict[int | None, Memory] = field(default_factory=dict)  # of streams that are read, conditional: None
     timestep: float | None = None  # of the conditional call whose change is kept for calls that follow it
     on_conditional: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
@@ -188,7 +75,7 @@ class _Fold:
 
     Args:
         edits (`list[Edit]`): of one `_shared`.
-        rtsae (`RTSAE`): their dictionary.
+        sae (`SparseDictionary`): their dictionary.
         rows (`list[int]`): the latents that are read.
         device (`torch.device`): where activations are.
 
@@ -196,7 +83,7 @@ class _Fold:
         `ValueError`: the dictionary holds NaN or inf in a row that moves.
     """
 
-    def __init__(self, edits: list[Edit], rtsae: RTSAE, rows: list[int], device: torch.device):
+    def __init__(self, edits: list[Edit], sae: SparseDictionary, rows: list[int], device: torch.device):
         self.edits, self.options, self.device = edits, edits[0], device
         self._strengths: dict[int, torch.Tensor] = {}
         self._masks: dict[tuple[int, int], torch.Tensor] = {}
@@ -206,7 +93,7 @@ class _Fold:
             self.owners, self.owned = self._index(range(len(edits))), None
             self.full = torch.ones(len(edits), device=device)
             self.given = len(edits)
-            self.directions = torch.stack([edit.direction for edit in edits]).to(device, torch.float32)
+            self.directions = Directions(torch.stack([edit.direction for edit in edits])).to(device)
             return
         source, place = list(self.options.source or ()), {row: i for i, row in enumerate(rows)}
         moved = [row for edit in edits for row in edit.latents] + source * len(edits)
@@ -218,15 +105,14 @@ class _Fold:
         if self.options.reads_moved:
             read = [place[row] for row in moved]
             self.read = slice(None) if read == list(range(len(rows))) else self._index(read)
-        statistics = (rtsae.typical_activation, rtsae.mean_activation, rtsae.max_activation)
+        statistics = (sae.typical_activation, sae.mean_activation, sae.max_activation)
         self.typical, self.mean, self.highest = (values[moved].float().to(device) for values in statistics)
         self.weights = torch.tensor([weight for edit in edits for weight in edit.weights], device=device)
         self.full = self.typical[: self.given] * self.weights
-        trajectory = self.options.injection == "trajectory"
-        directions = (rtsae.feature_trajectories if trajectory else rtsae.residual_directions)(moved).detach()
-        if bad := {row for row, d in zip(moved, directions, strict=True) if not d.isfinite().all()}:
-            raise ValueError(f"The dictionary of {rtsae.config.site} holds NaN or inf in rows {sorted(bad)}.")
-        self.directions = directions.to(device, torch.float32)  # (columns, G, d)
+        directions = sae.directions(moved, self.options.injection)
+        if bad := {row for row, d in zip(moved, directions.paths, strict=True) if not d.isfinite().all()}:
+            raise ValueError(f"The dictionary of {sae.config.site} holds NaN or inf in rows {sorted(bad)}.")
+        self.directions = directions.to(device)
 
     def _index(self, values: Iterable[int]) -> torch.Tensor:
         return torch.tensor(list(values), device=self.device)
@@ -235,8 +121,7 @@ class _Fold:
         self,
         latents: torch.Tensor | None,
         images: int,
-        timestep: float,
-        coordinate: float,
+        step: Step,
         size: tuple[int, int] | None,
         counts: list[_Counts] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,12 +131,11 @@ class _Fold:
         Args:
             latents (`torch.Tensor`, *optional*): what is read, `(B, N, rows)`.
             images (`int`): B.
-            coordinate (`float`): of `timestep` on the dictionary's grid.
             size (`tuple[int, int]`, *optional*): token grid, needed for a mask.
             counts (`list`, *optional*): where to tell what was done.
         """
         present = latents[..., self.read] if self.options.reads_moved else None
-        wish = change = self._wish(self._strength(timestep, images), present)
+        wish = change = self._wish(self._strength(step.timestep, images), present)
         if self.options.clip:
             wanted = present + wish
             # an activation that is outside by itself is no reason to move it
@@ -266,8 +150,8 @@ class _Fold:
             if self.options.clip:
                 outside = self._any((wanted - allowed).abs() > 1e-6 * self.highest) & edited
                 outside = outside.float().mean((0, 1)) / share.clamp(min=1e-9)
-            counts.append(_Counts(timestep, self.edits, share, outside))
-        vectors = _at(self.directions, coordinate, dim=1)
+            counts.append(_Counts(step.timestep, self.edits, share, outside))
+        vectors = self.directions.at(step)
         if present is None:  # the same on all tokens: one vector an image
             return torch.ones_like(change[..., :1]) if here is None else here, change @ vectors
         return change if here is None else change * here, vectors.expand(images, *vectors.shape)
@@ -351,32 +235,31 @@ class SitePlan:
     All edits of one dictionary at one site, ready to be applied. What belongs to a run is in a [`PlanState`].
 
     Args:
-        rtsae (`RTSAE`): the dictionary; only rows that are edited or read are taken from it.
+        sae (`SparseDictionary`): the dictionary; only rows that are edited or read are taken from it, where its kind
+            can read them alone.
         edits (`list[Edit]`): what to change; idle edits are left out.
         alphas_cumprod (`torch.Tensor`, *optional*): of the noise schedule, where no pipeline says it; see `begin`.
     """
 
-    def __init__(self, rtsae: RTSAE, edits: list[Edit], alphas_cumprod: torch.Tensor | None):
-        self.rtsae, self.edits = rtsae, [edit for edit in edits if not edit.is_idle]
-        self.grid = TimeGrid(rtsae.config.anchors, alphas_cumprod)
+    def __init__(self, sae: SparseDictionary, edits: list[Edit], alphas_cumprod: torch.Tensor | None):
+        self.sae, self.edits = sae, [edit for edit in edits if not edit.is_idle]
+        self.grid = TimeGrid(sae.config.anchors, alphas_cumprod)
         self.rows = list(dict.fromkeys(row for edit in self.edits for row in edit.read))
         self.device: torch.device | None = None
 
     @torch.inference_mode(False)  # what is kept may meet autograd later
     @torch.no_grad()
     def _load(self, device: torch.device) -> None:
-        self.encoder = PrefixEncoder(self.rtsae, self.rows, self.grid, device) if self.rows else None
-        if self.encoder is not None and not self.encoder.encoder.isfinite().all():
-            raise ValueError(f"The dictionary of {self.rtsae.config.site} holds NaN or inf in rows {self.rows}.")
+        self.reader = self.sae.reader(self.rows, device) if self.rows else None
         alike: dict[tuple, list[Edit]] = {}
         for edit in self.edits:
             alike.setdefault(_shared(edit), []).append(edit)
-        self.folds = [_Fold(edits, self.rtsae, self.rows, device) for edits in alike.values()]
+        self.folds = [_Fold(edits, self.sae, self.rows, device) for edits in alike.values()]
         self.device = device
 
     def begin(self, alphas_cumprod: torch.Tensor | None) -> PlanState:
         """A new generation on another noise schedule."""
-        return PlanState(Trajectory(grid=TimeGrid(self.rtsae.config.anchors, alphas_cumprod)))
+        return PlanState(TimeGrid(self.sae.config.anchors, alphas_cumprod))
 
     def conditional(
         self, state: PlanState, tokens: torch.Tensor, timestep: float, size: tuple[int, int] | None
@@ -393,7 +276,7 @@ class SitePlan:
         Returns:
             the change `(B, N or 1, d)` float32, or `None`.
         """
-        changes = self._changes(state.conditional, tokens, timestep, size, APPLY_TO, state.counts)
+        changes = self._changes(state, None, tokens, timestep, size, APPLY_TO, state.counts)
         state.timestep = timestep
         state.contrast = _sum([change for fold, change in changes if fold.options.apply_to == "contrast"], tokens)
         others = _sum([change for fold, change in changes if fold.options.apply_to != "contrast"], tokens)
@@ -407,8 +290,8 @@ class SitePlan:
         """What to add to the rows of an unconditional stream, after `conditional` of the same step."""
         if any(edit.apply_to == "contrast" for edit in self.edits):
             self._follows(state, timestep)
-        run = state.others.setdefault(stream, Trajectory(grid=state.conditional.grid))
-        own = _sum([change for _, change in self._changes(run, tokens, timestep, size, ("all",))], tokens)
+        changes = self._changes(state, stream, tokens, timestep, size, ("all",))
+        own = _sum([change for _, change in changes], tokens)
         if own is None or state.contrast is None:
             return own if state.contrast is None else -state.contrast
         return own - state.contrast
@@ -427,7 +310,8 @@ class SitePlan:
 
     def _changes(
         self,
-        run: Trajectory,
+        state: PlanState,
+        stream: int | None,
         tokens: torch.Tensor,
         timestep: float,
         size: tuple[int, int] | None,
@@ -440,6 +324,10 @@ class SitePlan:
                 self._load(tokens.device)
         folds = [fold for fold in self.folds if fold.options.apply_to in apply_to]
         reads = any(edit.read for fold in folds for edit in fold.edits)
-        latents = self.encoder.observe(run, tokens, timestep) if reads else None
-        place = len(tokens), timestep, (run.grid or self.grid).coordinate(timestep), size
-        return [(f, f.change(latents, *place, counts)) for f in folds if f.options.acts_at(timestep)]
+        step, latents = (state.grid or self.grid).step(timestep), None
+        if reads:
+            if stream not in state.memories:
+                state.memories[stream] = self.reader.begin()
+            latents = self.reader.read(state.memories[stream], tokens, step)
+        acting = [fold for fold in folds if fold.options.acts_at(timestep)]
+        return [(fold, fold.change(latents, len(tokens), step, size, counts)) for fold in acting]

@@ -36,8 +36,8 @@ def held(rtsae: RTSAE, edits: list[Edit]) -> int:
     for step in range(50):
         tokens = torch.randn(1, 256, WIDTH, device=DEVICE, dtype=torch.float16)
         plan.conditional(state, tokens, 981 - 20 * step, None)
-        state.conditional.continue_with(tokens)
-    return tensor_bytes([plan.encoder, plan.folds, state], set())
+        state.memories[None].continue_with(tokens)
+    return tensor_bytes([plan.reader, plan.folds, state], set())
 
 
 def measure(budget: float) -> list[dict]:

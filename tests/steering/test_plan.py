@@ -4,7 +4,7 @@ from diffusers import DDIMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_rtsae import RTSAE
-from diffusers_rtsae.steering import Edit, PlanState, PrefixEncoder, SitePlan, TimeGrid, Trajectory
+from diffusers_rtsae.steering import Edit, PlanState, SitePlan, TimeGrid
 from diffusers_rtsae.steering.edits import OPERATIONS
 
 ALPHAS = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
@@ -32,11 +32,13 @@ def random_rtsae(seed: int) -> RTSAE:
     return rtsae
 
 
-def walk(encoder: PrefixEncoder, h: torch.Tensor, timesteps: list[float]) -> list[torch.Tensor]:
-    codes, state = [], Trajectory()
+def walk(rtsae: RTSAE, rows: list[int], h: torch.Tensor, timesteps: list[float]) -> list[torch.Tensor]:
+    """What is read of rows at each step."""
+    reader, grid = rtsae.reader(rows, torch.device("cpu")), TimeGrid(rtsae.config.anchors, ALPHAS)
+    codes, memory = [], reader.begin()
     for i, timestep in enumerate(timesteps):
-        codes.append(encoder.observe(state, h[:, :, i], timestep))
-        state.continue_with(h[:, :, i])
+        codes.append(reader.read(memory, h[:, :, i], grid.step(timestep)))
+        memory.continue_with(h[:, :, i])
     return codes
 
 
@@ -44,7 +46,7 @@ def walk(encoder: PrefixEncoder, h: torch.Tensor, timesteps: list[float]) -> lis
 def test_lazy_folded_encoding_equals_the_dense_path_at_every_anchor(seed):
     rtsae, h = random_rtsae(seed), torch.randn(2, 7, 5, D)
     rows = torch.randperm(M)[:6].tolist()
-    codes = walk(PrefixEncoder(rtsae, rows, TimeGrid(ANCHORS, ALPHAS), torch.device("cpu")), h, ANCHORS)
+    codes = walk(rtsae, rows, h, ANCHORS)
     for g, code in enumerate(codes):
         dense = rtsae.encode(h[:, :, : g + 1].flatten(0, 1)).unflatten(0, (2, 7))[..., rows]
         torch.testing.assert_close(code, dense, atol=1e-4, rtol=1e-4)
@@ -52,46 +54,42 @@ def test_lazy_folded_encoding_equals_the_dense_path_at_every_anchor(seed):
 
 def test_calling_twice_at_a_timestep_overwrites():
     rtsae, h = random_rtsae(0), torch.randn(1, 3, 5, D)
-    grid = TimeGrid(ANCHORS, ALPHAS)
-    once = walk(PrefixEncoder(rtsae, [0, 1], grid, torch.device("cpu")), h, ANCHORS)
+    once = walk(rtsae, [0, 1], h, ANCHORS)
     noise = torch.randn(1, 3, 5, D)
     doubled = torch.stack([noise, h], dim=3).flatten(2, 3)  # a first guess at each step, then the real call
-    twice = walk(
-        PrefixEncoder(rtsae, [0, 1], grid, torch.device("cpu")), doubled, [t for t in ANCHORS for _ in range(2)]
-    )
+    twice = walk(rtsae, [0, 1], doubled, [t for t in ANCHORS for _ in range(2)])
     for a, b in zip(once, twice[1::2], strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_steps_between_anchors_do_not_change_the_code_at_the_anchors():
-    rtsae, grid = random_rtsae(1), TimeGrid(ANCHORS, ALPHAS)
+    rtsae = random_rtsae(1)
     fine = sorted({*ANCHORS, 841, 601, 361, 121}, reverse=True)
     h = torch.randn(1, 3, len(fine), D)
-    coarse = walk(PrefixEncoder(rtsae, [0, 1, 2], grid, torch.device("cpu")), h[:, :, ::2], ANCHORS)
-    codes = walk(PrefixEncoder(rtsae, [0, 1, 2], grid, torch.device("cpu")), h, fine)
+    coarse = walk(rtsae, [0, 1, 2], h[:, :, ::2], ANCHORS)
+    codes = walk(rtsae, [0, 1, 2], h, fine)
     for a, b in zip(coarse, codes[::2], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_steps_before_the_first_anchor_stand_for_it_in_turn():
-    rtsae, h, grid = random_rtsae(0), torch.randn(1, 3, 5, D), TimeGrid(ANCHORS, ALPHAS)
-    expected = walk(PrefixEncoder(rtsae, [0, 1], grid, torch.device("cpu")), h, ANCHORS)
+    rtsae, h = random_rtsae(0), torch.randn(1, 3, 5, D)
+    expected = walk(rtsae, [0, 1], h, ANCHORS)
     earlier = torch.cat([torch.randn(1, 3, 2, D), h], dim=2)
-    codes = walk(PrefixEncoder(rtsae, [0, 1], grid, torch.device("cpu")), earlier, [999, 981, *ANCHORS])
+    codes = walk(rtsae, [0, 1], earlier, [999, 981, *ANCHORS])
     for a, b in zip(expected, codes[2:], strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_skipped_anchors_compose_the_dynamics():
     """Along a trajectory that follows the linear dynamics exactly, nothing new is seen after a skip."""
-    rtsae, grid = random_rtsae(2), TimeGrid(ANCHORS, ALPHAS)
+    rtsae = random_rtsae(2)
     rtsae.decoder_bias.data.zero_()
     residuals = torch.zeros(3, 5, D)
     residuals[:, 0] = torch.randn(3, D)
     h = rtsae.dynamics.rollout(residuals)[None]
     rtsae.threshold.zero_()
-    encoder = PrefixEncoder(rtsae, list(range(M)), grid, torch.device("cpu"))
-    codes = walk(encoder, h[:, :, [0, 2, 4]], [961, 481, 1])
+    codes = walk(rtsae, list(range(M)), h[:, :, [0, 2, 4]], [961, 481, 1])
     torch.testing.assert_close(codes[1], codes[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(codes[2], codes[0], atol=1e-4, rtol=1e-4)
 
@@ -196,8 +194,8 @@ def test_lazy_edits_equal_the_dense_path(operation, seed, dtype):
         expected = dense_change(rtsae, edit, h, g)
         torch.testing.assert_close(change.expand_as(expected), expected, atol=2e-4, rtol=2e-4)
         torch.testing.assert_close(other.expand_as(expected), expected, atol=2e-4, rtol=2e-4)
-        for run in (state.conditional, *state.others.values()):
-            run.continue_with(tokens)
+        for memory in state.memories.values():
+            memory.continue_with(tokens)
 
 
 def test_the_report_counts_edited_tokens_and_wishes_outside_the_training_range():
@@ -267,8 +265,8 @@ def test_edits_of_one_plan_add_up(seed, channels_first):
             parts = torch.stack([part.expand(2, 4, D) for part in parts if part is not None])
             torch.testing.assert_close(change.expand(2, 4, D), parts.sum(0), atol=1e-4, rtol=1e-4)
         for state in (run, *(state for _, state in alone)):
-            for trajectory in (state.conditional, *state.others.values()):
-                trajectory.continue_with(tokens)
+            for memory in state.memories.values():
+                memory.continue_with(tokens)
     told, expected = (
         sorted((r["timestep"], r["latents"], r["edited"], -1 if r["out_of_range"] is None else r["out_of_range"])
                for r in report)

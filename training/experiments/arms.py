@@ -54,7 +54,7 @@ def pair_trajectories(pipe, site: str, anchors: list[int], probes: list[Probe], 
 @torch.no_grad()
 def pair_features(rtsae: RTSAE, pairs: list[torch.Tensor], probes: list[Probe], count: int) -> dict[str, dict]:
     """Labels: for each target the `count` latents that differ most between its pairs of pictures, and by how much."""
-    length = (rtsae.feature_trajectories() / rtsae.dynamics.scale[:, None]).flatten(1).norm(dim=1)
+    length = (rtsae.feature_trajectories() / rtsae.spread[:, None]).flatten(1).norm(dim=1)
     labels = {}
     for one, both in zip(probes, pairs, strict=True):
         where = tokens_on(one.mask, int(both.shape[2] ** 0.5))

@@ -1,0 +1,183 @@
+"""What a dictionary of any kind is: latents of one site with their statistics, how they are read at a step of
+denoising, and where they move the activation there."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+
+
+class Step(NamedTuple):
+    """
+    Where in a generation an activation is from.
+
+    timestep (`float`): in training units, from 1000 at pure noise to 0 at the image.
+    coordinate (`float`): the same among the dictionary's anchors: 0 at the first, G − 1 at the last.
+    """
+
+    timestep: float
+    coordinate: float
+
+
+def interpolate(values: torch.Tensor, coordinate: float, dim: int = 0) -> torch.Tensor:
+    """`values` along the anchors `dim`, linearly interpolated at `coordinate`."""
+    low = min(int(coordinate), values.shape[dim] - 1)
+    high = min(low + 1, values.shape[dim] - 1)
+    return torch.lerp(values.select(dim, low), values.select(dim, high), coordinate - low)
+
+
+class Memory:
+    """What a reader remembers of one running generation. Most kinds need nothing."""
+
+    is_waiting = False  # for what the network continues with
+
+    def continue_with(self, tokens: torch.Tensor) -> None:
+        """The network goes on with these tokens `(B, N, d)`, after any edit."""
+
+
+class Reader(ABC):
+    """Reads some latents of a dictionary at the steps of a running generation."""
+
+    def begin(self) -> Memory:
+        """The memory of a new generation."""
+        return Memory()
+
+    @abstractmethod
+    def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
+        """Latents `(B, N, rows)`, non-negative, of tokens `(B, N, d)`; then tell `memory` what the network continues
+        with."""
+
+
+class Directions:
+    """
+    Where latents move the activation, per unit of their own.
+
+    Args:
+        paths (`torch.Tensor`): `(latents, G, d)` at the anchors, linear between them; `(latents, 1, d)` if it is the
+            same at all steps.
+    """
+
+    def __init__(self, paths: torch.Tensor):
+        self.paths = paths
+
+    def to(self, device: torch.device) -> Directions:
+        return Directions(self.paths.to(device, torch.float32))
+
+    def at(self, step: Step) -> torch.Tensor:
+        """`(latents, d)` at a step."""
+        return interpolate(self.paths, step.coordinate, dim=1)
+
+
+class FeatureTimes(NamedTuple):
+    """
+    length (`torch.Tensor`): of each feature at each anchor, relative to the activation's scale, `(features, G)`.
+    peak (`torch.Tensor`): the anchor at which it is longest, `(features,)`, counted from 0.
+    onset (`torch.Tensor`): the first anchor at which it has half of that length.
+    lifetime (`torch.Tensor`): at how many anchors it has half of it or more.
+    """
+
+    length: torch.Tensor
+    peak: torch.Tensor
+    onset: torch.Tensor
+    lifetime: torch.Tensor
+
+    @classmethod
+    def of(cls, length: torch.Tensor) -> FeatureTimes:
+        """The times of trajectories of these lengths, `(features, G)`."""
+        strong = length >= length.amax(1, keepdim=True) / 2
+        return cls(length, length.argmax(1), strong.int().argmax(1), strong.sum(1))
+
+
+class SparseDictionary(ModelMixin, ConfigMixin, ABC):
+    """
+    A sparse dictionary of the activation at one site of a denoiser. All that steers, finds, fits, records, reports or
+    evaluates asks no more of a kind than what is here; a kind is a subclass that `KINDS` names.
+
+    The configuration of every kind has `site` (path of the module in the denoiser), `in_channels` (d, its width),
+    `anchors` (G training timesteps, descending, of the trajectories it was trained on), `num_latents` (m), `k` (active
+    latents) and `activation` (what is read at the site, its `"output"` or its `"update"`, output − input).
+
+    Statistics of the latents over the training data are buffers: `typical_activation` and `max_activation`, the 99th
+    percentile and the largest where a latent is active, and `mean_activation` and `density`, mean and share of active
+    over everything; `(m,)` each.
+    """
+
+    matrices = ("encoder", "decoder")  # stored in half precision; all else stays float32
+    summary = ""  # what the model card says of the kind
+
+    def __init__(self, anchors: list[int], num_latents: int, activation: str):
+        super().__init__()
+        if not anchors or list(anchors) != sorted(set(anchors), reverse=True):
+            raise ValueError(f"`anchors` must be strictly descending timesteps, got {anchors}.")
+        if activation not in ("output", "update"):
+            raise ValueError(f"`activation` must be 'output' or 'update', got {activation!r}.")
+        self.register_buffer("typical_activation", torch.ones(num_latents))
+        self.register_buffer("max_activation", torch.ones(num_latents))
+        self.register_buffer("mean_activation", torch.zeros(num_latents))
+        self.register_buffer("density", torch.zeros(num_latents))
+
+    @property
+    @abstractmethod
+    def spread(self) -> torch.Tensor:
+        """Root mean square of the activation around its mean, per channel, at each anchor: `(G,)`."""
+
+    @abstractmethod
+    def reader(self, latents: list[int], device: torch.device) -> Reader:
+        """What reads these latents while denoising; of the dictionary's matrices it keeps what it needs on `device`.
+
+        Raises:
+            `ValueError`: what it needs holds NaN or inf.
+        """
+
+    @abstractmethod
+    def directions(self, latents: list[int] | torch.Tensor, injection: str = "trajectory") -> Directions:
+        """Where these latents move the activation at a step: to where it would be were they active all along
+        (`"trajectory"`), or by this step's innovation alone (`"residual"`), where a kind tells the two apart."""
+
+    @abstractmethod
+    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Latents `(batch, m)` at the last of the first g ≤ G anchors, of activations `(batch, g, d)` at these."""
+
+    @abstractmethod
+    def reconstruct(self, hidden_states: torch.Tensor, teacher_forced: bool = False) -> torch.Tensor:
+        """
+        Activations `(batch, g, d)` at the first g ≤ G anchors from their codes.
+
+        Args:
+            teacher_forced (`bool`): where a kind predicts an anchor from the one before, start at the true one.
+        """
+
+    def feature_trajectories(self, latents: list[int] | torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The path of each feature through activation space, per unit of its activation.
+
+        Args:
+            latents (`list[int]`, *optional*): which features; all by default.
+
+        Returns:
+            `torch.Tensor`: `(features, G, d)`. Means and biases are no part of a direction.
+        """
+        anchors, latents = self.config.anchors, range(self.config.num_latents) if latents is None else latents
+        directions = self.directions(latents if torch.is_tensor(latents) else list(latents))
+        return torch.stack([directions.at(Step(t, g)) for g, t in enumerate(anchors)], 1)
+
+    def feature_times(self, latents: list[int] | torch.Tensor | None = None) -> FeatureTimes:
+        """
+        When features act, from the length of their trajectories (2605.27813, section 4).
+
+        Args:
+            latents (`list[int]`, *optional*): which features; all by default.
+        """
+        return FeatureTimes.of((self.feature_trajectories(latents) / self.spread[:, None]).norm(dim=2).detach())
+
+    def check_trajectories(self, hidden_states: torch.Tensor) -> None:
+        """Raise `ValueError` unless these are (the beginning of) trajectories of this site, `(batch, g, d)`."""
+        channels, anchors, shape = self.config.in_channels, len(self.config.anchors), tuple(hidden_states.shape)
+        if len(shape) < 2 or shape[-1] != channels or not 1 <= shape[-2] <= anchors:
+            raise ValueError(
+                f"Expected trajectories (batch, 1 to {anchors} anchors, {channels} channels), got shape {shape}."
+            )
