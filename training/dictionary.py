@@ -11,6 +11,7 @@ from torch import nn
 from diffusers_rtsae import RTSAE
 from diffusers_rtsae.models import LinearDynamics
 
+from .processes import Processes
 from .recipe import Recipe, Train
 from .sparse import Code, above, batch_topk, decode, encode, topk
 
@@ -30,8 +31,8 @@ class BatchTopK:
     name = "batch_topk"
     shares_budget = True  # of the batch: on unseen data one threshold must stand for it
 
-    def __init__(self, settings: Train, device: torch.device | str):
-        self.k = settings.k
+    def __init__(self, settings: Train, device: torch.device | str, processes: Processes):
+        self.k, self.processes = settings.k, processes
         self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
 
     def start(self, centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -46,12 +47,13 @@ class BatchTopK:
         return {}
 
     def encode(self, centred, centre, weight, bias) -> Code:
-        return encode(centred, centre, weight, bias, batch_topk(centred, weight, bias, self.k, self.dtype))
+        return encode(centred, centre, weight, bias, batch_topk(centred, weight, bias, self.k, self.dtype, self.processes))
 
     def loss(self, target: torch.Tensor, code: Code, weight: torch.Tensor, centre: torch.Tensor):
-        """What is minimised, and the error of the reconstruction `(rows, d)`."""
-        error = target - centre - decode(code, weight, len(target))
-        return error.square().mean(), error
+        """What is minimised, the mean squared error, and the reconstruction `(rows, d)`."""
+        reconstruction = decode(code, weight, len(target), self.processes) + centre
+        error = F.mse_loss(reconstruction, target)
+        return error, error, reconstruction
 
     def finish(self, rtsae: RTSAE) -> None:
         """Bring a trained dictionary into the form that one threshold serves."""
@@ -65,7 +67,7 @@ class TopK(BatchTopK):
     shares_budget = False
 
     def encode(self, centred, centre, weight, bias) -> Code:
-        return encode(centred, centre, weight, bias, topk(centred, weight, bias, self.k, self.dtype))
+        return encode(centred, centre, weight, bias, topk(centred, weight, bias, self.k, self.dtype, self.processes))
 
 
 @register
@@ -74,18 +76,18 @@ class Matryoshka(BatchTopK):
 
     name = "matryoshka"
 
-    def __init__(self, settings: Train, device: torch.device | str):
-        super().__init__(settings, device)
+    def __init__(self, settings: Train, device: torch.device | str, processes: Processes):
+        super().__init__(settings, device, processes)
         self.sizes = sorted({max(1, round(share * settings.num_latents)) for share in [*settings.nested, 1]})
 
     def loss(self, target, code, weight, centre):
-        error, losses, start = target - centre, [], 0
+        reconstruction, losses, start, first = centre, [], 0, self.processes.start(self.sizes[-1])
         for size in self.sizes:
-            part = code.where((code.latents >= start) & (code.latents < size))
-            error = error - decode(part, weight, len(target))
-            losses.append(error.square().mean())
+            part = code.where((code.latents >= start - first) & (code.latents < size - first))
+            reconstruction = decode(part, weight, len(target), self.processes) + reconstruction
+            losses.append(F.mse_loss(reconstruction, target))
             start = size
-        return torch.stack(losses).mean(), error
+        return torch.stack(losses).mean(), losses[-1], reconstruction
 
 
 class _Step(torch.autograd.Function):
@@ -112,8 +114,8 @@ class JumpReLU(BatchTopK):
     name = "jump_relu"
     shares_budget = False
 
-    def __init__(self, settings: Train, device: torch.device | str):
-        super().__init__(settings, device)
+    def __init__(self, settings: Train, device: torch.device | str, processes: Processes):
+        super().__init__(settings, device, processes)
         self.bandwidth, self.penalty = torch.tensor(settings.bandwidth, device=device), settings.penalty
         self.log_threshold = torch.zeros(settings.num_latents, device=device).requires_grad_()
 
@@ -134,12 +136,12 @@ class JumpReLU(BatchTopK):
         near = above(centred, weight, bias, threshold.detach() - self.bandwidth / 2, self.dtype)
         code = encode(centred, centre, weight, bias, near)
         values, active = _Step.apply(code.values, threshold[code.latents], self.bandwidth)
-        self.active = active.sum() / len(centred)
+        self.active = self.processes.sum(active.sum()) / len(centred)
         return code._replace(values=values)
 
     def loss(self, target, code, weight, centre):
-        loss, error = super().loss(target, code, weight, centre)
-        return loss + self.penalty * (self.active / self.k - 1).square(), error
+        _, error, reconstruction = super().loss(target, code, weight, centre)
+        return error + self.penalty * (self.active / self.k - 1).square(), error, reconstruction
 
     @torch.no_grad()
     def finish(self, rtsae):
@@ -160,14 +162,19 @@ def geometric_median(points: torch.Tensor, iterations: int = 20) -> torch.Tensor
 
 
 def auxiliary_loss(
-    rtsae: RTSAE, error: torch.Tensor, centred: torch.Tensor, dead: torch.Tensor, k: int
+    rtsae: RTSAE,
+    error: torch.Tensor,
+    centred: torch.Tensor,
+    dead: torch.Tensor,
+    k: int,
+    processes: Processes = Processes(),
 ) -> torch.Tensor:
-    """AuxK (2406.04093, appendix A.2): the `k` largest dead latents of each row reconstruct the detached error."""
+    """AuxK (2406.04093, appendix A.2): the `k` largest dead latents of each row reconstruct the `error`."""
     weight, bias = rtsae.encoder[dead].flatten(1)[:, : centred.shape[1]], rtsae.encoder_bias[dead]
     centre = torch.zeros(centred.shape[1], device=centred.device)  # what is centred already moves nothing
-    code = encode(centred, centre, weight, bias, topk(centred, weight, bias, k))
-    guess = decode(code, rtsae.decoder[dead].flatten(1), len(error))
-    return F.mse_loss(guess, error.detach()) / error.detach().square().mean()
+    code = encode(centred, centre, weight, bias, topk(centred, weight, bias, k, processes=processes))
+    guess = decode(code, rtsae.decoder[dead].flatten(1), len(error), processes)
+    return F.mse_loss(guess, error) / error.square().mean()
 
 
 def _pieces(matrix: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -178,10 +185,10 @@ def _pieces(matrix: torch.Tensor) -> Sequence[torch.Tensor]:
 
 class DictionaryTrainer:
     """
-    A dictionary with its optimizer.
+    A dictionary with its optimizer; of several processes each trains its share of the latents, on the same rows.
 
     Args:
-        rtsae (`RTSAE`): moved to `device`.
+        rtsae (`RTSAE`): the whole, moved to `device`; until `finish` this process' share is left of it.
         settings (`Train`): the recipe's. With `layout` `"per_step"` each latent sees and writes one anchor only.
         sample (`torch.Tensor`): residuals `(rows, G, d)` whose median is the first bias.
 
@@ -189,11 +196,18 @@ class DictionaryTrainer:
         `ValueError`: if the architecture is unknown.
     """
 
-    def __init__(self, rtsae: RTSAE, settings: Train, sample: torch.Tensor, device: torch.device | str):
-        self.rtsae, self.settings = rtsae.to(device), settings
+    def __init__(
+        self,
+        rtsae: RTSAE,
+        settings: Train,
+        sample: torch.Tensor,
+        device: torch.device | str,
+        processes: Processes = Processes(),
+    ):
+        self.rtsae, self.settings, self.processes = rtsae.to(device), settings, processes
         if settings.architecture not in ARCHITECTURES:
             raise ValueError(f"Unknown `architecture` {settings.architecture!r}, there are {sorted(ARCHITECTURES)}.")
-        self.architecture = ARCHITECTURES[settings.architecture](settings, device)
+        self.architecture = ARCHITECTURES[settings.architecture](settings, device, processes)
         self.blocks = None
         m, anchors, d = rtsae.decoder.shape
         with torch.no_grad():
@@ -207,8 +221,13 @@ class DictionaryTrainer:
             centred = (sample.to(device) - rtsae.decoder_bias).flatten(1)
             self.architecture.start(centred, rtsae.encoder.flatten(1), rtsae.encoder_bias)
         self.parameters = dict(rtsae.named_parameters()) | self.architecture.parameters()
+        self.shares = {name: value for name, value in self.parameters.items() if name != "decoder_bias"}
+        for parameter in self.shares.values():
+            parameter.data = processes.share(parameter.data).clone()
+        if self.blocks is not None:
+            self.blocks = processes.share(self.blocks)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, fused=True)
-        self.quiet = torch.zeros(m, dtype=torch.long, device=device)  # trajectories since each latent fired
+        self.quiet = torch.zeros(len(rtsae.encoder), dtype=torch.long, device=device)  # trajectories since each latent fired
         self.threshold = torch.zeros(1, device=device)  # running mean of the smallest value that a batch kept
         self.done = 0
 
@@ -219,6 +238,7 @@ class DictionaryTrainer:
 
     @property
     def dead(self) -> torch.Tensor:
+        """Which of this process' latents have not fired for long."""
         return self.quiet > self.settings.dead_after
 
     @torch.no_grad()
@@ -226,52 +246,57 @@ class DictionaryTrainer:
         for rows in _pieces(self.rtsae.decoder):
             rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
-    def backward(
-        self, residuals: torch.Tensor, prefix: int | None, share: float = 1.0, processes: int = 1
-    ) -> dict[str, float]:
+    def backward(self, residuals: torch.Tensor, prefix: int | None, share: float = 1.0) -> dict[str, float]:
         """
         Add the gradients of normalised `residuals (rows, G, d)`, of which the encoder sees the first `prefix`.
 
         Args:
-            share (`float`): of this process' batch that these rows are.
-            processes (`int`): that each see as many rows.
+            share (`float`): of the batch that these rows are.
 
         Returns:
             `dict`: FVU of the residuals (per unit of their normalised variance) and L0.
         """
         rtsae, centre = self.rtsae, self.rtsae.decoder_bias.flatten()
+        if self.processes.rank > 0:
+            centre = centre.detach()  # the first one's gradient counts: `update` sums them
         target, code, centred = self._encode(residuals, prefix)
-        loss, error = self.architecture.loss(target, code, rtsae.decoder.flatten(1), centre)
-        if prefix is None and self.dead.any():
-            chosen = self.dead.nonzero()[:, 0]
-            k = min(residuals.shape[2] // 2, len(chosen))
-            loss = loss + self.settings.auxiliary * auxiliary_loss(rtsae, error, centred, chosen, k)
+        loss, fvu, reconstruction = self.architecture.loss(target, code, rtsae.decoder.flatten(1), centre)
+        if prefix is None and (dead := self.processes.sum(self.dead.sum()).item()):
+            k, chosen = min(residuals.shape[2] // 2, dead), self.dead.nonzero()[:, 0]
+            error = target - reconstruction.detach()
+            auxiliary = auxiliary_loss(rtsae, error, centred, chosen, k, self.processes)
+            loss = loss + self.settings.auxiliary * auxiliary
         (loss * share).backward()
-        self.quiet += len(residuals) * processes
-        self.quiet[code.latents[code.values > 0]] = 0
-        if prefix is None and len(code.values):
-            self.threshold.lerp_(code.values.detach().min(), 0.02 if self.threshold > 0 else 1.0)
-        l0 = (code.values > 0).sum().item() / len(residuals)
-        return {"loss": loss.item(), "fvu": error.detach().square().mean().item(), "l0": l0}
+        active = code.values.detach() > 0
+        self.quiet += len(residuals)
+        self.quiet[code.latents[active]] = 0
+        lowest = code.values.detach().min() if len(active) else target.new_tensor(torch.inf)
+        told = self.processes.gather(torch.stack([active.sum(), lowest]))
+        lowest = told[:, 1].min()
+        if prefix is None and lowest.isfinite():
+            self.threshold.lerp_(lowest, 0.02 if self.threshold > 0 else 1.0)
+        l0 = told[:, 0].sum().item() / len(residuals)
+        return {"loss": loss.item(), "fvu": fvu.item(), "l0": l0}
 
     def _encode(self, residuals: torch.Tensor, prefix: int | None) -> tuple[torch.Tensor, Code, torch.Tensor]:
         """The target, its code, and what the encoder was shown of it, centred."""
         shown, target = slice(None) if prefix is None else slice(prefix * residuals.shape[2]), residuals.flatten(1)
         centre, weight = self.rtsae.decoder_bias.flatten(), self.rtsae.encoder.flatten(1)[:, shown]
-        centred = (target - centre.detach())[:, shown].contiguous()
+        centred = target[:, shown] - centre[shown].detach()
         return target, self.architecture.encode(centred, centre[shown], weight, self.rtsae.encoder_bias), centred
 
     @torch.no_grad()
     def measure(self, residuals: torch.Tensor) -> dict[str, float]:
-        """FVU and L0 of held-out normalised `residuals (rows, G, d)`."""
+        """FVU and L0 of held-out normalised `residuals (rows, G, d)`, and the share of dead latents."""
         target, code, centred = self._encode(residuals, None)
-        _, error = self.architecture.loss(
+        _, fvu, _ = self.architecture.loss(
             target, code, self.rtsae.decoder.flatten(1), self.rtsae.decoder_bias.flatten()
         )
         if self.architecture.shares_budget:
             code = above(centred, self.rtsae.encoder.flatten(1), self.rtsae.encoder_bias, self.threshold)
-        l0 = (code.values > 0).sum().item() / len(residuals)
-        return {"fvu_validation": error.square().mean().item(), "l0_validation": l0}
+        l0 = self.processes.sum((code.values > 0).sum()).item() / len(residuals)
+        dead = self.processes.sum(self.dead.sum()).item() / self.settings.num_latents
+        return {"fvu_validation": fvu.item(), "l0_validation": l0, "dead": dead}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -286,7 +311,10 @@ class DictionaryTrainer:
         for row, gradient in zip(_pieces(decoder), _pieces(decoder.grad), strict=True):
             gradient.addcmul_(row, (gradient * row).sum(1, keepdim=True), value=-1)
         # gradients of norm 1 at every step: the large ones of the beginning would make Adam's steps small for long
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters.values()])
+        bias, own = self.rtsae.decoder_bias, [parameter.grad for parameter in self.shares.values()]
+        summed = self.processes.sum(torch.cat([bias.grad.flatten(), nn.utils.get_total_norm(own).square()[None]]))
+        bias.grad = summed[:-1].view_as(bias)
+        norm = torch.cat([summed[:-1].square(), summed[-1:]]).sum().sqrt()
         self.optimizer.grad_scale = norm.clamp(min=1e-12)  # which the fused step divides by
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -294,8 +322,10 @@ class DictionaryTrainer:
         self.done = step + 1
 
     def finish(self) -> RTSAE:
-        """The dictionary, rounded as it will be stored; its thresholds and statistics are still to be measured."""
+        """The whole, rounded as it will be stored; its thresholds and statistics are still to be measured."""
         self.architecture.finish(self.rtsae)
+        for parameter in (self.rtsae.encoder, self.rtsae.encoder_bias, self.rtsae.decoder):
+            parameter.data = self.processes.whole(parameter.data, self.settings.num_latents)
         for tensor in (self.rtsae.encoder, self.rtsae.decoder):
             tensor.data = tensor.data.half().float()
         return self.rtsae

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .processes import Processes
+
 _PIECE = 10_500_000  # entries of the encoder's product held at once
 
 
@@ -39,7 +41,7 @@ def products(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """`centred @ weight.T` computed in `dtype`, in pieces of rows, each with the index of its first row."""
     centred, weight = centred.to(dtype), weight.to(dtype)
-    step = max(1, _PIECE // len(weight))
+    step = max(1, _PIECE // max(1, len(weight)))
     for start in range(0, len(centred), step):
         yield start, F.linear(centred[start : start + step], weight)
 
@@ -72,19 +74,45 @@ def above(
     return Code(*map(torch.cat, zip(*found, strict=True)))
 
 
+def _largest(values: torch.Tensor, k: int, processes: Processes) -> torch.Tensor:
+    """Which of `values (rows, n)` are among the `k` largest that a row has over all processes."""
+    all_values = processes.gather(values).transpose(0, 1)
+    kept = all_values.flatten(1).topk(min(k, all_values[0].numel()), sorted=False).indices
+    largest = torch.zeros_like(all_values, dtype=torch.bool)
+    return largest.flatten(1).scatter_(1, kept, True).view_as(largest)[:, processes.rank]
+
+
 @torch.no_grad()
-def topk(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, dtype=torch.float32) -> Code:
-    """The `k` largest positive pre-activations of each row (TopK, 2406.04093)."""
+def topk(
+    centred: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    processes: Processes = Processes(),
+) -> Code:
+    """The `k` largest positive pre-activations of each row (TopK, 2406.04093), of those of all processes."""
     found = [(piece + bias).topk(min(k, len(weight)), dim=1) for _, piece in products(centred, weight, dtype)]
     values, latents = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
-    return Code(rows.flatten(), latents.flatten(), values.flatten().float()).where(values.flatten() > 0)
+    kept = values > 0
+    if processes.count > 1:
+        kept &= _largest(F.pad(values, (0, k - values.shape[1])), k, processes)[:, : values.shape[1]]
+    return Code(rows.flatten(), latents.flatten(), values.flatten().float()).where(kept.flatten())
 
 
 @torch.no_grad()
-def batch_topk(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, dtype=torch.float32) -> Code:
+def batch_topk(
+    centred: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    processes: Processes = Processes(),
+) -> Code:
     """
-    The `k * rows` largest positive pre-activations of the batch (BatchTopK, 2412.06410), exactly.
+    The `k * rows` largest positive pre-activations of the batch (BatchTopK, 2412.06410), exactly, of those of all
+    processes.
 
     A few rows tell above which value to look for twice as many; if there are too few, lower.
     """
@@ -93,18 +121,20 @@ def batch_topk(centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
     def guess(piece: torch.Tensor) -> float:
         nonlocal threshold
         few = (piece[:: len(piece) // 16 or 1] + bias).float()
-        threshold = max(0.0, few.flatten().topk(min(2 * k * len(few), few.numel()), sorted=False).values.min().item())
+        share = min(2 * k * len(few) // processes.count, few.numel())
+        lowest = few.flatten().topk(share, sorted=False).values.min()
+        threshold = max(0.0, processes.gather(lowest).min().item())
         return threshold
 
     code = above(centred, weight, bias, guess, dtype)
     lowest = threshold / 100
-    while len(code.values) < count and threshold > 0:
+    while (found := processes.gather(torch.tensor(len(code.values), device=bias.device))).sum() < count and threshold > 0:
         threshold = threshold / 2 if threshold > lowest else 0.0
         code = above(centred, weight, bias, threshold, dtype)
-    if len(code.values) <= count:
+    if found.sum() <= count:
         return code
-    largest = code.values.topk(count, sorted=False)
-    return code.where(torch.zeros_like(code.values, dtype=torch.bool).index_fill_(0, largest.indices, True))
+    values = F.pad(code.values, (0, found.max() - len(code.values)))
+    return code.where(_largest(values[None], count, processes)[0, : len(code.values)])
 
 
 def _sum_by(groups: torch.Tensor, count: int, members: torch.Tensor, weights: torch.Tensor, table: torch.Tensor):
@@ -162,7 +192,10 @@ def encode(centred: torch.Tensor, centre: torch.Tensor, weight: torch.Tensor, bi
     return code._replace(values=_Encode.apply(centred.detach(), centre, weight, bias, *code))
 
 
-def decode(code: Code, weight: torch.Tensor, count: int) -> torch.Tensor:
-    """`(count, d)`: the sum of `values * weight[latents]` of each row, with gradients to values and weight."""
-    reconstruction = _sum_by(code.rows, count, code.latents, code.values, weight.detach())
+def decode(code: Code, weight: torch.Tensor, count: int, processes: Processes = Processes()) -> torch.Tensor:
+    """
+    `(count, d)`: the sum of `values * weight[latents]` of each row over all processes, with gradients to values and
+    weight.
+    """
+    reconstruction = processes.sum(_sum_by(code.rows, count, code.latents, code.values, weight.detach()))
     return _DecoderGradient.apply(reconstruction, weight, code.rows, code.latents, code.values.detach())

@@ -41,6 +41,7 @@ from .dictionary import DictionaryTrainer, calibrate, measure_activations, new_d
 from .evaluate import evaluate
 from .fit import fit_dynamics
 from .plan import describe, plan
+from .processes import Processes
 from .recipe import Recipe, load_recipe
 from .store import Rows, TrajectoryStore
 from .stream import Stream
@@ -64,11 +65,11 @@ class Data:
         self.train, self.calibration, self.validation = train, calibration, validation
 
     def sample(
-        self, site: str, count: int, generator: torch.Generator, process: tuple[int, int] = (0, 1)
+        self, site: str, count: int, generator: torch.Generator, processes: Processes = Processes()
     ) -> torch.Tensor:
-        """The share of `count` random trajectories that belongs to a process, named as in `collect`."""
-        rows, (rank, processes) = self.train[site], process
-        return rows[torch.randint(len(rows), (count,), generator=generator)[rank::processes]].float()
+        """A process' share of `count` random trajectories."""
+        rows = self.train[site]
+        return rows[processes.share(torch.randint(len(rows), (count,), generator=generator))].float()
 
 
 def stored_data(recipe: Recipe, store: TrajectoryStore) -> tuple[Data, list[Path], list[Path]]:
@@ -120,10 +121,11 @@ class Checkpoints:
     Args:
         folder (`Path`): where they lie.
         kept (`int`): how many.
+        processes (`Processes`): that each write and read their share.
     """
 
-    def __init__(self, folder: Path, kept: int):
-        self.folder, self.kept = folder, kept
+    def __init__(self, folder: Path, kept: int, processes: Processes = Processes()):
+        self.folder, self.kept, self.processes = folder, kept, processes
 
     def _whole(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if not path.name.endswith(".partial"))
@@ -131,17 +133,24 @@ class Checkpoints:
     def latest(self) -> Path | None:
         return self._whole()[-1] if self._whole() else None
 
+    def _share(self, name: str) -> str:
+        return f"{name}-{self.processes.rank + 1}-of-{self.processes.count}.safetensors"
+
     def save(self, step: int, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None):
         path = self.folder / f"step-{step:08d}"
         partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if self.processes.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.processes.wait()
         for name, trainer in trainers.items():
-            save_checkpoint(
-                partial / f"{name}.safetensors", trainer.done, trainer.state, trainer.optimizer, marks[name]
-            )
+            file = partial / self._share(name)
+            save_checkpoint(file, trainer.done, trainer.state, trainer.optimizer, marks[name])
         if stream is not None:
             stream.save(partial / "stream.safetensors")
+        self.processes.wait()
+        if self.processes.rank > 0:
+            return
         os.replace(partial, path)
         for old in self._whole()[: -self.kept]:
             shutil.rmtree(old)
@@ -152,9 +161,12 @@ class Checkpoints:
         if path is None:
             return 0
         for name, trainer in trainers.items():
-            file = path / f"{name}.safetensors"
+            file = path / self._share(name)
             if not file.exists():
-                raise ValueError(f"{path} holds no {name!r}: this run was started without it. Use another --work.")
+                raise ValueError(
+                    f"{path} holds no {file.name}: this run was started without it, or on another number of processes. "
+                    "Use another --work."
+                )
             trainer.done = load_checkpoint(file, trainer.state, trainer.optimizer, marks[name])
         if stream is not None:
             stream.load(path / "stream.safetensors")
@@ -185,7 +197,7 @@ def train_dictionaries(
     stream: Stream | None = None,
 ) -> dict[str, RTSAE]:
     """
-    Train several dictionaries on one pass over the data.
+    Train several dictionaries on one pass over the data, the latents of each shared among the processes.
 
     Args:
         recipes, dynamics, sites: for each dictionary by name, its own recipe, dynamics and site.
@@ -195,16 +207,16 @@ def train_dictionaries(
         the dictionaries by name, on the main process; on others none.
     """
     device, first = accelerator.device, next(iter(recipes.values()))
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
     marks, trainers = {}, {}
     for name, recipe in recipes.items():
         rtsae = new_dictionary(sites[name], anchors, recipe, dynamics[name])
         sample = rtsae.dynamics.residuals(data.sample(sites[name], 8192, step_generator(recipe.seed, -1)))
-        trainers[name] = DictionaryTrainer(rtsae, recipe.train, sample, device)
+        trainers[name] = DictionaryTrainer(rtsae, recipe.train, sample, device, processes)
         told = recipe.train.model_dump(exclude={"checkpoints", "checkpoint_every", "validate_every", "log_with"})
         marks[name] = json.dumps([collected, recipe.seed, recipe.fit.model_dump(), told], sort_keys=True)
-    checkpoints = Checkpoints(work / "checkpoints", first.train.checkpoints)
+    checkpoints = Checkpoints(work / "checkpoints", first.train.checkpoints, processes)
     done, steps = checkpoints.load(trainers, marks, stream), max(r.train.steps for r in recipes.values())
-    count, rank = accelerator.num_processes, accelerator.process_index
     renew_every = None
     if stream is not None:
         per_batch = first.collect.batch_size * first.collect.tokens_per_image
@@ -224,23 +236,19 @@ def train_dictionaries(
                 continue
             if site not in batches:
                 generator = step_generator(first.seed, step)
-                batches[site] = data.sample(site, first.train.batch_size, generator, (rank, count)).to(device)
+                batches[site] = data.sample(site, first.train.batch_size, generator, processes).to(device)
                 shown = int(torch.randint(1, len(anchors), (), generator=generator))
                 prefixed[site] = shown, torch.rand((), generator=generator).item()
             shown, draw = prefixed[site]
             prefix = shown if draw < settings.prefix else None
-            residuals = trainer.rtsae.dynamics.residuals(batches[site])
+            residuals = processes.whole(trainer.rtsae.dynamics.residuals(batches[site]), first.train.batch_size)
             parts = residuals.chunk(settings.accumulate)
-            found = [trainer.backward(part, prefix, len(part) / len(residuals), count) for part in parts]
+            found = [trainer.backward(part, prefix, len(part) / len(residuals)) for part in parts]
             if not all(torch.isfinite(torch.tensor(f["loss"])) for f in found):
                 raise ValueError(
                     f"The loss of {name} is {found[-1]['loss']} at step {step}. Lower `learning_rate` and delete "
                     f"{checkpoints.folder}."
                 )
-            if count > 1:
-                for parameter in trainer.parameters.values():
-                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
-                trainer.quiet.copy_(accelerator.gather(trainer.quiet[None]).amin(0))
             trainer.update(step)
             if (step + 1) % settings.validate_every == 0 or step + 1 == settings.steps:
                 rate = (step + 1 - done) * first.train.batch_size / (time.perf_counter() - began)
@@ -248,12 +256,12 @@ def train_dictionaries(
                 seen = watch(step + 1, name, trainer, found[-1], validation, rate)
                 progress.set_postfix(fvu=f"{seen['fvu_validation']:.3f}", dead=f"{seen['dead']:.1%}")
         if (step + 1) % first.train.checkpoint_every == 0 or step + 1 == steps:
-            if accelerator.is_main_process:
-                checkpoints.save(step + 1, trainers, marks, stream)
-            accelerator.wait_for_everyone()
+            checkpoints.save(step + 1, trainers, marks, stream)
     finished = {}
-    for name, trainer in trainers.items() if accelerator.is_main_process else ():
+    for name, trainer in trainers.items():
         rtsae, site, settings = trainer.finish(), sites[name], trainer.settings
+        if not accelerator.is_main_process:
+            continue
         calibrate(rtsae, data.calibration[site].float().to(device), settings.k, settings.layout)
         rows, size = data.train[site], max(256, 2**23 // rtsae.config.num_latents)
         measured = torch.arange(min(len(rows), STATISTICS_TOKENS))
@@ -287,7 +295,7 @@ class Watch:
     ) -> dict:
         seen = {f"{key}_train": value for key, value in train.items()}
         seen |= trainer.measure(trainer.rtsae.dynamics.residuals(validation))
-        seen |= {"dead": trainer.dead.float().mean().item(), "trajectories_per_second": round(rate)}
+        seen |= {"trajectories_per_second": round(rate)}
         self._warn(name, "dead", seen["dead"] > 0.2, f"{seen['dead']:.0%} of the latents are dead")
         settled, k, l0 = step > trainer.settings.steps / 2, trainer.settings.k, seen["l0_validation"]
         self._warn(

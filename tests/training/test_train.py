@@ -17,6 +17,7 @@ from diffusers_rtsae.models import LinearDynamics
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.dictionary import ARCHITECTURES, DictionaryTrainer, auxiliary_loss, geometric_median, new_dictionary
 from training.evaluate import evaluate
+from training.processes import Processes
 from training.recipe import Recipe
 from training.store import Rows
 from training.train import Checkpoints, Data, train_dictionaries
@@ -143,8 +144,8 @@ def test_a_process_reads_its_share_of_a_batch_only():
     data = Data({"mid_block": rows}, {}, {})
     whole = data.sample("mid_block", 101, torch.Generator().manual_seed(3))
     for rank in range(4):
-        share = data.sample("mid_block", 101, torch.Generator().manual_seed(3), (rank, 4))
-        assert torch.equal(share, whole[rank::4]) and rows.asked == len(share)
+        share = data.sample("mid_block", 101, torch.Generator().manual_seed(3), Processes(rank, 4))
+        assert torch.equal(share, whole[26 * rank :][:26]) and rows.asked == len(share)
 
 
 def test_a_half_written_checkpoint_is_not_read_and_old_ones_go(tmp_path):
@@ -309,5 +310,5 @@ def test_two_processes_collect_train_and_save(tmp_path):
 
 def test_a_variant_cannot_join_a_run_that_began_without_it(tmp_path):
     train(tmp_path, recipe())
-    with pytest.raises(ValueError, match="holds no 'r1': this run was started without it. Use another --work"):
+    with pytest.raises(ValueError, match="holds no r1-1-of-1.*: this run was started without it, or on another"):
         train(tmp_path, recipe(), recipe(k=4))
