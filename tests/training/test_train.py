@@ -275,26 +275,33 @@ def launch(script: Path, text: str, *arguments) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_share_every_batch(tmp_path):
+# neither latents nor rows are even; latents die, rows share a budget, and half of the batches show a beginning
+SHARED_ARMS = {
+    name: recipe(num_latents=33, batch_size=127, steps=20, validate_every=5, dead_after=130, **changes)
+    for name, changes in {
+        "batch_topk": {}, "topk": {"architecture": "topk"}, "matryoshka": {"architecture": "matryoshka"},
+        "jump_relu": {"architecture": "jump_relu"}, "per_step": {"layout": "per_step"}, "parts": {"accumulate": 2},
+    }.items()
+}  # fmt: skip
+
+
+def test_what_several_processes_train_is_what_one_does(tmp_path):
     text = """
-        import sys; from pathlib import Path; import torch; from accelerate import Accelerator
-        from tests.training.test_train import *
-        data = sparse_data()
-        held = Data({"mid_block": data}, *({"mid_block": sparse_data(500, seed=seed)} for seed in (2, 3)))
-        accelerator = Accelerator(cpu=True)
-        arms, dynamics, sites = {"a": recipe(architecture="topk")}, {"a": dynamics_of(data)}, {"a": "mid_block"}
-        work = Path(sys.argv[1])
-        found = train_dictionaries(arms, held, dynamics, sites, ANCHORS, work, accelerator, "data")
-        assert bool(found) == accelerator.is_main_process
+        import sys; from tests.training.test_train import *
+        found = train(Path(sys.argv[1]) / "work", *SHARED_ARMS.values())
+        assert bool(found) == (int(os.environ["RANK"]) == 0)
         if found:
-            torch.save(found["a"].state_dict(), f"{sys.argv[1]}/weights.pt")
-        accelerator.end_training()
+            torch.save([one.state_dict() for one in found], f"{sys.argv[1]}/weights.pt")
         """
     launch(tmp_path / "script.py", textwrap.dedent(text), tmp_path)
-    together = torch.load(tmp_path / "weights.pt")
-    alone = train(tmp_path / "alone", recipe(architecture="topk"))[0].state_dict()
-    # the batches are those of one process, so the weights are its too, to rounding
-    torch.testing.assert_close(together["encoder"], alone["encoder"], atol=2e-2, rtol=2e-2)
+    alone = train(tmp_path / "alone", *SHARED_ARMS.values())
+    for one, together in zip(alone, torch.load(tmp_path / "weights.pt"), strict=True):
+        torch.testing.assert_close(dict(together), dict(one.state_dict()), atol=1e-5, rtol=1e-4)
+    told = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("work", "alone")]
+    for together, one in zip(*(map(json.loads, lines) for lines in told), strict=True):
+        figures = [key for key in one if key not in ("dictionary", "trajectories_per_second")]
+        assert [together[key] for key in figures] == pytest.approx([one[key] for key in figures], rel=1e-3)
+    assert any(json.loads(line)["dead"] > 0 for line in told[1])  # so that the auxiliary loss was there
 
 
 def test_two_processes_collect_train_and_save(tmp_path):
