@@ -11,7 +11,7 @@ from torch import nn
 from diffusers_rtsae import RTSAE
 from diffusers_rtsae.models import LinearDynamics
 
-from .processes import Processes
+from .processes import ALONE, Processes
 from .recipe import Recipe, Train
 from .sparse import Code, above, batch_topk, decode, encode, topk
 
@@ -47,7 +47,8 @@ class BatchTopK:
         return {}
 
     def encode(self, centred, centre, weight, bias) -> Code:
-        return encode(centred, centre, weight, bias, batch_topk(centred, weight, bias, self.k, self.dtype, self.processes))
+        code = batch_topk(centred, weight, bias, self.k, self.dtype, self.processes)
+        return encode(centred, centre, weight, bias, code)
 
     def loss(self, target: torch.Tensor, code: Code, weight: torch.Tensor, centre: torch.Tensor):
         """What is minimised, the mean squared error, and the reconstruction `(rows, d)`."""
@@ -67,7 +68,8 @@ class TopK(BatchTopK):
     shares_budget = False
 
     def encode(self, centred, centre, weight, bias) -> Code:
-        return encode(centred, centre, weight, bias, topk(centred, weight, bias, self.k, self.dtype, self.processes))
+        code = topk(centred, weight, bias, self.k, self.dtype, self.processes)
+        return encode(centred, centre, weight, bias, code)
 
 
 @register
@@ -167,7 +169,7 @@ def auxiliary_loss(
     centred: torch.Tensor,
     dead: torch.Tensor,
     k: int,
-    processes: Processes = Processes(),
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """AuxK (2406.04093, appendix A.2): the `k` largest dead latents of each row reconstruct the `error`."""
     weight, bias = rtsae.encoder[dead].flatten(1)[:, : centred.shape[1]], rtsae.encoder_bias[dead]
@@ -202,7 +204,7 @@ class DictionaryTrainer:
         settings: Train,
         sample: torch.Tensor,
         device: torch.device | str,
-        processes: Processes = Processes(),
+        processes: Processes = ALONE,
     ):
         self.rtsae, self.settings, self.processes = rtsae.to(device), settings, processes
         if settings.architecture not in ARCHITECTURES:
@@ -227,7 +229,8 @@ class DictionaryTrainer:
         if self.blocks is not None:
             self.blocks = processes.share(self.blocks)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, fused=True)
-        self.quiet = torch.zeros(len(rtsae.encoder), dtype=torch.long, device=device)  # trajectories since each latent fired
+        # trajectories since each latent fired
+        self.quiet = torch.zeros(len(rtsae.encoder), dtype=torch.long, device=device)
         self.threshold = torch.zeros(1, device=device)  # running mean of the smallest value that a batch kept
         self.done = 0
 

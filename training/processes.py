@@ -14,12 +14,10 @@ import torch.nn.functional as F
 
 
 class Processes(NamedTuple):
-    """
-    Which of how many processes this is. All of them must make the same calls in the same order.
-    """
+    """Which of how many processes this is. All of them must make the same calls in the same order."""
 
-    rank: int = 0
-    count: int = 1
+    rank: int
+    count: int
 
     def start(self, length: int) -> int:
         """Where this process' share of so many elements begins; the last ones may have fewer than the others."""
@@ -52,11 +50,13 @@ class Processes(NamedTuple):
         """
         return part if self.count == 1 else _Sum.apply(part)
 
-
     def wait(self) -> None:
         """Until all processes have come here."""
         if self.count > 1:
             dist.barrier()
+
+
+ALONE = Processes(0, 1)
 
 
 class _Sum(torch.autograd.Function):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .processes import Processes
+from .processes import ALONE, Processes
 
 _PIECE = 10_500_000  # entries of the encoder's product held at once
 
@@ -89,9 +89,9 @@ def topk(
     bias: torch.Tensor,
     k: int,
     dtype: torch.dtype = torch.float32,
-    processes: Processes = Processes(),
+    processes: Processes = ALONE,
 ) -> Code:
-    """The `k` largest positive pre-activations of each row (TopK, 2406.04093), of those of all processes."""
+    """The `k` largest positive pre-activations of each row (TopK, 2406.04093) over all processes."""
     found = [(piece + bias).topk(min(k, len(weight)), dim=1) for _, piece in products(centred, weight, dtype)]
     values, latents = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
@@ -108,11 +108,10 @@ def batch_topk(
     bias: torch.Tensor,
     k: int,
     dtype: torch.dtype = torch.float32,
-    processes: Processes = Processes(),
+    processes: Processes = ALONE,
 ) -> Code:
     """
-    The `k * rows` largest positive pre-activations of the batch (BatchTopK, 2412.06410), exactly, of those of all
-    processes.
+    The `k * rows` largest positive pre-activations of the batch (BatchTopK, 2412.06410) over all processes, exactly.
 
     A few rows tell above which value to look for twice as many; if there are too few, lower.
     """
@@ -126,14 +125,17 @@ def batch_topk(
         threshold = max(0.0, processes.gather(lowest).min().item())
         return threshold
 
+    def found() -> torch.Tensor:
+        return processes.gather(torch.tensor(len(code.values), device=bias.device))
+
     code = above(centred, weight, bias, guess, dtype)
     lowest = threshold / 100
-    while (found := processes.gather(torch.tensor(len(code.values), device=bias.device))).sum() < count and threshold > 0:
+    while (counts := found()).sum() < count and threshold > 0:
         threshold = threshold / 2 if threshold > lowest else 0.0
         code = above(centred, weight, bias, threshold, dtype)
-    if found.sum() <= count:
+    if counts.sum() <= count:
         return code
-    values = F.pad(code.values, (0, found.max() - len(code.values)))
+    values = F.pad(code.values, (0, counts.max() - len(code.values)))
     return code.where(_largest(values[None], count, processes)[0, : len(code.values)])
 
 
@@ -192,10 +194,9 @@ def encode(centred: torch.Tensor, centre: torch.Tensor, weight: torch.Tensor, bi
     return code._replace(values=_Encode.apply(centred.detach(), centre, weight, bias, *code))
 
 
-def decode(code: Code, weight: torch.Tensor, count: int, processes: Processes = Processes()) -> torch.Tensor:
+def decode(code: Code, weight: torch.Tensor, count: int, processes: Processes = ALONE) -> torch.Tensor:
     """
-    `(count, d)`: the sum of `values * weight[latents]` of each row over all processes, with gradients to values and
-    weight.
+    `(count, d)`: the sum of `values * weight[latents]` of each row over all processes, with gradients to this one's.
     """
     reconstruction = processes.sum(_sum_by(code.rows, count, code.latents, code.values, weight.detach()))
     return _DecoderGradient.apply(reconstruction, weight, code.rows, code.latents, code.values.detach())

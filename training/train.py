@@ -41,7 +41,7 @@ from .dictionary import DictionaryTrainer, calibrate, measure_activations, new_d
 from .evaluate import evaluate
 from .fit import fit_dynamics
 from .plan import describe, plan
-from .processes import Processes
+from .processes import ALONE, Processes
 from .recipe import Recipe, load_recipe
 from .store import Rows, TrajectoryStore
 from .stream import Stream
@@ -64,9 +64,7 @@ class Data:
     ):
         self.train, self.calibration, self.validation = train, calibration, validation
 
-    def sample(
-        self, site: str, count: int, generator: torch.Generator, processes: Processes = Processes()
-    ) -> torch.Tensor:
+    def sample(self, site: str, count: int, generator: torch.Generator, processes: Processes = ALONE) -> torch.Tensor:
         """A process' share of `count` random trajectories."""
         rows = self.train[site]
         return rows[processes.share(torch.randint(len(rows), (count,), generator=generator))].float()
@@ -124,7 +122,7 @@ class Checkpoints:
         processes (`Processes`): that each write and read their share.
     """
 
-    def __init__(self, folder: Path, kept: int, processes: Processes = Processes()):
+    def __init__(self, folder: Path, kept: int, processes: Processes = ALONE):
         self.folder, self.kept, self.processes = folder, kept, processes
 
     def _whole(self) -> list[Path]:
@@ -164,8 +162,8 @@ class Checkpoints:
             file = path / self._share(name)
             if not file.exists():
                 raise ValueError(
-                    f"{path} holds no {file.name}: this run was started without it, or on another number of processes. "
-                    "Use another --work."
+                    f"{path} holds no {file.name}: this run was started without it, or on another number of "
+                    "processes. Use another --work."
                 )
             trainer.done = load_checkpoint(file, trainer.state, trainer.optimizer, marks[name])
         if stream is not None:

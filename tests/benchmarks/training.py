@@ -4,7 +4,7 @@
     python -m tests.benchmarks.training --peers peers                          # one synthetic batch, ratios to ours
     python -m tests.benchmarks.training --peers peers --steps 300 --data runs/shapes/trajectories    # also the FVU
 
-`tests.benchmarks.all` measures ours alone, against the encoder's product.
+`tests.benchmarks.all` measures ours alone, against the encoder's product, and one of two processes that share it.
 
 Each contender has a process of its own; they take turns, one step at a time. A step is the whole of it: sparsity,
 auxiliary loss, decoder norm, gradient clipping, Adam, bookkeeping. Parts of the packages that only language models
@@ -14,23 +14,27 @@ need, and that are not installed, are replaced by empty modules.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import torch
+import torch.distributed as dist
 
 from diffusers_rtsae.models import LinearDynamics
 from training.dictionary import DictionaryTrainer, new_dictionary
+from training.processes import ALONE, Processes
 from training.recipe import Recipe
 from training.train import keep_freed_memory
 
-from .timing import DEVICE, rows, seconds, take_turns
+from .timing import CUDA, DEVICE, rows, seconds, take_turns
 
 UNUSED = (
     "nnsight",
@@ -65,7 +69,16 @@ class Unused:
 class Ours:
     """A step of `DictionaryTrainer`."""
 
-    def __init__(self, first: torch.Tensor, latents: int, k: int, steps: int, rate: float, precision: str = "no"):
+    def __init__(
+        self,
+        first: torch.Tensor,
+        latents: int,
+        k: int,
+        steps: int,
+        rate: float,
+        precision: str = "no",
+        processes: Processes = ALONE,
+    ):
         collect = {
             "prompts": "x", "count": 1, "steps": 2, "guidance_scale": 1, "batch_size": 1, "tokens_per_image": 1,
         }  # fmt: skip
@@ -75,13 +88,14 @@ class Ours:
         }  # fmt: skip
         recipe = Recipe(pipeline="x", base_model="x", sites=["x"], anchors=2, collect=collect, train=train)
         dynamics = LinearDynamics(2, first.shape[1] // 2)
-        self.trainer = DictionaryTrainer(
-            new_dictionary("x", [2, 1], recipe, dynamics), recipe.train, first.unflatten(1, (2, -1)), first.device
-        )
-        self.done = 0
+        rtsae, sample = new_dictionary("x", [2, 1], recipe, dynamics), first.unflatten(1, (2, -1))
+        self.trainer = DictionaryTrainer(rtsae, recipe.train, sample, first.device, processes)
+        self.processes, self.done = processes, 0
 
     def step(self, batch: torch.Tensor) -> None:
-        self.trainer.backward(batch.unflatten(1, (2, -1)), None)
+        """A step on a batch, of which each process is given its share."""
+        whole = self.processes.whole(self.processes.share(batch), len(batch))
+        self.trainer.backward(whole.unflatten(1, (2, -1)), None)
         self.trainer.update(self.done)
         self.done += 1
 
@@ -212,8 +226,45 @@ def load(folder: Path) -> torch.Tensor:
     return ((data - data.mean(0)) / (data - data.mean(0)).square().mean((0, 2), keepdim=True).sqrt()).flatten(1)
 
 
+def share(rank: int, folder: str, count: int, width: int, latents: int, rounds: int) -> None:
+    """One of two processes of one thread; the first one writes how long steps took, alone and shared."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    processes = Processes(rank, 2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=processes.count)
+    data = torch.randn(2 * count, width, generator=torch.Generator().manual_seed(0))
+    both = Ours(data[:count].clone(), latents, 32, 10_000, 3e-4, processes=processes)
+    one = Ours(data[:count].clone(), latents, 32, 10_000, 3e-4) if rank == 0 else None
+
+    def clocked(ours: Ours | None) -> float:
+        batch = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(both.done))[:count]]
+        processes.wait()
+        started = time.perf_counter()
+        if ours is not None:
+            ours.step(batch)
+        processes.wait()
+        return time.perf_counter() - started
+
+    contenders = {"one process": partial(clocked, one), "two processes": partial(clocked, both)}
+    taken = take_turns(contenders, 0, rounds)
+    if rank == 0:
+        Path(folder, "taken.json").write_text(json.dumps(taken))
+    dist.destroy_process_group()
+
+
+def share_a_step(count: int, width: int, latents: int, rounds: int) -> list[dict]:
+    """The same step by two processes, beside one; clock time, because they wait for each other."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(share, (folder, count, width, latents, rounds), nprocs=2)
+        taken = json.loads(Path(folder, "taken.json").read_text())
+    return rows(taken, f"a training step on {count:,} x {width:,} with {latents:,} latents by the clock, ")
+
+
 def measure(budget: float) -> list[dict]:
-    """Our step on batches of 1,024 x 1,280 with 20,480 latents and k = 32, beside the encoder's product."""
+    """
+    Our step on batches of 1,024 x 1,280 with 20,480 latents and k = 32, beside the encoder's product; on a CPU also
+    shared by two processes, and so is that of a small dictionary.
+    """
     keep_freed_memory()
     count, width, latents = 1024, 1280, 20_480
     data, weight, found = torch.randn(2 * count, width, device=DEVICE), torch.randn(latents, width, device=DEVICE), []
@@ -224,6 +275,8 @@ def measure(budget: float) -> list[dict]:
             f"a training step, {precision}": lambda ours=ours: ours.step(data[torch.randperm(len(data))[:count]]),
         }
         found += rows(take_turns({name: partial(seconds, work) for name, work in works.items()}, budget / 2))
+    if not CUDA:
+        found += share_a_step(count, width, latents, 10) + share_a_step(count, 768, 2048, 60)
     return found
 
 
