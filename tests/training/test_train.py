@@ -285,9 +285,18 @@ SHARED_ARMS = {
 }  # fmt: skip
 
 
-def test_what_several_processes_train_is_what_one_does(tmp_path):
+def test_what_several_processes_train_and_continue_is_what_one_does(tmp_path):
     text = """
         import sys; from tests.training.test_train import *
+        original = Checkpoints.save
+        def save_then_die(*arguments):
+            original(*arguments)
+            raise KeyboardInterrupt
+        Checkpoints.save = save_then_die
+        with pytest.raises(KeyboardInterrupt):
+            train(Path(sys.argv[1]) / "work", *SHARED_ARMS.values())
+        torch.distributed.barrier()
+        Checkpoints.save = original
         found = train(Path(sys.argv[1]) / "work", *SHARED_ARMS.values())
         assert bool(found) == (int(os.environ["RANK"]) == 0)
         if found:
@@ -302,6 +311,8 @@ def test_what_several_processes_train_is_what_one_does(tmp_path):
         figures = [key for key in one if key not in ("dictionary", "trajectories_per_second")]
         assert [together[key] for key in figures] == pytest.approx([one[key] for key in figures], rel=1e-3)
     assert any(json.loads(line)["dead"] > 0 for line in told[1])  # so that the auxiliary loss was there
+    with pytest.raises(ValueError, match="holds no r0-1-of-1.* or on another number of processes"):
+        train(tmp_path / "work", *SHARED_ARMS.values())
 
 
 def test_two_processes_collect_train_and_save(tmp_path):
