@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffusers_rtsae
-from diffusers_rtsae import RTSAE, Dictionary, cli, list_sites, load_dictionary
+from diffusers_rtsae import RTSAE, TIDE, Dictionary, SparseAutoencoder, cli, list_sites, load_dictionary
 from diffusers_rtsae.analysis import find, fit
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops
@@ -438,7 +438,7 @@ MISUSE = {
         steer(strenght=2.0),
         ValueError,
         "Unknown option 'strenght'; an edit has ['apply_to', 'clip', 'end', 'injection', 'mask', 'operation', "
-        "'source', 'start', 'where'].",
+        "'renormalise', 'source', 'start', 'where'].",
     ),
     "an option that the feature decides": (
         steer(latents=(1,)),
@@ -657,6 +657,16 @@ MISUSE = {
         lambda world: RTSAE(SMALL, 8, [900, 1], 8, 2, activation="input"),
         ValueError,
         "`activation` must be 'output' or 'update', got 'input'.",
+    ),
+    "an unknown sparsity": (
+        lambda world: SparseAutoencoder(SMALL, 8, [900, 1], 8, 2, sparsity="relu"),
+        ValueError,
+        "`sparsity` must be 'threshold', or 'topk' with k up to 8, got 'relu' with 2.",
+    ),
+    "an odd embedding of time": (
+        lambda world: TIDE(SMALL, 8, [900, 1], 8, 2, time_channels=7),
+        ValueError,
+        "`time_channels` must be an even number, got 7.",
     ),
     "trajectories of another width": (
         lambda world: world.dictionary.sites[SITE].encode(torch.zeros(2, 3, 8)),
@@ -895,7 +905,8 @@ MISUSE = {
     "a configuration of a kind of somebody else": (
         rewritten(f"{SMALL}/config.json", _class_name="UNet2DConditionModel"),
         ValueError,
-        "…config.json must name its kind as one of ['RTSAE'], got 'UNet2DConditionModel'.",
+        "…config.json must name its kind as one of ['RTSAE', 'SparseAutoencoder', 'TIDE'], got "
+        "'UNet2DConditionModel'.",
     ),
     "a configuration without width": (
         rewritten(f"{SMALL}/config.json", in_channels=None),

@@ -38,8 +38,9 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
     StableDiffusionXLCoreDenoiseStep,
 )
+from kinds import MADE, OTHERS
 
-from diffusers_rtsae import RTSAE
+from diffusers_rtsae import SparseDictionary
 from diffusers_rtsae.pipeline import get_denoiser
 from diffusers_rtsae.steering import get_site
 from diffusers_rtsae.steering.sites import read_output
@@ -52,12 +53,12 @@ def picture(count: int = 1, size: int = 64) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
-def dictionary(site: str, width: int) -> dict[str, RTSAE]:
+def dictionary(site: str, width: int, kind: str = "RTSAE") -> dict[str, SparseDictionary]:
     torch.manual_seed(0)
-    rtsae = RTSAE(site, width, [961, 481, 1], 16, 4)
-    rtsae.typical_activation.fill_(20.0)
-    rtsae.max_activation.fill_(40.0)
-    return {site: rtsae}
+    sae = MADE[kind](site, width, [961, 481, 1], 16, 4)
+    sae.typical_activation.fill_(20.0)
+    sae.max_activation.fill_(40.0)
+    return {site: sae}
 
 
 def bundled(kind, **extra):
@@ -229,9 +230,13 @@ PIPELINES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=PIPELINES)
+OF_KIND = [(name, kind) for name in ("text-to-image", "PixArt", "Flux with true guidance") for kind in OTHERS]
+
+
+@pytest.fixture(params=[*((name, "RTSAE") for name in PIPELINES), *OF_KIND], ids=lambda param: " - ".join(param))
 def case(request, pipe):
-    build, call, rows = PIPELINES[request.param]
+    name, kind = request.param
+    build, call, rows = PIPELINES[name]
     built, site, width = build(pipe)
     built.set_progress_bar_config(disable=True)
     steps = 2 if "strength" not in call else 4
@@ -241,7 +246,7 @@ def case(request, pipe):
         images = built(num_inference_steps=steps, generator=generator, output_type="latent", **(call | options)).images
         return images.detach().float().numpy()
 
-    built.load_rtsae(dictionary(site, width))
+    built.load_rtsae(dictionary(site, width, kind))
     yield built, site, run, rows
     built.unload_rtsae()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.hooks import apply_group_offloading
+from kinds import OTHERS, random_dictionary
 
 from diffusers_rtsae import load_dictionary
 
@@ -27,6 +28,20 @@ def fresh():
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def of_kind(request, draw):
+    """A dictionary of another kind, plain pictures, and those that it steers."""
+    sae = random_dictionary(request.param, SITE, 160, [961, 481, 1], 32, 4)
+    sae.typical_activation.fill_(30.0)
+    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "shapes-sd")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    plain = draw(pipe, steps=3)
+    pipe.load_rtsae({SITE: sae})
+    pipe.set_rtsae_features({3: [0.0, 1.0]})
+    return sae, plain, draw(pipe, steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +163,29 @@ def test_compiled_denoisers(fresh, dictionary, draw, reference, how):
     np.testing.assert_allclose(draw(fresh, steps=3), steered, atol=1e-3)
     fresh.unload_rtsae()
     np.testing.assert_allclose(draw(fresh, steps=3), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["in place", "sequential offload", "half precision"])
+def test_every_kind_runs_in_every_mode(fresh, of_kind, draw, mode):
+    sae, plain, steered = of_kind
+    if mode == "in place":
+        compile_denoiser(fresh, mode, backend="eager")
+    elif mode == "half precision":
+        fresh.to(dtype=torch.bfloat16)
+    else:
+        MODES[mode](fresh)
+    fresh.load_rtsae({SITE: sae})
+    before = draw(fresh, steps=3)
+    fresh.set_rtsae_features({3: [0.0, 1.0]})
+    after = draw(fresh, steps=3)
+    assert np.array_equal(after[0], before[0])
+    if mode == "half precision":
+        change, wanted = (after - before)[1].astype(np.float32), (steered - plain)[1]
+        assert np.isfinite(after).all() and np.corrcoef(change.ravel(), wanted.ravel())[0, 1] > 0.8
+    else:
+        np.testing.assert_allclose(before, plain, atol=1e-3)
+        np.testing.assert_allclose(after, steered, atol=1e-3)
+    assert np.abs(steered - plain)[1].max() > 0.05
 
 
 @pytest.mark.way(10)

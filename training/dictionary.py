@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_rtsae import RTSAE
-from diffusers_rtsae.models import LinearDynamics
+from diffusers_rtsae import RTSAE, TIDE, MixtureSAE, SparseAutoencoder, SparseDictionary
+from diffusers_rtsae.models import LinearDynamics, Step
 
 from .processes import ALONE, Processes
 from .recipe import Recipe, Train
-from .sparse import Code, above, batch_topk, decode, encode, topk
+from .sparse import Code, Gates, above, batch_topk, decode, encode, topk
 
 ARCHITECTURES: dict[str, type[BatchTopK]] = {}
 
@@ -46,17 +46,19 @@ class BatchTopK:
         """What else a checkpoint must hold."""
         return {}
 
-    def encode(self, centred, centre, weight, bias) -> Code:
-        code = batch_topk(centred, weight, bias, self.k, self.dtype, self.processes)
-        return encode(centred, centre, weight, bias, code)
+    def encode(self, centred, centre, weight, bias, gates: Gates | None) -> Code:
+        code = batch_topk(centred, weight, bias, self.k, self.dtype, self.processes, gates)
+        return encode(centred, centre, weight, bias, code, gates)
 
-    def loss(self, target: torch.Tensor, code: Code, weight: torch.Tensor, centre: torch.Tensor):
-        """What is minimised, the mean squared error, and the reconstruction `(rows, d)`."""
+    def loss(
+        self, target: torch.Tensor, code: Code, weight: torch.Tensor, centre: torch.Tensor, unit: torch.Tensor | None
+    ):
+        """What is minimised, the mean squared error in `unit`, and the reconstruction `(rows, d)`."""
         reconstruction = decode(code, weight, len(target), self.processes) + centre
-        error = F.mse_loss(reconstruction, target)
+        error = _missed(reconstruction, target, unit)
         return error, error, reconstruction
 
-    def finish(self, rtsae: RTSAE) -> None:
+    def finish(self, sae: SparseDictionary) -> None:
         """Bring a trained dictionary into the form that one threshold serves."""
 
 
@@ -67,9 +69,9 @@ class TopK(BatchTopK):
     name = "topk"
     shares_budget = False
 
-    def encode(self, centred, centre, weight, bias) -> Code:
-        code = topk(centred, weight, bias, self.k, self.dtype, self.processes)
-        return encode(centred, centre, weight, bias, code)
+    def encode(self, centred, centre, weight, bias, gates) -> Code:
+        code = topk(centred, weight, bias, self.k, self.dtype, self.processes, gates)
+        return encode(centred, centre, weight, bias, code, gates)
 
 
 @register
@@ -82,12 +84,12 @@ class Matryoshka(BatchTopK):
         super().__init__(settings, device, processes)
         self.sizes = sorted({max(1, round(share * settings.num_latents)) for share in [*settings.nested, 1]})
 
-    def loss(self, target, code, weight, centre):
+    def loss(self, target, code, weight, centre, unit):
         reconstruction, losses, start, first = centre, [], 0, self.processes.start(self.sizes[-1])
         for size in self.sizes:
             part = code.where((code.latents >= start - first) & (code.latents < size - first))
             reconstruction = decode(part, weight, len(target), self.processes) + reconstruction
-            losses.append(F.mse_loss(reconstruction, target))
+            losses.append(_missed(reconstruction, target, unit))
             start = size
         return torch.stack(losses).mean(), losses[-1], reconstruction
 
@@ -133,25 +135,27 @@ class JumpReLU(BatchTopK):
     def state(self):
         return {"bandwidth": self.bandwidth}
 
-    def encode(self, centred, centre, weight, bias):
+    def encode(self, centred, centre, weight, bias, gates):
         threshold = self.log_threshold.exp()
-        near = above(centred, weight, bias, threshold.detach() - self.bandwidth / 2, self.dtype)
-        code = encode(centred, centre, weight, bias, near)
+        near = above(centred, weight, bias, threshold.detach() - self.bandwidth / 2, self.dtype, gates)
+        if gates is not None:
+            near = near.where(gates.of(near) > 0)
+        code = encode(centred, centre, weight, bias, near, gates)
         values, active = _Step.apply(code.values, threshold[code.latents], self.bandwidth)
         self.active = self.processes.sum(active.sum()) / len(centred)
         return code._replace(values=values)
 
-    def loss(self, target, code, weight, centre):
-        _, error, reconstruction = super().loss(target, code, weight, centre)
+    def loss(self, target, code, weight, centre, unit):
+        _, error, reconstruction = super().loss(target, code, weight, centre, unit)
         return error + self.penalty * (self.active / self.k - 1).square(), error, reconstruction
 
     @torch.no_grad()
-    def finish(self, rtsae):
+    def finish(self, sae):
         # a latent measured in units of its own threshold: then all have the threshold 1
-        unit = self.log_threshold.exp().to(rtsae.encoder.device)
-        rtsae.encoder.div_(unit[:, None, None])
-        rtsae.encoder_bias.div_(unit)
-        rtsae.decoder.mul_(unit[:, None, None])
+        unit = self.log_threshold.exp().to(sae.encoder.device)
+        sae.encoder.flatten(1).div_(unit[:, None])
+        sae.encoder_bias.div_(unit)
+        sae.decoder.flatten(1).mul_(unit[:, None])
 
 
 def geometric_median(points: torch.Tensor, iterations: int = 20) -> torch.Tensor:
@@ -163,8 +167,125 @@ def geometric_median(points: torch.Tensor, iterations: int = 20) -> torch.Tensor
     return median
 
 
+def _missed(reconstruction: torch.Tensor, target: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+    """The mean squared error in `unit`."""
+    if unit is None:
+        return F.mse_loss(reconstruction, target)
+    return ((reconstruction - target) / unit).square().mean()
+
+
+class Residuals:
+    """What an RTSAE is trained on: the normalised residuals of a trajectory, all in a row."""
+
+    prefixes = True  # a beginning alone has a code
+    draws = False  # something at random
+
+    def __init__(self, sae: RTSAE, dynamics: LinearDynamics, settings: Train, processes: Processes):
+        self.sae, self.settings, self.processes = sae, settings, processes
+
+    def inputs(self, trajectories: torch.Tensor) -> torch.Tensor:
+        """`(batch, G, d)` as the training sees trajectories `(batch, G, d)`."""
+        return self.sae.dynamics.residuals(trajectories)
+
+    def rows(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is encoded `(rows, width)`, and by what its error is divided, if by anything."""
+        return inputs.flatten(1), None
+
+    def gates(self, rows: torch.Tensor) -> tuple[Gates | None, torch.Tensor | float]:
+        """What pre-activations of `rows` are multiplied by, and what is minimised besides."""
+        return None, 0.0
+
+    def hide(self, centred: torch.Tensor, unit: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What of centred rows the encoder is shown while training, and the unit of their error then."""
+        return centred, unit
+
+    def finish(self) -> None:
+        """Have the trained dictionary read activations as they are."""
+
+
+class Steps(Residuals):
+    """What a static autoencoder is trained on: the activations of all anchors, standardised alike."""
+
+    prefixes = False
+
+    def __init__(self, sae: SparseAutoencoder, dynamics: LinearDynamics, settings: Train, processes: Processes):
+        super().__init__(sae, dynamics, settings, processes)
+        self.mean = dynamics.mean.mean(0)
+        apart = (dynamics.mean - self.mean).square().mean(1)
+        self.scale = (dynamics.scale.square() + apart).mean().sqrt()
+
+    def inputs(self, trajectories):
+        return (trajectories - self.mean.to(trajectories.device)) / self.scale.to(trajectories.device)
+
+    def rows(self, inputs):
+        return inputs.flatten(0, 1), None
+
+    @torch.no_grad()
+    def finish(self):
+        # latents measured in units of the activation: rows of encoder and decoder stay as they are
+        sae, mean, scale = self.sae, self.mean.to(self.sae.encoder.device), self.scale.to(self.sae.encoder.device)
+        sae.encoder_bias.mul_(scale)
+        sae.decoder_bias.mul_(scale).add_(mean)
+
+
+class ModulatedSteps(Steps):
+    """The same modulated by the timestep; the modulation is learned with the dictionary."""
+
+    def rows(self, inputs):
+        factor, shift = self.sae.modulate(torch.tensor(self.sae.config.anchors, device=inputs.device))
+        return (inputs * factor + shift).flatten(0, 1), factor.expand_as(inputs).flatten(0, 1)
+
+    @torch.no_grad()
+    def finish(self):
+        sae, mean, scale = self.sae, self.mean.to(self.sae.encoder.device), self.scale.to(self.sae.encoder.device)
+        sae.encoder_bias.mul_(scale)
+        sae.decoder_bias.mul_(scale)
+        for tensor, one in ((sae.modulation.weight, 0), (sae.modulation.bias, 1)):
+            factor, shift = tensor.chunk(2)
+            shift.mul_(scale).sub_(mean.view(-1, *[1] * (tensor.ndim - 1)) * (one + factor))
+
+
+class RoutedSteps(Steps):
+    """The same routed to experts, and reconstructed from a part of the channels (2509.10919)."""
+
+    draws = True
+
+    def gates(self, rows):
+        sae = self.sae
+        times = torch.cat([sae.metadata(Step(t, 0.0), 1) for t in sae.config.anchors]).to(rows)
+        shares, imbalance = sae.gates(rows, times.repeat(len(rows) // len(times), 1))
+        owner = sae.experts(torch.arange(sae.config.num_latents, device=rows.device))
+        return Gates(shares, self.processes.share(owner)), 0.0 if imbalance is None else _BALANCE * imbalance
+
+    def hide(self, centred, unit):
+        share = self.settings.masked
+        if not share:
+            return centred, unit
+        hidden = torch.rand_like(centred) < share
+        # such that the mean square error is L_masked + 0.1 L_unmasked
+        weight = torch.where(hidden, 1 / share, _UNMASKED / (1 - share))
+        return centred * ~hidden / (1 - share), weight.rsqrt()
+
+    @torch.no_grad()
+    def finish(self):
+        super().finish()
+        width, mean, scale = len(self.mean), self.mean.to(self.sae.encoder.device), self.scale
+        for layer in (self.sae.router, self.sae.noise):
+            layer.weight[:, :width].div_(scale)
+            layer.bias.sub_(layer.weight[:, :width] @ mean)
+
+
+_BALANCE, _UNMASKED = 0.5, 0.1  # weights of the loss
+KINDS = {
+    "rtsae": (RTSAE, Residuals),
+    "static": (SparseAutoencoder, Steps),
+    "tide": (TIDE, ModulatedSteps),
+    "mixture": (MixtureSAE, RoutedSteps),
+}
+
+
 def auxiliary_loss(
-    rtsae: RTSAE,
+    sae: SparseDictionary,
     error: torch.Tensor,
     centred: torch.Tensor,
     dead: torch.Tensor,
@@ -172,10 +293,10 @@ def auxiliary_loss(
     processes: Processes = ALONE,
 ) -> torch.Tensor:
     """AuxK (2406.04093, appendix A.2): the `k` largest dead latents of each row reconstruct the `error`."""
-    weight, bias = rtsae.encoder[dead].flatten(1)[:, : centred.shape[1]], rtsae.encoder_bias[dead]
+    weight, bias = sae.encoder[dead].flatten(1)[:, : centred.shape[1]], sae.encoder_bias[dead]
     centre = torch.zeros(centred.shape[1], device=centred.device)  # what is centred already moves nothing
     code = encode(centred, centre, weight, bias, topk(centred, weight, bias, k, processes=processes))
-    guess = decode(code, rtsae.decoder[dead].flatten(1), len(error), processes)
+    guess = decode(code, sae.decoder[dead].flatten(1), len(error), processes)
     return F.mse_loss(guess, error) / error.square().mean()
 
 
@@ -190,9 +311,11 @@ class DictionaryTrainer:
     A dictionary with its optimizer; of several processes each trains its share of the latents, on the same rows.
 
     Args:
-        rtsae (`RTSAE`): the whole, moved to `device`; until `finish` this process' share is left of it.
-        settings (`Train`): the recipe's. With `layout` `"per_step"` each latent sees and writes one anchor only.
-        sample (`torch.Tensor`): residuals `(rows, G, d)` whose median is the first bias.
+        sae (`SparseDictionary`): the whole, moved to `device`; until `finish` this process' share is left of it.
+        settings (`Train`): the recipe's. With `layout` `"per_step"` each latent of an RTSAE sees and writes one anchor
+            only.
+        dynamics (`LinearDynamics`): of the trajectories, that standardise them.
+        sample (`torch.Tensor`): trajectories `(rows, G, d)`, the median of whose inputs is the first bias.
 
     Raises:
         `ValueError`: if the architecture is unknown.
@@ -200,39 +323,47 @@ class DictionaryTrainer:
 
     def __init__(
         self,
-        rtsae: RTSAE,
+        sae: SparseDictionary,
         settings: Train,
+        dynamics: LinearDynamics,
         sample: torch.Tensor,
         device: torch.device | str,
         processes: Processes = ALONE,
     ):
-        self.rtsae, self.settings, self.processes = rtsae.to(device), settings, processes
+        self.sae, self.settings, self.processes = sae.to(device), settings, processes
         if settings.architecture not in ARCHITECTURES:
             raise ValueError(f"Unknown `architecture` {settings.architecture!r}, there are {sorted(ARCHITECTURES)}.")
         self.architecture = ARCHITECTURES[settings.architecture](settings, device, processes)
+        self.view = KINDS[settings.kind][1](sae, dynamics, settings, processes)
         self.blocks = None
-        m, anchors, d = rtsae.decoder.shape
         with torch.no_grad():
-            rtsae.decoder_bias.copy_(geometric_median(sample.flatten(1).to(device)).view_as(rtsae.decoder_bias))
+            points, _ = self.view.rows(self.inputs(sample.to(device)))
+            sae.decoder_bias.copy_(geometric_median(points).view_as(sae.decoder_bias))
             if settings.layout == "per_step":
+                m, anchors, _ = sae.decoder.shape
                 own = torch.arange(m, device=device) * anchors // m
-                self.blocks = F.one_hot(own, anchors)[:, :, None].to(rtsae.decoder.dtype)
-                rtsae.decoder.mul_(self.blocks)
+                self.blocks = F.one_hot(own, anchors)[:, :, None].to(sae.decoder.dtype)
+                sae.decoder.mul_(self.blocks)
                 self._normalise()
-                rtsae.encoder.copy_(rtsae.decoder)
-            centred = (sample.to(device) - rtsae.decoder_bias).flatten(1)
-            self.architecture.start(centred, rtsae.encoder.flatten(1), rtsae.encoder_bias)
-        self.parameters = dict(rtsae.named_parameters()) | self.architecture.parameters()
-        self.shares = {name: value for name, value in self.parameters.items() if name != "decoder_bias"}
+                sae.encoder.copy_(sae.decoder)
+            self.architecture.start(points - sae.decoder_bias.flatten(), sae.encoder.flatten(1), sae.encoder_bias)
+        own = {name: getattr(sae, name) for name in ("encoder", "encoder_bias", "decoder")}
+        self.shares = own | self.architecture.parameters()
         for parameter in self.shares.values():
             parameter.data = processes.share(parameter.data).clone()
+        self.common = {name: value for name, value in sae.named_parameters() if name not in own}
+        self.parameters = self.shares | self.common
         if self.blocks is not None:
             self.blocks = processes.share(self.blocks)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, fused=True)
         # trajectories since each latent fired
-        self.quiet = torch.zeros(len(rtsae.encoder), dtype=torch.long, device=device)
+        self.quiet = torch.zeros(len(sae.encoder), dtype=torch.long, device=device)
         self.threshold = torch.zeros(1, device=device)  # running mean of the smallest value that a batch kept
-        self.done = 0
+        self.done, self.parts = 0, 0  # steps, and what of the present one has been seen
+
+    def inputs(self, trajectories: torch.Tensor) -> torch.Tensor:
+        """What is trained on, of trajectories `(rows, G, d)`."""
+        return self.view.inputs(trajectories)
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -246,101 +377,130 @@ class DictionaryTrainer:
 
     @torch.no_grad()
     def _normalise(self) -> None:
-        for rows in _pieces(self.rtsae.decoder):
+        for rows in _pieces(self.sae.decoder):
             rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
-    def backward(self, residuals: torch.Tensor, prefix: int | None, share: float = 1.0) -> dict[str, float]:
+    def backward(self, inputs: torch.Tensor, prefix: int | None, share: float = 1.0) -> dict[str, float]:
         """
-        Add the gradients of normalised `residuals (rows, G, d)`, of which the encoder sees the first `prefix`.
+        Add the gradients of `inputs (rows, G, d)`, of which the encoder of an RTSAE sees the first `prefix` anchors.
 
         Args:
             share (`float`): of the batch that these rows are.
 
         Returns:
-            `dict`: FVU of the residuals (per unit of their normalised variance) and L0.
+            `dict`: FVU of the inputs (per unit of their normalised variance) and L0.
         """
-        rtsae, centre = self.rtsae, self.rtsae.decoder_bias.flatten()
-        if self.processes.rank > 0:
-            centre = centre.detach()  # the first one's gradient counts: `update` sums them
-        target, code, centred = self._encode(residuals, prefix)
-        loss, fvu, reconstruction = self.architecture.loss(target, code, rtsae.decoder.flatten(1), centre)
+        sae, prefix = self.sae.train(), prefix if self.view.prefixes else None
+        with torch.random.fork_rng(enabled=self.view.draws):  # what is drawn depends on the step alone
+            if self.view.draws:
+                torch.manual_seed(1_000_003 * self.done + self.parts)
+            target, unit, code, centred, other = self._encode(inputs, prefix)
+        self.parts += 1
+        wanted, centre = target, sae.decoder_bias.flatten()
+        if self.processes.rank > 0:  # the first one's gradients count: `update` sums them
+            wanted, centre, other = target.detach(), centre.detach(), 0.0
+            unit = None if unit is None else unit.detach()
+        loss, fvu, reconstruction = self.architecture.loss(wanted, code, sae.decoder.flatten(1), centre, unit)
+        loss = loss + other
         if prefix is None and (dead := self.processes.sum(self.dead.sum()).item()):
-            k, chosen = min(residuals.shape[2] // 2, dead), self.dead.nonzero()[:, 0]
-            error = target - reconstruction.detach()
-            auxiliary = auxiliary_loss(rtsae, error, centred, chosen, k, self.processes)
+            k, chosen = min(inputs.shape[2] // 2, dead), self.dead.nonzero()[:, 0]
+            error = (target - reconstruction).detach()
+            auxiliary = auxiliary_loss(sae, error, centred.detach(), chosen, k, self.processes)
             loss = loss + self.settings.auxiliary * auxiliary
         (loss * share).backward()
         active = code.values.detach() > 0
-        self.quiet += len(residuals)
+        self.quiet += len(inputs)
         self.quiet[code.latents[active]] = 0
         lowest = code.values.detach().min() if len(active) else target.new_tensor(torch.inf)
         told = self.processes.gather(torch.stack([active.sum(), lowest]))
         lowest = told[:, 1].min()
         if prefix is None and lowest.isfinite():
             self.threshold.lerp_(lowest, 0.02 if self.threshold > 0 else 1.0)
-        l0 = told[:, 0].sum().item() / len(residuals)
+        l0 = told[:, 0].sum().item() / len(target)
         return {"loss": loss.item(), "fvu": fvu.item(), "l0": l0}
 
-    def _encode(self, residuals: torch.Tensor, prefix: int | None) -> tuple[torch.Tensor, Code, torch.Tensor]:
-        """The target, its code, and what the encoder was shown of it, centred."""
-        shown, target = slice(None) if prefix is None else slice(prefix * residuals.shape[2]), residuals.flatten(1)
-        centre, weight = self.rtsae.decoder_bias.flatten(), self.rtsae.encoder.flatten(1)[:, shown]
+    def _encode(
+        self, inputs: torch.Tensor, prefix: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Code, torch.Tensor, torch.Tensor | float]:
+        """The target, the unit of its error, its code, what the encoder was shown of it, centred, and what is
+        minimised besides its error."""
+        target, unit = self.view.rows(inputs)
+        shown = slice(None) if prefix is None else slice(prefix * inputs.shape[2])
+        centre, weight = self.sae.decoder_bias.flatten(), self.sae.encoder.flatten(1)[:, shown]
         centred = target[:, shown] - centre[shown].detach()
-        return target, self.architecture.encode(centred, centre[shown], weight, self.rtsae.encoder_bias), centred
+        gates, other = self.view.gates(target)
+        if self.sae.training:
+            centred, unit = self.view.hide(centred, unit)
+        code = self.architecture.encode(centred, centre[shown], weight, self.sae.encoder_bias, gates)
+        return target, unit, code, centred, other
 
     @torch.no_grad()
-    def measure(self, residuals: torch.Tensor) -> dict[str, float]:
-        """FVU and L0 of held-out normalised `residuals (rows, G, d)`, and the share of dead latents."""
-        target, code, centred = self._encode(residuals, None)
-        _, fvu, _ = self.architecture.loss(
-            target, code, self.rtsae.decoder.flatten(1), self.rtsae.decoder_bias.flatten()
-        )
+    def measure(self, inputs: torch.Tensor) -> dict[str, float]:
+        """FVU and L0 of held-out `inputs (rows, G, d)`, and the share of dead latents."""
+        sae = self.sae.eval()
+        target, unit, code, centred, _ = self._encode(inputs, None)
+        _, fvu, _ = self.architecture.loss(target, code, sae.decoder.flatten(1), sae.decoder_bias.flatten(), unit)
         if self.architecture.shares_budget:
-            code = above(centred, self.rtsae.encoder.flatten(1), self.rtsae.encoder_bias, self.threshold)
-        l0 = self.processes.sum((code.values > 0).sum()).item() / len(residuals)
+            gates, _ = self.view.gates(target)
+            code = above(centred, sae.encoder.flatten(1), sae.encoder_bias, self.threshold, gates=gates)
+        l0 = self.processes.sum((code.values > 0).sum()).item() / len(target)
         dead = self.processes.sum(self.dead.sum()).item() / self.settings.num_latents
         return {"fvu_validation": fvu.item(), "l0_validation": l0, "dead": dead}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """One step of the optimizer; the decoder moves on the unit sphere."""
-        settings, decoder = self.settings, self.rtsae.decoder
+        settings, decoder = self.settings, self.sae.decoder
         rate = min(1.0, (step + 1) / 100, 5 * (settings.steps - step) / settings.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
         if self.blocks is not None:
             decoder.grad.mul_(self.blocks)
-            self.rtsae.encoder.grad.mul_(self.blocks)
+            self.sae.encoder.grad.mul_(self.blocks)
         for row, gradient in zip(_pieces(decoder), _pieces(decoder.grad), strict=True):
             gradient.addcmul_(row, (gradient * row).sum(1, keepdim=True), value=-1)
         # gradients of norm 1 at every step: the large ones of the beginning would make Adam's steps small for long
-        bias, own = self.rtsae.decoder_bias, [parameter.grad for parameter in self.shares.values()]
-        summed = self.processes.sum(torch.cat([bias.grad.flatten(), nn.utils.get_total_norm(own).square()[None]]))
-        bias.grad = summed[:-1].view_as(bias)
+        own, common = [parameter.grad for parameter in self.shares.values()], list(self.common.values())
+        sums = [*(parameter.grad.flatten() for parameter in common), nn.utils.get_total_norm(own).square()[None]]
+        summed = self.processes.sum(torch.cat(sums))
+        for parameter, gradient in zip(common, summed.split([len(part) for part in sums])[:-1], strict=True):
+            parameter.grad = gradient.view_as(parameter)
         norm = torch.cat([summed[:-1].square(), summed[-1:]]).sum().sqrt()
         self.optimizer.grad_scale = norm.clamp(min=1e-12)  # which the fused step divides by
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._normalise()
-        self.done = step + 1
+        self.done, self.parts = step + 1, 0
 
-    def finish(self) -> RTSAE:
+    def finish(self) -> SparseDictionary:
         """The whole, rounded as it will be stored; its thresholds and statistics are still to be measured."""
-        self.architecture.finish(self.rtsae)
-        for parameter in (self.rtsae.encoder, self.rtsae.encoder_bias, self.rtsae.decoder):
+        sae = self.sae.eval()
+        self.architecture.finish(sae)
+        for parameter in (sae.encoder, sae.encoder_bias, sae.decoder):
             parameter.data = self.processes.whole(parameter.data, self.settings.num_latents)
-        for tensor in (self.rtsae.encoder, self.rtsae.decoder):
+        self.view.finish()
+        for tensor in (sae.encoder, sae.decoder):
             tensor.data = tensor.data.half().float()
-        return self.rtsae
+        return sae
 
 
-def new_dictionary(site: str, anchors: list[int], recipe: Recipe, dynamics: LinearDynamics) -> RTSAE:
-    """An untrained dictionary on the given dynamics."""
+def new_dictionary(site: str, anchors: list[int], recipe: Recipe, dynamics: LinearDynamics) -> SparseDictionary:
+    """An untrained dictionary of the recipe's kind, of trajectories with the given dynamics."""
     torch.manual_seed(recipe.seed)
-    shape = dynamics.mean.shape[1], anchors, recipe.train.num_latents, recipe.train.k, recipe.activation
-    rtsae = RTSAE(site, *shape)
-    rtsae.dynamics.load_state_dict(dynamics.state_dict())
-    return rtsae
+    settings, (kind, _) = recipe.train, KINDS[recipe.train.kind]
+    shape = dynamics.mean.shape[1], anchors, settings.num_latents, settings.k, recipe.activation
+    if kind is RTSAE:
+        sae = RTSAE(site, *shape)
+        sae.dynamics.load_state_dict(dynamics.state_dict())
+        return sae
+    if kind is MixtureSAE:
+        routed = round((1 - settings.shared) * settings.num_latents / settings.experts) * settings.experts
+        own = {"shared_latents": settings.num_latents - routed, "num_experts": settings.experts}
+        sae = MixtureSAE(site, *shape, **own, metadata=settings.metadata)
+    else:
+        sae = kind(site, *shape, sparsity="topk" if settings.architecture == "topk" else "threshold")
+    sae.scale.copy_(dynamics.scale)
+    return sae
 
 
 @torch.no_grad()
@@ -350,37 +510,49 @@ def residual_code(rtsae: RTSAE, residuals: torch.Tensor, k: int) -> Code:
     return batch_topk(shown, rtsae.encoder.flatten(1)[:, : shown.shape[1]].float(), rtsae.encoder_bias.float(), k)
 
 
+def _lowest(code: Code, count: int) -> torch.Tensor | float:
+    """The threshold that keeps what BatchTopK kept of `count` pre-activations; 0 if there were no more to keep."""
+    lowest = code.values.min() if len(code.values) == count else torch.zeros(())
+    return torch.nextafter(lowest, torch.zeros_like(lowest))
+
+
 @torch.no_grad()
-def calibrate(rtsae: RTSAE, trajectories: torch.Tensor, k: int, layout: str = "concatenated") -> None:
-    """Set each prefix' threshold so that k latents are active on average on `trajectories (tokens, G, d)`."""
-    residuals = rtsae.dynamics.residuals(trajectories)
+def calibrate(sae: SparseDictionary, trajectories: torch.Tensor, k: int, layout: str = "concatenated") -> None:
+    """Set the threshold (of an RTSAE that of each prefix) so that k latents are active on average on `trajectories
+    (tokens, G, d)`."""
+    if not isinstance(sae, RTSAE):
+        steps = list(zip(trajectories.unbind(1), sae.config.anchors, strict=True))
+        centred = torch.cat([sae.shown(h, t) for h, t in steps]) - sae.decoder_bias
+        gates = None
+        if isinstance(sae, MixtureSAE):
+            shares = torch.cat([sae.gates(h, sae.metadata(Step(t, 0.0), 1))[0] for h, t in steps])
+            gates = Gates(shares, sae.experts(torch.arange(sae.config.num_latents, device=shares.device)))
+        code = batch_topk(centred, sae.encoder.float(), sae.encoder_bias, k, gates=gates)
+        sae.threshold.fill_(_lowest(code, k * len(centred)))
+        return
+    residuals = sae.dynamics.residuals(trajectories)
     for g in range(residuals.shape[1]):
-        code = residual_code(rtsae, residuals[:, : g + 1], k)
-        if len(code.values) == k * len(residuals):
-            lowest = code.values.min()
-            rtsae.threshold[g] = torch.nextafter(lowest, torch.zeros_like(lowest))
-        else:
-            rtsae.threshold[g] = 0.0
+        sae.threshold[g] = _lowest(residual_code(sae, residuals[:, : g + 1], k), k * len(residuals))
     if layout == "per_step":  # at an anchor only its own latents can be active: one threshold for all
-        rtsae.threshold.fill_(rtsae.threshold[-1])
+        sae.threshold.fill_(sae.threshold[-1])
 
 
 @torch.no_grad()
-def measure_activations(rtsae: RTSAE, trajectories: Iterable[torch.Tensor]) -> None:
+def measure_activations(sae: SparseDictionary, trajectories: Iterable[torch.Tensor]) -> None:
     """Set the statistics of each latent's activation on pieces of trajectories `(tokens, G, d)`."""
     columns, values, count = [], [], 0
     for part in trajectories:
-        latents = rtsae.encode(part.to(rtsae.encoder.device))
-        at = latents.nonzero()
-        columns.append(at[:, 1].cpu())
-        values.append(latents[at[:, 0], at[:, 1]].cpu())
-        count += len(part)
+        for latents in sae.codes(part.to(sae.encoder.device)):
+            at = latents.nonzero()
+            columns.append(at[:, 1].cpu())
+            values.append(latents[at[:, 0], at[:, 1]].cpu())
+            count += len(part)
     columns, values = torch.cat(columns), torch.cat(values)
     order = torch.argsort(values)
     order = order[torch.argsort(columns[order], stable=True)]  # by latent, each ascending
-    sizes = torch.bincount(columns, minlength=rtsae.config.num_latents)
+    sizes = torch.bincount(columns, minlength=sae.config.num_latents)
     for j, active in enumerate(values[order].split(sizes.tolist())):
-        rtsae.density[j] = len(active) / count
-        rtsae.mean_activation[j] = active.sum() / count
-        rtsae.typical_activation[j] = active[int(0.99 * (len(active) - 1))] if len(active) else 1.0
-        rtsae.max_activation[j] = active[-1] if len(active) else 1.0
+        sae.density[j] = len(active) / count
+        sae.mean_activation[j] = active.sum() / count
+        sae.typical_activation[j] = active[int(0.99 * (len(active) - 1))] if len(active) else 1.0
+        sae.max_activation[j] = active[-1] if len(active) else 1.0

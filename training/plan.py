@@ -82,7 +82,7 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
     for site, (tokens, channels) in shapes.items():
         kept = min(collect.tokens_per_image, tokens) * (2 if collect.streams == "both" else 1)
         width = anchors * channels
-        weights = 2 * train.num_latents * width
+        weights = 2 * train.num_latents * (width if train.kind == "rtsae" else channels)
         # forward product of the encoder; decoding and gradients touch k latents of m
         training += (
             train.steps * train.batch_size * 2 * train.num_latents * width * (1 + 6 * train.k / train.num_latents)
@@ -90,7 +90,7 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
         sites[site] = {
             "tokens": tokens, "channels": channels, "kept_tokens": kept,
             "trajectories": kept * (collect.buffer and collect.buffer // kept or collect.count),
-            "dictionary_gib": round((weights * 2 + anchors * channels**2 * 2) / GIB, 3),
+            "dictionary_gib": round((weights + (anchors - 1) * channels**2 * (train.kind == "rtsae")) * 2 / GIB, 3),
             "training_memory_gib": round(weights * 16 / GIB, 2),
         }  # fmt: skip
         sites[site]["trajectories_gib"] = round(sites[site]["trajectories"] * width * 2 / GIB, 2)

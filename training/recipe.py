@@ -43,6 +43,7 @@ class Fit(Section):
 class Train(Section):
     """The dictionary."""
 
+    kind: Literal["rtsae", "static", "tide", "mixture"] = "rtsae"
     architecture: Literal["batch_topk", "topk", "matryoshka", "jump_relu"] = "batch_topk"
     layout: Literal["concatenated", "per_step"] = "concatenated"
     num_latents: Positive
@@ -62,12 +63,23 @@ class Train(Section):
     log_with: list[Literal["tensorboard", "wandb"]] = []
     nested: list[Share] = [1 / 16, 1 / 4, 1.0]  # of matryoshka
     bandwidth: float = Field(0.25, gt=0)  # of jump_relu: how near, in first thresholds, moves a threshold
+    experts: Annotated[int, Field(ge=2)] = 8  # of a mixture
+    shared: Share = 0.25  # of the latents of a mixture: of no expert
+    metadata: list[Literal["time"]] = ["time"]  # what the router of a mixture is told
+    masked: Annotated[float, Field(ge=0, lt=1)] = 0.25  # of the channels that a mixture must reconstruct unseen
     penalty: float = Field(0.3, ge=0)  # of jump_relu: for L0 being another than k
 
     @model_validator(mode="after")
     def _check(self):
         if self.k > self.num_latents:
             raise ValueError(f"`k` {self.k} is more than the {self.num_latents} latents there are")
+        if self.kind == "mixture" and (self.architecture == "topk" or self.experts > self.num_latents):
+            raise ValueError(
+                f"a mixture takes a threshold and at most as many experts as latents, got {self.architecture} and "
+                f"{self.experts}"
+            )
+        if self.kind != "rtsae" and self.layout != "concatenated":
+            raise ValueError(f"`layout` {self.layout} is for the kind rtsae: {self.kind} has a code for each step")
         return self
 
 

@@ -36,14 +36,36 @@ class Code(NamedTuple):
         return Code(self.rows[kept], self.latents[kept], self.values[kept])
 
 
+class Gates(NamedTuple):
+    """
+    What pre-activations are multiplied by.
+
+    shares (`torch.Tensor`): `(rows, groups)`, not negative.
+    group (`torch.Tensor`): of each latent, `(latents,)` int64.
+    """
+
+    shares: torch.Tensor
+    group: torch.Tensor
+
+    def of(self, code: Code) -> torch.Tensor:
+        """`(active,)`, with gradients to the shares."""
+        return self.shares[code.rows, self.group[code.latents]]
+
+
 def products(
-    centred: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """`centred @ weight.T` computed in `dtype`, in pieces of rows, each with the index of its first row."""
+    centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, gates: Gates | None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """`centred @ weight.T` computed in `dtype`, in pieces of rows, each with the index of its first row, and what is
+    still to be added to it: the bias, unless it had to be before the gates."""
     centred, weight = centred.to(dtype), weight.to(dtype)
     step = max(1, _PIECE // max(1, len(weight)))
     for start in range(0, len(centred), step):
-        yield start, F.linear(centred[start : start + step], weight)
+        piece = F.linear(centred[start : start + step], weight)
+        if gates is None:
+            yield start, piece, bias
+        else:
+            shares = gates.shares[start : start + step].to(dtype)[:, gates.group]
+            yield start, (piece + bias.to(dtype)) * shares, torch.zeros_like(bias)
 
 
 def _true(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,15 +84,16 @@ def above(
     weight: torch.Tensor,
     bias: torch.Tensor,
     threshold: torch.Tensor | float | Callable[[torch.Tensor], float],
-    dtype=torch.float32,
+    dtype: torch.dtype = torch.float32,
+    gates: Gates | None = None,
 ) -> Code:
     """All pre-activations that exceed `threshold`: a number, one per latent, or what tells it from the first piece."""
     found = []
-    for start, piece in products(centred, weight, dtype):
+    for start, piece, rest in products(centred, weight, bias, dtype, gates):
         if callable(threshold):
-            threshold = threshold(piece)
-        rows, latents = _true(piece > (threshold - bias).to(dtype))
-        found.append((rows + start, latents, piece[rows, latents].float() + bias[latents]))
+            threshold = threshold(piece[:: len(piece) // 16 or 1] + rest)
+        rows, latents = _true(piece > (threshold - rest).to(dtype))
+        found.append((rows + start, latents, piece[rows, latents].float() + rest[latents]))
     return Code(*map(torch.cat, zip(*found, strict=True)))
 
 
@@ -90,9 +113,11 @@ def topk(
     k: int,
     dtype: torch.dtype = torch.float32,
     processes: Processes = ALONE,
+    gates: Gates | None = None,
 ) -> Code:
     """The `k` largest positive pre-activations of each row (TopK, 2406.04093) over all processes."""
-    found = [(piece + bias).topk(min(k, len(weight)), dim=1) for _, piece in products(centred, weight, dtype)]
+    pieces = (piece + rest for _, piece, rest in products(centred, weight, bias, dtype, gates))
+    found = [piece.topk(min(k, len(weight)), dim=1) for piece in pieces]
     values, latents = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
     kept = values > 0
@@ -109,6 +134,7 @@ def batch_topk(
     k: int,
     dtype: torch.dtype = torch.float32,
     processes: Processes = ALONE,
+    gates: Gates | None = None,
 ) -> Code:
     """
     The `k * rows` largest positive pre-activations of the batch (BatchTopK, 2412.06410) over all processes, exactly.
@@ -119,7 +145,7 @@ def batch_topk(
 
     def guess(piece: torch.Tensor) -> float:
         nonlocal threshold
-        few = (piece[:: len(piece) // 16 or 1] + bias).float()
+        few = piece.float()
         share = min(2 * k * len(few) // processes.count, few.numel())
         lowest = few.flatten().topk(share, sorted=False).values.min()
         threshold = max(0.0, processes.gather(lowest).min().item())
@@ -128,11 +154,11 @@ def batch_topk(
     def found() -> torch.Tensor:
         return processes.gather(torch.tensor(len(code.values), device=bias.device))
 
-    code = above(centred, weight, bias, guess, dtype)
+    code = above(centred, weight, bias, guess, dtype, gates)
     lowest = threshold / 100
     while (counts := found()).sum() < count and threshold > 0:
         threshold = threshold / 2 if threshold > lowest else 0.0
-        code = above(centred, weight, bias, threshold, dtype)
+        code = above(centred, weight, bias, threshold, dtype, gates)
     if counts.sum() <= count:
         return code
     values = F.pad(code.values, (0, counts.max() - len(code.values)))
@@ -161,10 +187,13 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         centred, weight, rows, latents = ctx.saved_tensors
+        on_centred = None
+        if ctx.needs_input_grad[0]:
+            on_centred = _sum_by(rows, len(centred), latents, gradient, weight)
         rows, latents, gradient = _by_latent(rows, latents, gradient)
         on_bias = torch.zeros(len(weight), device=weight.device).index_add_(0, latents, gradient)
         on_weight = _sum_by(latents, len(weight), rows, gradient, centred)
-        return None, -(on_bias @ weight), on_weight, on_bias, None, None, None
+        return on_centred, -(on_bias @ weight), on_weight, on_bias, None, None, None
 
 
 class _DecoderGradient(torch.autograd.Function):
@@ -182,16 +211,28 @@ class _DecoderGradient(torch.autograd.Function):
         return gradient, _sum_by(latents, ctx.count, rows, values, gradient.contiguous()), None, None, None
 
 
-def encode(centred: torch.Tensor, centre: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, code: Code) -> Code:
+def encode(
+    centred: torch.Tensor,
+    centre: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    code: Code,
+    gates: Gates | None = None,
+) -> Code:
     """
     A code that carries gradients to the encoder.
 
     Args:
-        centred (`torch.Tensor`): `(rows, d)`, the input minus `centre (d,)`.
+        centred (`torch.Tensor`): `(rows, d)`, the input minus the detached `centre (d,)`; if what made it is learned
+            too, it gets its gradient.
         weight, bias (`torch.Tensor`): `(latents, d)` and `(latents,)`.
-        code (`Code`): chosen among the pre-activations `centred @ weight.T + bias`.
+        code (`Code`): chosen among the pre-activations `centred @ weight.T + bias`, times the gates.
     """
-    return code._replace(values=_Encode.apply(centred.detach(), centre, weight, bias, *code))
+    if gates is not None:
+        shares = gates.of(code)
+        alone = code._replace(values=code.values / shares.detach())
+        return code._replace(values=_Encode.apply(centred, centre, weight, bias, *alone) * shares)
+    return code._replace(values=_Encode.apply(centred, centre, weight, bias, *code))
 
 
 def decode(code: Code, weight: torch.Tensor, count: int, processes: Processes = ALONE) -> torch.Tensor:

@@ -208,9 +208,9 @@ def train_dictionaries(
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     marks, trainers = {}, {}
     for name, recipe in recipes.items():
-        rtsae = new_dictionary(sites[name], anchors, recipe, dynamics[name])
-        sample = rtsae.dynamics.residuals(data.sample(sites[name], 8192, step_generator(recipe.seed, -1)))
-        trainers[name] = DictionaryTrainer(rtsae, recipe.train, sample, device, processes)
+        sae = new_dictionary(sites[name], anchors, recipe, dynamics[name])
+        sample = data.sample(sites[name], 8192, step_generator(recipe.seed, -1))
+        trainers[name] = DictionaryTrainer(sae, recipe.train, dynamics[name], sample, device, processes)
         told = recipe.train.model_dump(exclude={"checkpoints", "checkpoint_every", "validate_every", "log_with"})
         marks[name] = json.dumps([collected, recipe.seed, recipe.fit.model_dump(), told], sort_keys=True)
     checkpoints = Checkpoints(work / "checkpoints", first.train.checkpoints, processes)
@@ -239,9 +239,9 @@ def train_dictionaries(
                 prefixed[site] = shown, torch.rand((), generator=generator).item()
             shown, draw = prefixed[site]
             prefix = shown if draw < settings.prefix else None
-            residuals = processes.whole(trainer.rtsae.dynamics.residuals(batches[site]), first.train.batch_size)
-            parts = residuals.chunk(settings.accumulate)
-            found = [trainer.backward(part, prefix, len(part) / len(residuals)) for part in parts]
+            inputs = processes.whole(trainer.inputs(batches[site]), first.train.batch_size)
+            parts = inputs.chunk(settings.accumulate)
+            found = [trainer.backward(part, prefix, len(part) / len(inputs)) for part in parts]
             if not all(torch.isfinite(torch.tensor(f["loss"])) for f in found):
                 raise ValueError(
                     f"The loss of {name} is {found[-1]['loss']} at step {step}. Lower `learning_rate` and delete "
@@ -292,7 +292,7 @@ class Watch:
         self, step: int, name: str, trainer: DictionaryTrainer, train: dict, validation: torch.Tensor, rate: float
     ) -> dict:
         seen = {f"{key}_train": value for key, value in train.items()}
-        seen |= trainer.measure(trainer.rtsae.dynamics.residuals(validation))
+        seen |= trainer.measure(trainer.inputs(validation))
         seen |= {"trajectories_per_second": round(rate)}
         self._warn(name, "dead", seen["dead"] > 0.2, f"{seen['dead']:.0%} of the latents are dead")
         settled, k, l0 = step > trainer.settings.steps / 2, trainer.settings.k, seen["l0_validation"]

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary, own_size, resting
 from ..steering import DENOISERS, Clock, TimeGrid, call_arguments, get_site, noise_schedule
-from ..steering.sites import from_tokens, read_output, replace_output, to_tokens
+from ..steering.sites import from_tokens, read_output, replace_output, to_tokens, token_grid
 
 Pair = tuple[str, str]
 Changes = dict[str, torch.Tensor]  # what to add to the tokens of each site, (rows, N or 1, d)
@@ -126,6 +126,7 @@ class Calls:
 
     def __enter__(self) -> Calls:
         self.clock, self.kept, self._call, self._tokens = Clock(), [], None, {}
+        self.sizes: dict[str, tuple[int, int] | None] = {}
         self._hooks = [
             self.denoiser.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.denoiser.register_forward_hook(self._end),
@@ -146,6 +147,7 @@ class Calls:
             if self._call is not None:
                 block_input = args[0] if args else kwargs["hidden_states"]
                 rows = dict(self.clock.rows(len(block_input)))["cond"]
+                self.sizes[site] = token_grid(read_output(output).shape, self.clock.latent_size)
                 self._tokens[site] = (to_tokens(block_input[rows]), to_tokens(read_output(output)[rows]))
 
         return hook
@@ -283,7 +285,7 @@ class States:
         with Calls(self.denoiser, sites) as calls:
             call = own_size(self.pipeline) | self._call
             self.pipeline(prompts, generator=generators, output_type="latent", **call)
-            kept = calls.kept
+            kept, self.sizes, self.guidance = calls.kept, calls.sizes, calls.clock.guidance
         samples, texts = list(range(len(prompts))), order
         wants = [row_of.get(i, i) for i in order]
         states = []
@@ -347,7 +349,8 @@ class States:
             reader = rtsae.reader(list(latents), present.device)
             memory = reader.begin()
             for step, state in enumerate(run.states):
-                codes = reader.read(memory, present[:, :, step], self.grids[site].step(run.timesteps[step]))
+                at = self.grids[site].step(run.timesteps[step], self.sizes[site], self.guidance)
+                codes = reader.read(memory, present[:, :, step], at)
                 memory.continue_with(past[:, :, step])
                 if state is not None:
                     yield state, codes

@@ -113,6 +113,7 @@ class Recording:
         sizes (`dict[str, tuple[int, int]]`): height and width of each site's token grid.
         dictionary (`Dictionary`): that reads them.
         alphas_cumprod (`torch.Tensor`, *optional*): of the model's noise schedule.
+        guidance (`float`, *optional*): scale of guidance, if that is known.
     """
 
     images: list
@@ -122,6 +123,7 @@ class Recording:
     sizes: dict[str, tuple[int, int]]
     dictionary: Dictionary
     alphas_cumprod: torch.Tensor | None
+    guidance: float | None = None
 
     @torch.no_grad()
     def latents(self, site: str, rows: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
@@ -136,7 +138,7 @@ class Recording:
         grid, reader = TimeGrid(sae.config.anchors, self.alphas_cumprod), sae.reader(rows, trajectories.device)
         memory, typical = reader.begin(), sae.typical_activation[rows].to(trajectories.device)
         for i, timestep in enumerate(self.timesteps):
-            latents = reader.read(memory, trajectories[:, :, i], grid.step(timestep))
+            latents = reader.read(memory, trajectories[:, :, i], grid.step(timestep, self.sizes[site], self.guidance))
             memory.continue_with(trajectories[:, :, i])
             yield latents / typical
 
@@ -260,5 +262,5 @@ def record(
     return Recording(
         list(images), prompts, recorder.timesteps, {site: recorder.trajectories(site) for site in sites},
         {site: recorder.size(site) for site in sites}, dictionary,
-        noise_schedule(pipeline.scheduler),
+        noise_schedule(pipeline.scheduler), recorder.clock.guidance,
     )  # fmt: skip

@@ -2,23 +2,33 @@
 
 from .base import Directions, FeatureTimes, Memory, Reader, SparseDictionary, Step, interpolate
 from .dynamics import LinearDynamics
+from .mixture import MixtureSAE
 from .rtsae import RTSAE, RTSAEOutput
-from .sparsity import batch_topk, jump_relu
+from .sae import SparseAutoencoder
+from .sparsity import batch_topk, jump_relu, topk
+from .tide import TIDE
 
-KINDS: dict[str, type[SparseDictionary]] = {kind.__name__: kind for kind in (RTSAE,)}  # that load, by `_class_name`
+# that load, by the `_class_name` in their configuration
+KINDS: dict[str, type[SparseDictionary]] = {
+    kind.__name__: kind for kind in (RTSAE, SparseAutoencoder, TIDE, MixtureSAE)
+}
 
 __all__ = [
     "KINDS",
     "RTSAE",
+    "TIDE",
     "Directions",
     "FeatureTimes",
     "LinearDynamics",
     "Memory",
+    "MixtureSAE",
     "RTSAEOutput",
     "Reader",
+    "SparseAutoencoder",
     "SparseDictionary",
     "Step",
     "batch_topk",
     "interpolate",
     "jump_relu",
+    "topk",
 ]

@@ -4,6 +4,7 @@ denoising, and where they move the activation there."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,14 @@ class Step(NamedTuple):
 
     timestep (`float`): in training units, from 1000 at pure noise to 0 at the image.
     coordinate (`float`): the same among the dictionary's anchors: 0 at the first, G − 1 at the last.
+    size (`tuple[int, int]`, *optional*): height and width of the token grid, if there is one.
+    guidance (`float`, *optional*): scale of classifier-free guidance, if that is known.
     """
 
     timestep: float
     coordinate: float
+    size: tuple[int, int] | None = None
+    guidance: float | None = None
 
 
 def interpolate(values: torch.Tensor, coordinate: float, dim: int = 0) -> torch.Tensor:
@@ -40,7 +45,14 @@ class Memory:
 
 
 class Reader(ABC):
-    """Reads some latents of a dictionary at the steps of a running generation."""
+    """
+    Reads some latents of a dictionary at the steps of a running generation.
+
+    Args:
+        computes (`int`, *optional*): how many latents it must compute, if that is more than those it reads.
+    """
+
+    computes: int | None = None
 
     def begin(self) -> Memory:
         """The memory of a new generation."""
@@ -151,6 +163,10 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
             teacher_forced (`bool`): where a kind predicts an anchor from the one before, start at the true one.
         """
 
+    def codes(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The codes `(batch, m)` that trajectories `(batch, G, d)` come to: one for each step, or one in all."""
+        return (self.encode(hidden_states[:, : g + 1]) for g in range(hidden_states.shape[1]))
+
     def feature_trajectories(self, latents: list[int] | torch.Tensor | None = None) -> torch.Tensor:
         """
         The path of each feature through activation space, per unit of its activation.
@@ -173,6 +189,15 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
             latents (`list[int]`, *optional*): which features; all by default.
         """
         return FeatureTimes.of((self.feature_trajectories(latents) / self.spread[:, None]).norm(dim=2).detach())
+
+    def encoder_rows(self, latents: list[int]) -> torch.Tensor:
+        """The encoder's rows of some latents as float32; raises `ValueError` if one holds NaN or inf."""
+        rows = self.encoder[latents].detach().float()
+        finite = rows.flatten(1).isfinite().all(1).tolist()
+        if not all(finite):
+            bad = sorted({latent for latent, good in zip(latents, finite, strict=True) if not good})
+            raise ValueError(f"The dictionary of {self.config.site} holds NaN or inf in rows {bad}.")
+        return rows
 
     def check_trajectories(self, hidden_states: torch.Tensor) -> None:
         """Raise `ValueError` unless these are (the beginning of) trajectories of this site, `(batch, g, d)`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,6 +108,9 @@ class RTSAE(SparseDictionary):
         pre_activations = self.pre_activations(self.dynamics.residuals(hidden_states.float()))
         return jump_relu(pre_activations, self.threshold[hidden_states.shape[-2] - 1])
 
+    def codes(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
+        return iter([self.encode(hidden_states)])
+
     def decode_residuals(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised residuals `(batch, G, d)` of latents `(batch, m)`."""
         return (latents @ self.decoder.flatten(1).float()).unflatten(-1, self.decoder_bias.shape) + self.decoder_bias
@@ -195,9 +199,7 @@ class PrefixReader(Reader):
 
     def __init__(self, rtsae: RTSAE, rows: list[int], device: torch.device):
         self.rtsae = rtsae
-        self.encoder = rtsae.encoder[rows].detach().float().to(device)
-        if not self.encoder.isfinite().all():
-            raise ValueError(f"The dictionary of {rtsae.config.site} holds NaN or inf in rows {rows}.")
+        self.encoder = rtsae.encoder_rows(rows).to(device)
         self.mean, self.scale = rtsae.dynamics.mean.float().to(device), rtsae.dynamics.scale.float().to(device)
         self.offset = (self.encoder * rtsae.decoder_bias.detach().to(device)).sum(-1)  # (rows, G)
         self.bias = rtsae.encoder_bias[rows].detach().float().to(device)

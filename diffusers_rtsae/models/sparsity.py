@@ -21,6 +21,12 @@ def batch_topk(pre_activations: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(positive).flatten().scatter(0, indices, values).view_as(positive)
 
 
+def topk(pre_activations: torch.Tensor, k: int) -> torch.Tensor:
+    """Keep the `k` largest pre-activations of each row, as far as they are positive (TopK, 2406.04093)."""
+    values, indices = pre_activations.topk(k, dim=-1)
+    return torch.zeros_like(pre_activations).scatter(-1, indices, values.relu())
+
+
 def jump_relu(pre_activations: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
     """Keep what exceeds `threshold`, zero the rest; a tie with the threshold is off (JumpReLU, 2407.14435)."""
     return torch.where(pre_activations > threshold, pre_activations, 0.0).relu()

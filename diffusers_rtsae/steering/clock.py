@@ -50,9 +50,9 @@ class TimeGrid:
                 return g + max(0.0, (position - anchors[g]) / (anchors[g + 1] - anchors[g]))
         return len(anchors) - 1.0
 
-    def step(self, timestep: float) -> Step:
-        """A step as dictionaries read it."""
-        return Step(timestep, self.coordinate(timestep))
+    def step(self, timestep: float, size: tuple[int, int] | None = None, guidance: float | None = None) -> Step:
+        """A step as dictionaries read it, at a site with a token grid of this `size`."""
+        return Step(timestep, self.coordinate(timestep), size, guidance)
 
 
 class Clock:
@@ -63,7 +63,7 @@ class Clock:
 
     The pipeline that is calling is found on the call stack. It knows what the batch does not say: how many prompts and
     images there are, which guidance is on at this very step, and the noise schedule, `alphas_cumprod`. Without a
-    pipeline the whole batch counts as conditional.
+    pipeline the whole batch counts as conditional. It tells the scale of `guidance` too.
 
     A new generation begins with a new call of a pipeline, when time jumps back to the beginning, and with another
     number or size of images. The scheduler is no witness: threads that share a pipeline share it.
@@ -82,6 +82,7 @@ class Clock:
         self.streams: tuple[str, ...] = ("cond",)
         self.pipeline_calls = False
         self.alphas_cumprod: torch.Tensor | None = None
+        self.guidance: float | None = None
         self._shape: tuple[int, ...] = ()
         self._first: float | None = None
         self._call, self._unit = None, 1
@@ -101,6 +102,8 @@ class Clock:
         is_new = is_new or (timestep > self.timestep and timestep >= self._first)
         self.pipeline_calls, self._call = pipeline is not None, call.get(_CALL)
         self.alphas_cumprod = noise_schedule(scheduler)
+        guidance = call.get("guidance_scale")
+        self.guidance = float(guidance) if isinstance(guidance, int | float) else None
         self.prompts = call.get("batch_size")
         images = None
         if isinstance(self.prompts, int):

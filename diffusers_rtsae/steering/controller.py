@@ -14,7 +14,7 @@ from torch import nn
 from .clock import Clock, call_arguments
 from .edits import Edit
 from .plan import PlanState, SitePlan
-from .sites import from_tokens, get_site, read_output, replace_output, spatial_size, to_tokens
+from .sites import from_tokens, get_site, read_output, replace_output, spatial_size, to_tokens, token_grid
 
 # A change ten times as large as the activation leaves that less than 1 % of the energy: whatever follows reads the
 # edit and no picture any more.
@@ -35,7 +35,9 @@ class _Run:
             for edit in plan.edits:
                 _check_batch(edit, self.clock)
             clock = self.clock
-            self.states[plan] = plan.begin(clock.alphas_cumprod) if clock.pipeline_calls else PlanState()
+            self.states[plan] = (
+                plan.begin(clock.alphas_cumprod, clock.guidance) if clock.pipeline_calls else PlanState()
+            )
         return self.states[plan]
 
 
@@ -141,7 +143,7 @@ class Controller:
                     tokens = _activation(plan, block_input, hidden_states, part)
                     _check_channels(site, plan.sae.config.in_channels, tokens.shape[-1])
                     masked = any(edit.mask is not None for edit in plan.edits)
-                    size = spatial_size(hidden_states.shape, clock.latent_size) if masked else None
+                    size = (spatial_size if masked else token_grid)(hidden_states.shape, clock.latent_size)
                     if role == "cond":
                         told = len(state.counts)
                         change = plan.conditional(state, tokens, clock.timestep, size)

@@ -58,6 +58,8 @@ class Edit:
         injection (`str`): `"trajectory"` moves to where the activation would be were the feature active all along;
             `"residual"` adds only this step's innovation.
         clip (`bool`): keep edited activations inside the range of the training data.
+        renormalise (`bool`): afterwards scale each token that the edits of this dictionary changed at the site back to
+            the length it had.
         direction (`torch.Tensor`, *optional*): `(G, d)` in activation space, added instead of latents; unclipped.
         bounds (`tuple[float, float]`, *optional*): strengths are kept inside. What a fitted label is made of answers
             one strength each in its own range.
@@ -78,6 +80,7 @@ class Edit:
     apply_to: str = "contrast"
     injection: str = "trajectory"
     clip: bool = True
+    renormalise: bool = False
     direction: torch.Tensor | None = None
     bounds: tuple[float, float] | None = None
 

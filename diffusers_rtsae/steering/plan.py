@@ -4,6 +4,7 @@ activation."""
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -55,6 +56,7 @@ class PlanState:
     """What a plan remembers of one running generation."""
 
     grid: TimeGrid | None = None  # of this generation's noise schedule, if that is not the plan's
+    guidance: float | None = None  # its scale, if that is known
     memories: dict[int | None, Memory] = field(default_factory=dict)  # of streams that are read, conditional: None
     timestep: float | None = None  # of the conditional call whose change is kept for calls that follow it
     on_conditional: torch.Tensor | None = None
@@ -251,15 +253,23 @@ class SitePlan:
     @torch.no_grad()
     def _load(self, device: torch.device) -> None:
         self.reader = self.sae.reader(self.rows, device) if self.rows else None
+        if self.reader is not None and self.reader.computes is not None:
+            config = self.sae.config
+            warnings.warn(
+                f"To read some latents of {config.site} all {self.reader.computes:,} are computed, as the {config.k} "
+                f"largest of a token are active: {self.reader.computes * config.in_channels / 1e6:.3g} million "
+                "multiplications a token and step. What is added with clip=False and without `where` reads none.",
+                stacklevel=2,
+            )
         alike: dict[tuple, list[Edit]] = {}
         for edit in self.edits:
             alike.setdefault(_shared(edit), []).append(edit)
         self.folds = [_Fold(edits, self.sae, self.rows, device) for edits in alike.values()]
         self.device = device
 
-    def begin(self, alphas_cumprod: torch.Tensor | None) -> PlanState:
-        """A new generation on another noise schedule."""
-        return PlanState(TimeGrid(self.sae.config.anchors, alphas_cumprod))
+    def begin(self, alphas_cumprod: torch.Tensor | None, guidance: float | None) -> PlanState:
+        """A new generation on another noise schedule, with this scale of guidance."""
+        return PlanState(TimeGrid(self.sae.config.anchors, alphas_cumprod), guidance)
 
     def conditional(
         self, state: PlanState, tokens: torch.Tensor, timestep: float, size: tuple[int, int] | None
@@ -271,7 +281,7 @@ class SitePlan:
             state (`PlanState`): of this generation.
             tokens (`torch.Tensor`): their activations `(B, N, d)`.
             timestep (`float`): in training units.
-            size (`tuple[int, int]`, *optional*): token grid, needed for masks.
+            size (`tuple[int, int]`, *optional*): token grid, needed for masks; some kinds read it.
 
         Returns:
             the change `(B, N or 1, d)` float32, or `None`.
@@ -281,7 +291,7 @@ class SitePlan:
         state.contrast = _sum([change for fold, change in changes if fold.options.apply_to == "contrast"], tokens)
         others = _sum([change for fold, change in changes if fold.options.apply_to != "contrast"], tokens)
         parts = [part for part in (state.contrast, others) if part is not None]
-        state.on_conditional = sum(parts[1:], parts[0]) if parts else None
+        state.on_conditional = self._renormalised(sum(parts[1:], parts[0]), tokens) if parts else None
         return state.on_conditional
 
     def unconditional(
@@ -292,9 +302,17 @@ class SitePlan:
             self._follows(state, timestep)
         changes = self._changes(state, stream, tokens, timestep, size, ("all",))
         own = _sum([change for _, change in changes], tokens)
-        if own is None or state.contrast is None:
-            return own if state.contrast is None else -state.contrast
-        return own - state.contrast
+        parts = [part for part in (own, None if state.contrast is None else -state.contrast) if part is not None]
+        return self._renormalised(sum(parts[1:], parts[0]), tokens) if parts else None
+
+    def _renormalised(self, change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The change after which tokens have the length they had before, if an edit wants that."""
+        if not any(edit.renormalise for edit in self.edits):
+            return change
+        tokens = tokens.float()
+        edited = tokens + change
+        length = torch.linalg.vector_norm(edited, dim=-1, keepdim=True).clamp(min=1e-20)
+        return edited * (torch.linalg.vector_norm(tokens, dim=-1, keepdim=True) / length) - tokens
 
     def perturbed(self, state: PlanState, timestep: float) -> torch.Tensor | None:
         """What to add to rows that guidance made worse on purpose: what the conditional rows got."""
@@ -324,7 +342,7 @@ class SitePlan:
                 self._load(tokens.device)
         folds = [fold for fold in self.folds if fold.options.apply_to in apply_to]
         reads = any(edit.read for fold in folds for edit in fold.edits)
-        step, latents = (state.grid or self.grid).step(timestep), None
+        step, latents = (state.grid or self.grid).step(timestep, size, state.guidance), None
         if reads:
             if stream not in state.memories:
                 state.memories[stream] = self.reader.begin()

@@ -91,12 +91,21 @@ def from_tokens(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def spatial_size(shape: tuple[int, ...], latent_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the token grid of an activation of `shape`; it has the proportions of `latent_size`."""
+    """As [`token_grid`]; raises `ValueError` if there is none."""
+    size, (height, width) = token_grid(shape, latent_size), latent_size
+    if size is None:
+        raise ValueError(
+            f"Cannot lay {shape[1]} tokens out over a {height}x{width} latent; spatial masks need a grid."
+        )
+    return size
+
+
+def token_grid(shape: tuple[int, ...], latent_size: tuple[int, int]) -> tuple[int, int] | None:
+    """Height and width of the token grid of an activation of `shape`, which has the proportions of `latent_size`;
+    `None` if tokens do not lie on one."""
     if len(shape) == 4:
         return shape[2], shape[3]
     (height, width), tokens = latent_size, shape[1]
     factor = math.sqrt(height * width / tokens)
     size = (round(height / factor), round(width / factor)) if factor else (0, 0)
-    if size[0] * size[1] != tokens:
-        raise ValueError(f"Cannot lay {tokens} tokens out over a {height}x{width} latent; spatial masks need a grid.")
-    return size
+    return size if size[0] * size[1] == tokens else None

@@ -88,8 +88,8 @@ class Ours:
         }  # fmt: skip
         recipe = Recipe(pipeline="x", base_model="x", sites=["x"], anchors=2, collect=collect, train=train)
         dynamics = LinearDynamics(2, first.shape[1] // 2)
-        rtsae, sample = new_dictionary("x", [2, 1], recipe, dynamics), first.unflatten(1, (2, -1))
-        self.trainer = DictionaryTrainer(rtsae, recipe.train, sample, first.device, processes)
+        sae, sample = new_dictionary("x", [2, 1], recipe, dynamics), first.unflatten(1, (2, -1))
+        self.trainer = DictionaryTrainer(sae, recipe.train, dynamics, sample, first.device, processes)
         self.processes, self.done = processes, 0
 
     def step(self, batch: torch.Tensor) -> None:
@@ -100,7 +100,7 @@ class Ours:
         self.done += 1
 
     def weights(self):
-        r = self.trainer.rtsae
+        r = self.trainer.sae
         return r.encoder.flatten(1), r.encoder_bias, r.decoder.flatten(1), r.decoder_bias.flatten()
 
 

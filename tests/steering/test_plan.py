@@ -1,15 +1,23 @@
+import itertools
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from kinds import OTHERS, random_dictionary
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_rtsae import RTSAE
+from diffusers_rtsae import RTSAE, SparseDictionary
+from diffusers_rtsae.models import Step
 from diffusers_rtsae.steering import Edit, PlanState, SitePlan, TimeGrid
 from diffusers_rtsae.steering.edits import OPERATIONS
 
 ALPHAS = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
 ANCHORS = [961, 721, 481, 241, 1]
 D, M = 12, 20
+
+
+def random_of(kind: str, seed: int) -> SparseDictionary:
+    return random_rtsae(seed) if kind == "RTSAE" else random_dictionary(kind, "mid_block", D, ANCHORS, M, 4, seed)
 
 
 def random_rtsae(seed: int) -> RTSAE:
@@ -141,7 +149,7 @@ def test_where_and_mask_restrict_the_change():
     torch.testing.assert_close(masked[0], whole[0] * mask.flatten()[:, None])
 
 
-def dense_change(rtsae: RTSAE, edit: Edit, h: torch.Tensor, g: int) -> torch.Tensor:
+def dense_change(rtsae: SparseDictionary, edit: Edit, h: torch.Tensor, g: int) -> torch.Tensor:
     """What `edit` must add at anchor `g`, from the definition: encode everything, edit, decode the difference."""
     z = rtsae.encode(h[:, :, : g + 1].flatten(0, 1)).unflatten(0, h.shape[:2])
     new, strength = z.clone(), torch.tensor(edit.strength)[:, None]
@@ -168,15 +176,15 @@ def dense_change(rtsae: RTSAE, edit: Edit, h: torch.Tensor, g: int) -> torch.Ten
     change = new - z
     if edit.where:
         change = change * (z[..., list(edit.where)] > 0).any(-1, keepdim=True)
-    paths = rtsae.feature_trajectories() if edit.injection == "trajectory" else rtsae.residual_directions()
-    return (change @ paths[:, g]).detach()
+    directions = rtsae.directions(list(range(M)), edit.injection).at(Step(ANCHORS[g], g))
+    return (change @ directions).detach()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind, seed", [*(("RTSAE", seed) for seed in range(6)), *itertools.product(OTHERS, range(2))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_lazy_edits_equal_the_dense_path(operation, seed, dtype):
-    rtsae, rng = random_rtsae(seed), torch.Generator().manual_seed(seed)
+def test_lazy_edits_equal_the_dense_path(operation, kind, seed, dtype):
+    rtsae, rng = random_of(kind, seed), torch.Generator().manual_seed(seed)
     rtsae.mean_activation.uniform_(0, 0.3)
     h = torch.randn(2, 5, 5, D, generator=rng).to(dtype).float()  # the activation as the network rounds it
     rows = torch.randperm(M, generator=rng).tolist()
@@ -247,10 +255,10 @@ def many_edits(seed: int) -> list[Edit]:
     return edits
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind, seed", [("RTSAE", 0), ("RTSAE", 1), ("SparseAutoencoder", 2), ("TIDE, TopK", 2)])
 @pytest.mark.parametrize("channels_first", [False, True])
-def test_edits_of_one_plan_add_up(seed, channels_first):
-    rtsae, edits = random_rtsae(seed), many_edits(seed)
+def test_edits_of_one_plan_add_up(kind, seed, channels_first):
+    rtsae, edits = random_of(kind, seed), many_edits(seed)
     rtsae.mean_activation.uniform_(0, 0.3)
     together, run = SitePlan(rtsae, edits, ALPHAS), PlanState()
     alone = [(SitePlan(rtsae, [edit], ALPHAS), PlanState()) for edit in edits]

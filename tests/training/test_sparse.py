@@ -92,17 +92,17 @@ def test_half_precision_is_only_in_the_product(problem):
 
 
 def test_every_gradient_is_that_of_the_dense_formulation(problem):
-    names = ("centre", "weight", "bias", "out")
+    names = ("x", "centre", "weight", "bias", "out")
     leaves = {name: problem[name].clone().float().requires_grad_() for name in names}
-    x = problem["x"].float()
+    x = leaves["x"]
     code = chosen(batch_topk, problem, K)
-    code = encode(x - leaves["centre"], leaves["centre"], leaves["weight"], leaves["bias"], code)
+    code = encode(x - leaves["centre"].detach(), leaves["centre"], leaves["weight"], leaves["bias"], code)
     (decode(code, leaves["out"], ROWS) - x).square().sum().backward()
 
     exact = {name: problem[name].clone().requires_grad_() for name in names}
-    pre = (problem["x"] - exact["centre"]) @ exact["weight"].T + exact["bias"]
+    pre = (exact["x"] - exact["centre"]) @ exact["weight"].T + exact["bias"]
     latents = pre * (dense_batch_topk(pre, K) > 0)
-    (latents @ exact["out"] - problem["x"]).square().sum().backward()
+    (latents @ exact["out"] - exact["x"]).square().sum().backward()
     for name in names:
         torch.testing.assert_close(leaves[name].grad.double(), exact[name].grad, atol=1e-3, rtol=1e-4, msg=name)
 

@@ -1,5 +1,6 @@
 """Training resumes bit for bit, recovers a known dictionary with every architecture, and says what is wrong."""
 
+import itertools
 import json
 import os
 import shutil
@@ -15,10 +16,18 @@ from accelerate import Accelerator
 from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.models import LinearDynamics
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.dictionary import ARCHITECTURES, DictionaryTrainer, auxiliary_loss, geometric_median, new_dictionary
+from training.dictionary import (
+    ARCHITECTURES,
+    DictionaryTrainer,
+    auxiliary_loss,
+    calibrate,
+    geometric_median,
+    new_dictionary,
+)
 from training.evaluate import evaluate
 from training.processes import Processes
 from training.recipe import Recipe
+from training.sparse import decode
 from training.store import Rows
 from training.train import Checkpoints, Data, train_dictionaries
 
@@ -57,12 +66,12 @@ def dynamics_of(data: torch.Tensor) -> LinearDynamics:
     return dynamics
 
 
-def train(work: Path, *recipes: Recipe):
+def train(work: Path, *recipes: Recipe, data=sparse_data):
     """Train one dictionary for each recipe, on one pass over the same data."""
-    data = sparse_data()
+    made, data = data, data()
     named = {f"r{i}": one for i, one in enumerate(recipes)}
     trained = train_dictionaries(
-        named, Data({"mid_block": data}, *({"mid_block": sparse_data(500, seed=seed)} for seed in (2, 3))),
+        named, Data({"mid_block": data}, *({"mid_block": made(500, seed=seed)} for seed in (2, 3))),
         dict.fromkeys(named, dynamics_of(data)), dict.fromkeys(named, "mid_block"), ANCHORS, work,
         Accelerator(cpu=True), "data",
     )  # fmt: skip
@@ -75,6 +84,7 @@ def same(a, b) -> bool:
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
     arms = recipe(), recipe(architecture="jump_relu"), recipe(layout="per_step", steps=30)
+    arms = *arms, recipe(kind="tide"), recipe(kind="mixture")
     whole = train(tmp_path / "whole", *arms)
     original, saves = Checkpoints.save, []
 
@@ -169,13 +179,14 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
         trainer = DictionaryTrainer(
             new_dictionary("mid_block", ANCHORS, settings, dynamics_of(data)),
             settings.train,
+            dynamics_of(data),
             data[:512].float(),
             "cpu",
         )
-        parts = trainer.rtsae.dynamics.residuals(data[:128].float()).chunk(accumulate)
+        parts = trainer.inputs(data[:128].float()).chunk(accumulate)
         for part in parts:
             trainer.backward(part, None, len(part) / 128)
-        gradients.append(trainer.rtsae.encoder.grad.clone())
+        gradients.append(trainer.sae.encoder.grad.clone())
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
@@ -196,6 +207,57 @@ def test_known_features_are_found(tmp_path, name):
         norms = rtsae.decoder.flatten(1).norm(dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-3, rtol=1e-3)
     assert report["prefix_recall"] == sorted(report["prefix_recall"]) and report["prefix_recall"][-1] == 1.0
+
+
+def step_data(count: int = 4096, features: int = 24, seed: int = 0) -> torch.Tensor:
+    """Trajectories each step of which is a sum of three of 24 known features, larger at later steps."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(features, D, generator=torch.Generator().manual_seed(7))
+    chosen = torch.rand(3 * count, features, generator=generator).topk(3, dim=1).indices
+    code = torch.zeros(3 * count, features).scatter(1, chosen, 4 + torch.rand(3 * count, 3, generator=generator))
+    steps = (code @ torch.nn.functional.normalize(directions, dim=1)).unflatten(0, (count, 3))
+    return (steps * torch.tensor([0.8, 1.0, 1.2])[:, None] + torch.tensor([0.0, 0.2, 0.4])[:, None]).half()
+
+
+OF_KIND = [
+    *itertools.product(["static", "tide"], ["batch_topk", "topk", "jump_relu"]),
+    *itertools.product(["mixture"], ["batch_topk", "jump_relu"]),
+]
+
+
+@pytest.mark.parametrize("kind, architecture", OF_KIND)
+def test_known_features_of_single_steps_are_found(tmp_path, kind, architecture):
+    own = {"experts": 4, "shared": 0.5, "masked": 0.0} if kind == "mixture" else {}
+    sae = train(tmp_path, recipe(kind=kind, architecture=architecture, steps=400, **own), data=step_data)[0]
+    assert sae.config.get("sparsity", "threshold") == ("topk" if architecture == "topk" else "threshold")
+    report = evaluate(sae, step_data(500, seed=1).float(), k=3)
+    assert report["fvu_online"] == report["fvu_teacher_forced"] < 0.3
+    assert report["l0_threshold"] == pytest.approx(3, abs=0.3) and "prefix_recall" not in report
+
+
+@pytest.mark.parametrize("kind", ["static", "tide", "mixture"])
+def test_a_finished_dictionary_reads_activations_as_they_are(kind):
+    data, settings = step_data().float(), recipe(kind=kind, architecture="batch_topk" if kind == "mixture" else "topk")
+    dynamics = dynamics_of(data)
+    trainer = DictionaryTrainer(
+        new_dictionary("mid_block", ANCHORS, settings, dynamics), settings.train, dynamics, data[:512], "cpu"
+    )
+    for step in range(20):
+        trainer.backward(trainer.inputs(data[100 * step :][:100]), None)
+        trainer.update(step)
+    inputs = trainer.inputs(data[:50])
+    trainer.sae.eval()
+    with torch.no_grad():
+        target, unit, code, *_ = trainer._encode(inputs, None)
+        decoded = decode(code, trainer.sae.decoder, len(target)) + trainer.sae.decoder_bias
+        expected = inputs + ((decoded - target) / (1 if unit is None else unit)).view_as(inputs)
+    sae = trainer.finish()
+    if kind == "mixture":
+        calibrate(sae, data[:50], settings.train.k)
+    found = trainer.inputs(sae.reconstruct(data[:50]))
+    near = (found - expected).abs() < 2e-2 * (1 + expected.abs())  # weights were rounded, and with them the threshold
+    assert near.float().mean() > (0.97 if kind == "mixture" else 0.9999)
+    torch.testing.assert_close(sae.spread, dynamics.scale)
 
 
 def test_per_step_latents_see_and_write_one_anchor_each(tmp_path):

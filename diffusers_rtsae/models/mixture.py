@@ -1,0 +1,149 @@
+"""A sparse autoencoder whose latents belong to experts, chosen by the token and by where and when it is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from .base import Memory, Reader, Step
+from .sae import SparseAutoencoder, StepReader
+from .sparsity import jump_relu
+
+METADATA = ("time", "row", "column", "guidance")
+_ROUTED = 2  # experts of a token
+_GUIDANCE = 20.0  # the scale of guidance that counts as the largest
+
+
+class MixtureSAE(SparseAutoencoder):
+    r"""
+    A sparse autoencoder of single steps with shared latents and experts, after the metadata-aware mixture of experts
+    of 2509.10919. A router sees the token and metadata, each value as (sin, cos) of half a turn; the pre-activations
+    of the latents of its two best experts are multiplied by their share, those of the others are zero.
+
+    Args:
+        site, in_channels, anchors, num_latents, k, activation: as of [`SparseAutoencoder`].
+        shared_latents (`int`, *optional*): the first of the `num_latents`, which are of no expert; a quarter of them
+            by default. The others are of the experts in turn, as many of each.
+        num_experts (`int`, defaults to 8): how many experts.
+        metadata (`list[str]`): what the router is told of `"time"`, `"row"`, `"column"` and `"guidance"`; what is not
+            known counts as zeros.
+
+    Example:
+        ```py
+        >>> sae = MixtureSAE("mid_block", 1280, anchors=[961, 481, 1], num_latents=20480, k=32)
+        >>> latents = sae.encode_step(tokens, 481)  # (tokens, d) -> (tokens, m)
+        ```
+    """
+
+    summary = (
+        "A sparse autoencoder of single steps with shared latents and experts; a router that sees the token and its "
+        "metadata (after [arXiv 2509.10919](https://arxiv.org/abs/2509.10919)) chooses two experts for each. `k` "
+        "latents are active on a token at a step on average."
+    )
+
+    @register_to_config
+    def __init__(
+        self, site: str, in_channels: int, anchors: list[int], num_latents: int, k: int, activation: str = "output",
+        shared_latents: int | None = None, num_experts: int = 8, metadata: list[str] = METADATA,
+    ):  # fmt: skip
+        super().__init__(site, in_channels, anchors, num_latents, k, activation)
+        shared = num_latents // 4 if shared_latents is None else shared_latents
+        whole = isinstance(num_experts, int) and isinstance(shared, int)
+        if not whole or num_experts < _ROUTED or not 0 <= shared < num_latents or (num_latents - shared) % num_experts:
+            raise ValueError(
+                f"Expected two experts or more, of as many latents each, of the {num_latents} without those shared; "
+                f"got {num_experts!r} experts and {shared_latents!r} shared."
+            )
+        if not isinstance(metadata, list | tuple) or any(name not in METADATA for name in metadata):
+            raise ValueError(f"`metadata` must be some of {list(METADATA)}, got {metadata!r}.")
+        self.shared = shared
+        width = in_channels + 2 * len(metadata)
+        self.router, self.noise = nn.Linear(width, num_experts), nn.Linear(width, num_experts)
+        nn.init.zeros_(self.noise.weight)
+
+    def experts(self, latents: torch.Tensor) -> torch.Tensor:
+        """Which expert each of these latents is of, counted from 1; 0 if it is shared."""
+        each = (self.config.num_latents - self.shared) // self.config.num_experts
+        return torch.where(latents < self.shared, 0, 1 + (latents - self.shared).div(each, rounding_mode="floor"))
+
+    def metadata(self, step: Step, tokens: int) -> torch.Tensor:
+        """What the router is told at a step, `(N or 1, 2 · metadata)`."""
+        known: dict[str, torch.Tensor | None] = {"time": torch.tensor([step.timestep / 1000]), "guidance": None}
+        if step.guidance is not None:
+            known["guidance"] = torch.tensor([min(step.guidance, _GUIDANCE) / _GUIDANCE])
+        if step.size is not None and step.size[0] * step.size[1] == tokens:
+            rows, columns = ((torch.arange(n) + 0.5) / n for n in step.size)
+            known |= {"row": rows.repeat_interleave(len(columns)), "column": columns.repeat(len(rows))}
+        pairs = [cyclic(known.get(name)) for name in self.config.metadata]
+        length = max([len(pair) for pair in pairs], default=1)
+        return torch.cat([torch.zeros(length, 0), *(pair.expand(length, 2) for pair in pairs)], 1)
+
+    def gates(self, tokens: torch.Tensor, metadata: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The shares of the experts `(..., 1 + experts)`, the first that of the shared latents.
+
+        Args:
+            tokens (`torch.Tensor`): `(..., N, d)`.
+            metadata (`torch.Tensor`): `(N or 1, 2 · metadata)`, or as tokens.
+
+        Returns:
+            the shares, and while training (2509.10919, after 1701.06538) the imbalance of the experts: CV of their
+            importance plus CV of their load, each times 0.01; `None` otherwise, when the router has no noise.
+        """
+        metadata = metadata.to(tokens).expand(*tokens.shape[:-1], metadata.shape[-1])
+        seen = torch.cat([tokens, metadata], -1)
+        logits = clean = F.linear(seen, self.router.weight.to(seen), self.router.bias.to(seen))
+        imbalance = None
+        if self.training:
+            spread = F.softplus(self.noise(seen)) + 1e-2
+            logits = clean + spread * torch.randn_like(clean)
+        best = logits.topk(_ROUTED, dim=-1)
+        shares = torch.zeros_like(logits).scatter(-1, best.indices, best.values.softmax(-1))
+        if self.training:
+            # the chance that new noise would choose an expert again: above the best of the others
+            ahead = logits.topk(_ROUTED + 1, dim=-1).values if logits.shape[-1] > _ROUTED else best.values
+            chosen = logits >= best.values[..., -1:]
+            least = torch.where(chosen, ahead[..., -1:], best.values[..., -1:])
+            load = torch.distributions.Normal(0.0, 1.0).cdf((clean - least) / spread)
+            imbalance = 0.01 * (_variation(shares) + _variation(load))
+        return torch.cat([torch.ones_like(shares[..., :1]), shares], -1), imbalance
+
+    def reader(self, latents: list[int], device: torch.device) -> Reader:
+        return RoutedReader(self, latents, device)
+
+    def encode_step(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
+        tokens = tokens.float()
+        pre_activations = F.linear(tokens - self.decoder_bias, self.encoder.float(), self.encoder_bias)
+        shares, _ = self.gates(tokens, self.metadata(Step(timestep, 0.0), 1))
+        owner = self.experts(torch.arange(self.config.num_latents, device=tokens.device))
+        return jump_relu(pre_activations * shares[..., owner], self.threshold)
+
+
+def cyclic(values: torch.Tensor | None) -> torch.Tensor:
+    """Values from 0 to 1 as (sin, cos) of half a turn, `(n, 2)`; zeros if they are not known."""
+    if values is None:
+        return torch.zeros(1, 2)
+    return torch.stack([(math.pi * values).sin(), (math.pi * values).cos()], -1)
+
+
+def _variation(shares: torch.Tensor) -> torch.Tensor:
+    """The coefficient of variation of the sums over tokens."""
+    sums = shares.flatten(0, -2).sum(0)
+    return sums.std(correction=0) / sums.mean().clamp(min=1e-9)
+
+
+class RoutedReader(StepReader):
+    """Reads latents of a mixture: their rows, and the router."""
+
+    def __init__(self, sae: MixtureSAE, rows: list[int], device: torch.device):
+        super().__init__(sae, rows, device)
+        self.owner = sae.experts(torch.tensor(rows)).to(device)
+
+    def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
+        tokens = tokens.float()
+        shares, _ = self.sae.gates(tokens, self.sae.metadata(step, tokens.shape[-2]))
+        return jump_relu((tokens @ self.encoder.T + self.bias) * shares[..., self.owner], self.threshold)

@@ -1,0 +1,86 @@
+"""TIDE: a sparse autoencoder whose input is modulated by the timestep (2503.07050)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import nn
+
+from .base import Directions, Step
+from .sae import SparseAutoencoder
+
+
+class TIDE(SparseAutoencoder):
+    r"""
+    A sparse autoencoder shared by all steps that is told the timestep (2503.07050): it sees x (1 + scale(t)) +
+    shift(t), and what it decodes is brought back. Scale and shift come from a small MLP on the sinusoidal embedding of
+    the timestep, whose last layer is zero to begin with.
+
+    Args:
+        site, in_channels, anchors, num_latents, k, activation, sparsity: as of [`SparseAutoencoder`].
+        time_channels (`int`, defaults to 256): of the embedding and of the MLP.
+
+    Example:
+        ```py
+        >>> tide = TIDE("transformer_blocks.14", 1152, anchors=[961, 481, 1], num_latents=18432, k=32, sparsity="topk")
+        >>> latents = tide.encode_step(tokens, timestep=481)  # (tokens, d) -> (tokens, m)
+        ```
+    """
+
+    summary = (
+        "A sparse autoencoder modulated by the timestep (TIDE, [arXiv 2503.07050](https://arxiv.org/abs/2503.07050)), "
+        "the same for all steps but for a scale and a shift of its input that each timestep has. `k` latents are "
+        "active on a token at a step."
+    )
+
+    @register_to_config
+    def __init__(
+        self, site: str, in_channels: int, anchors: list[int], num_latents: int, k: int, activation: str = "output",
+        sparsity: str = "threshold", time_channels: int = 256,
+    ):  # fmt: skip
+        super().__init__(site, in_channels, anchors, num_latents, k, activation, sparsity)
+        if not isinstance(time_channels, int) or time_channels < 2 or time_channels % 2:
+            raise ValueError(f"`time_channels` must be an even number, got {time_channels!r}.")
+        width = time_channels
+        self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.modulation = nn.Linear(width, 2 * in_channels)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def modulate(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """1 + scale and shift `(timesteps, d)`."""
+        embedding = get_timestep_embedding(timesteps, self.config.time_channels, True, 0.0)
+        scale, shift = self.modulation(self.time_mlp(embedding)).chunk(2, dim=-1)
+        return 1 + scale, shift
+
+    def _modulate(self, timestep: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        factor, shift = self.modulate(torch.tensor([float(timestep)], device=self.modulation.weight.device))
+        return factor[0].to(device), shift[0].to(device)
+
+    def shown(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
+        factor, shift = self._modulate(timestep, tokens.device)
+        return tokens * factor + shift
+
+    def hidden(self, shown: torch.Tensor, timestep: float) -> torch.Tensor:
+        factor, shift = self._modulate(timestep, shown.device)
+        return (shown - shift) / factor
+
+    def directions(self, latents: list[int] | torch.Tensor, injection: str = "trajectory") -> Directions:
+        return _ModulatedDirections(super().directions(latents).paths, self)
+
+
+class _ModulatedDirections(Directions):
+    """Directions `(latents, 1, d)` in what the encoder is shown."""
+
+    def __init__(self, paths: torch.Tensor, tide: TIDE):
+        super().__init__(paths)
+        self.tide = tide
+
+    def to(self, device: torch.device) -> Directions:
+        return _ModulatedDirections(self.paths.to(device, torch.float32), self.tide)
+
+    @torch.no_grad()
+    def at(self, step: Step) -> torch.Tensor:
+        factor, _ = self.tide._modulate(step.timestep, self.paths.device)
+        return self.paths[:, 0] / factor
