@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffusers_rtsae
-from diffusers_rtsae import RTSAE, TIDE, Dictionary, SparseAutoencoder, cli, list_sites, load_dictionary
+from diffusers_rtsae import RTSAE, TIDE, Dictionary, MixtureSAE, SparseAutoencoder, cli, list_sites, load_dictionary
 from diffusers_rtsae.analysis import find, fit
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops
@@ -668,6 +668,17 @@ MISUSE = {
         ValueError,
         "`time_channels` must be an even number, got 7.",
     ),
+    "experts of different sizes": (
+        lambda world: MixtureSAE(SMALL, 8, [900, 1], 8, 2, num_experts=4, shared_latents=2),
+        ValueError,
+        "Expected two experts or more, of as many latents each, of the 8 without those shared; got 4 experts and 2 "
+        "shared.",
+    ),
+    "unknown metadata": (
+        lambda world: MixtureSAE(SMALL, 8, [900, 1], 8, 2, num_experts=2, metadata=["hour"]),
+        ValueError,
+        "`metadata` must be some of ['time', 'row', 'column', 'guidance'], got ['hour'].",
+    ),
     "trajectories of another width": (
         lambda world: world.dictionary.sites[SITE].encode(torch.zeros(2, 3, 8)),
         ValueError,
@@ -905,7 +916,7 @@ MISUSE = {
     "a configuration of a kind of somebody else": (
         rewritten(f"{SMALL}/config.json", _class_name="UNet2DConditionModel"),
         ValueError,
-        "…config.json must name its kind as one of ['RTSAE', 'SparseAutoencoder', 'TIDE'], got "
+        "…config.json must name its kind as one of ['RTSAE', 'SparseAutoencoder', 'TIDE', 'MixtureSAE'], got "
         "'UNet2DConditionModel'.",
     ),
     "a configuration without width": (

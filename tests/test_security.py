@@ -25,7 +25,7 @@ from diffusers_rtsae.models import Step
 
 SITE = "mid_block"
 CONFIG, WEIGHTS = f"{SITE}/config.json", f"{SITE}/{WEIGHTS_NAME}"
-OTHERS = ["SparseAutoencoder", "TIDE, TopK"]
+OTHERS = ["SparseAutoencoder", "TIDE, TopK", "MixtureSAE"]
 COUNTS = {
     "bytes of the weights": 3000,
     "header of the weights": 2200,

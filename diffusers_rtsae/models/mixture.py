@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .base import Memory, Reader, Step
+from .base import Memory, Reader, SparseDictionary, Step
 from .sae import SparseAutoencoder, StepReader
 from .sparsity import jump_relu
 
@@ -50,7 +50,8 @@ class MixtureSAE(SparseAutoencoder):
         self, site: str, in_channels: int, anchors: list[int], num_latents: int, k: int, activation: str = "output",
         shared_latents: int | None = None, num_experts: int = 8, metadata: list[str] = METADATA,
     ):  # fmt: skip
-        super().__init__(site, in_channels, anchors, num_latents, k, activation)
+        SparseDictionary.__init__(self, anchors, num_latents, activation)  # its configuration has no `sparsity`
+        self._allocate(in_channels, anchors, num_latents)
         shared = num_latents // 4 if shared_latents is None else shared_latents
         whole = isinstance(num_experts, int) and isinstance(shared, int)
         if not whole or num_experts < _ROUTED or not 0 <= shared < num_latents or (num_latents - shared) % num_experts:

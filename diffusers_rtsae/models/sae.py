@@ -55,6 +55,9 @@ class SparseAutoencoder(SparseDictionary):
             raise ValueError(
                 f"`sparsity` must be 'threshold', or 'topk' with k up to {num_latents}, got {sparsity!r} with {k}."
             )
+        self._allocate(in_channels, anchors, num_latents)
+
+    def _allocate(self, in_channels: int, anchors: list[int], num_latents: int) -> None:
         decoder = F.normalize(torch.randn(num_latents, in_channels), dim=1)
         self.encoder = nn.Parameter(decoder.clone())
         self.encoder_bias = nn.Parameter(torch.zeros(num_latents))

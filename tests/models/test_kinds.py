@@ -4,7 +4,7 @@ import pytest
 import torch
 from kinds import MADE, OTHERS, random_dictionary
 
-from diffusers_rtsae import SparseDictionary
+from diffusers_rtsae import Dictionary, SparseDictionary, load_dictionary
 from diffusers_rtsae.models import KINDS, Step
 
 ANCHORS, D, M = [900, 500, 100], 6, 24
@@ -24,6 +24,16 @@ def test_a_configuration_names_its_kind(sae, tmp_path):
     kind = KINDS[SparseDictionary.load_config(tmp_path)["_class_name"]]
     assert kind is type(sae) and kind.summary
     assert torch.equal(kind.from_pretrained(tmp_path).encode(trajectories()), sae.encode(trajectories()))
+
+
+def test_a_folder_and_its_card_say_what_it_is(sae, tmp_path):
+    Dictionary({"mid_block": sae}).save(tmp_path)
+    again = load_dictionary(tmp_path).sites["mid_block"]
+    assert type(again) is type(sae)
+    torch.testing.assert_close(again.encode(trajectories()), sae.encode(trajectories()), atol=1e-2, rtol=1e-2)
+    card = (tmp_path / "README.md").read_text()
+    assert f"| mid_block | {type(sae).__name__} | 6 | 24 | 4 | 900, 500, 100 | output |" in card
+    assert f"**{type(sae).__name__}.** {sae.summary}" in card
 
 
 def test_a_code_knows_nothing_of_later_anchors(sae):

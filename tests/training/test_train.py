@@ -343,6 +343,7 @@ SHARED_ARMS = {
     for name, changes in {
         "batch_topk": {}, "topk": {"architecture": "topk"}, "matryoshka": {"architecture": "matryoshka"},
         "jump_relu": {"architecture": "jump_relu"}, "per_step": {"layout": "per_step"}, "parts": {"accumulate": 2},
+        "tide": {"kind": "tide"}, "mixture": {"kind": "mixture", "experts": 2},
     }.items()
 }  # fmt: skip
 
