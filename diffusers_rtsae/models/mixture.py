@@ -142,7 +142,7 @@ class RoutedReader(StepReader):
 
     def __init__(self, sae: MixtureSAE, rows: list[int], device: torch.device):
         super().__init__(sae, rows, device)
-        self.owner = sae.experts(torch.tensor(rows)).to(device)
+        self.owner = sae.experts(torch.tensor(rows, dtype=torch.long)).to(device)
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
         tokens = tokens.float()

@@ -62,6 +62,11 @@ def test_some_latents_are_read_as_the_whole_code_has_them(sae):
         torch.testing.assert_close(read, whole[..., rows], atol=1e-4, rtol=1e-4)
 
 
+def test_nothing_may_be_read(sae):
+    reader = sae.reader([], torch.device("cpu"))
+    assert reader.read(reader.begin(), torch.zeros(1, 2, D), Step(900, 0)).shape == (1, 2, 0)
+
+
 def test_a_reader_does_not_depend_on_the_precision_of_the_rows_or_on_pieces(sae, monkeypatch):
     monkeypatch.setattr("diffusers_rtsae.models.sae._PIECE", 3 * M)
     h, reader = trajectories(), sae.reader([2, 5], torch.device("cpu"))
