@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kinds import OTHERS, random_dictionary
 
 from diffusers_rtsae import TIDE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis import fit
@@ -9,7 +10,6 @@ from diffusers_rtsae.analysis.find import find_features
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.record import record
 from diffusers_rtsae.analysis.report import write_report
-from kinds import OTHERS, random_dictionary
 from training.evaluate import evaluate, recovered, stability, timing
 
 SITE = "up_blocks.1.attentions.1"
