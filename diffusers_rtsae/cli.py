@@ -258,8 +258,12 @@ def inspect(
     labels = search_labels(loaded, label) if label else list(loaded.labels)
     metrics = loaded.config.get("metrics", {})
     if as_json:
-        sites = {site: dict(sae.config) | {"metrics": metrics.get(site)} for site, sae in loaded.sites.items()}
-        sites = {site: {k: v for k, v in told.items() if not k.startswith("_")} for site, told in sites.items()}
+        sites = {
+            site: {"kind": type(sae).__name__}
+            | {name: value for name, value in sae.config.items() if not name.startswith("_")}
+            | {"metrics": metrics.get(site)}
+            for site, sae in loaded.sites.items()
+        }
         told = {"base_model": loaded.config.get("base_model"), "sites": sites, "presets": loaded.presets}
         print(json.dumps(told | {"labels": {name: loaded.labels[name] for name in labels}}))
         return
@@ -270,7 +274,9 @@ def inspect(
             f"{name} {m[name]}" for name in ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead") if name in m
         ]
         console.print(
-            f"{site}: {c.num_latents:,} latents of {c.in_channels} channels at {len(c.anchors)} anchors", *figures
+            f"{site}: {type(sae).__name__}, {c.num_latents:,} latents of {c.in_channels} channels at {len(c.anchors)} "
+            "anchors",
+            *figures,
         )
     table = Table("label", "seen by latents", "measured")
     for name in labels:

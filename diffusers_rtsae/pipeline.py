@@ -228,10 +228,10 @@ class RTSAELoaderMixin:
                 activation. A list holds one strength per prompt; a tensor or array `(steps,)` or `(steps, prompts)`,
                 or a function of the progress from 0 to 1, is a schedule over denoising.
             adapter_name (`str`, *optional*): which dictionary; needed if several are loaded.
-            options: `operation`, `source`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`, `clip`; see
-                [`Edit`]. `source` is a feature. `where` may be `"everywhere"`, or a feature (or list of them) whose
-                active tokens are edited. A label brings the options it was verified with, unless another `operation`
-                is asked for; `start` and `end` replace its whole window.
+            options: `operation`, `source`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`, `clip`,
+                `renormalise`; see [`Edit`]. `source` is a feature. `where` may be `"everywhere"`, or a feature (or
+                list of them) whose active tokens are edited. A label brings the options it was verified with, unless
+                another `operation` is asked for; `start` and `end` replace its whole window.
 
         Example:
             ```py

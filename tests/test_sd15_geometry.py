@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffusers_rtsae import RTSAE, Dictionary, Edit, list_sites, load_dictionary
+from diffusers_rtsae.models import KINDS
 from diffusers_rtsae.steering import PlanState, SitePlan, get_site
 from diffusers_rtsae.steering.sites import read_output, to_tokens
 from tests.benchmarks.memory import WIDTH, tensor_bytes
@@ -67,10 +68,11 @@ def test_every_site_takes_a_dictionary_of_its_width_and_is_steered(pipe):
     pipe.unload_rtsae()
 
 
-def test_a_dictionary_of_full_size_opens_at_once_and_takes_few_bytes(tmp_path):
+@pytest.mark.parametrize("kind", ["RTSAE", "SparseAutoencoder", "TIDE", "MixtureSAE"])
+def test_a_dictionary_of_full_size_opens_at_once_and_takes_few_bytes(tmp_path, kind):
     """Only rows in use are read: what steering holds does not grow with the dictionary."""
     site, count = "up_blocks.1.attentions.1", 2048
-    rtsae = RTSAE(site, WIDTH, [961, 721, 481, 241, 1], count, k=32)
+    rtsae = KINDS[kind](site, WIDTH, [961, 721, 481, 241, 1], count, k=32)
     Dictionary({site: rtsae}).save(tmp_path)
     loaded = load_dictionary(tmp_path).sites[site]
     edits = [Edit(latents=(100 * i,), weights=(1.0,), strength=1.0) for i in range(5)]

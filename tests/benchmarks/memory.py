@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_rtsae import RTSAE, Dictionary, Edit, load_dictionary
+from diffusers_rtsae import RTSAE, Dictionary, Edit, SparseDictionary, load_dictionary
 from diffusers_rtsae.steering import PlanState, SitePlan
 
 from .timing import DEVICE, seconds
@@ -23,7 +23,7 @@ def tensor_bytes(thing, seen: set[int]) -> int:
             return 0
         seen.add(storage.data_ptr())
         return storage.nbytes()
-    if isinstance(thing, RTSAE):
+    if isinstance(thing, SparseDictionary):
         return 0
     parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else ()
     parts = vars(thing).values() if hasattr(thing, "__dict__") and not callable(thing) else parts

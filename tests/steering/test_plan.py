@@ -149,6 +149,18 @@ def test_where_and_mask_restrict_the_change():
     torch.testing.assert_close(masked[0], whole[0] * mask.flatten()[:, None])
 
 
+def test_renormalising_keeps_the_length_of_tokens_and_leaves_the_others_alone():
+    rtsae, tokens = random_rtsae(5), torch.randn(1, 4, D)
+    base = {"latents": (5,), "weights": (1.0,), "strength": 3.0, "mask": torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])}
+    plain, _ = plan_delta(Edit(**base, clip=False), tokens, 961, rtsae)
+    kept = plan_delta(Edit(**base, clip=False, renormalise=True), tokens, 961, rtsae)
+    for change, sign in zip(kept, (1, -1), strict=True):
+        torch.testing.assert_close((tokens + change).norm(dim=-1), tokens.norm(dim=-1))
+        wanted = tokens + sign * plain
+        torch.testing.assert_close(torch.cosine_similarity(tokens + change, wanted, dim=-1), torch.ones(1, 4))
+        assert (change[0, 2] == 0).all()
+
+
 def dense_change(rtsae: SparseDictionary, edit: Edit, h: torch.Tensor, g: int) -> torch.Tensor:
     """What `edit` must add at anchor `g`, from the definition: encode everything, edit, decode the difference."""
     z = rtsae.encode(h[:, :, : g + 1].flatten(0, 1)).unflatten(0, h.shape[:2])
