@@ -115,7 +115,7 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
 
     Statistics of the latents over the training data are buffers: `typical_activation` and `max_activation`, the 99th
     percentile and the largest where a latent is active, and `mean_activation` and `density`, mean and share of active
-    over everything; `(m,)` each.
+    over everything; `(m,)` each. Every kind has an `encoder` and a `decoder` with a row for each latent.
     """
 
     matrices = ("encoder", "decoder")  # stored in half precision; all else stays float32
