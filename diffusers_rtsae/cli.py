@@ -195,7 +195,7 @@ def fit(
     pairs: Annotated[Path | None, typer.Option(help="JSON file of [[from, to], …] instead.")] = None,
     unchanged: Annotated[list[str] | None, typer.Option(help="A prompt that is to stay as it is; repeatable.")] = None,
     latents: Annotated[int, typer.Option(min=1, help="At most.")] = 16,
-    direction: Annotated[bool, typer.Option(help="Add a direction of its own instead of latents.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Fit a linear map of this rank instead of latents.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the dictionary with the label.")] = Path("fitted"),
     steps: Steps = 25,
     guidance: Guidance = 3.0,
@@ -208,7 +208,7 @@ def fit(
 
     With an --out that holds a dictionary already, that one gets the label; a label it has is not fitted again.
 
-    Example: diffusers-rtsae fit --from "a blue star" --to "a red star" --name red --direction
+    Example: diffusers-rtsae fit --from "a blue star" --to "a red star" --name red --rank 8
     """
     from .analysis.effect import check_pairs
     from .analysis.fit import fit_feature
@@ -229,7 +229,7 @@ def fit(
     pipe = _pipeline(pipeline, dictionary)
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
-    fitted = fit_feature(pipe, chosen, latents, unchanged or [], direction, seed=seed, **call)
+    fitted = fit_feature(pipe, chosen, latents, unchanged or [], rank, seed=seed, **call)
     pipe.add_rtsae_label(name, fitted)
     get_dictionary(pipe).save(out)
     if as_json:

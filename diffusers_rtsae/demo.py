@@ -90,7 +90,7 @@ def demonstrate(
         valid = sum(r["valid"] == "yes" for s in (1.0, 2.0) for r in readings[s]) / (2 * prompts)
         parts = labels[label]["features"]
         latents = len({row for part in parts for row in part["latents"]})
-        own = " and a direction" if any("direction" in part for part in parts) else ""
+        own = " and a map" if any("map" in part for part in parts) else ""
         table.add_row(f"{kind}: {label}", f"{latents}{own}", *(f"{h:.0%}" for h in hits.values()), f"{valid:.0%}")
         results[label] = {
             "factor": kind,

@@ -19,7 +19,7 @@ from .models import KINDS, SparseDictionary
 from .steering.edits import Edit
 
 CONFIG_NAME, LABELS_NAME, PRESETS_NAME = "rtsae_config.json", "labels.json", "presets.json"
-DIRECTIONS_NAME = "directions.safetensors"
+MAPS_NAME = "maps.safetensors"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a site is also a folder, and must not lead out of its own
@@ -105,15 +105,13 @@ def _is_int(value, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
 
 
-def check_label(
-    path: Path, name: str, label, sizes: dict[str, int | None], directions: dict[str, torch.Tensor]
-) -> None:
+def check_label(path: Path, name: str, label, sizes: dict[str, int | None], maps: dict[str, torch.Tensor]) -> None:
     """
-    Raise `ValueError` unless a label can be used: well formed, and of rows and directions that its dictionary has.
+    Raise `ValueError` unless a label can be used: well formed, and of rows and maps that its dictionary has.
 
     Args:
         sizes (`dict[str, int | None]`): latents of each site, `None` where that is not known.
-        directions (`dict[str, torch.Tensor]`): of fitted labels, by name.
+        maps (`dict[str, torch.Tensor]`): of fitted labels, by name.
     """
     name = brief(name)
     features, edit = (label.get("features"), label.get("edit", {})) if isinstance(label, dict) else (None, None)
@@ -127,7 +125,7 @@ def check_label(
         entry = entry if isinstance(entry, dict) else {}
         site, rows, weights, where = (entry.get(key) for key in ("site", "latents", "weights", "where"))
         lists = isinstance(rows, list) and isinstance(weights, list) and isinstance(where, list | None)
-        least = 0 if _check_part(path, name, entry, directions) else 1
+        least = 0 if _check_part(path, name, entry, maps) else 1
         if not isinstance(site, str) or site not in sizes or not lists or not least <= len(rows) == len(weights):
             raise ValueError(
                 f"{path}: each feature of {name} needs a site of {brief(list(sizes))}, and as many weights as latents."
@@ -138,7 +136,7 @@ def check_label(
                 raise ValueError(f"{path}: {name} names latent {brief(row)}, but {site} has 0 to {last}.")
         if not all(type(weight) in (int, float) and abs(weight) < 1e9 for weight in weights):  # which NaN is not
             raise ValueError(f"{path}: the weights of {name} must be finite numbers, got {brief(weights)}.")
-        if least == 0:  # a fitted direction: its options are those of the label, its operation is its own
+        if least == 0:  # a map: its options are those of the label, its operation is its own
             continue
         source = (0,) if edit.get("operation") in ("transfer", "replace") else None  # the caller's to choose
         where = None if where is None else tuple(where)
@@ -156,20 +154,20 @@ def check_label(
             raise ValueError(f"{path}: {name} cannot be used: {_line(error)}") from None
 
 
-def _check_part(path: Path, name: str, entry: dict, directions: dict[str, torch.Tensor]) -> bool:
-    """Check what only parts of fitted labels have; whether this one is a direction of its own."""
-    if not entry.keys() & {"bounds", "operation", "direction"}:
+def _check_part(path: Path, name: str, entry: dict, maps: dict[str, torch.Tensor]) -> bool:
+    """Check what only parts of fitted labels have; whether this one is a map of its own."""
+    if not entry.keys() & {"bounds", "operation", "map"}:
         return False
-    bounds, direction = entry.get("bounds"), entry.get("direction")
+    bounds, own = entry.get("bounds"), entry.get("map")
     numbers = isinstance(bounds, list) and len(bounds) == 2 and all(type(b) in (int, float) for b in bounds)
     if not numbers or not -1e9 < bounds[0] <= 0 <= bounds[1] < 1e9:
         raise ValueError(f"{path}: the `bounds` of {name} must be two numbers around 0, got {brief(bounds)}.")
     if entry.get("operation", "add") not in ("add", "ablate"):
         raise ValueError(f"{path}: a part of {name} must 'add' or 'ablate', got {brief(entry['operation'])}.")
-    if direction is None:
+    if own is None:
         return False
-    if not isinstance(direction, str) or direction not in directions or entry.get("latents") or "operation" in entry:
-        raise ValueError(f"{path}: {name} must name one of the directions and no latents, got {brief(direction)}.")
+    if not isinstance(own, str) or own not in maps or entry.get("latents") or "operation" in entry:
+        raise ValueError(f"{path}: {name} must name one of the maps and no latents, got {brief(own)}.")
     return True
 
 
@@ -266,21 +264,23 @@ def _check_header(path: Path, found: dict, expected: dict[str, torch.Tensor], ma
         raise ValueError(f"The weights in {path} do not fit its config.json: {', '.join(wrong[:8])}.")
 
 
-def load_directions(path: Path) -> dict[str, torch.Tensor]:
-    """The directions of fitted labels by name, each `(G, d)` float32."""
+def load_maps(path: Path) -> dict[str, torch.Tensor]:
+    """The linear maps of fitted labels by name, each the rows `(r, G, 2 d + 1)` of one, float32."""
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             for name, found in slices.items():
-                if len(found.get_shape()) != 2 or found.get_dtype() not in DTYPES:
-                    raise ValueError(f"{path}: {brief(name)} is no direction: expected (anchors, channels) floats.")
-            directions = {name: file.get_tensor(name).float() for name in slices}
+                if len(found.get_shape()) != 3 or found.get_dtype() not in DTYPES:
+                    raise ValueError(
+                        f"{path}: {brief(name)} is no map: expected (rank, anchors, 2 channels + 1) floats."
+                    )
+            maps = {name: file.get_tensor(name).float() for name in slices}
     except (SafetensorError, RuntimeError) as error:
         raise OSError(f"{path} is damaged or no safetensors file: {_line(error)}") from None
-    for name, direction in directions.items():
-        if not direction.isfinite().all():
+    for name, rows in maps.items():
+        if not rows.isfinite().all():
             raise ValueError(f"{path} holds NaN or inf in {brief(name)}.")
-    return directions
+    return maps
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -29,9 +29,9 @@ from huggingface_hub.errors import (
 from .card import CARD_NAME, LIBRARY_NAME, is_generated, model_card
 from .files import (
     CONFIG_NAME,
-    DIRECTIONS_NAME,
     DTYPES,
     LABELS_NAME,
+    MAPS_NAME,
     PRESETS_NAME,
     WEIGHTS_NAME,
     brief,
@@ -40,7 +40,7 @@ from .files import (
     check_sites,
     closest,
     is_site,
-    load_directions,
+    load_maps,
     load_site,
     read_json,
     save_site,
@@ -89,15 +89,14 @@ class Dictionary:
             was verified with and what was measured.
         config (`dict`): `base_model`, `signature` of its denoiser, and how the trajectories were made.
         presets (`dict[str, dict]`): named edits: `features`, a list of `[feature, strength]`, and `options` of them.
-        directions (`dict[str, torch.Tensor]`): `(G, d)` each, in activation space: what fitted labels add that is no
-            sum of latents.
+        maps (`dict[str, torch.Tensor]`): rows of the linear maps that fitted labels have of their own.
     """
 
     sites: dict[str, SparseDictionary]
     labels: dict[str, dict] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     presets: dict[str, dict] = field(default_factory=dict)
-    directions: dict[str, torch.Tensor] = field(default_factory=dict)
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.sites:
@@ -111,8 +110,8 @@ class Dictionary:
 
         for name, label in self.labels.items():
             for entry in label["features"]:
-                if "direction" in entry and entry["direction"] not in self.directions:
-                    raise ValueError(f"The label {brief(name)} has a direction of its own, which is not there.")
+                if "map" in entry and entry["map"] not in self.maps:
+                    raise ValueError(f"The label {brief(name)} has a map of its own, which is not there.")
 
     def features(self, name: str | int | tuple[str, int], operation: str | None = None) -> tuple[list[dict], dict]:
         """
@@ -165,27 +164,26 @@ class Dictionary:
         """The entries of the latents that are active where a feature is."""
         return self.features(name, operation="set")[0]
 
-    def add_label(self, name: str, label: dict, directions: dict[str, torch.Tensor]) -> None:
-        """Add or replace a label, with the directions of its own at some sites; raises `ValueError` if it cannot be
-        used."""
+    def add_label(self, name: str, label: dict, maps: dict[str, torch.Tensor]) -> None:
+        """Add or replace a label, with the maps that its parts name; raises `ValueError` if it cannot be used."""
         sizes = {site: sae.config.num_latents for site, sae in self.sites.items()}
-        own = {f"{name}.{site}": direction for site, direction in directions.items()}
+        own = {f"{name}.{part}": rows for part, rows in maps.items()}
         features = [
-            entry | ({"direction": f"{name}.{entry['site']}"} if "direction" in entry else {})
-            for entry in label["features"]
+            entry | ({"map": f"{name}.{entry['map']}"} if "map" in entry else {}) for entry in label["features"]
         ]
         label = label | {"features": features}
         check_label(Path(LABELS_NAME), name, label, sizes, own)
-        replaced = {e["direction"] for e in self.labels.get(name, {}).get("features", []) if "direction" in e}
-        self.directions = {k: d for k, d in self.directions.items() if k not in replaced} | own
+        replaced = {e["map"] for e in self.labels.get(name, {}).get("features", []) if "map" in e}
+        self.maps = {key: rows for key, rows in self.maps.items() if key not in replaced} | own
         self.labels[name] = label
 
     @torch.no_grad()
     def trajectory(self, name: str | int | tuple[str, int]) -> torch.Tensor:
-        """The path `(G, d)` of a feature through activation space at strength 1, at its first site."""
-        entry = self.features(name)[0][0]
-        if "direction" in entry:
-            return self.directions[entry["direction"]].float().cpu()
+        """The path `(G, d)` of a feature through activation space at strength 1, at its first site; of a label with a
+        map of its own, which has none, that of the latents it is seen by."""
+        entry = next((e for e in [*self.features(name)[0], *self.seen(name)] if "map" not in e), None)
+        if entry is None:
+            raise ValueError(f"The label {brief(name)} moves no latents and is seen by none.")
         sae, latents = self.sites[entry["site"]], entry["latents"]
         amounts = sae.typical_activation[latents].cpu() * torch.tensor(entry["weights"])
         return torch.einsum("n,ngd->gd", amounts, sae.feature_trajectories(latents).cpu())
@@ -240,7 +238,7 @@ class Dictionary:
             if not is_generated(folder / CARD_NAME):
                 files.remove(CARD_NAME)
             (folder / CONFIG_NAME).unlink(missing_ok=True)  # a folder without it is no dictionary
-            for name in (PRESETS_NAME, DIRECTIONS_NAME):
+            for name in (PRESETS_NAME, MAPS_NAME):
                 (folder / name).unlink(missing_ok=True)
             for name in files:
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -251,7 +249,7 @@ class Dictionary:
         sizes = dict.fromkeys(self.config.get("sites", ())) | {s: r.config.num_latents for s, r in self.sites.items()}
         labels = {}
         for name, label in self.labels.items():
-            check_label(folder / LABELS_NAME, name, label, sizes, self.directions)
+            check_label(folder / LABELS_NAME, name, label, sizes, self.maps)
             kept = [entry for entry in label["features"] if entry["site"] in self.sites]
             labels |= {name: label | {"features": kept}} if kept else {}
         config = {"format_version": FORMAT_VERSION, "sites": list(self.sites)}
@@ -259,9 +257,9 @@ class Dictionary:
         for name, preset in self.presets.items():
             check_preset(folder / PRESETS_NAME, name, preset)
         write_json(folder / LABELS_NAME, labels)
-        used = {entry["direction"] for label in labels.values() for entry in label["features"] if "direction" in entry}
+        used = {entry["map"] for label in labels.values() for entry in label["features"] if "map" in entry}
         if used:
-            save_tensors({name: self.directions[name] for name in sorted(used)}, folder / DIRECTIONS_NAME)
+            save_tensors({name: self.maps[name] for name in sorted(used)}, folder / MAPS_NAME)
         if self.presets:
             write_json(folder / PRESETS_NAME, self.presets)
         write_json(folder / CONFIG_NAME, config)
@@ -270,7 +268,7 @@ class Dictionary:
         for site, sae in self.sites.items():
             save_site(folder, site, sae)
         inner = [f"{site}/{name}" for site in self.sites for name in ("config.json", WEIGHTS_NAME)]
-        optional = [PRESETS_NAME] * bool(self.presets) + [DIRECTIONS_NAME] * bool(used)
+        optional = [PRESETS_NAME] * bool(self.presets) + [MAPS_NAME] * bool(used)
         return [*inner, LABELS_NAME, *optional, CARD_NAME, CONFIG_NAME]
 
     def push_to_hub(
@@ -406,7 +404,7 @@ def load_dictionary(
             )
         dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
         chosen = {site: dictionary.sites[site] for site in _choose(dictionary.sites, layers)}
-        return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets, dictionary.directions)
+        return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets, dictionary.maps)
     if not isinstance(source, str | os.PathLike) or not str(source):
         found = "an empty string" if isinstance(source, str) else type(source).__name__
         raise ValueError(f"Expected a Hub id, a folder or a dict of dictionaries by site, got {found}.")
@@ -441,7 +439,7 @@ def _fetch(
         )
 
     try:
-        folder = download([CONFIG_NAME, LABELS_NAME, PRESETS_NAME, DIRECTIONS_NAME], revision, force_download)
+        folder = download([CONFIG_NAME, LABELS_NAME, PRESETS_NAME, MAPS_NAME], revision, force_download)
         config = folder / prefix / CONFIG_NAME
         if not config.is_file():
             raise OSError(f"it has no {prefix}{CONFIG_NAME}.")
@@ -511,18 +509,18 @@ def _read(folder: Path, layers: list[str] | None, dtype: torch.dtype | None) -> 
     sites = {site: load_site(folder, site, dtype) for site in _choose(known, layers)}
     sizes = {site: sites[site].config.num_latents if site in sites else None for site in known}
     labels = read_json(folder / LABELS_NAME)
-    directions = load_directions(folder / DIRECTIONS_NAME) if (folder / DIRECTIONS_NAME).is_file() else {}
+    maps = load_maps(folder / MAPS_NAME) if (folder / MAPS_NAME).is_file() else {}
     for name, label in labels.items():
-        check_label(folder / LABELS_NAME, name, label, sizes, directions)
+        check_label(folder / LABELS_NAME, name, label, sizes, maps)
         for entry in label["features"]:
             sae = sites.get(entry["site"])
-            needed = sae and (len(sae.config.anchors), sae.config.in_channels)
-            if "direction" in entry and sae and directions[entry["direction"]].shape != needed:
-                raise ValueError(f"The direction of {brief(name)} has another shape than {entry['site']} needs.")
+            needed = sae and (len(sae.config.anchors), 2 * sae.config.in_channels + 1)
+            if "map" in entry and sae and maps[entry["map"]].shape[1:] != needed:
+                raise ValueError(f"The map of {brief(name)} has another shape than {entry['site']} needs.")
     presets = read_json(folder / PRESETS_NAME) if (folder / PRESETS_NAME).is_file() else {}
     for name, preset in presets.items():
         check_preset(folder / PRESETS_NAME, name, preset)
-    return Dictionary(sites, labels, config, presets, directions)
+    return Dictionary(sites, labels, config, presets, maps)
 
 
 def _choose(sites, layers: list[str] | None) -> list[str]:

@@ -79,7 +79,7 @@ def _edits(
     """Resolve feature names to `(site, Edit)`; what the caller leaves open is taken from the label."""
     if not isinstance(features, dict):
         raise ValueError(f"Expected features as a dict {{label or index: strength}}, got {type(features).__name__}.")
-    known = sorted({f.name for f in fields(Edit)} - {"latents", "weights", "strength", "direction", "bounds"})
+    known = sorted({f.name for f in fields(Edit)} - {"latents", "weights", "strength", "map", "bounds"})
     unknown = options.keys() - set(known)
     if unknown:
         raise ValueError(f"Unknown option {min(unknown)!r}; an edit has {known}.")
@@ -113,8 +113,8 @@ def _part(entry: dict, dictionary: Dictionary, options: dict) -> dict:
     operation = entry.get("operation", "add")
     if operation == "add" and not options.get("clip", True):
         low, high = low and -math.inf, high and math.inf
-    direction = dictionary.directions[entry["direction"]] if "direction" in entry else None
-    return {"operation": operation, "bounds": (low, high), "clip": False, "direction": direction}
+    own = dictionary.maps[entry["map"]] if "map" in entry else None
+    return {"operation": operation, "bounds": (low, high), "clip": False, "map": own}
 
 
 def _defaults(verified: dict, options: dict) -> dict:
@@ -296,14 +296,14 @@ class RTSAELoaderMixin:
         )
 
     def get_rtsae_features(self, adapter_name: str | None = None) -> dict[str, list[tuple[str, int]]]:
-        """The labels of a dictionary and the `(site, index)` of the latents each moves; the index of a fitted
-        direction of its own is `None`."""
+        """The labels of a dictionary and the `(site, index)` of the latents each moves; the index of a
+        linear map of its own is `None`."""
         labels = get_dictionary(self, adapter_name).labels
         return {
             name: [
                 (entry["site"], index)
                 for entry in label["features"]
-                for index in ([None] if "direction" in entry else entry["latents"])
+                for index in ([None] if "map" in entry else entry["latents"])
             ]
             for name, label in labels.items()
         }
@@ -321,7 +321,7 @@ class RTSAELoaderMixin:
             >>> pipe.add_rtsae_label("red", fit_feature(pipe, [("a blue star", "a red star")]))
             ```
         """
-        get_dictionary(self, adapter_name).add_label(name, fitted.label, fitted.directions)
+        get_dictionary(self, adapter_name).add_label(name, fitted.label, fitted.maps)
 
     def enable_rtsae(self) -> None:
         """Let the loaded dictionaries act again."""

@@ -25,9 +25,7 @@ pairs = [
 before, after = zip(*pairs, strict=True)
 print(find_features(pipe, after, before, count=5, seeds=1, **call))  # single latents, the best first
 
-fitted = fit_feature(
-    pipe, pairs, unchanged=["a large pink star at the bottom, flat, on black"], direction=True, **call
-)
+fitted = fit_feature(pipe, pairs, unchanged=["a large pink star at the bottom, flat, on black"], rank=8, **call)
 print(fitted)
 pipe.add_rtsae_label("my pink", fitted)
 pipe.save_rtsae(a.out / "with-my-pink")

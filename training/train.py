@@ -486,7 +486,7 @@ def save(recipe: Recipe, sites: dict[str, RTSAE], report: dict, out: Path, pipe,
         "prediction_type": pipe.scheduler.config.get("prediction_type", "flow"),
     }  # fmt: skip
     before = _unchanged(sites, out)
-    kept = (before.labels, config, before.presets, before.directions) if before else ({}, config)
+    kept = (before.labels, config, before.presets, before.maps) if before else ({}, config)
     dictionary = Dictionary(sites, *kept)
     dictionary.save(out)
     write_json(out / "metrics.json", report)

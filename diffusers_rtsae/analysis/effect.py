@@ -16,13 +16,14 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..hub import Dictionary
+from ..models import interpolate
 from ..pipeline import get_denoiser, get_dictionary, own_size, resting
 from ..steering import DENOISERS, Clock, TimeGrid, call_arguments, get_site, noise_schedule
 from ..steering.sites import from_tokens, read_output, replace_output, to_tokens, token_grid
@@ -176,6 +177,8 @@ class State:
         distance (`torch.Tensor`): ‖v(x, from) − v(x, to)‖² of each state, `(states,)`.
         codes (`dict[str, torch.Tensor]`): latents of each site that an edit reads, `(states, N, latents)`.
         columns (`dict[str, dict[int, int]]`): where in these a latent is.
+        present, goal (`dict[str, torch.Tensor]`): the activation of each site with the "from" and the "to" prompt,
+            `(states, N, d)`.
     """
 
     call: Call
@@ -188,6 +191,8 @@ class State:
     distance: torch.Tensor
     codes: dict[str, torch.Tensor] = field(default_factory=dict)
     columns: dict[str, dict[int, int]] = field(default_factory=dict)
+    present: dict[str, torch.Tensor] = field(default_factory=dict)
+    goal: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def timestep(self) -> float:
@@ -196,13 +201,12 @@ class State:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def reversed(self, rows: list[int]) -> State:
-        """Some rows with the "from" and the "to" prompts exchanged."""
-        samples, texts, wants, pairs = (
-            [values[row] for row in rows] for values in (self.samples, self.wants, self.texts, self.pairs)
-        )
-        predictions = self.wanted[rows], self.before[rows]
-        return State(self.call, samples, texts, wants, pairs, *predictions, self.distance[rows])
+    def reversed(self) -> State:
+        """With the "from" and the "to" prompts exchanged."""
+        return replace(
+            self, texts=self.wants, wants=self.texts, before=self.wanted, wanted=self.before, present=self.goal,
+            goal=self.present, codes={}, columns={},
+        )  # fmt: skip
 
 
 @dataclass
@@ -218,16 +222,10 @@ class _Run:
     past: dict[str, torch.Tensor]
     concern: dict[str, torch.Tensor]
 
-    def reversed(self, chosen: list[bool]) -> _Run:
-        """With the prompts exchanged, of some pairs alone."""
-        first = next(state for state in self.states if state is not None)
-        rows = [row for row, pair in enumerate(first.pairs) if chosen[pair]]
-
-        def of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {site: tensor[rows] for site, tensor in tensors.items()}
-
-        states = [None if state is None else state.reversed(rows) for state in self.states]
-        return _Run(self.timesteps, states, of(self.goal), of(self.present), of(self.past), of(self.concern))
+    def reversed(self) -> _Run:
+        """With the prompts exchanged."""
+        states = [None if state is None else state.reversed() for state in self.states]
+        return _Run(self.timesteps, states, self.goal, self.present, self.past, self.concern)
 
 
 class States:
@@ -311,19 +309,18 @@ class States:
                     goal[site].append(self._activation(site, there[site]))
                     past[site].append(self._activation(site, tokens[site]))
         stacked = [{site: torch.stack(kind[site], 2) for site in sites} for kind in (present, goal, past)]
+        for step, state in enumerate(states):
+            if state is not None:
+                state.present, state.goal = (
+                    {site: values[:, :, step] for site, values in kind.items()} for kind in stacked[:2]
+                )
         return _Run([call.timestep for call, _, _ in kept], states, *stacked, concern)
 
-    def reversed(self, only: Callable[[Pair], bool]) -> States:
-        """The same with the "from" and the "to" prompts exchanged: of the pairs that `only` is true of, if there are
-        any, and of those in which nothing is to change."""
-        chosen = [not told or only(pair) for pair, told in zip(self.pairs, self.told.tolist(), strict=True)]
-        if not any(one and told for one, told in zip(chosen, self.told.tolist(), strict=True)):
-            chosen = [True] * len(self.pairs)
+    def reversed(self) -> States:
+        """The same with the "from" and the "to" prompts exchanged."""
         other = copy.copy(self)
         other.pairs = [pair[::-1] for pair in self.pairs]
-        other.told = self.told & torch.tensor(chosen)
-        other._runs = [run.reversed(chosen) for run in self._runs]
-        other._runs = [run for run in other._runs if len(run.present[next(iter(run.present))])]
+        other._runs = [run.reversed() for run in self._runs]
         return other
 
     def _activation(self, site: str, tokens: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -463,14 +460,13 @@ def frozen(pipeline, checkpointing: bool = False):
 @dataclass
 class Part:
     """
-    What is fitted at one site. On the tokens that `gate` names it adds latents, or a direction of its own; it takes
-    away what is there of other latents, each by its own activation.
+    Latents that are fitted at one site. On the tokens that `gate` names some are added; others are taken away, each by
+    its own activation.
 
     Args:
         gate (`list[int]`, *optional*): only tokens on which one of these latents is active; everywhere without it.
         added (`list[int]`), weights (`torch.Tensor`): latents and how much of their typical activation, `(added,)`.
         removed (`list[int]`), shares (`torch.Tensor`): latents and which share of their activation, `(removed,)`.
-        direction (`torch.Tensor`, *optional*): `(G, d)`, in units of the activation's scale at each anchor.
     """
 
     gate: list[int] | None = None
@@ -478,7 +474,6 @@ class Part:
     weights: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     removed: list[int] = field(default_factory=list)
     shares: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    direction: torch.Tensor | None = None
 
     @property
     def read(self) -> list[int]:
@@ -486,7 +481,7 @@ class Part:
 
     @property
     def fitted(self) -> list[torch.Tensor]:
-        return [p for p in (self.weights, self.shares, self.direction) if p is not None and p.numel()]
+        return [p for p in (self.weights, self.shares) if p.numel()]
 
 
 class Intervention:
@@ -520,18 +515,13 @@ class Intervention:
 
     def shares_of_anchors(self, site: str, timestep: float) -> torch.Tensor:
         """What each anchor's direction weighs at a step, `(G,)`."""
-        return self.at(site, torch.eye(len(self.dictionary.sites[site].config.anchors)).T[..., None], timestep)[..., 0]
+        anchors = torch.eye(len(self.dictionary.sites[site].config.anchors))
+        return interpolate(anchors, self.grids[site].coordinate(timestep))
 
     def directions(self, site: str, latents: Sequence[int], timestep: float) -> torch.Tensor:
         """`(latents, d)` at a step."""
         step = self.grids[site].step(timestep)
         return self.dictionary.sites[site].directions(list(latents)).at(step).float()
-
-    def at(self, site: str, paths: torch.Tensor, timestep: float) -> torch.Tensor:
-        """Paths `(..., G, d)` at a step, `(..., d)`."""
-        coordinate, last = self.grids[site].coordinate(timestep), paths.shape[-2] - 1
-        low = min(int(coordinate), last)
-        return torch.lerp(paths[..., low, :], paths[..., min(low + 1, last), :], coordinate - low)
 
     def __call__(self, state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
         """What to add at each site; `added` is the strength of the additions alone."""
@@ -541,9 +531,6 @@ class Intervention:
             if part.added:
                 amounts = part.weights * rtsae.typical_activation[part.added]
                 path = amounts @ self.directions(site, part.added, state.timestep)
-                terms.append(added * self.gate(site, state, rows) * path)
-            if part.direction is not None:
-                path = self.at(site, part.direction * rtsae.spread[:, None].cpu(), state.timestep)
                 terms.append(added * self.gate(site, state, rows) * path)
             if part.removed:
                 amounts = part.shares * self.active(site, state, rows, part.removed)

@@ -1,13 +1,16 @@
-"""Fit a feature to what it is to do: few latents and signed weights, chosen by their effect on the prediction."""
+"""Fit a feature to what it is to do, by its effect on the prediction: few latents with signed weights, or a linear map
+of a label's own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from tqdm.auto import tqdm
 
+from ..models import LinearMap, interpolate
 from .effect import (
     CHUNK,
     ROWS,
@@ -24,13 +27,15 @@ from .effect import (
 )
 
 _RATE = 0.05  # of Adam, for weights in units of a typical activation
-_OWN_RATE = 0.01  # for directions, in units of the activation's scale; faster, they outrun what is taken away
 _ROUND = 4  # latents chosen at once, and the gradients they are chosen by, and the steps that fit them
 _CHOICE, _STEPS, _LAST = 10, 30, 120
 _REMOVED = 256  # candidates, the most active ones, for being taken away by their own activation
 _PICTURES, _CAPTURE = 24, 200  # pairs that are drawn to fit, and what that counts for on the bar
 _AWAY = 8  # latents at most that take the concept away at negative strengths
 _REACHED = 0.9  # share of it that a strength beyond 1 must keep
+_RANK = 8  # of the map that tells what the site can do
+_RIDGE = 0.003  # of a map's least squares, in units of their mean square
+_THERE = 0.5  # how much it counts that a map leaves alone what is as it should be
 
 
 def _optimise(model: Intervention, states: States, steps: int, generator: torch.Generator, bar) -> None:
@@ -41,15 +46,11 @@ def _optimise(model: Intervention, states: States, steps: int, generator: torch.
         return
     for parameter in fitted:
         parameter.requires_grad_(True)
-    own = {id(part.direction) for part in model.parts.values()}
-    rates = [_OWN_RATE if id(parameter) in own else _RATE for parameter in fitted]
-    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(fitted, rates, strict=True)]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    optimiser = torch.optim.Adam(fitted, lr=_RATE, betas=(0.9, 0.98))
     left = torch.ones(len(states.pairs))  # share of each pair's distance
     try:
         for step, (state, rows, weight) in enumerate(states.draw(steps, ROWS, generator)):
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * min(1.0, 2 * (1 - step / steps))
+            optimiser.param_groups[0]["lr"] = _RATE * min(1.0, 2 * (1 - step / steps))
             errors, pairs = states.errors(state, rows, model(state, rows)), [state.pairs[row] for row in rows]
             harder = (left[pairs] / left[states.told].mean()).clamp(1 / 3, 3)
             loss = (errors * harder.to(errors.device)).mean() * weight
@@ -112,49 +113,106 @@ class FittedFeature:
     Args:
         label (`dict`): as in a dictionary's labels.json: `features` (what is added and taken away), `seen` (latents
             that are active where the concept is), `edit` (options), `measured`.
-        directions (`dict[str, torch.Tensor]`): by site, `(G, d)` in activation space, if it has any of its own.
+        maps (`dict[str, torch.Tensor]`): rows of the linear maps that its parts name, if it has any of its own.
     """
 
     label: dict
-    directions: dict[str, torch.Tensor] = field(default_factory=dict)
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def measured(self) -> dict[str, float]:
         """`effect` on held-out pairs (1: what changing the prompt does) and its `lowest` over these; `harm`, the
-        change of prompts that were to stay, in the same unit; `direction`, the effect of a free direction alone;
-        `effect_away`, of strength −1 from "to" to "from"; `latents` in use; `pairs` held out."""
+        change of prompts that were to stay, in the same unit; `map`, the effect of a linear map at the sites, and
+        `ceiling`, of the other prompt's activation itself there; `effect_away`, of strength −1 from "to" to "from";
+        `latents` or `rank` in use; `pairs` held out."""
         return self.label["measured"]
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name} {value:.3g}" for name, value in self.measured.items())
-        return f"FittedFeature({'direction' if self.directions else 'latents'}: {told})"
+        return f"FittedFeature({'map' if self.maps else 'latents'}: {told})"
 
 
 def _rounded(values: torch.Tensor) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
 
 
-def _entries(parts: dict[str, Part], sign: int, limit: float) -> list[dict]:
-    """Parts as entries of a label that answer strengths of one sign, the additions up to `limit`."""
-    entries = []
-    for site, part in parts.items():
-        reach = sorted([0.0, sign * limit])
-        if part.added:
-            entries.append({"latents": part.added, "weights": _rounded(sign * part.weights), "where": part.gate})
-        if part.direction is not None:
-            entries.append({"latents": [], "weights": [], "where": part.gate, "direction": site})
-        entries = [{"site": site, "bounds": reach} | entry if "site" not in entry else entry for entry in entries]
-        if part.removed:
-            shares = _rounded(sign * part.shares)
-            taken = {"latents": part.removed, "weights": shares, "where": None, "operation": "ablate"}
-            entries.append({"site": site, "bounds": sorted([0.0, float(sign)])} | taken)
-    return entries
+class _Latents(Intervention):
+    """Latents at each site, as parts of a label."""
+
+    @property
+    def count(self) -> int:
+        return sum(len(part.added) + len(part.removed) for part in self.parts.values())
+
+    def entries(self, sign: int, limit: float) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        """Parts of a label that answer strengths of one sign, the additions up to `limit`; it names no maps."""
+        entries = []
+        for site, part in self.parts.items():
+            if part.added:
+                taken = {"latents": part.added, "weights": _rounded(sign * part.weights), "where": part.gate}
+                entries.append({"site": site, "bounds": sorted([0.0, sign * limit])} | taken)
+            if part.removed:
+                shares = _rounded(sign * part.shares)
+                taken = {"latents": part.removed, "weights": shares, "where": None, "operation": "ablate"}
+                entries.append({"site": site, "bounds": sorted([0.0, float(sign)])} | taken)
+        return entries, {}
 
 
-def _leaves_open(pair: Pair) -> bool:
-    """Whether the "from" prompt only leaves out words of the "to" prompt."""
-    words = iter(pair[1].split())
-    return all(word in words for word in pair[0].removeprefix("an ").removeprefix("a ").split())
+class _Maps:
+    """A linear map at each site, as a change of activations like an [`Intervention`]."""
+
+    def __init__(self, rows: dict[str, torch.Tensor], states: States):
+        self.rows, self.states = rows, states
+        self.maps = {site: LinearMap(own) for site, own in rows.items()}
+
+    def __call__(self, state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
+        steps = {site: self.states.grids[site].step(state.timestep) for site in self.maps}
+        return {site: added * own(state.present[site][list(rows)], steps[site]) for site, own in self.maps.items()}
+
+    def entries(self, sign: int, limit: float) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        """Parts of a label that answer strengths of one sign up to `limit`, and the maps that these name."""
+        entries, maps = [], {}
+        for site, rows in self.rows.items():
+            name = f"{site}.{'away' if sign < 0 else 'towards'}"
+            taken = {"latents": [], "weights": [], "where": None, "map": name}
+            entries.append({"site": site, "bounds": sorted([0.0, sign * limit])} | taken)
+            width = rows.shape[2] // 2
+            maps[name] = torch.cat([rows[..., : width + 1], sign * rows[..., width + 1 :]], -1)
+        return entries, maps
+
+
+@torch.no_grad()
+def _fit_maps(states: States, rank: int) -> _Maps:
+    """
+    The linear map at each site that takes the activation with the "from" prompt to that with the "to" prompt, token by
+    token, and leaves the latter where it is: reduced-rank ridge regression, no gradient. Each state counts by the root
+    of the size of its change, so that late steps, in which little changes, are not lost.
+    """
+    fitted = {}
+    for site, sae in states.dictionary.sites.items():
+        width, anchors, one = sae.config.in_channels, len(sae.config.anchors), float(sae.spread.mean())
+        square = torch.zeros((width + 1) * anchors, (width + 1) * anchors, dtype=torch.float64)
+        product = torch.zeros(len(square), width, dtype=torch.float64)
+        for state in states.all():
+            step = states.grids[site].step(state.timestep)
+            there = interpolate(torch.eye(anchors), step.coordinate).double()
+            scale = float(interpolate(sae.spread, step.coordinate))
+            present, goal = (values[site].double().cpu() / scale for values in (state.present, state.goal))
+            size = (goal - present)[states.told[state.pairs]].square().sum((1, 2))
+            if not len(size):
+                continue
+            weight = float(size.mean().clamp(min=1e-6)) ** -0.5
+            for tokens, change, share in ((present, goal - present, 1.0), (goal, None, _THERE**2)):
+                tokens = torch.cat([tokens.flatten(0, 1), torch.full((tokens.shape[:2].numel(), 1), one / scale)], 1)
+                inputs = (there[None, :, None] * tokens[:, None]).flatten(1)
+                square += share * weight * inputs.T @ inputs
+                if change is not None:
+                    product += weight * inputs.T @ change.flatten(0, 1)
+        square.diagonal().add_(_RIDGE * square.diagonal().mean())
+        solution = torch.linalg.solve(square, product)
+        kept = torch.linalg.eigh(solution.T @ square @ solution).eigenvectors[:, -rank:].flip(1)  # of what it changes
+        readers = (solution @ kept).T.unflatten(1, (anchors, width + 1)).float()
+        fitted[site] = LinearMap.rows(readers[..., :-1], readers[..., -1] * one, kept.T.float())
+    return _Maps(fitted, states)
 
 
 def _split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -167,9 +225,10 @@ def _split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
 class _Fitter:
     """States to fit and to judge on, and what to look for at each site."""
 
-    def __init__(self, states: States, judges: States, generator: torch.Generator, bar):
-        self.states, self.judges, self.generator, self.bar = states, judges, generator, bar
-        self.surveys = {site: _survey(states, site) for site in states.dictionary.sites}
+    def __init__(
+        self, states: States, judges: States, surveys: dict[str, _Survey], generator: torch.Generator, bar
+    ):  # fmt: skip
+        self.states, self.surveys, self.generator, self.bar = states, surveys, generator, bar
         for site, survey in self.surveys.items():
             for group in (states, judges):
                 group.read(site, sorted({*survey.candidates, *(survey.gate or ())}))
@@ -190,7 +249,7 @@ class _Fitter:
         """Choose latents a few at a time, fit all weights after each choice, and leave out what that does not use."""
         candidates = {site: survey.candidates for site, survey in self.surveys.items()}
         for start in range(0, latents, _ROUND):
-            for site, added, latent in self.best(model, candidates, adding)[: min(_ROUND, latents - start)]:
+            for site, added, latent in self.best(model, candidates)[: min(_ROUND, latents - start)]:
                 part = model.parts[site]
                 if added:
                     part.added, part.weights = [*part.added, latent], torch.cat([part.weights, torch.zeros(1)])
@@ -201,8 +260,9 @@ class _Fitter:
         for part in model.parts.values():
             part.added, part.weights = _used(part.added, part.weights)
             part.removed, part.shares = _used(part.removed, part.shares)
+        return model
 
-    def best(self, model: Intervention, candidates: dict[str, list[int]], adding: bool) -> list[tuple[str, bool, int]]:
+    def best(self, model: Intervention, candidates: dict[str, list[int]]) -> list[tuple[str, bool, int]]:
         """`(site, added or removed, latent)` whose weight the effect depends on most for the size of what it changes,
         the best first."""
         found = []
@@ -211,12 +271,11 @@ class _Fitter:
             scores = order.removed / order.removed_length.clamp(min=1e-9)
             scores[[candidates[site].index(latent) for latent in part.removed]] = 0
             found += [(s, site, False, i) for s, i in zip(scores.tolist(), candidates[site], strict=True) if s > 0]
-            if adding:
-                scores = torch.where(density > 0, order.added.abs() / order.added_length.clamp(min=1e-9), 0.0)
-                scores[part.added] = 0
-                top = scores.topk(min(_ROUND, len(scores)))
-                added = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-                found += [(s, site, True, i) for s, i in added if s > 0]
+            scores = torch.where(density > 0, order.added.abs() / order.added_length.clamp(min=1e-9), 0.0)
+            scores[part.added] = 0
+            top = scores.topk(min(_ROUND, len(scores)))
+            added = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            found += [(s, site, True, i) for s, i in added if s > 0]
         return [choice for _, *choice in sorted(found, reverse=True)]
 
 
@@ -225,29 +284,28 @@ def _used(latents: list[int], weights: torch.Tensor) -> tuple[list[int], torch.T
     return [latents[i] for i in kept], weights[kept]
 
 
-def _reach(fitter: _Fitter, model: Intervention) -> float:
+def _effect(judges: States, model: Callable[..., Changes], strength: float = 1.0) -> torch.Tensor:
+    """E of a model for each held-out pair, at a strength of its additions."""
+    return judges.effects(lambda state, rows: model(state, rows, added=strength))
+
+
+def _reach(judges: States, model: Callable[..., Changes]) -> float:
     """The largest strength, from 1 to 2, at which held-out pairs keep most of the effect that strength 1 has."""
-
-    def at(strength: float) -> float:
-        def changes(state: State, rows: Sequence[int]) -> Changes:
-            return model(state, rows, added=strength)
-
-        return float(fitter.judges.effects(changes)[fitter.judges.told].mean())
-
-    whole = at(1.0)
-    return max((s for s in (1.25, 1.5, 2.0) if at(s) >= _REACHED * whole), default=1.0)
+    effect = {s: float(_effect(judges, model, s)[judges.told].mean()) for s in (1.0, 1.25, 1.5, 2.0)}
+    return max(s for s in effect if effect[s] >= _REACHED * effect[1.0] or s == 1.0)
 
 
 def fit_feature(
-    pipeline, pairs: Sequence[Pair], latents: int = 16, unchanged: Sequence[str] = (), direction: bool = False,
+    pipeline, pairs: Sequence[Pair], latents: int = 16, unchanged: Sequence[str] = (), rank: int | None = None,
     adapter_name: str | None = None, seed: int = 0, batch_size: int = 16, checkpointing: bool = False,
     progress: bool = True, **call,
 ) -> FittedFeature:  # fmt: skip
     """
-    A feature that does to a prediction what changing the prompt does: few latents of a loaded dictionary with signed
-    weights, chosen by gradient pursuit on the effect E and fitted through the frozen denoiser (see
-    [`analysis.effect`]). A constant part is added on the tokens that the prompts make a difference on; latents that
-    stand for what is there instead are taken away, each by its own activation.
+    A feature that does to a prediction what changing the prompt does. Of few latents with signed weights, chosen by
+    gradient pursuit on the effect E and fitted through the frozen denoiser (see [`analysis.effect`]): a constant part
+    is added on the tokens that the prompts make a difference on, and latents that stand for what is there instead are
+    taken away, each by its own activation. Or, with `rank`, a linear map of its own, fitted by least squares: it does
+    more with less work, but is no part of the dictionary.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.
@@ -256,8 +314,7 @@ def fit_feature(
             other noise.
         latents (`int`): at most.
         unchanged (`Sequence[str]`): prompts that show it already or have nothing to do with it.
-        direction (`bool`): add a direction of its own at each site instead of latents; what is taken away are latents
-            still.
+        rank (`int`, *optional*): of a linear map at each site, instead of latents.
         adapter_name (`str`, *optional*): of the dictionary.
         seed (`int`): of the noise, and of all that is random here.
         batch_size (`int`): pictures drawn at once.
@@ -270,24 +327,26 @@ def fit_feature(
         and so is the half of guidance that it steers.
 
     Raises:
-        `ValueError`: the prompts are no pairs, or the denoiser gives no gradient.
+        `ValueError`: the prompts are no pairs, or the denoiser gives no gradient, without which latents cannot be
+            chosen.
 
     Example:
         ```py
-        >>> fitted = fit_feature(pipe, [("a blue star", "a red star"), ("a star", "a red star")])
+        >>> fitted = fit_feature(pipe, [("a blue star", "a red star"), ("a star", "a red star")], rank=8)
         >>> pipe.add_rtsae_label("red", fitted)
         ```
     """
     pairs, same = check_pairs(pairs), [(prompt, prompt) for prompt in unchanged]
-    if latents < 1:
-        raise ValueError(f"Expected at least one latent, got latents={latents!r}.")
+    if latents < 1 or (rank is not None and rank < 1):
+        asked = f"latents={latents!r}" if rank is None else f"rank={rank!r}"
+        raise ValueError(f"Expected at least one latent, or a rank of at least one, got {asked}.")
     fitting, judging = _split(pairs)
     fitting = (fitting * -(-_PICTURES // len(fitting)))[: max(_PICTURES, len(fitting))]
     judging = (judging * -(-_PICTURES // 3 // len(judging)))[: max(_PICTURES // 3, len(judging))]
-    rounds = -(-latents // _ROUND) * _STEPS + _LAST
-    away_rounds = -(-_AWAY // _ROUND) * _STEPS + _LAST
-    total = 2 * _CAPTURE + _LAST + rounds + away_rounds
-    with frozen(pipeline, checkpointing), tqdm(total=total, disable=not progress) as bar:
+    rounds = [-(-count // _ROUND) * _STEPS + _LAST for count in (latents, min(_AWAY, latents))] if rank is None else []
+    total = 2 * _CAPTURE + sum(rounds)
+    gradients = frozen(pipeline, checkpointing) if rank is None else contextlib.nullcontext()
+    with gradients, tqdm(total=total, disable=not progress) as bar:
         shared = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
         bar.set_description("pictures")
         states = States(pipeline, fitting + (same[1::2] or same), seed=seed, **shared)
@@ -295,52 +354,50 @@ def fit_feature(
         judges = States(pipeline, judging + same[::2], seed=seed + 1_000_000, **shared)
         bar.update(_CAPTURE)
         generator = torch.Generator().manual_seed(seed)
-        fitter = _Fitter(states, judges, generator, bar)
 
-        bar.set_description("direction")
-        free = fitter.model(direction=True)
-        fitter.optimise(free, _LAST)
-        reached = float(judges.effects(free)[judges.told].mean())
+        def fitted(states: States, judges: States, surveys: dict[str, _Survey], latents: int) -> _Latents | _Maps:
+            if rank is not None:
+                return _fit_maps(states, rank)
+            return _Fitter(states, judges, surveys, generator, bar).pursue(latents)
 
-        bar.set_description("latents")
-        model = free if direction else fitter.model(direction=False)
-        fitter.pursue(model, latents, adding=not direction)
-        limit = _reach(fitter, model)
-        effects = judges.effects(model)
-
+        bar.set_description("towards")
+        surveys = {site: _survey(states, site) for site in states.dictionary.sites}
+        model = fitted(states, judges, surveys, latents)
+        limit, effects = _reach(judges, model), _effect(judges, model)
+        own = effects if rank is not None else _effect(judges, _fit_maps(states, _RANK))
+        ceiling = judges.effects(
+            lambda state, rows: {s: (state.goal[s] - state.present[s])[list(rows)] for s in state.goal}
+        )
         bar.set_description("away")
-        backwards = _Fitter(states.reversed(_leaves_open), judges.reversed(_leaves_open), generator, bar)
-        away = backwards.model(direction=False)
-        backwards.pursue(away, min(_AWAY, latents), adding=True)
-        effect_away = backwards.judges.effects(away)[backwards.judges.told].mean()
+        backwards = [group.reversed() for group in (states, judges)]
+        surveys_away = {site: _survey(backwards[0], site) for site in surveys} if rank is None else {}
+        away = fitted(*backwards, surveys_away, min(_AWAY, latents))
+        effect_away = _effect(backwards[1], away)
         bar.update(total - bar.n)
     told = judges.told
-    parts = model.parts.values()
     measured = {
         "effect": round(float(effects[told].mean()), 4),
         "lowest": round(float(effects[told].min()), 4),
         "harm": round(float(-effects[~told].mean()), 4) if not told.all() else None,
-        "direction": round(reached, 4),
-        "effect_away": round(float(effect_away), 4),
-        "latents": sum(len(part.added) + len(part.removed) for part in parts),
+        "map": round(float(own[told].mean()), 4),
+        "ceiling": round(float(ceiling[told].mean()), 4),
+        "effect_away": round(float(effect_away[told].mean()), 4),
+        "latents": model.count if rank is None else None,
+        "rank": rank,
         "pairs": int(told.sum()),
     }
+    entries = [model.entries(1, limit), away.entries(-1, _reach(backwards[1], away))]
     seen = [
-        {"site": site, "latents": survey.seen, "weights": [1.0] * len(survey.seen), "where": None}
-        for site, survey in fitter.surveys.items()
-        if survey.seen
+        {"site": site, "latents": latents, "weights": [1.0] * len(latents), "where": None}
+        for site, latents in ((site, survey.seen) for site, survey in surveys.items())
+        if latents
     ]
     label = {
-        "features": _entries(model.parts, 1, limit) + _entries(away.parts, -1, 1.0),
+        "features": [entry for part, _ in entries for entry in part],
         "seen": seen,
         "edit": {"apply_to": "cond"},
         "measured": {name: value for name, value in measured.items() if value is not None},
     }
     if not label["features"]:
         raise ValueError("No latent of the dictionary has an effect on these pairs.")
-    directions = {
-        site: part.direction * states.dictionary.sites[site].spread[:, None].cpu()
-        for site, part in model.parts.items()
-        if part.direction is not None
-    }
-    return FittedFeature(label, directions)
+    return FittedFeature(label, entries[0][1] | entries[1][1])

@@ -3,6 +3,7 @@
 from .base import Directions, FeatureTimes, Memory, Reader, SparseDictionary, Step, interpolate
 from .dynamics import LinearDynamics
 from .mixture import MixtureSAE
+from .linear_map import LinearMap
 from .rtsae import RTSAE, RTSAEOutput
 from .sae import SparseAutoencoder
 from .sparsity import batch_topk, jump_relu, topk
@@ -20,6 +21,7 @@ __all__ = [
     "Directions",
     "FeatureTimes",
     "LinearDynamics",
+    "LinearMap",
     "Memory",
     "MixtureSAE",
     "RTSAEOutput",

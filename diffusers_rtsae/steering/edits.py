@@ -60,7 +60,7 @@ class Edit:
         clip (`bool`): keep edited activations inside the range of the training data.
         renormalise (`bool`): afterwards scale each token that the edits of this dictionary changed at the site back to
             the length it had.
-        direction (`torch.Tensor`, *optional*): `(G, d)` in activation space, added instead of latents; unclipped.
+        map (`torch.Tensor`, *optional*): rows of a [`LinearMap`], instead of latents; unclipped.
         bounds (`tuple[float, float]`, *optional*): strengths are kept inside. What a fitted label is made of answers
             one strength each in its own range.
 
@@ -81,7 +81,7 @@ class Edit:
     injection: str = "trajectory"
     clip: bool = True
     renormalise: bool = False
-    direction: torch.Tensor | None = None
+    map: torch.Tensor | None = None
     bounds: tuple[float, float] | None = None
 
     def __post_init__(self):
@@ -106,8 +106,8 @@ class Edit:
                 if self.source is None
                 else f"`source` is for 'transfer' and 'replace', not for {self.operation!r}."
             )
-        if self.direction is not None and (self.latents or self.operation != "add" or self.clip):
-            raise ValueError("A direction is added, unclipped, and to no latents.")
+        if self.map is not None and (self.latents or self.operation != "add" or self.clip):
+            raise ValueError("A map adds, unclipped, and to no latents.")
         if self.where == () or self.source == ():
             raise ValueError(
                 f"`{'where' if self.where == () else 'source'}` names no latent of this site, so the edit would act "

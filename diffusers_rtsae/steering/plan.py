@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ..models import Directions, Memory, SparseDictionary, Step
+from ..models import LinearMap, Memory, SparseDictionary, Step
 from .clock import TimeGrid
 from .edits import APPLY_TO, Edit
 
@@ -72,8 +72,8 @@ class PlanState:
 
 class _Fold:
     """
-    Edits of one plan that share their options, as one: a column for each latent (or direction) of each edit, and then,
-    edit by edit, one for each latent that it takes from.
+    Edits of one plan that share their options, as one: a column for each latent (or dimension of a map) of each edit,
+    and then, edit by edit, one for each latent that it takes from.
 
     Args:
         edits (`list[Edit]`): of one `_shared`.
@@ -91,19 +91,16 @@ class _Fold:
         self._masks: dict[tuple[int, int], torch.Tensor] = {}
         if self.options.where is not None:
             self.where = self._index([rows.index(row) for row in self.options.where])
-        if self.options.direction is not None:
-            self.owners, self.owned = self._index(range(len(edits))), None
-            self.full = torch.ones(len(edits), device=device)
-            self.given = len(edits)
-            self.directions = Directions(torch.stack([edit.direction for edit in edits])).to(device)
+        if self.options.map is not None:
+            self._own([i for i, edit in enumerate(edits) for _ in edit.map])
+            self.map = LinearMap(torch.cat([edit.map for edit in edits]).to(device, torch.float32))
             return
         source, place = list(self.options.source or ()), {row: i for i, row in enumerate(rows)}
         moved = [row for edit in edits for row in edit.latents] + source * len(edits)
         self.given, self.sources = len(moved) - len(source) * len(edits), len(source)
         owners = [i for i, edit in enumerate(edits) for _ in edit.latents]
         owners += [i for i in range(len(edits)) for _ in source]
-        self.owners = self._index(owners)  # which edit a column is of
-        self.owned = F.one_hot(self.owners).float() if len(owners) > len(edits) else None  # (columns, edits)
+        self._own(owners)
         if self.options.reads_moved:
             read = [place[row] for row in moved]
             self.read = slice(None) if read == list(range(len(rows))) else self._index(read)
@@ -119,10 +116,14 @@ class _Fold:
     def _index(self, values: Iterable[int]) -> torch.Tensor:
         return torch.tensor(list(values), device=self.device)
 
+    def _own(self, owners: list[int]) -> None:
+        self.owners = self._index(owners)  # which edit a column is of
+        self.owned = F.one_hot(self.owners).float() if len(owners) > len(self.edits) else None  # (columns, edits)
+
     def change(
         self,
+        tokens: torch.Tensor,
         latents: torch.Tensor | None,
-        images: int,
         step: Step,
         size: tuple[int, int] | None,
         counts: list[_Counts] | None,
@@ -131,13 +132,18 @@ class _Fold:
         What to add to the activation: amounts `(B, N or 1, c)` of vectors `(B, c, d)`.
 
         Args:
+            tokens (`torch.Tensor`): the activation, `(B, N, d)`.
             latents (`torch.Tensor`, *optional*): what is read, `(B, N, rows)`.
-            images (`int`): B.
             size (`tuple[int, int]`, *optional*): token grid, needed for a mask.
             counts (`list`, *optional*): where to tell what was done.
         """
-        present = latents[..., self.read] if self.options.reads_moved else None
-        wish = change = self._wish(self._strength(step.timestep, images), present)
+        images, present = len(tokens), None
+        strength = self._strength(step.timestep, images)
+        if self.options.map is not None:
+            wish = change = present = strength * self.map.amounts(tokens, step)
+        else:
+            present = latents[..., self.read] if self.options.reads_moved else None
+            wish = change = self._wish(strength, present)
         if self.options.clip:
             wanted = present + wish
             # an activation that is outside by itself is no reason to move it
@@ -153,7 +159,7 @@ class _Fold:
                 outside = self._any((wanted - allowed).abs() > 1e-6 * self.highest) & edited
                 outside = outside.float().mean((0, 1)) / share.clamp(min=1e-9)
             counts.append(_Counts(step.timestep, self.edits, share, outside))
-        vectors = self.directions.at(step)
+        vectors = (self.directions if self.options.map is None else self.map.directions).at(step)
         if present is None:  # the same on all tokens: one vector an image
             return torch.ones_like(change[..., :1]) if here is None else here, change @ vectors
         return change if here is None else change * here, vectors.expand(images, *vectors.shape)
@@ -215,7 +221,7 @@ class _Fold:
 def _shared(edit: Edit) -> tuple:
     """What edits of one fold have in common."""
     names = ("operation", "source", "where", "start", "end", "apply_to", "injection", "clip")
-    return *(getattr(edit, name) for name in names), id(edit.mask), edit.direction is None
+    return *(getattr(edit, name) for name in names), id(edit.mask), edit.map is None
 
 
 def _sum(changes: list[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor) -> torch.Tensor | None:
@@ -348,4 +354,4 @@ class SitePlan:
                 state.memories[stream] = self.reader.begin()
             latents = self.reader.read(state.memories[stream], tokens, step)
         acting = [fold for fold in folds if fold.options.acts_at(timestep)]
-        return [(fold, fold.change(latents, len(tokens), step, size, counts)) for fold in acting]
+        return [(fold, fold.change(tokens, latents, step, size, counts)) for fold in acting]

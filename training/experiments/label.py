@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/labels"), help="where what is fitted is kept")
     parser.add_argument("--values", nargs="*", help="that are to be labelled; all by default")
     parser.add_argument("--latents", type=int, default=24)
-    parser.add_argument("--sum-of-latents", action="store_true", help="add latents instead of a direction")
+    parser.add_argument("--rank", type=int, default=8, help="of a linear map; 0 fits latents instead")
     parser.add_argument("--least", type=float, default=0.1, help="effect below which nothing is labelled")
     parser.add_argument("--fit-only", action="store_true", help="leave the dictionary as it is")
     a, world = parse(parser)
@@ -52,10 +52,10 @@ def main() -> None:
     for factor, value in targets:
         if stored(a.work, value):
             continue
-        different, same = pairs(world, factor, value, contradicted=18, leave_open=6, already=8, seed=0)
-        fitted = fit_feature(pipe, different, a.latents, same, direction=not a.sum_of_latents, **call)
-        if fitted.directions:
-            save_file(fitted.directions, a.work / f"{value}.safetensors")
+        different, same = pairs(world, factor, value, contradicted=16, leave_open=8, already=8, seed=0)
+        fitted = fit_feature(pipe, different, a.latents, same, a.rank or None, **call)
+        if fitted.maps:
+            save_file(fitted.maps, a.work / f"{value}.safetensors")
         write_json(a.work / f"{value}.json", {"factor": factor, "value": value} | fitted.label)
         print(f"{factor} {value}: {fitted}", flush=True)
     if a.fit_only:
@@ -65,7 +65,7 @@ def main() -> None:
         fitted = stored(a.work, value)
         result.labels.pop(value, None)
         if fitted.measured["effect"] >= a.least:
-            result.add_label(value, fitted.label, fitted.directions)
+            result.add_label(value, fitted.label, fitted.maps)
     order = [value for _, value in world.targets]
     result.labels = dict(sorted(result.labels.items(), key=lambda item: order.index(item[0])))
     result.save(a.out or a.dictionary)
