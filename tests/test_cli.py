@@ -57,10 +57,10 @@ def test_fit_makes_a_label_and_does_not_make_it_twice(tmp_path, monkeypatch):
         monkeypatch.setattr(fit, constant, value)
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps([["a star, on white", "a star, on navy"]]))
-    out, options = tmp_path / "fitted", ("--name", "dusk", "--direction", "--latents", 4, "--steps", 4, "--json")
+    out, options = tmp_path / "fitted", ("--name", "dusk", "--rank", 4, "--steps", 4, "--json")
     told = json.loads(invoke("fit", "--pairs", pairs, "--out", out, *options))
     assert told["label"] == "dusk" and -1 < told["measured"]["effect"] <= 1
-    assert "direction" in load_dictionary(out).labels["dusk"]["features"][0]
+    assert "map" in load_dictionary(out).labels["dusk"]["features"][0]
     before = (out / "labels.json").read_bytes()
     assert "has a label dusk already" in invoke("fit", "--pairs", pairs, "--out", out, *options[:-1])
     assert (out / "labels.json").read_bytes() == before

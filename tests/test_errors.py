@@ -30,7 +30,7 @@ from diffusers_rtsae.analysis.plots import plot_crops
 from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.files import DIRECTIONS_NAME, read_pairs, save_tensors
+from diffusers_rtsae.files import MAPS_NAME, read_pairs, save_tensors
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME
 from diffusers_rtsae.steering import Edit
 
@@ -132,13 +132,13 @@ def weights(**changes):
     return load
 
 
-def directions(content: bytes | None = None, **tensors):
-    """The small folder with a label that has a direction of its own."""
+def maps(content: bytes | None = None, **tensors):
+    """The small folder with a label that has a map of its own."""
 
     def load(world):
-        entry = {"site": SMALL, "latents": [], "weights": [], "bounds": [0, 1], "direction": "red"}
+        entry = {"site": SMALL, "latents": [], "weights": [], "bounds": [0, 1], "map": "red"}
         (world.folder / LABELS_NAME).write_text(json.dumps({"red": {"features": [entry]}}))
-        path = world.folder / DIRECTIONS_NAME
+        path = world.folder / MAPS_NAME
         path.write_bytes(content) if content else save_file(tensors, path)
         load_dictionary(world.folder)
 
@@ -836,38 +836,38 @@ MISUSE = {
         ValueError,
         "…labels.json: a part of 'red' must 'add' or 'ablate', got 'set'.",
     ),
-    "a label of a direction that is not there": (
-        label(bounds=[0, 1], latents=[], weights=[], direction="red"),
+    "a label of a map that is not there": (
+        label(bounds=[0, 1], latents=[], weights=[], map="red"),
         ValueError,
-        "…labels.json: 'red' must name one of the directions and no latents, got 'red'.",
+        "…labels.json: 'red' must name one of the maps and no latents, got 'red'.",
     ),
-    "labels without their directions": (
+    "labels without their maps": (
         lambda world: Dictionary(world.dictionary.sites, world.dictionary.labels),
         ValueError,
-        "The label 'white' has a direction of its own, which is not there.",
+        "The label 'white' has a map of its own, which is not there.",
     ),
-    "a direction of another shape": (
-        directions(red=torch.zeros(2, 8)),
+    "a map of another shape": (
+        maps(red=torch.zeros(2, 3, 8)),
         ValueError,
-        "The direction of 'red' has another shape than mid_block needs.",
+        "The map of 'red' has another shape than mid_block needs.",
     ),
-    "a direction that is none": (
-        directions(red=torch.zeros(8)),
+    "a map that is none": (
+        maps(red=torch.zeros(8)),
         ValueError,
-        "…directions.safetensors: 'red' is no direction: expected (anchors, channels) floats.",
+        "…maps.safetensors: 'red' is no map: expected (rank, anchors, 2 channels + 1) floats.",
     ),
-    "a direction that is not finite": (
-        directions(red=torch.full((3, 8), float("nan"))),
+    "a map that is not finite": (
+        maps(red=torch.full((1, 3, 17), float("nan"))),
         ValueError,
-        "…directions.safetensors holds NaN or inf in 'red'.",
+        "…maps.safetensors holds NaN or inf in 'red'.",
     ),
-    "damaged directions": (
-        directions(b"directions"),
+    "damaged maps": (
+        maps(b"maps"),
         OSError,
-        "…directions.safetensors is damaged or no safetensors file: …",
+        "…maps.safetensors is damaged or no safetensors file: …",
     ),
-    "saving a direction that is too large": (
-        lambda world: save_tensors({"red": torch.tensor([1e9])}, world.empty / "directions.safetensors"),
+    "saving a map that is too large": (
+        lambda world: save_tensors({"red": torch.tensor([1e9])}, world.empty / "maps.safetensors"),
         ValueError,
         "'red' holds NaN, inf, or what is too large for float16.",
     ),
@@ -881,10 +881,10 @@ MISUSE = {
         ValueError,
         "…labels.json must hold a list of [from, to] prompts.",
     ),
-    "a direction that takes away": (
-        lambda world: Edit(latents=(1,), weights=(1.0,), strength=1.0, direction=torch.zeros(3, 8)),
+    "a map that takes away": (
+        lambda world: Edit(latents=(1,), weights=(1.0,), strength=1.0, map=torch.zeros(1, 3, 17)),
         ValueError,
-        "A direction is added, unclipped, and to no latents.",
+        "A map adds, unclipped, and to no latents.",
     ),
     "a site without safetensors": (
         replaced(f"{SMALL}/{WEIGHTS_NAME}", None),

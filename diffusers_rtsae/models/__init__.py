@@ -2,8 +2,8 @@
 
 from .base import Directions, FeatureTimes, Memory, Reader, SparseDictionary, Step, interpolate
 from .dynamics import LinearDynamics
-from .mixture import MixtureSAE
 from .linear_map import LinearMap
+from .mixture import MixtureSAE
 from .rtsae import RTSAE, RTSAEOutput
 from .sae import SparseAutoencoder
 from .sparsity import batch_topk, jump_relu, topk

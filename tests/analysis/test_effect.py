@@ -81,9 +81,10 @@ def test_an_intervention_is_what_steering_does(states, _pipeline, latent):
 
 
 def test_reversed_pairs_want_what_was_there(states):
-    backwards = states.reversed(lambda pair: False)  # none is chosen, so all are taken
+    backwards = states.reversed()
     there, back = next(iter(states.all())), next(iter(backwards.all()))
     assert torch.equal(there.wanted, back.before) and torch.equal(there.before, back.wanted)
+    assert torch.equal(there.goal[SITE], back.present[SITE])
     assert backwards.pairs[0] == PAIR[::-1] and backwards.told.tolist() == [True, False]
 
 

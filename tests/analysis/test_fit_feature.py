@@ -32,12 +32,12 @@ def quick():
 
 @pytest.fixture(scope="module")
 def fitted(_pipeline, dictionary, quick):
-    """A sum of latents, and a direction."""
+    """Latents, and a linear map."""
     _pipeline.load_rtsae(dictionary)
     try:
         return [
-            fit_feature(_pipeline, PAIRS, 6, UNCHANGED, direction, progress=False, **CALL)
-            for direction in (False, True)
+            fit_feature(_pipeline, PAIRS, 6, UNCHANGED, rank, progress=False, **CALL)
+            for rank in (None, 4)
         ]
     finally:
         _pipeline.unload_rtsae()
@@ -46,15 +46,17 @@ def fitted(_pipeline, dictionary, quick):
 def test_what_is_fitted_has_an_effect_and_says_so(fitted):
     for one in fitted:
         assert one.measured["effect"] > 0.2 and one.measured["lowest"] <= one.measured["effect"] <= 1
-        assert 0 < one.measured["latents"] <= 6 and one.measured["pairs"] > 0
+        assert one.measured["ceiling"] == pytest.approx(1, abs=1e-3) and one.measured["pairs"] > 0
         assert 0 <= one.measured["harm"] < one.measured["effect"]
         assert f"effect {one.measured['effect']:.3g}" in repr(one)
-    assert not fitted[0].directions and fitted[1].directions[SITE].shape == (3, 160)
+    assert 0 < fitted[0].measured["latents"] <= 6 and not fitted[0].maps
+    assert fitted[1].measured["effect"] > 0.7 and fitted[1].measured["rank"] == 4
+    assert {rows.shape for rows in fitted[1].maps.values()} == {(4, 3, 321)}
 
 
 def test_a_fitted_label_is_saved_and_steers_as_before(fitted, pipe, draw, tmp_path):
     pipe.load_rtsae(load_dictionary(EXAMPLES / "shapes-rtsae"))
-    for name, one in zip(("sum", "direction"), fitted, strict=True):
+    for name, one in zip(("sum", "map"), fitted, strict=True):
         pipe.add_rtsae_label(name, one)
     pipe.save_rtsae(tmp_path)
     pictures = []
@@ -62,20 +64,20 @@ def test_a_fitted_label_is_saved_and_steers_as_before(fitted, pipe, draw, tmp_pa
         if source:
             pipe.unload_rtsae()
             pipe.load_rtsae(source)
-        pipe.set_rtsae_features({"sum": 1.0, "direction": [0.0, -0.5]})
+        pipe.set_rtsae_features({"sum": 1.0, "map": [0.0, -0.5]})
         pictures.append(draw(pipe, steps=3))
     assert abs(pictures[0] - pictures[1]).max() < 2e-3  # stored as float16
     moved = pipe.get_rtsae_features()
-    assert (SITE, None) in moved["direction"] and (SITE, None) not in moved["sum"]
+    assert (SITE, None) in moved["map"] and (SITE, None) not in moved["sum"]
     card = (tmp_path / "README.md").read_text()
-    assert "a direction of its own" in card
+    assert "a linear map of its own" in card
 
 
 def test_each_part_answers_strengths_of_its_sign_within_its_bounds(fitted):
     for one in fitted:
         entries = one.label["features"]
         assert all(low <= 0 <= high and low != high for low, high in (entry["bounds"] for entry in entries))
-        assert any(entry["bounds"][1] >= 1 for entry in entries) and any(entry["bounds"][0] == -1 for entry in entries)
+        assert any(entry["bounds"][1] >= 1 for entry in entries) and any(entry["bounds"][0] <= -1 for entry in entries)
         for entry in entries:
             if entry.get("operation") == "ablate":  # nothing is taken away more than was fitted
                 assert entry["bounds"] in ([0.0, 1.0], [-1.0, 0.0]) and entry["where"] is None
@@ -97,10 +99,11 @@ def test_strengths_beyond_the_bounds_are_kept_inside_unless_clip_is_lifted(fitte
 def test_what_cannot_be_fitted_is_one_sentence(steered):
     with pytest.raises(ValueError, match="must differ"):
         fit_feature(steered, [("a star", "a star")], **CALL)
-    with pytest.raises(ValueError, match="at least one latent"):
-        fit_feature(steered, PAIRS, latents=0, **CALL)
-    entry = {"site": SITE, "latents": [], "weights": [], "bounds": [0, 1], "direction": "missing"}
-    with pytest.raises(ValueError, match="name one of the directions"):
+    for wrong in ({"latents": 0}, {"rank": 0}):
+        with pytest.raises(ValueError, match="at least one"):
+            fit_feature(steered, PAIRS, **wrong, **CALL)
+    entry = {"site": SITE, "latents": [], "weights": [], "bounds": [0, 1], "map": "missing"}
+    with pytest.raises(ValueError, match="name one of the maps"):
         check_label(Path("labels.json"), "x", {"features": [entry]}, {SITE: 2048}, {})
 
 
