@@ -176,7 +176,8 @@ def _labels(labels: dict[str, dict]) -> list[str]:
         "differently than without steering, `valid` the share of proper pictures, as far as these were measured. "
         "Of a fitted label: `effect` is what it does to the denoiser's prediction, of what naming it in the prompt "
         "does, on held-out pairs of prompts, `lowest` that of the pair where it does least, `harm` the change of "
-        "prompts that were to stay, `map` and `ceiling` what a linear map of its own and the other prompt's activation "
-        "itself would do, and `effect_away` the effect of strength −1. Its parts answer the strengths in brackets."
+        "prompts that were to stay, `map` and `ceiling` what a linear map of its own and the activation with the "
+        "other prompt would do, and `effect_away` the effect of strength −1. Its parts answer the strengths in "
+        "brackets."
     )
     return ["## Labels", meaning, _table(["label", "factor", "latents", "options", *map(_cell, columns)], rows), *more]

@@ -1063,7 +1063,11 @@ MISUSE = {
         "The prompts of a pair must differ, or there is no effect to have a share of: both are 'a star'. Prompts in "
         "which nothing is to change go in `unchanged`.",
     ),
-    "fitting no latents": (fitted(latents=0), ValueError, "Expected at least one latent, got latents=0."),
+    "fitting no latents": (
+        fitted(latents=0),
+        ValueError,
+        "Expected at least one latent, or a rank of at least one, got latents=0.",
+    ),
     "fitting a prompt that is too long": (
         fitted((("a star " * 40, "a heart"),)),
         ValueError,

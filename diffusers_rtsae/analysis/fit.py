@@ -233,20 +233,10 @@ class _Fitter:
             for group in (states, judges):
                 group.read(site, sorted({*survey.candidates, *(survey.gate or ())}))
 
-    def model(self, direction: bool) -> Intervention:
-        """Nothing yet, with a direction at each site or with latents alone."""
-        parts = {}
-        for site, survey in self.surveys.items():
-            config = self.states.dictionary.sites[site].config
-            path = torch.zeros(len(config.anchors), config.in_channels) if direction else None
-            parts[site] = Part(gate=survey.gate, direction=path)
-        return Intervention(parts, self.states)
-
-    def optimise(self, model: Intervention, steps: int) -> None:
-        _optimise(model, self.states, steps, self.generator, self.bar)
-
-    def pursue(self, model: Intervention, latents: int, adding: bool) -> None:
+    def pursue(self, latents: int) -> _Latents:
         """Choose latents a few at a time, fit all weights after each choice, and leave out what that does not use."""
+        parts = {site: Part(gate=survey.gate) for site, survey in self.surveys.items()}
+        model = _Latents(parts, self.states)
         candidates = {site: survey.candidates for site, survey in self.surveys.items()}
         for start in range(0, latents, _ROUND):
             for site, added, latent in self.best(model, candidates)[: min(_ROUND, latents - start)]:
@@ -255,8 +245,8 @@ class _Fitter:
                     part.added, part.weights = [*part.added, latent], torch.cat([part.weights, torch.zeros(1)])
                 else:
                     part.removed, part.shares = [*part.removed, latent], torch.cat([part.shares, torch.zeros(1)])
-            self.optimise(model, _STEPS)
-        self.optimise(model, _LAST)
+            _optimise(model, self.states, _STEPS, self.generator, self.bar)
+        _optimise(model, self.states, _LAST, self.generator, self.bar)
         for part in model.parts.values():
             part.added, part.weights = _used(part.added, part.weights)
             part.removed, part.shares = _used(part.removed, part.shares)

@@ -35,10 +35,7 @@ def fitted(_pipeline, dictionary, quick):
     """Latents, and a linear map."""
     _pipeline.load_rtsae(dictionary)
     try:
-        return [
-            fit_feature(_pipeline, PAIRS, 6, UNCHANGED, rank, progress=False, **CALL)
-            for rank in (None, 4)
-        ]
+        return [fit_feature(_pipeline, PAIRS, 6, UNCHANGED, rank, progress=False, **CALL) for rank in (None, 4)]
     finally:
         _pipeline.unload_rtsae()
 

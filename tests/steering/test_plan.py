@@ -7,7 +7,7 @@ from kinds import OTHERS, random_dictionary
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_rtsae import RTSAE, SparseDictionary
-from diffusers_rtsae.models import Step
+from diffusers_rtsae.models import LinearMap, Step
 from diffusers_rtsae.steering import Edit, PlanState, SitePlan, TimeGrid
 from diffusers_rtsae.steering.edits import OPERATIONS
 
@@ -135,6 +135,32 @@ def test_ablating_removes_exactly_what_the_latent_wrote():
     expected = -latents[:, 3, None] * rtsae.feature_trajectories([3])[0, 0]
     torch.testing.assert_close(on_cond[0], expected, atol=1e-5, rtol=1e-4)
     assert (on_cond[0][latents[:, 3] == 0] == 0).all()  # an inactive feature that is scaled changes nothing
+
+
+def test_maps_move_tokens_by_what_they_read_and_add_up():
+    """Two maps of different rank are folded; each with a strength for each of two pictures, one with a mask."""
+    torch.manual_seed(0)
+    tokens, rtsae = torch.randn(2, 4, D), random_rtsae(0)
+    maps = [torch.randn(rank, len(ANCHORS), 2 * D + 1) for rank in (2, 3)]
+    strengths, mask = ((0.5, 1.0), (-1.0, 2.0)), torch.tensor([[[1.0, 0.0], [0.0, 0.5]]])
+    base = {"latents": (), "weights": (), "clip": False, "apply_to": "cond"}
+    edits = [Edit(**base, map=rows, strength=own) for rows, own in zip(maps, strengths, strict=True)]
+    step = TimeGrid(ANCHORS, ALPHAS).step(800)
+    changes = [
+        torch.tensor(own)[:, None, None] * LinearMap(rows)(tokens, step)
+        for rows, own in zip(maps, strengths, strict=True)
+    ]
+    plan = SitePlan(rtsae, edits, ALPHAS)
+    state = PlanState()
+    torch.testing.assert_close(plan.conditional(state, tokens, 800, (2, 2)), sum(changes), atol=1e-4, rtol=1e-4)
+    assert len(plan.folds) == 1 and [row["edited"] for row in state.report] == [1.0, 1.0]
+    masked = SitePlan(rtsae, [Edit(**base, map=maps[0], strength=strengths[0], mask=mask)], ALPHAS)
+    torch.testing.assert_close(
+        masked.conditional(PlanState(), tokens, 800, (2, 2)),
+        changes[0] * mask.flatten()[:, None],
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_where_and_mask_restrict_the_change():
