@@ -245,7 +245,7 @@ def build(pipe, pipeline: str, dictionary: str, prompt: str, steps: int = 25, gu
                     gr.Slider(-3, 3, 1.0, step=0.05, visible=False, elem_id=f"strength-{i}") for i in range(FEATURES)
                 ]
                 with gr.Row():
-                    seed = gr.Number(7, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed")
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed")
                     locked = gr.Checkbox(True, label="keep the seed", min_width=120)
                 run = gr.Button("Generate", variant="primary", elem_id="generate")
                 with gr.Accordion("When and how", open=False):

@@ -90,13 +90,13 @@ def test_find_red_move_the_slider_and_the_picture_turns_red(tab, scorer, steered
 
     code = shown_code(tab, "{'red': 0")
     ast.parse(code)
-    assert "load_rtsae('examples/shapes-rtsae')" in code and "manual_seed(7)" in code
+    assert "load_rtsae('examples/shapes-rtsae')" in code and "manual_seed(0)" in code
     assert not tab.foreign
 
 
 def test_what_is_painted_is_where_it_acts(tab, scorer):
     tab.fill("#prompt textarea", "a heart to the left of a star, flat, on white")
-    tab.fill("#seed input", "8")
+    tab.fill("#seed input", "1")
     take(tab, "orange")
     plain, _ = generate(tab)
     tab.wait_for_timeout(3000)  # the picture comes to the canvas
@@ -114,7 +114,7 @@ def test_what_is_painted_is_where_it_acts(tab, scorer):
     assert (again == plain).all()
     left, right = (colours(scorer, place, plain, moved) for place in ("left", "right"))
     assert left[0] != "orange" and left[1] == "orange" and right[0] == right[1] != "orange"
-    tab.fill("#seed input", "9")  # another picture comes to the canvas below what is painted
+    tab.fill("#seed input", "2")  # another picture comes to the canvas below what is painted
     plain, moved = generate(tab)
     left, right = (colours(scorer, place, plain, moved) for place in ("left", "right"))
     assert left[0] != "orange" and left[1] == "orange" and right[0] == right[1] != "orange"

@@ -67,6 +67,11 @@ class World(ABC):
     def objects(self, reading: dict[str, str | None]) -> list[Scene]:
         """The objects in a scorer's reading of a picture, each with its `local` factors."""
 
+    def two(self, count: int, seed: int) -> tuple[list[tuple[Scene, Scene]], list[str]]:
+        """Pictures of two objects, of combinations that are never trained on: the objects, and prompts that name all
+        factors of both. None in a world whose pictures have one."""
+        return [], []
+
     @property
     def steered(self) -> list[str]:
         """The factors of which values can be steered to."""

@@ -42,6 +42,16 @@ class Shapes(World):
     def describe(self, scenes: list[Scene], seed: int, leave_open: str | None = None) -> list[str]:
         return captions(_encode(scenes), seed, {name: float(name != leave_open) for name in FACTORS})
 
+    def two(self, count: int, seed: int) -> tuple[list[tuple[Scene, Scene]], list[str]]:
+        scenes = sample_scenes(count, seed, held_out=True, objects=2)
+        codes = {name: getattr(scenes, name) for name in FACTORS}
+        codes = {name: code if code.ndim == 2 else torch.stack([code] * 2, 1) for name, code in codes.items()}
+        first, second = (
+            [{name: FACTORS[name][code[i, which]] for name, code in codes.items()} for i in range(count)]
+            for which in (0, 1)
+        )
+        return list(zip(first, second, strict=True)), captions(scenes, seed, dict.fromkeys(FACTORS, 1.0))
+
     def masks(self, scenes: list[Scene], size: int) -> torch.Tensor:
         """A disc over the place and size of each object."""
         centre = torch.tensor([PLACES[scene["place"]] for scene in scenes]).float().reshape(-1, 2)
