@@ -846,6 +846,15 @@ MISUSE = {
         ValueError,
         "The label 'white' has a map of its own, which is not there.",
     ),
+    "the path of a label that has nothing but a map": (
+        lambda world: Dictionary(
+            world.dictionary.sites,
+            {"own": {"features": [{"site": next(iter(world.dictionary.sites)), "latents": [], "map": "own"}]}},
+            maps={"own": torch.zeros(1, 3, 17)},
+        ).trajectory("own"),
+        ValueError,
+        "The label 'own' moves no latents and is seen by none.",
+    ),
     "a map of another shape": (
         maps(red=torch.zeros(2, 3, 8)),
         ValueError,
