@@ -90,8 +90,8 @@ def demonstrate(
         valid = sum(r["valid"] == "yes" for s in (1.0, 2.0) for r in readings[s]) / (2 * prompts)
         parts = labels[label]["features"]
         latents = len({row for part in parts for row in part["latents"]})
-        own = " and a map" if any("map" in part for part in parts) else ""
-        table.add_row(f"{kind}: {label}", f"{latents}{own}", *(f"{h:.0%}" for h in hits.values()), f"{valid:.0%}")
+        moved = [str(latents)] * (latents > 0) + ["a map"] * any("map" in part for part in parts)
+        table.add_row(f"{kind}: {label}", " and ".join(moved), *(f"{h:.0%}" for h in hits.values()), f"{valid:.0%}")
         results[label] = {
             "factor": kind,
             "success": {str(s): h for s, h in hits.items()},
