@@ -31,9 +31,9 @@ def random_dictionary(
     torch.manual_seed(seed)
     sae = MADE[kind](site, in_channels, anchors, num_latents, k)
     tensors = sae.state_dict()
-    for name in NOISY.keys() & tensors.keys():
+    for name in filter(tensors.__contains__, NOISY):  # in this order: a set's differs from run to run
         tensors[name].copy_(NOISY[name] * torch.randn(tensors[name].shape))
-    for name in POSITIVE.keys() & tensors.keys():
+    for name in filter(tensors.__contains__, POSITIVE):
         tensors[name].uniform_(*POSITIVE[name])
     sae.max_activation.copy_(5 * sae.typical_activation)
     return sae.requires_grad_(False).eval()

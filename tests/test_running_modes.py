@@ -185,7 +185,7 @@ def test_every_kind_runs_in_every_mode(fresh, of_kind, draw, mode):
     else:
         np.testing.assert_allclose(before, plain, atol=1e-3)
         np.testing.assert_allclose(after, steered, atol=1e-3)
-    assert np.abs(steered - plain)[1].max() > 0.02
+    assert np.abs(steered - plain)[1].max() > 0.05
 
 
 @pytest.mark.way(10)
