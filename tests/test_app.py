@@ -95,7 +95,7 @@ def test_find_red_move_the_slider_and_the_picture_turns_red(tab, scorer, steered
 
 
 def test_what_is_painted_is_where_it_acts(tab, scorer):
-    tab.fill("#prompt textarea", "a heart to the left of a star, flat, on white")
+    tab.fill("#prompt textarea", "a heart to the left of a blue star, flat, on white")
     tab.fill("#seed input", "1")
     take(tab, "orange")
     plain, _ = generate(tab)
@@ -113,11 +113,11 @@ def test_what_is_painted_is_where_it_acts(tab, scorer):
     again, moved = generate(tab)
     assert (again == plain).all()
     left, right = (colours(scorer, place, plain, moved) for place in ("left", "right"))
-    assert left[0] != "orange" and left[1] == "orange" and right[0] == right[1]
+    assert left[0] != "orange" and left[1] == "orange" and right[0] == right[1] != "orange"
     tab.fill("#seed input", "2")  # another picture comes to the canvas below what is painted
     plain, moved = generate(tab)
     left, right = (colours(scorer, place, plain, moved) for place in ("left", "right"))
-    assert left[0] != "orange" and left[1] == "orange" and right[0] == right[1]
+    assert left[0] != "orange" and left[1] == "orange" and right[0] == right[1] != "orange"
     tab.wait_for_timeout(1500)
     tab.get_by_role("button", name="Save mask.png").click()
     with tab.expect_download() as download:
