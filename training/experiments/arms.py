@@ -31,7 +31,14 @@ from .results import Results, table
 from .samplers import SAMPLERS
 from .steering import mean, measure, run, score, tokens_on
 
-FIGURES = ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead", "recovered_online", "recovered_teacher_forced")
+FIGURES = {
+    "fvu_teacher_forced": "FVU teacher-forced",
+    "fvu_online": "FVU rolled out",
+    "l0_threshold": "active latents",
+    "dead": "dead",
+    "recovered_teacher_forced": "noise prediction recovered",
+    "recovered_online": "the same, rolled out",
+}
 STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
 ELSEWHERE = ("DPM++ 2M", 12)  # another sampler with its number of steps
 
@@ -106,11 +113,10 @@ class Trial:
         return {"strength": strength} | mean(cells) | {key: round(value, 4) for key, value in found.items()}
 
 
-def summary(rows: list[dict]) -> str:
-    """Mean ± standard deviation over the seeds of each kind, at its most efficient strength; the last two columns with
-    another sampler, each seed at its own."""
-    names = (*FIGURES, "stability", *STEERING, "success elsewhere", "efficiency elsewhere")
-    lines = []
+def markdown(rows: list[dict]) -> str:
+    """Mean ± standard deviation over the seeds of each kind: how well it describes, and how it steers at its most
+    efficient strength; the last two columns with another sampler, each seed at its own."""
+    described, steered = [], []
     for kind in dict.fromkeys(r["kind"] for r in rows):
         own = [r for r in rows if r["kind"] == kind]
         strengths = dict.fromkeys(s["strength"] for r in own for s in r["steering"])
@@ -119,12 +125,21 @@ def summary(rows: list[dict]) -> str:
             return [s[key] for r in own for s in r["steering"] if s["strength"] == strength]
 
         best = max(strengths, key=lambda s: statistics.mean(at(s, "efficiency")))
-        cells = [[r[key] for r in own] for key in FIGURES] + [[own[0].get("stability", float("nan"))]]
-        cells += [at(best, key) for key in STEERING]
+        stable = f"{own[0]['stability']:.3f}" if "stability" in own[0] else "–"
+        described.append([kind, str(len(own)), *(spread([r[key] for r in own]) for key in FIGURES), stable])
+        cells = [at(best, key) for key in STEERING]
         cells += [[r["elsewhere"][key] for r in own] for key in ("success", "efficiency")]
-        told = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in cells]
-        lines.append([f"{kind} @{best:g}", *told])
-    return table(["", *names], lines)
+        steered.append([f"{kind} @{best:g}", *map(spread, cells)])
+    sampler, steps = ELSEWHERE
+    there = [f"{key}, {sampler} with {steps} steps" for key in ("success", "efficiency")]
+    describing = table(["dictionary", "seeds", *FIGURES.values(), "same in another seed"], described)
+    return describing + "\n" + table(["dictionary @strength", *STEERING, *there], steered)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def main() -> None:
@@ -182,7 +197,7 @@ def main() -> None:
             for r in own:
                 r["stability"] = shared
     results.write()
-    results.tell(summary(rows))
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

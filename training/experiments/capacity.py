@@ -17,7 +17,7 @@ from diffusers_rtsae.pipeline import get_denoiser
 
 from ..worlds import KINDS
 from ..worlds.pictures import add_models, load_models, new_parser, parse
-from .results import Results
+from .results import Results, table
 from .steering import difference_of_means, mean, measure, run, score
 
 
@@ -25,6 +25,24 @@ def is_block(site: str) -> bool:
     """Whether a site is a whole attention block of a U-Net, or a block of a transformer."""
     folder = site.rpartition(".")[0]
     return folder.endswith("attentions") or folder == "transformer_blocks"
+
+
+def markdown(rows: list[dict]) -> str:
+    """Success / mean leakage of each factor at each site, at the best of the strengths and halves of guidance."""
+    factors = [key for key, value in rows[0].items() if isinstance(value, dict)]
+
+    def best(site: str, kind: str, factor: str) -> str:
+        found = [r[factor] for r in rows if (r["sites"], r["prompts"]) == (site, kind)]
+        if not found:
+            return "–"
+        shown = max(found, key=lambda cell: cell["success"] - cell["leakage_mean"])
+        return f"{shown['success']:.2f} / {shown['leakage_mean']:.2f}"
+
+    lines = []
+    for site in dict.fromkeys(r["sites"] for r in rows):
+        for kind in dict.fromkeys(r["prompts"] for r in rows if r["sites"] == site):
+            lines.append([site, kind, *(best(site, kind, factor) for factor in factors)])
+    return table(["site", "prompts", *factors], lines)
 
 
 def main() -> None:
@@ -65,6 +83,7 @@ def main() -> None:
             results.add(row)
             found = [f"{f} {row[f]['success']:.2f}/{row[f]['leakage_mean']:.2f}" for f in world.steered]
             print(kind, group, strength, apply_to, *found, flush=True)
+    print(markdown(results.rows))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What a measurement found: rows in a JSON file that an interrupted run continues, and a table of them in Markdown."""
+"""What a measurement found: rows in a JSON file that an interrupted run continues, and how they are told."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import json
 from collections.abc import Iterable
@@ -45,13 +46,14 @@ class Results:
         self.settings = {name: str(value) for name, value in vars(a).items() if name not in apart}
         self.settings |= {"contents": contents(*folders)} | settings
         self.rows: list[dict] = []
+        self.measured = ""  # the day of the last rows
         if self.path.exists():
             stored = json.loads(self.path.read_text())
             if stored["settings"] != self.settings:
                 raise ValueError(
                     f"{self.path} was measured with other settings: {stored['settings']}. Choose another --out."
                 )
-            self.rows = stored["rows"]
+            self.rows, self.measured = stored["rows"], stored["measured"]
 
     def has(self, **entries) -> bool:
         """Whether there is a row with these entries."""
@@ -59,16 +61,12 @@ class Results:
 
     def add(self, *rows: dict) -> None:
         self.rows += rows
+        self.measured = datetime.date.today().isoformat()
         self.write()
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"settings": self.settings, "rows": self.rows})
-
-    def tell(self, markdown: str) -> None:
-        """Print a summary of the rows, and keep it beside them."""
-        self.path.with_suffix(".md").write_text(markdown)
-        print(markdown)
+        write_json(self.path, {"settings": self.settings, "measured": self.measured, "rows": self.rows})
 
 
 def table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -76,6 +74,11 @@ def table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     heads = list(heads)
     rows = [heads, ["---"] * len(heads), *lines]
     return "".join("|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|\n" for row in rows)
+
+
+def folded(title: str, text: str) -> str:
+    """A part of a page that is closed until it is clicked."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n</details>\n"
 
 
 def best(rows: Iterable[dict]) -> dict:

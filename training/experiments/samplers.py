@@ -37,14 +37,20 @@ REFERENCE = ("DDIM", 25)  # what the dictionary was trained on
 
 
 def markdown(rows: list[dict]) -> str:
-    """Success / leakage for each sampler and step count."""
+    """Success / mean leakage for each sampler and step count, and how many settings keep what the reference has."""
     cells = {(r["sampler"], r["steps"]): r for r in rows}
     steps = sorted({r["steps"] for r in rows})
     lines = []
     for sampler in dict.fromkeys(r["sampler"] for r in rows):
         found = [cells.get((sampler, s)) for s in steps]
         lines.append([sampler] + [f"{r['success']:.2f} / {r['leakage_mean']:.2f}" if r else "–" for r in found])
-    return table(["sampler", *(f"{s} steps" for s in steps)], lines)
+    told, reference = table(["sampler", *(f"{s} steps" for s in steps)], lines), cells.get(REFERENCE)
+    if reference is None:
+        return told
+    kept = {s: [r for r in rows if r["steps"] == s and r["success"] >= 0.95 * reference["success"]] for s in steps}
+    counts = ", ".join(f"{len(kept[s])} of {sum(r['steps'] == s for r in rows)} with {s}" for s in steps)
+    name, count = REFERENCE
+    return f"{told}\nAt least 95 % of the success of {name} with {count} steps have, by steps: {counts}.\n"
 
 
 def main() -> None:
@@ -77,12 +83,7 @@ def main() -> None:
             ]
             results.add({"sampler": name, "steps": steps, "n": len(labels) * a.prompts} | mean(cells))
             print(results.rows[-1], flush=True)
-    rows = results.rows
-    reference = next((r["success"] for r in rows if (r["sampler"], r["steps"]) == REFERENCE), None)
-    if reference:
-        kept = [r for r in rows if r["success"] >= 0.95 * reference]
-        print(f"{len(kept)} of {len(rows)} settings keep 95 % of the success on the training grid ({reference:.2f})")
-    results.tell(markdown(results.rows))
+    print(markdown(results.rows))
 
 
 if __name__ == "__main__":

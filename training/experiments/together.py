@@ -23,7 +23,7 @@ from .results import Results, table
 
 
 def markdown(rows: list[dict]) -> str:
-    """Medians and the share of cells that reach the goal, for two at once and for painted ones."""
+    """Each pair and each painted label, and the means of both."""
     text = []
     for what, heads in (("two at once", ("both", "both by prompt", "valid")), ("painted", ("reached", "other alone"))):
         own = [row for row in rows if row["what"] == what]
@@ -96,7 +96,7 @@ def main() -> None:
                 alone.append(after.get(second) == before[second])
         row = {"what": "painted", "labels": [value], "n": len(reached)}
         results.add(row | {"reached": sum(reached) / len(reached), "other alone": sum(alone) / len(alone)})
-    results.tell(markdown(results.rows))
+    print(markdown(results.rows))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,12 @@ from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .results import Results, table
 from .steering import run, score
 
-FIGURES = ("unlearned", "in_domain", "cross_domain", "valid")
+FIGURES = {
+    "unlearned": "does not show it any more",
+    "in_domain": "other values still right",
+    "cross_domain": "other factor still right",
+    "valid": "valid",
+}
 
 
 def right(readings: list[dict], one: Probe, factor: str) -> float:
@@ -42,7 +47,7 @@ def markdown(rows: list[dict]) -> str:
         means = [sum(r[name] for r in own) / len(own) for name in FIGURES]
         edit = [f"{count}", f"{-minus:g}"] if count else ["no edit", ""]
         lines.append([factor, *edit] + [f"{m:.2f}" for m in means])
-    return table(["factor", "latents", "scale", *FIGURES], lines)
+    return table(["factor", "latents", "scale", *FIGURES.values()], lines)
 
 
 def main() -> None:
@@ -104,7 +109,7 @@ def main() -> None:
             }
             rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
         results.add(*rows)
-    results.tell(markdown(results.rows))
+    print(markdown(results.rows))
 
 
 if __name__ == "__main__":

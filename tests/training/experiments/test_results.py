@@ -2,14 +2,11 @@
 
 import json
 from argparse import Namespace
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 
+from training.experiments import page
 from training.experiments.results import Results, contents, table
-
-COMMITTED = Path(__file__).parents[3] / "training" / "results"
 
 
 def test_rows_are_continued_by_the_same_settings_alone(tmp_path):
@@ -36,19 +33,20 @@ def test_a_table_has_a_line_a_row(tmp_path):
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
 
 
-@pytest.mark.parametrize(
-    "stem, experiment, summary",
-    [
-        ("steering", "table", "markdown"),
-        ("fitted", "table", "markdown"),
-        ("hard", "hard", "markdown"),
-        ("samplers", "samplers", "markdown"),
-        ("unlearn", "unlearn", "markdown"),
-        ("arms", "arms", "summary"),
-        ("anchors", "arms", "summary"),
-    ],
-)
-def test_committed_tables_are_those_of_the_committed_rows(stem, experiment, summary):
-    rows = json.loads((COMMITTED / f"{stem}.json").read_text())["rows"]
-    made = getattr(import_module(f"training.experiments.{experiment}"), summary)(rows)
-    assert made == (COMMITTED / f"{stem}.md").read_text()
+def test_the_committed_page_is_that_of_the_committed_rows():
+    assert page.page() == page.PAGE.read_text(), "run `python -m training.experiments.page`"
+
+
+def test_a_page_tells_every_file_and_which_are_of_other_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    stored = json.loads((page.PAGE.parent / "together.json").read_text())
+    current = page.contents(*(page.ROOT / stored["settings"][name] for name in ("pipeline", "dictionary")))
+    stored["settings"]["contents"] = current
+    (tmp_path / "together.json").write_text(json.dumps(stored))
+    assert "| painted |" in page.page() and page.STALE not in page.page()
+    stored["settings"]["contents"] = "others"
+    (tmp_path / "together.json").write_text(json.dumps(stored))
+    assert page.STALE in page.page()
+    (tmp_path / "new.json").write_text("{}")
+    with pytest.raises(ValueError, match="a section in page.py for each of .'new'"):
+        page.page()

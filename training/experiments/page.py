@@ -1,0 +1,232 @@
+"""All that was measured, on one page: `training/results/README.md`, from the rows that lie beside it.
+
+    python -m training.experiments.page
+
+The texts here say what was done; every figure comes from a JSON file, by the `markdown` of the experiment that wrote
+it. A test fails if the committed page is not what this command writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import textwrap
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from .results import contents, table
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "training" / "results"
+PAGE = FOLDER / "README.md"
+APART = ("pipeline", "scorer", "dictionary", "dictionaries", "contents", "elsewhere")  # settings told by other words
+
+INTRODUCTION = """# Measurements
+
+Written by `python -m training.experiments.page` from the JSON files in this folder, the newest first; change those, or
+the texts in `training/experiments/page.py`, not this page. Each command continues a file that was begun.
+
+The bundled pipeline draws scenes whose factors are known, and a scorer reads them back from the picture. Prompts are
+of combinations that none of the models was trained on. **Open** prompts name every factor but the one that is
+steered; **contradicted** ones name another value of it.
+
+- **Success**: the share of pictures that are valid scenes and show the value that was steered to.
+- **Leakage**: the share in which any other factor (shape, colour, size, place, style, background) reads differently
+  than without steering; **mean leakage**, where it says so, the share of the other factors that do.
+- **Valid**: the share that are scenes of this world at all.
+- **Edited prompt**: what naming the value in the prompt does, instead of steering.
+
+How quick it is, and how much memory it takes: [tests/benchmarks](../../tests/benchmarks).
+"""
+DRAWN = """## What these figures stand on
+
+The pipeline, asked for scenes of held-out combinations (`python -m training.worlds.shapes.evaluate --guidance 2.5
+--out examples/shapes-sd/metrics.json`; {prompts} prompts, {steps} steps of {sampler}, guidance {guidance_scale:g}):
+the share of named factors that are right. *binding*: both objects have their shapes and colours, each in its place.
+Valid scenes are {valid:.2f} of all pictures. How well the dictionary describes activations is on its
+[card](../../examples/shapes-rtsae/README.md#measured-on-held-out-trajectories).
+"""
+STALE = "**Measured with labels or weights that are no longer the bundled ones.**"
+
+
+class Section(NamedTuple):
+    """
+    experiment (`str`): the module whose `markdown` shows the rows, and whose command writes them.
+    title (`str`): what the measurement asks.
+    text (`str`): what was done; names in braces are settings.
+    """
+
+    experiment: str
+    title: str
+    text: str
+
+
+SECTIONS = {  # by the name of the file
+    "steering": Section(
+        "table",
+        "Labels beside what else could be done at their site",
+        """
+        Every label on {prompts} prompts of its own for each seed, which had no part in any choice, beside other
+        directions at the same site and beside naming the value in the prompt. A cell is success / leakage /
+        valid; features are at the fixed strength 1, and all that has several strengths beside them at the one
+        that is best on these same pictures, which flatters it. The difference of means is told where the object
+        is; the features find it themselves.
+        """,
+    ),
+    "judge": Section(
+        "table",
+        "Does another judge agree?",
+        """
+        The same, read by a second scorer of another architecture and training, which had no part in any choice
+        and no part in the development of the method ({prompts} prompts a label and seed).
+        """,
+    ),
+    "fitted": Section(
+        "table",
+        "Does a label do what it says?",
+        """
+        Every label of the bundled dictionary on {prompts} prompts of its own for each seed, which had no part in
+        any choice. A cell is success / leakage / valid; features are at the fixed strength 1, and all that has
+        several strengths beside them at the one that is best on these same pictures, which flatters it. Labels
+        are linear maps fitted to what changing the prompt does (`python -m training.experiments.label`), without
+        a scorer.
+        """,
+    ),
+    "dose": Section(
+        "dose",
+        "How does it depend on the strength?",
+        """
+        Each label at each strength on {prompts} prompts that leave its factor open: the share that shows it, and
+        how steadily that rises (Spearman's rank correlation). Last, prompts that name the value, at strength −1:
+        the share of those that showed it and no longer do.
+        """,
+    ),
+    "together": Section(
+        "together",
+        "Two labels at once, and painted ones",
+        """
+        Two labels of different factors on prompts that name another value of both, {prompts} of each pair,
+        beside prompts that name both. Then a label painted on a disc around the first of two objects: is it
+        reached, and is all that is read of the other object as without steering?
+        """,
+    ),
+    "samplers": Section(
+        "samplers",
+        "Does it hold with other samplers?",
+        """
+        All labels at strength 1 on {prompts} open prompts each. The dictionary was trained on DDIM with 25
+        steps. A cell is success / mean leakage. With very few steps some samplers draw no valid pictures even
+        without steering.
+        """,
+    ),
+    "hard": Section(
+        "hard",
+        "Prompts that name another value: which edit insists?",
+        """
+        In both halves of guidance until the end; `swap` adds the target and subtracts the value that the prompt
+        names, `fading` does so from twice the strength to none, `local` only where one of the two is active. A
+        cell is success / leakage / valid at the best strength, chosen on these prompts ({prompts} a label).
+        """,
+    ),
+    "unlearn": Section(
+        "unlearn",
+        "Can a concept be removed?",
+        """
+        UnlearnCanvas' protocol on shapes and styles, {prompts} prompts that name each concept and as many that
+        do not, unseen when the latents were chosen. The latents that are most present when prompts name it are
+        multiplied by the scale wherever they are active; 0 sets them to zero, and negative scales are what
+        SAeUron uses. No label and no strength is involved.
+        """,
+    ),
+    "arms": Section(
+        "arms",
+        "The paper's comparison: which kind of dictionary?",
+        """
+        Dictionaries of one size, trained alike on one pass over the same trajectories (`python -m training.train
+        training/recipes/arms.yaml --out runs/arms`). Steering moves {features} latents, chosen from {pairs}
+        pairs of prompts, on other prompts that name another value. *Gain* is the added share that shows the
+        target, *distance* how far pictures moved relative to the edited prompt's, *efficiency* gain over
+        distance; the paper has efficiencies of .691 for the method (`method`), .449 for `per-step`, .447 for
+        `raw` and .206 for `matryoshka` on Stable Diffusion 1.5, of other pictures and another judge. Mean ±
+        standard deviation over seeds. This world's factors were made linearly readable at the steered site,
+        which may be why any dictionary steers it.
+        """,
+    ),
+    "anchors": Section(
+        "arms",
+        "How many anchors?",
+        """
+        Three short trainings on the bundled pipeline, measured as above ({pairs} pairs, {features} latents):
+        `python -m training.train training/recipes/shapes.yaml --out runs/anchors/anchors3-0 --work runs/anchors3
+        --set anchors=3 collect.count=512 dtype=bfloat16 train.steps=1000 train.precision=bf16`, and the same
+        with 5 and 9. Trained before gradients were normalised. The bundled dictionary has three.
+        """,
+    ),
+    "capacity": Section(
+        "capacity",
+        "Where can this pipeline be steered at all?",
+        """
+        Difference-of-means directions of {samples} pictures at every attention block, no dictionary; {images}
+        prompts a value. A cell is success / mean leakage at the best of all settings, chosen on these same
+        pictures. The site of the bundled dictionary is the one that the pipeline's training aligned.
+        """,
+    ),
+}
+
+
+@functools.cache
+def _contents(*folders: str) -> str:
+    return contents(*(ROOT / folder for folder in folders))
+
+
+def is_bundled(settings: dict, rows: list[dict]) -> bool:
+    """Whether what was measured is what is bundled now; dictionaries of a measurement's own are not looked for."""
+    named = [settings[name] for name in ("pipeline", "dictionary") if name in settings]
+    if "dictionaries" not in settings and settings["contents"] != _contents(*named):
+        return False
+    digests = {row["dictionary"] for row in rows if "method" in row and "dictionary" in row}
+    return digests <= {_contents("examples/shapes-rtsae")}
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 119, break_long_words=False, break_on_hyphens=False)
+
+
+def section(path: Path) -> tuple[str, str]:
+    """The day of a measurement, and what the page says of it."""
+    stored = json.loads(path.read_text())
+    settings, rows = stored["settings"], stored["rows"]
+    experiment, title, text = SECTIONS[path.stem]
+    told = {name: value for name, value in settings.items() if name not in APART and value != "None"}
+    how = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
+    command = f"`python -m training.experiments.{experiment} --out training/results/{path.name}`"
+    facts = f"{stored['measured']}, {command}: {how}; read by `{Path(settings['scorer']).name}`."
+    parts = [f"## {title}", wrapped(facts), wrapped(text.format(**settings))]
+    parts += [] if is_bundled(settings, rows) else [STALE]
+    shown = import_module(f"training.experiments.{experiment}").markdown(rows)
+    return stored["measured"], "\n\n".join([*parts, shown.strip()]) + "\n"
+
+
+def drawn() -> str:
+    """What the bundled pipeline draws of what it is told."""
+    found = json.loads((ROOT / "examples" / "shapes-sd" / "metrics.json").read_text())
+    rows = {name: found[name] for name in ("1 object", "2 objects")}
+    factors = list(dict.fromkeys(factor for row in rows.values() for factor in row))
+    lines = [[name, *(f"{row[f]:.2f}" if f in row else "–" for f in factors)] for name, row in rows.items()]
+    return DRAWN.format(**found) + "\n" + table(["scenes of", *factors], lines)
+
+
+def page() -> str:
+    """The whole page."""
+    unknown = sorted({path.stem for path in FOLDER.glob("*.json")} - SECTIONS.keys())
+    if unknown:
+        raise ValueError(f"Expected a section in {Path(__file__).name} for each of {unknown}.")
+    order = [path for stem in SECTIONS if (path := FOLDER / f"{stem}.json").exists()]
+    sections = sorted((section(path) for path in order), key=lambda one: one[0], reverse=True)
+    return "\n".join([INTRODUCTION, *(text for _, text in sections), drawn()])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(PAGE)
