@@ -1,4 +1,4 @@
-"""What the examples share: the bundled pipeline with its dictionary, and a row of pictures."""
+"""What the examples share: the bundled pipeline with its dictionary, and rows of pictures."""
 
 import argparse
 from pathlib import Path
@@ -28,13 +28,12 @@ def load(a: argparse.Namespace) -> StableDiffusionPipeline:
     return pipe
 
 
-def row(images: list[Image.Image], path: Path, height: int = 192) -> None:
-    """Write pictures side by side."""
-    images = [
-        image.resize((image.width * height // image.height, height), Image.Resampling.NEAREST) for image in images
-    ]
-    sheet = Image.new("RGB", (sum(image.width + 4 for image in images), height), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (sum(other.width + 4 for other in images[:i]), 0))
+def show(rows: list[list[Image.Image]], path: Path, size: int = 128) -> None:
+    """Write rows of pictures of one size."""
+    step = size + 4
+    sheet = Image.new("RGB", (step * max(map(len, rows)) - 4, step * len(rows) - 4), "white")
+    for y, images in enumerate(rows):
+        for x, image in enumerate(images):
+            sheet.paste(image.resize((size, size), Image.Resampling.NEAREST), (step * x, step * y))
     sheet.save(path)
     print(path)

@@ -6,7 +6,7 @@ The bundled model has no trained ControlNet: a new one is made from its U-Net, w
 """
 
 import torch
-from common import arguments, load, row
+from common import arguments, load, show
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image, ImageDraw
 
@@ -27,4 +27,4 @@ def draw():
 images = [edges, draw()]
 with pipe.rtsae_steering({"purple": 1.0}):
     images.append(draw())
-row(images, a.out / "controlnet.png")
+show([images], a.out / "controlnet_steering.png")

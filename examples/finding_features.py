@@ -7,7 +7,7 @@ import torch
 from common import arguments, load
 
 from diffusers_rtsae.analysis.find import find_features, top_features
-from diffusers_rtsae.analysis.plots import plot_heat_maps, plot_presence
+from diffusers_rtsae.analysis.plots import plot_heat_maps
 from diffusers_rtsae.analysis.record import record
 
 a = arguments(__doc__)
@@ -24,6 +24,6 @@ recording = record(pipe, red[0], generator=torch.Generator().manual_seed(0), **c
 left = torch.zeros(64, 64)
 left[:, :32] = 1
 print(top_features(recording, mask=left, count=5))
-plot_heat_maps(recording, found[:3]).savefig(a.out / "heat_maps.png", dpi=130)
-plot_presence(recording, found[:3]).savefig(a.out / "presence.png", dpi=130)
-print(a.out / "heat_maps.png", a.out / "presence.png")
+active = [feature for feature in found if feature.present > 0]  # some steer and are never active by themselves
+plot_heat_maps(recording, ["red", *active[:2]], columns=6).savefig(a.out / "finding_features.png", dpi=80)
+print(a.out / "finding_features.png")

@@ -6,7 +6,7 @@ Takes about three minutes on two cores. No scorer and no picture is looked at: t
 """
 
 import torch
-from common import arguments, load, row
+from common import arguments, load, show
 
 from diffusers_rtsae.analysis.find import find_features
 from diffusers_rtsae.analysis.fit import fit_feature
@@ -34,4 +34,4 @@ strengths = [-1.0, 0.0, 0.5, 1.0]
 generators = [torch.Generator().manual_seed(0) for _ in strengths]
 with pipe.rtsae_steering({"my pink": strengths}):
     images = pipe(["a large blue star at the top, flat, on white"] * 4, generator=generators, **call).images
-row(images, a.out / "fit.png")
+show([images], a.out / "fit_feature.png")

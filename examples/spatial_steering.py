@@ -5,7 +5,7 @@ python examples/spatial_steering.py
 
 import numpy as np
 import torch
-from common import arguments, load, row
+from common import arguments, load, show
 
 a = arguments(__doc__)
 pipe = load(a)
@@ -26,4 +26,4 @@ with pipe.rtsae_steering({"red": 1.0}, mask=1 - left):
     images.append(draw())
 with pipe.rtsae_steering({"blue": 1.0}, where="heart"):
     images.append(draw())
-row(images, a.out / "spatial.png")
+show([images], a.out / "spatial_steering.png")

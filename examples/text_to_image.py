@@ -1,29 +1,41 @@
-"""Steer a text-to-image generation: one feature by strength, then two at once, each for part of the time.
+"""Steer a text-to-image generation: one feature each by strength, then two at once, each for a part of the time.
 
 python examples/text_to_image.py
 """
 
 import torch
-from common import arguments, load, row
+from common import arguments, load, show
+
+from diffusers_rtsae.analysis.plots import plot_strengths
 
 a = arguments(__doc__)
 pipe = load(a)
-prompt = "a large heart on the left, flat, on a gray background"
 call = {"num_inference_steps": a.steps, "guidance_scale": 3.0}
+strengths = [-1.0, 0.0, 0.5, 1.0, 2.0]
+prompts = {  # each leaves open what is steered
+    "red": "a large heart on the left, flat, on a gray background",
+    "square": "a large blue object in the centre, flat, on a white background",
+    "navy": "a large red star in the centre, flat",
+    "dotted": "a large green circle in the centre, on a white background",
+}
 
 
 def noise(count: int = 1) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(0) for _ in range(count)]
+    return [torch.Generator().manual_seed(7) for _ in range(count)]
 
 
-strengths = [0.0, 0.5, 1.0, 1.5]
-with pipe.rtsae_steering({"red": strengths}):  # one strength a prompt
-    row(pipe([prompt] * 4, generator=noise(4), **call).images, a.out / "red.png")
+rows = []
+for feature, prompt in prompts.items():
+    with pipe.rtsae_steering({feature: strengths}):  # one strength a prompt
+        rows.append((feature, prompt, pipe([prompt] * 5, generator=noise(5), **call).images))
+plot_strengths(rows, strengths, "One feature each, by strength").savefig(a.out / "steering.png", dpi=90)
+print(a.out / "steering.png")
 
+images = [rows[0][2][1]]
 with (
     pipe.rtsae_steering({"striped": 1.0}, end=0.7),
     pipe.rtsae_steering({"orange": lambda progress: 2 - 2 * progress}),
 ):
-    image = pipe(prompt, generator=noise(), **call).images[0]
-row([image], a.out / "striped-orange.png")
-print(pipe.rtsae_report())  # how much was edited, and how much lay outside the training data
+    images += pipe(prompts["red"], generator=noise(), **call).images
+    print(pipe.rtsae_report())  # how much was edited, and how much lay outside the training data
+show([images], a.out / "text_to_image.png")

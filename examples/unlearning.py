@@ -4,7 +4,7 @@ python examples/unlearning.py
 """
 
 import torch
-from common import arguments, load, row
+from common import arguments, load, show
 
 a = arguments(__doc__)
 pipe = load(a)
@@ -16,6 +16,6 @@ def draw():
     return pipe(prompts, generator=generators, num_inference_steps=a.steps, guidance_scale=3.0).images
 
 
-row(draw(), a.out / "before.png")
+before = draw()
 pipe.set_rtsae_features({"heart": -2.0}, operation="scale", clip=False)  # stays until it is changed
-row(draw(), a.out / "without-hearts.png")
+show([before, draw()], a.out / "unlearning.png")

@@ -31,14 +31,7 @@ from .results import Results, table
 from .samplers import SAMPLERS
 from .steering import mean, measure, run, score, tokens_on
 
-FIGURES = {
-    "fvu_teacher_forced": "FVU teacher-forced",
-    "fvu_online": "FVU rolled out",
-    "l0_threshold": "active latents",
-    "dead": "dead",
-    "recovered_teacher_forced": "noise prediction recovered",
-    "recovered_online": "the same, rolled out",
-}
+FIGURES = ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead", "recovered_online", "recovered_teacher_forced")
 STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
 ELSEWHERE = ("DPM++ 2M", 12)  # another sampler with its number of steps
 
@@ -114,9 +107,10 @@ class Trial:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Mean ± standard deviation over the seeds of each kind: how well it describes, and how it steers at its most
-    efficient strength; the last two columns with another sampler, each seed at its own."""
-    described, steered = [], []
+    """Mean ± standard deviation over the seeds of each kind, at its most efficient strength; the last two columns with
+    another sampler, each seed at its own."""
+    names = (*FIGURES, "stability", *STEERING, "success elsewhere", "efficiency elsewhere")
+    lines = []
     for kind in dict.fromkeys(r["kind"] for r in rows):
         own = [r for r in rows if r["kind"] == kind]
         strengths = dict.fromkeys(s["strength"] for r in own for s in r["steering"])
@@ -125,21 +119,12 @@ def markdown(rows: list[dict]) -> str:
             return [s[key] for r in own for s in r["steering"] if s["strength"] == strength]
 
         best = max(strengths, key=lambda s: statistics.mean(at(s, "efficiency")))
-        stable = f"{own[0]['stability']:.3f}" if "stability" in own[0] else "–"
-        described.append([kind, str(len(own)), *(spread([r[key] for r in own]) for key in FIGURES), stable])
-        cells = [at(best, key) for key in STEERING]
+        cells = [[r[key] for r in own] for key in FIGURES] + [[own[0].get("stability", float("nan"))]]
+        cells += [at(best, key) for key in STEERING]
         cells += [[r["elsewhere"][key] for r in own] for key in ("success", "efficiency")]
-        steered.append([f"{kind} @{best:g}", *map(spread, cells)])
-    sampler, steps = ELSEWHERE
-    there = [f"{key}, {sampler} with {steps} steps" for key in ("success", "efficiency")]
-    describing = table(["dictionary", "seeds", *FIGURES.values(), "same in another seed"], described)
-    return describing + "\n" + table(["dictionary @strength", *STEERING, *there], steered)
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
+        told = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in cells]
+        lines.append([f"{kind} @{best:g}", *told])
+    return table(["", *names], lines)
 
 
 def main() -> None:

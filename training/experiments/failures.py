@@ -19,7 +19,8 @@ from diffusers_rtsae import load_dictionary
 
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .steering import run, score
-from .table import LEAKAGE, SUCCESS
+
+SUCCESS, LEAKAGE = 0.9, 0.1  # the goal
 
 
 def wrong(plain: dict, steered: dict, factor: str, value: str) -> str:
@@ -33,7 +34,7 @@ def wrong(plain: dict, steered: dict, factor: str, value: str) -> str:
 def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline", "scorer", "dictionary")
-    parser.add_argument("--table", type=Path, default=Path("training/results/fitted.json"))
+    parser.add_argument("--table", type=Path, default=Path("training/results/steering.json"))
     parser.add_argument("--out", type=Path, default=Path("runs/failures.png"))
     parser.add_argument("--prompts", type=int, default=32, help="for each label; as many as of each seed of the table")
     parser.add_argument("--columns", type=int, default=5)

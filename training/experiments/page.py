@@ -63,34 +63,41 @@ class Section(NamedTuple):
 
 
 SECTIONS = {  # by the name of the file
-    "steering": Section(
-        "table",
-        "Labels beside what else could be done at their site",
-        """
-        Every label on {prompts} prompts of its own for each seed, which had no part in any choice, beside other
-        directions at the same site and beside naming the value in the prompt. A cell is success / leakage /
-        valid; features are at the fixed strength 1, and all that has several strengths beside them at the one
-        that is best on these same pictures, which flatters it. The difference of means is told where the object
-        is; the features find it themselves.
-        """,
-    ),
-    "judge": Section(
-        "table",
-        "Does another judge agree?",
-        """
-        The same, read by a second scorer of another architecture and training, which had no part in any choice
-        and no part in the development of the method ({prompts} prompts a label and seed).
-        """,
-    ),
-    "fitted": Section(
+    "labels": Section(
         "table",
         "Does a label do what it says?",
         """
         Every label of the bundled dictionary on {prompts} prompts of its own for each seed, which had no part in
-        any choice. A cell is success / leakage / valid; features are at the fixed strength 1, and all that has
-        several strengths beside them at the one that is best on these same pictures, which flatters it. Labels
-        are linear maps fitted to what changing the prompt does (`python -m training.experiments.label`), without
-        a scorer.
+        any choice, beside what else was fitted to the same pairs of prompts, other directions at the same site,
+        and naming the value in the prompt. A cell is success / leakage / valid at strength 1; what has several
+        strengths is shown at the one that is best on these same pictures, which flatters it. Labels are linear
+        maps fitted to what changing the prompt does (`python -m training.experiments.label`), without a scorer.
+        """,
+    ),
+    "judged": Section(
+        "table",
+        "Does another judge agree?",
+        """
+        The same table, read by a second scorer of another architecture and training, which had no part in any
+        choice.
+        """,
+    ),
+    "fitted": Section(
+        "table",
+        "Does a label do what it says, without rivals",
+        """
+        Every label of the bundled dictionary on {prompts} prompts of its own for each seed, which had no part in
+        any choice. A cell is success / leakage / valid at strength 1. Labels are linear maps fitted to what
+        changing the prompt does (`python -m training.experiments.label`), without a scorer.
+        """,
+    ),
+    "ranking": Section(
+        "ranking",
+        "Does ranking by effect find the latent that does most?",
+        """
+        For each value `find_features` ranks all latents on {pairs} pairs of prompts, by effect and by presence;
+        the first ten of each are then added at strength 1 on {others} other pairs and other noise. *Place* is
+        where a ranking puts the latent that does most there.
         """,
     ),
     "dose": Section(
@@ -145,12 +152,13 @@ SECTIONS = {  # by the name of the file
         """
         Dictionaries of one size, trained alike on one pass over the same trajectories (`python -m training.train
         training/recipes/arms.yaml --out runs/arms`). Steering moves {features} latents, chosen from {pairs}
-        pairs of prompts, on other prompts that name another value. *Gain* is the added share that shows the
-        target, *distance* how far pictures moved relative to the edited prompt's, *efficiency* gain over
-        distance; the paper has efficiencies of .691 for the method (`method`), .449 for `per-step`, .447 for
-        `raw` and .206 for `matryoshka` on Stable Diffusion 1.5, of other pictures and another judge. Mean ±
-        standard deviation over seeds. This world's factors were made linearly readable at the steered site,
-        which may be why any dictionary steers it.
+        pairs of prompts for each value, on other prompts that name another value; each kind is shown at its most
+        efficient strength, and the last columns are with a sampler that no dictionary was trained on. *Gain* is
+        the added share that shows the target, *distance* how far pictures moved relative to the edited prompt's,
+        *efficiency* gain over distance; the paper has efficiencies of .691 for the method (`method`), .449 for
+        `per-step`, .447 for `raw` and .206 for `matryoshka` on Stable Diffusion 1.5, of other pictures and
+        another judge. Mean ± standard deviation over seeds. This world's factors were made linearly readable at
+        the steered site, which may be why any dictionary steers it.
         """,
     ),
     "anchors": Section(
@@ -185,7 +193,7 @@ def is_bundled(settings: dict, rows: list[dict]) -> bool:
     named = [settings[name] for name in ("pipeline", "dictionary") if name in settings]
     if "dictionaries" not in settings and settings["contents"] != _contents(*named):
         return False
-    digests = {row["dictionary"] for row in rows if "method" in row and "dictionary" in row}
+    digests = {row["dictionary"] for row in rows if row.get("method") == "feature" and "dictionary" in row}
     return digests <= {_contents("examples/shapes-rtsae")}
 
 
@@ -201,7 +209,8 @@ def section(path: Path) -> tuple[str, str]:
     told = {name: value for name, value in settings.items() if name not in APART and value != "None"}
     how = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
     command = f"`python -m training.experiments.{experiment} --out training/results/{path.name}`"
-    facts = f"{stored['measured']}, {command}: {how}; read by `{Path(settings['scorer']).name}`."
+    facts = f"{stored['measured']}, {command}: {how}"
+    facts += f"; read by `{Path(settings['scorer']).name}`." if "scorer" in settings else "."
     parts = [f"## {title}", wrapped(facts), wrapped(text.format(**settings))]
     parts += [] if is_bundled(settings, rows) else [STALE]
     shown = import_module(f"training.experiments.{experiment}").markdown(rows)

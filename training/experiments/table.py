@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import median
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,7 +20,7 @@ from diffusers_rtsae.analysis.scorer import FactorScorer
 
 from ..worlds import KINDS, Probe, World
 from ..worlds.pictures import add_models, load_models, new_parser, parse
-from .results import Results, best, contents, figures, folded, table
+from .results import Results, best, contents, figures, table
 from .steering import as_dictionary, difference_of_means, mean, measure, run, score
 
 METHODS = {  # and the strengths at which each is measured
@@ -32,15 +31,6 @@ METHODS = {  # and the strengths at which each is measured
     "random": (1.0,),
     "prompt": (0.0,),
 }
-NAMES = {
-    "plain": "no edit",
-    "feature": "feature",
-    "means": "difference of means",
-    "means with options": "the same with the feature's options",
-    "random": "random",
-    "prompt": "edited prompt",
-}
-SUCCESS, LEAKAGE = 0.9, 0.1  # what a label is to reach at strength 1
 OF_DICTIONARY = ("feature", "means with options", "random")  # methods that another dictionary changes
 
 
@@ -68,44 +58,32 @@ def random_directions(dictionary: Dictionary, seed: int = 0) -> Dictionary:
 
 
 def markdown(rows: list[dict]) -> str:
-    """For each kind of prompts the medians over the labels of each factor, what falls short, and each label: success /
-    leakage / valid, of features at strength 1 and of all else at the strength that is best."""
-    labels = dict.fromkeys(r["label"] for r in rows)
-    factors = {r["label"]: r["factor"] for r in rows}
-    methods = [method for method in NAMES if any(r["method"] == method for r in rows)]
-    heads = [NAMES[method] for method in methods]
+    """The table as Markdown: one line a label, success / leakage / valid on open and contradicted prompts."""
+    cells = {(r["label"], r["kind"], r["method"], r["strength"]): r for r in rows}
+    labels = list(dict.fromkeys(r["label"] for r in rows))
 
-    def shown(label: str, kind: str, method: str) -> dict | None:
-        found = [r for r in rows if (r["label"], r["kind"], r["method"]) == (label, kind, method)]
-        at_one = [r for r in found if method == "feature" and r["strength"] == 1]
-        return at_one[0] if at_one else best(found) if found else None
-
-    def middle(names: list[str], kind: str, method: str) -> str:
-        found = [row for name in names if (row := shown(name, kind, method))]
-        told = {key: median(row[key] for row in found) for key in ("success", "leakage", "valid")} if found else {}
-        return figures(told) if found else "–"
-
-    def each(label: str, kind: str, method: str) -> str:
-        row = shown(label, kind, method)
-        if row is None:
+    def cell(label: str, kind: str, method: str) -> str:
+        found = [r for key, r in cells.items() if key[:3] == (label, kind, method)]
+        if not found:
             return "–"
-        return figures(row) + (f" @{row['strength']:g}" if len(METHODS[method]) > 1 and method != "feature" else "")
+        shown = best(found)
+        return figures(shown) + (f" @{shown['strength']:g}" if len(METHODS[method]) > 1 else "")
 
+    methods = {
+        "plain": "no edit",
+        "feature": "feature",
+        "means": "difference of means",
+        "means with options": "the same with the feature's options",
+        "random": "random",
+        "prompt": "edited prompt",
+    }
     text = []
-    for kind in [kind for kind in KINDS if any(r["kind"] == kind for r in rows)]:
-        groups = {f: [name for name in labels if factors[name] == f] for f in dict.fromkeys(factors.values())}
-        lines = [[f"{len(own)} of {f}", *(middle(own, kind, m) for m in methods)] for f, own in groups.items()]
-        lines.append([f"**all {len(labels)}**", *(middle(list(labels), kind, m) for m in methods)])
-        fewest = min(r["n"] for r in rows if r["kind"] == kind)
-        text += [f"**{kind} prompts**, medians of success / leakage / valid", "", table(["labels", *heads], lines)]
-        text += [f"A label's standard error is at most {0.5 / fewest**0.5:.2f} ({fewest} pictures).", ""]
-        steered = {name: row for name in labels if (row := shown(name, kind, "feature"))}
-        misses = [f"{name} {row['success']:.2f}" for name, row in steered.items() if row["success"] < SUCCESS]
-        leaks = [f"{name} {row['leakage']:.2f}" for name, row in steered.items() if row["leakage"] > LEAKAGE]
-        text += [f"Success below {SUCCESS}: {', '.join(misses) or 'none'}.", ""]
-        text += [f"Leakage above {LEAKAGE}: {', '.join(leaks) or 'none'}.", ""]
-        lines = [[name, *(each(name, kind, m) for m in methods)] for name in labels]
-        text.append(folded(f"each label, {kind} prompts", table(["label", *heads], lines)))
+    for kind in KINDS:
+        if not any(r["kind"] == kind for r in rows):
+            continue
+        text += [f"**{kind} prompts** (success / leakage / valid, at the best strength)", ""]
+        lines = [[label, *(cell(label, kind, m) for m in methods)] for label in labels]
+        text.append(table(["feature", *methods.values()], lines))
     return "\n".join(text)
 
 
