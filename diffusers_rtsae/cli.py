@@ -181,7 +181,9 @@ def find(
         pipe, positive, negative, count, seeds=seeds, verify=verify, until=until, by=by, progress=not as_json, **call
     )
     if strip:
-        table.plot_strip().savefig(strip, dpi=130)
+        from .analysis.plots import plot_strip
+
+        plot_strip(table).savefig(strip, dpi=130)
     print(json.dumps([feature.told() for feature in table]) if as_json else table)
 
 

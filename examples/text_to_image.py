@@ -28,7 +28,7 @@ rows = []
 for feature, prompt in prompts.items():
     with pipe.rtsae_steering({feature: strengths}):  # one strength a prompt
         rows.append((feature, prompt, pipe([prompt] * 5, generator=noise(5), **call).images))
-plot_strengths(rows, strengths, "One feature each, by strength").savefig(a.out / "steering.png", dpi=90)
+plot_strengths(rows, strengths, "One feature each, by strength").savefig(a.out / "steering.png", dpi=75)
 print(a.out / "steering.png")
 
 images = [rows[0][2][1]]

@@ -26,7 +26,7 @@ import diffusers_rtsae
 from diffusers_rtsae import RTSAE, TIDE, Dictionary, MixtureSAE, SparseAutoencoder, cli, list_sites, load_dictionary
 from diffusers_rtsae.analysis import find, fit
 from diffusers_rtsae.analysis.fit import fit_feature
-from diffusers_rtsae.analysis.plots import plot_crops
+from diffusers_rtsae.analysis.plots import plot_crops, plot_strip
 from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.scorer import FactorScorer
@@ -1056,7 +1056,7 @@ MISUSE = {
         "number.",
     ),
     "a strip of nothing": (
-        lambda world: find.FeatureTable().plot_strip(),
+        lambda world: plot_strip(find.FeatureTable()),
         ValueError,
         "Nothing in this table is verified: call find_features with verify=True.",
     ),

@@ -62,15 +62,9 @@ class Feature:
 
 class FeatureTable(list):
     """A list of [`Feature`] that prints as a table. `plain` are the pictures on which verified features were
-    steered."""
+    steered; [`plots.plot_strip`] shows them."""
 
     plain: list = []
-
-    def plot_strip(self):
-        """The pictures of the verified features below the plain ones: see [`plots.plot_strip`]."""
-        from .plots import plot_strip
-
-        return plot_strip(self)
 
     def to_pandas(self):
         """As a `pandas.DataFrame`, one row a feature; pandas must be installed."""

@@ -180,49 +180,6 @@ class Recording:
             parts.append(torch.stack([torch.einsum("bnr,bn->br", z, weight) for z in self.latents(site, rows)], 1))
         return torch.cat(parts, 2)
 
-    def top_features(self, image: int = 0, mask=None, count: int = 10):
-        """What is active in a picture, and when: see [`find.top_features`]."""
-        from .find import top_features
-
-        return top_features(self, image, mask, count)
-
-    def plot_heat_maps(self, features: Sequence, image: int = 0, columns: int = 8):
-        """Where and when features are active: see [`plots.plot_heat_maps`]."""
-        from .plots import plot_heat_maps
-
-        return plot_heat_maps(self, features, image, columns)
-
-    def plot_presence(self, features: Sequence, image: int = 0):
-        """How present features are over denoising time: see [`plots.plot_presence`]."""
-        from .plots import plot_presence
-
-        return plot_presence(self, features, image)
-
-    def plot_feature_trajectories(self, features: Sequence):
-        """How features' directions grow and turn over denoising time: see [`plots.plot_feature_trajectories`]."""
-        from .plots import plot_feature_trajectories
-
-        return plot_feature_trajectories(self.dictionary, features)
-
-    def plot_crops(self, feature, count: int = 12, size: float = 0.5):
-        """Where a feature is most active in these pictures: see [`plots.plot_crops`], which takes several
-        recordings."""
-        from .plots import plot_crops
-
-        return plot_crops([self], feature, count, size)
-
-    def plot_activations(self, feature, bins: int = 40):
-        """Histogram of a feature's activation: see [`plots.plot_activations`], which takes several recordings."""
-        from .plots import plot_activations
-
-        return plot_activations([self], feature, bins)
-
-    def plot_similarity(self, features: Sequence):
-        """Cosines between features' trajectories: see [`plots.plot_similarity`]."""
-        from .plots import plot_similarity
-
-        return plot_similarity(self.dictionary, features)
-
 
 def kind_of(dictionary: Dictionary, sites: Sequence[str]) -> str:
     """The kind of activation that all `sites` read."""

@@ -7,6 +7,7 @@ from diffusers_rtsae.analysis.find import find_features, rank, search_labels, to
 from diffusers_rtsae.analysis.plots import (
     plot_activations,
     plot_crops,
+    plot_feature_trajectories,
     plot_heat_maps,
     plot_presence,
     plot_similarity,
@@ -119,6 +120,7 @@ def test_figures_show_what_they_should(steered, dictionary, found, tmp_path):
         "presence": plot_presence(recording, ["red", "blue"]),
         "crops": plot_crops([recording], "red"),
         "activations": plot_activations([recording], "red"),
+        "trajectories": plot_feature_trajectories(dictionary, ["red", red]),
         "similarity": plot_similarity(dictionary, list(dictionary.labels)),
     }
     for name, figure in figures.items():
@@ -127,3 +129,4 @@ def test_figures_show_what_they_should(steered, dictionary, found, tmp_path):
     curves = figures["presence"].axes[0].get_lines()
     assert curves[0].get_ydata().max() > 3 * curves[1].get_ydata().max()  # a red picture
     assert len(figures["crops"].axes) == 2 and len(figures["heat"].axes) == 3 * 5
+    assert len(figures["trajectories"].axes) == 3

@@ -6,8 +6,9 @@ from kinds import OTHERS, random_dictionary
 
 from diffusers_rtsae import TIDE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis import fit
-from diffusers_rtsae.analysis.find import find_features
+from diffusers_rtsae.analysis.find import find_features, top_features
 from diffusers_rtsae.analysis.fit import fit_feature
+from diffusers_rtsae.analysis.plots import plot_feature_trajectories, plot_presence
 from diffusers_rtsae.analysis.record import record
 from diffusers_rtsae.analysis.report import write_report
 from training.evaluate import evaluate, recovered, stability, timing
@@ -41,8 +42,8 @@ def test_what_is_recorded_is_what_steering_reads(steered, sae):
         steered(["a red star"], generator=torch.Generator().manual_seed(0), **CALL)
         first = steered.rtsae_report()[SITE][0]
     assert first["edited"] == pytest.approx((read[0][..., 0] > 0).float().mean().item(), abs=1e-6)
-    assert len(recording.top_features(count=3)) > 0
-    assert recording.plot_presence([5]) and recording.plot_feature_trajectories([5, 9])
+    assert len(top_features(recording, count=3)) > 0
+    assert plot_presence(recording, [5]) and plot_feature_trajectories(recording.dictionary, [5, 9])
 
 
 def test_features_are_found_and_verified(steered):

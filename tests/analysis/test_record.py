@@ -69,18 +69,3 @@ def test_shows_needs_a_valid_picture_and_every_filled_slot():
     assert not shows(reading | {"right.colour": "blue"}, "colour", "red")
     assert not shows(reading | {"valid": "no"}, "colour", "red")
     assert not shows({"valid": "yes", "left.colour": None}, "colour", "red")
-
-
-def test_a_recording_draws_itself(steered, latent):
-    seen = record(steered, ["a large red square on the left", "a blue heart"], num_inference_steps=4)
-    figures = [
-        seen.plot_heat_maps(["red", "square"], image=1),
-        seen.plot_presence(["red", "square"]),
-        seen.plot_feature_trajectories(["red", latent("square")]),
-        seen.plot_crops("square", count=2),
-        seen.plot_activations("square"),
-        seen.plot_similarity(["red", "square", "heart"]),
-    ]
-    axes = [10, 1, 3, None, 1, 2]  # heat maps: two features, four steps and the picture
-    assert all(n is None or len(f.axes) == n for n, f in zip(axes, figures, strict=True))
-    assert seen.top_features(0, count=3)[0].score > 0
