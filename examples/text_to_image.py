@@ -37,5 +37,6 @@ with (
     pipe.rtsae_steering({"orange": lambda progress: 2 - 2 * progress}),
 ):
     images += pipe(prompts["red"], generator=noise(), **call).images
-    print(pipe.rtsae_report())  # how much was edited, and how much lay outside the training data
+    ((first, *_),) = pipe.rtsae_report().values()  # of each step: what was edited, and how large the edit was
+    print(first)
 show([images], a.out / "text_to_image.png")

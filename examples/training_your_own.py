@@ -6,9 +6,9 @@ A real one takes more pictures and steps: see training/README.md.
 """
 
 import sys
-from pathlib import Path
 
-from common import HERE, arguments, load
+import torch
+from common import HERE, arguments, load, show
 
 sys.path.insert(0, str(HERE.parent))  # the trainer is part of the clone, not of the package
 from training.recipe import Recipe  # noqa: E402
@@ -33,7 +33,9 @@ recipe = Recipe(
 dictionary = run(recipe, a.out / "dictionary", a.out / "work")[""]
 pipe = load(a)
 pipe.unload_rtsae()
-pipe.load_rtsae(Path(a.out / "dictionary"))
-pipe.set_rtsae_features({int(dictionary.sites["up_blocks.1.attentions.1"].density.argmax()): 2.0})
-pipe("a star", num_inference_steps=a.steps).images[0].save(a.out / "training_your_own.png")
-print(a.out / "training_your_own.png")
+pipe.load_rtsae(a.out / "dictionary")
+images = []
+for strength in (0.0, 2.0):
+    pipe.set_rtsae_features({int(dictionary.sites["up_blocks.1.attentions.1"].density.argmax()): strength})
+    images += pipe("a star", generator=torch.Generator().manual_seed(0), num_inference_steps=a.steps).images
+show([images], a.out / "training_your_own.png")
