@@ -1,9 +1,11 @@
 """What the examples share: the bundled pipeline with its dictionary, and rows of pictures."""
 
 import argparse
+import io
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
+from matplotlib.figure import Figure
 from PIL import Image
 
 import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
@@ -36,4 +38,12 @@ def show(rows: list[list[Image.Image]], path: Path, size: int = 128) -> None:
         for x, image in enumerate(images):
             sheet.paste(image.resize((size, size), Image.Resampling.NEAREST), (step * x, step * y))
     sheet.save(path)
+    print(path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, in 256 colours to be small."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=90)
+    Image.open(buffer).convert("RGB").quantize(dither=Image.Dither.NONE).save(path)
     print(path)

@@ -4,7 +4,7 @@ python examples/finding_features.py
 """
 
 import torch
-from common import arguments, load
+from common import arguments, load, save
 
 from diffusers_rtsae.analysis.find import find_features, top_features
 from diffusers_rtsae.analysis.plots import plot_heat_maps
@@ -25,5 +25,4 @@ left = torch.zeros(64, 64)
 left[:, :32] = 1
 print(top_features(recording, mask=left, count=5))
 active = [feature for feature in found if feature.present > 0]  # some steer and are never active by themselves
-plot_heat_maps(recording, ["red", *active[:2]], columns=6).savefig(a.out / "finding_features.png", dpi=80)
-print(a.out / "finding_features.png")
+save(plot_heat_maps(recording, ["red", *active[:2]], columns=6), a.out / "finding_features.png")

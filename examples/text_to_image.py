@@ -4,7 +4,7 @@ python examples/text_to_image.py
 """
 
 import torch
-from common import arguments, load, show
+from common import arguments, load, save, show
 
 from diffusers_rtsae.analysis.plots import plot_strengths
 
@@ -28,8 +28,7 @@ rows = []
 for feature, prompt in prompts.items():
     with pipe.rtsae_steering({feature: strengths}):  # one strength a prompt
         rows.append((feature, prompt, pipe([prompt] * 5, generator=noise(5), **call).images))
-plot_strengths(rows, strengths, "One feature each, by strength").savefig(a.out / "steering.png", dpi=75)
-print(a.out / "steering.png")
+save(plot_strengths(rows, strengths, "One feature each, by strength"), a.out / "steering.png")
 
 images = [rows[0][2][1]]
 with (
