@@ -50,7 +50,7 @@ def markdown(rows: list[dict]) -> str:
     kept = {s: [r for r in rows if r["steps"] == s and r["success"] >= 0.95 * reference["success"]] for s in steps}
     counts = ", ".join(f"{len(kept[s])} of {sum(r['steps'] == s for r in rows)} with {s}" for s in steps)
     name, count = REFERENCE
-    return f"{told}\nAt least 95 % of the success of {name} with {count} steps have, by steps: {counts}.\n"
+    return f"{told}\nAt least 95 % of the success of {name} with {count} steps: {counts}.\n"
 
 
 def main() -> None:
