@@ -38,7 +38,7 @@ def test_prose_is_wrapped(page):
 def test_the_readme_is_a_landing_page():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 150
-    for page in ("examples/README.md", "training/README.md", "training/results/README.md", "diffusers_rtsae/README.md"):
+    for page in ("examples/README.md", "training/README.md", "training/results/README.md", "diffusers_rtsae/TERMS.md"):
         assert f"({page})" in text
 
 
