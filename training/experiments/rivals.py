@@ -63,7 +63,7 @@ def mean_change(states: States, site: str) -> torch.Tensor:
         kept = where & told[:, None]
         square += weight * float(kept.sum()) * there[:, None] * there
         product += weight * there[:, None] * change[kept].sum(0)
-    return torch.linalg.solve(square, product)
+    return torch.linalg.solve(square, product).contiguous()
 
 
 def main() -> None:
