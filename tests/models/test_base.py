@@ -1,5 +1,7 @@
 """What holds for dictionaries of every kind."""
 
+import operator
+
 import pytest
 import torch
 from kinds import MADE, OTHERS, random_dictionary
@@ -27,10 +29,13 @@ def test_a_configuration_names_its_kind(sae, tmp_path):
 
 
 def test_a_folder_and_its_card_say_what_it_is(sae, tmp_path):
+    for name in sae.matrices:  # kept in half precision, in which a latent near its threshold may be another's
+        matrix = operator.attrgetter(name)(sae)  # a parameter or a buffer
+        matrix.data = matrix.half().float()
     Dictionary({"mid_block": sae}).save(tmp_path)
     again = load_dictionary(tmp_path).sites["mid_block"]
     assert type(again) is type(sae)
-    torch.testing.assert_close(again.encode(trajectories()), sae.encode(trajectories()), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(again.encode(trajectories()), sae.encode(trajectories()))
     card = (tmp_path / "README.md").read_text()
     assert f"| mid_block | {type(sae).__name__} | 6 | 24 | 4 | 900, 500, 100 | output |" in card
     assert f"**{type(sae).__name__}.** {sae.summary}" in card

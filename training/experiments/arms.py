@@ -3,24 +3,28 @@
     python -m training.train training/recipes/arms.yaml --out runs/arms
     python -m training.experiments.arms --dictionaries runs/arms --out training/results/arms.json
 
-Steering follows RIEBench's protocol: pairs of prompts that differ in one value give the features (the latents whose
-mean activation differs most between the two pictures); on other prompts that name the first value these are moved by
-that difference. *Gain* is the share of pictures that then show the second value, *distance* how far the pictures moved
-relative to the edited prompt's, *efficiency* gain over distance; the same once more with a sampler and a number of
-steps that no dictionary was trained on. Rows are added to the JSON as they are measured; the
-same command continues where it was stopped.
+Steering follows RIEBench's protocol: pairs of prompts that differ in one value give the features, and on other prompts
+that name the first value these are moved. They are chosen twice: by `activation` (the latents whose mean activation
+differs most between the two pictures, moved by that difference), and by `effect` (the latents with most effect on the
+prediction for the length of what they add, to first order, in proportion to it; together as long as what changing the
+prompt does to the activation, for every dictionary alike). *Gain* is the share of pictures that then show the second
+value, *distance* how far the pictures moved relative to the edited prompt's, *efficiency* gain over distance; the same
+once more with a sampler and a number of steps that no dictionary was trained on. Rows are added to the JSON as they
+are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import torch
 from tqdm import tqdm
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
+from diffusers_rtsae.analysis.effect import Intervention, Part, States, first_order, frozen
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
@@ -28,11 +32,14 @@ from ..evaluate import recovered, stability
 from ..worlds import Probe, World
 from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
 from .results import Results, table
+from .rivals import mean_change
 from .samplers import SAMPLERS
-from .steering import mean, measure, run, score, tokens_on
+from .steering import as_dictionary, mean, measure, run, score, tokens_on
 
 FIGURES = ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead", "recovered_online", "recovered_teacher_forced")
 STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
+CHOICES = ("activation", "effect")  # what features are chosen by
+PASSES = 20  # backward passes of a target
 ELSEWHERE = ("DPM++ 2M", 12)  # another sampler with its number of steps
 
 
@@ -61,11 +68,65 @@ def pair_features(rtsae: RTSAE, pairs: list[torch.Tensor], probes: list[Probe], 
         before, after = (rtsae.encode(side[where]).mean(0) for side in both)
         difference = after - before
         chosen = (difference.abs() * length).topk(count).indices
-        weights = (difference[chosen] / rtsae.typical_activation[chosen]).tolist()
-        entry = {"site": rtsae.config.site, "latents": chosen.tolist(), "weights": weights, "where": None}
-        label = {"factor": one.factor, "value": one.value, "features": [entry], "edit": {}}
-        labels[f"{one.factor}={one.value}"] = label
+        weights = difference[chosen] / rtsae.typical_activation[chosen]
+        labels[f"{one.factor}={one.value}"] = as_label(rtsae, one, chosen, weights)
     return labels
+
+
+class Slope(NamedTuple):
+    """
+    What the pairs of a target say of every dictionary with the same anchors.
+
+    Args:
+        slope (`torch.Tensor`): how the effect grows with a constant addition at each anchor, `(G, d)`.
+        size (`torch.Tensor`): what the square of such an addition counts at each anchor, `(G,)`.
+        length (`float`): of the mean change of the activation with the prompt, over all anchors.
+    """
+
+    slope: torch.Tensor
+    size: torch.Tensor
+    length: float
+
+
+def slopes(pipe, rtsae: RTSAE, probes: list[Probe], a) -> list[Slope]:
+    """For each probe, from `first_order` of a dictionary whose latents are the axes of the site at each anchor."""
+    site, shape = rtsae.config.site, (len(rtsae.config.anchors), rtsae.config.in_channels)
+    axes = as_dictionary(site, rtsae.config.anchors, torch.eye(shape[0] * shape[1]).unflatten(1, shape))
+    axes.density.fill_(1.0)
+    pipe.load_rtsae(Dictionary({site: axes}))
+    found = []
+    for one in tqdm(probes, desc="effect", unit="target"):
+        pairs = list(zip(one.prompts, one.prompted, strict=True))
+        states = States(pipe, pairs, num_inference_steps=a.steps, guidance_scale=a.guidance)
+        model = Intervention({site: Part()}, states)
+        model.read()
+        with frozen(pipe):
+            order = first_order(model, {}, PASSES, torch.Generator().manual_seed(0))[site]
+        size = order.added_length.square().view(shape)[:, 0]
+        found.append(Slope(order.added.view(shape), size, float(mean_change(states, site).norm())))
+    pipe.unload_rtsae()
+    return found
+
+
+@torch.no_grad()
+def effect_features(rtsae: RTSAE, found: list[Slope], probes: list[Probe], count: int) -> dict[str, dict]:
+    """Labels: for each target the `count` latents with most effect for the size of what they add, in proportion to
+    that; together as long as the mean change of the activation with the prompt."""
+    paths = rtsae.feature_trajectories() * rtsae.typical_activation[:, None, None]
+    labels = {}
+    for one, of in zip(probes, found, strict=True):
+        size = (paths.square().sum(2) @ of.size).sqrt()
+        score = torch.where(rtsae.density > 0, torch.einsum("mgd,gd->m", paths, of.slope) / size, 0.0).nan_to_num()
+        chosen = score.abs().topk(count).indices
+        weights = score[chosen] / size[chosen]
+        weights *= of.length / torch.einsum("k,kgd->gd", weights, paths[chosen]).norm()
+        labels[f"{one.factor}={one.value}"] = as_label(rtsae, one, chosen, weights)
+    return labels
+
+
+def as_label(rtsae: RTSAE, probe: Probe, latents: torch.Tensor, weights: torch.Tensor) -> dict:
+    entry = {"site": rtsae.config.site, "latents": latents.tolist(), "weights": weights.tolist(), "where": None}
+    return {"factor": probe.factor, "value": probe.value, "features": [entry], "edit": {}}
 
 
 class Trial:
@@ -107,12 +168,12 @@ class Trial:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Mean ± standard deviation over the seeds of each kind, at its most efficient strength; the last two columns with
-    another sampler, each seed at its own."""
+    """Mean ± standard deviation over the seeds of each kind and choice of features, at its most efficient strength;
+    the last two columns with another sampler, each seed at its own."""
     names = (*FIGURES, "stability", *STEERING, "success elsewhere", "efficiency elsewhere")
     lines = []
-    for kind in dict.fromkeys(r["kind"] for r in rows):
-        own = [r for r in rows if r["kind"] == kind]
+    for kind, choice in dict.fromkeys((r["kind"], r["choice"]) for r in rows):
+        own = [r for r in rows if (r["kind"], r["choice"]) == (kind, choice)]
         strengths = dict.fromkeys(s["strength"] for r in own for s in r["steering"])
 
         def at(strength, key, own=own):
@@ -123,7 +184,7 @@ def markdown(rows: list[dict]) -> str:
         cells += [at(best, key) for key in STEERING]
         cells += [[r["elsewhere"][key] for r in own] for key in ("success", "efficiency")]
         told = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in cells]
-        lines.append([f"{kind} @{best:g}", *told])
+        lines.append([f"{kind}, by {choice} @{best:g}", *told])
     return table(["", *names], lines)
 
 
@@ -136,7 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/arms.json"))
     parser.add_argument("--pairs", type=int, default=4, help="that choose the features of a target, and to steer")
     parser.add_argument("--features", type=int, default=8)
-    parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 2.0, 3.0])
+    parser.add_argument("--strengths", nargs="*", type=float, default=[0.5, 1.0, 2.0, 3.0])
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     folders = sorted(path for path in a.dictionaries.iterdir() if path.is_dir())
@@ -152,33 +213,40 @@ def main() -> None:
     scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
     here = Trial(world, pipe, scorer, steer, pipe.scheduler, a.steps, a)
     elsewhere = Trial(world, pipe, scorer, steer, scheduler, steps, a)
-    pairs, found = {}, {}  # trajectories by anchors, dictionaries by name
+    pairs, gradients, found = {}, {}, {}  # trajectories and slopes by anchors, dictionaries by name
     for folder in tqdm(folders, unit="dictionary"):
         dictionary = load_dictionary(folder, dtype=torch.float32)
         ((site, rtsae),) = dictionary.sites.items()
         found[folder.name] = rtsae
-        if results.has(dictionary=folder.name):
+        missing = [choice for choice in CHOICES if not results.has(dictionary=folder.name, choice=choice)]
+        if not missing:
             continue
         anchors = tuple(rtsae.config.anchors)
         if anchors not in pairs:
             pairs[anchors] = pair_trajectories(pipe, site, list(anchors), choose, a)
+            gradients[anchors] = slopes(pipe, rtsae, choose, a)
         row = {"dictionary": folder.name, "kind": folder.name.rpartition("-")[0]} | dictionary.config["metrics"][site]
         prompts = world.describe(choose[0].scenes, 0)
         call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         row |= recovered(pipe, rtsae, prompts, generators, **call)
-        labels = pair_features(rtsae, pairs[anchors], choose, a.features)
-        pipe.load_rtsae(Dictionary({site: rtsae}, labels, dictionary.config))
-        row["steering"] = [here.figures(labels, strength) for strength in a.strengths]
-        best = max(row["steering"], key=lambda figures: figures["efficiency"])["strength"]
-        row["elsewhere"] = elsewhere.figures(labels, best)
-        pipe.unload_rtsae()
-        results.add(row)
-        print(row["dictionary"], row["steering"], flush=True)
+        for choice in missing:
+            if choice == "activation":
+                labels = pair_features(rtsae, pairs[anchors], choose, a.features)
+            else:
+                labels = effect_features(rtsae, gradients[anchors], choose, a.features)
+            pipe.load_rtsae(Dictionary({site: rtsae}, labels, dictionary.config))
+            steering = [here.figures(labels, strength) for strength in a.strengths]
+            best = max(steering, key=lambda figures: figures["efficiency"])["strength"]
+            told = {"choice": choice, "steering": steering, "elsewhere": elsewhere.figures(labels, best)}
+            pipe.unload_rtsae()
+            results.add(row | told)
+            print(folder.name, choice, steering, flush=True)
     for kind in dict.fromkeys(r["kind"] for r in rows):
         own = [r for r in rows if r["kind"] == kind]
-        if len(own) > 1:
-            shared = stability([found[r["dictionary"]] for r in own])
+        names = dict.fromkeys(r["dictionary"] for r in own)
+        if len(names) > 1:
+            shared = stability([found[name] for name in names])
             for r in own:
                 r["stability"] = shared
     results.write()

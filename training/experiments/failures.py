@@ -2,7 +2,7 @@
 
     python -m training.experiments.failures --out training/results/failures.png
 
-For each, open prompts of the table on which the feature at strength 1 did not give its value, or changed another
+For each, prompts of the table on which the feature at strength 1 did not give its value, or changed another
 factor: the picture without steering beside the one with it, and what the scorer reads wrongly. The first found are
 shown.
 """
@@ -34,9 +34,9 @@ def wrong(plain: dict, steered: dict, factor: str, value: str) -> str:
 def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline", "scorer", "dictionary")
-    parser.add_argument("--table", type=Path, default=Path("training/results/steering.json"))
+    parser.add_argument("--table", type=Path, default=Path("training/results/labels.json"))
     parser.add_argument("--out", type=Path, default=Path("runs/failures.png"))
-    parser.add_argument("--prompts", type=int, default=32, help="for each label; as many as of each seed of the table")
+    parser.add_argument("--prompts", type=int, default=16, help="for each label; as many as of each seed of the table")
     parser.add_argument("--columns", type=int, default=5)
     a, world = parse(parser)
     pipe, scorer = load_models(a)
@@ -44,10 +44,10 @@ def main() -> None:
     missed = [
         row
         for row in json.loads(a.table.read_text())["rows"]
-        if (row["kind"], row["method"], row["strength"]) == ("open", "feature", 1.0)
+        if (row["method"], row["strength"]) == ("feature", 1.0)
         and (row["success"] < SUCCESS or row["leakage"] > LEAKAGE)
     ]
-    probes = [world.probe(row["factor"], row["label"], "open", a.prompts, seed=100) for row in missed]
+    probes = [world.probe(row["factor"], row["label"], row["kind"], a.prompts, seed=100) for row in missed]
     plain = run(pipe, probes, None, a.steps, a.guidance, a.batch_size)
     strengths = [{row["label"]: 1.0} for row in missed]
     steered = run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, masks=False)
@@ -64,7 +64,7 @@ def main() -> None:
             axis.set_title(told[j], fontsize=7)
         for axis in axes[i]:
             axis.set_axis_off()
-        title = f"{row['label']}\nsuccess {row['success']:.2f}\nleakage {row['leakage']:.2f}"
+        title = f"{row['label']}, {row['kind']}\nsuccess {row['success']:.2f}\nleakage {row['leakage']:.2f}"
         axes[i, 0].text(-0.05, 0.5, title, transform=axes[i, 0].transAxes, ha="right", va="center", fontsize=9)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(a.out, dpi=80)

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="dictionary to write; the same by default")
     parser.add_argument("--work", type=Path, default=Path("runs/labels"), help="where what is fitted is kept")
     parser.add_argument("--values", nargs="*", help="that are to be labelled; all by default")
+    parser.add_argument("--pairs", type=int, default=24, help="of prompts; a third of them leave the factor open")
     parser.add_argument("--latents", type=int, default=24)
     parser.add_argument("--rank", type=int, default=8, help="of a linear map; 0 fits latents instead")
     parser.add_argument("--least", type=float, default=0.1, help="effect below which nothing is labelled")
@@ -52,7 +53,8 @@ def main() -> None:
     for factor, value in targets:
         if stored(a.work, value):
             continue
-        different, same = pairs(world, factor, value, contradicted=16, leave_open=8, already=8, seed=0)
+        leave_open = a.pairs // 3
+        different, same = pairs(world, factor, value, a.pairs - leave_open, leave_open, already=8, seed=0)
         fitted = fit_feature(pipe, different, a.latents, same, a.rank or None, **call)
         if fitted.maps:
             save_file(fitted.maps, a.work / f"{value}.safetensors")

@@ -1,14 +1,20 @@
 """The honest table: every labelled feature of a world's dictionary against its baselines, judged by the scorer.
 
-    python -m training.experiments.table --out training/results/steering.json
+    python -m training.experiments.rivals --out runs/rivals
+    python -m training.experiments.table --rivals runs/rivals --out training/results/labels.json
+    python -m training.experiments.table --rivals runs/rivals --judge --out training/results/judged.json
 
-Rows are added to the JSON as they are measured; the same command continues where it was stopped, and measures again
-what another dictionary changes.
+Features, which few latents or a map of their own stand for, act at the fixed strength 1; of the difference of means
+the best of three strengths is shown, chosen on these same pictures. Constants are told where the object is. Rows are
+added to the JSON as they are measured; the same command continues where it was stopped, and measures again what
+another dictionary changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,21 +23,35 @@ from tqdm import tqdm
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.models import LinearMap
 
 from ..worlds import KINDS, Probe, World
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .results import Results, best, contents, figures, table
-from .steering import as_dictionary, difference_of_means, mean, measure, run, score
+from .rivals import RIVALS
+from .steering import difference_of_means, mean, measure, run, score
 
 METHODS = {  # and the strengths at which each is measured
     "plain": (0.0,),
-    "feature": (1.0, 2.0, 0.5, -1.0),
+    "feature": (1.0,),
+    "latents": (1.0,),
+    "random latents": (1.0,),
+    "direction": (1.0,),
     "means": (1.0, 2.0, 0.5),
-    "means with options": (1.0, 2.0, 0.5),
     "random": (1.0,),
     "prompt": (0.0,),
 }
-OF_DICTIONARY = ("feature", "means with options", "random")  # methods that another dictionary changes
+HEADS = {
+    "plain": "no edit",
+    "feature": "label",
+    "latents": "latents, same fit",
+    "random latents": "random latents, same fit",
+    "direction": "direction, same fit",
+    "means": "difference of means",
+    "random": "random map",
+    "prompt": "edited prompt",
+}
+CONSTANT = ("direction", "means")  # told where the object is, and no latents that have a range to be kept in
 
 
 def with_labels(sites: dict[str, RTSAE], labels: dict[str, dict], rows: list[int]) -> Dictionary:
@@ -44,46 +64,54 @@ def with_labels(sites: dict[str, RTSAE], labels: dict[str, dict], rows: list[int
     return Dictionary(sites, named)
 
 
-def random_directions(dictionary: Dictionary, seed: int = 0) -> Dictionary:
-    """For each label a random direction with, at each anchor, the norm its feature has there at strength 1."""
-    generator, sites = torch.Generator().manual_seed(seed), {}
-    for site, rtsae in dictionary.sites.items():
-        rows = []
-        for name in dictionary.labels:
-            norm = dictionary.trajectory(name).norm(dim=1)
-            direction = torch.randn(rtsae.config.in_channels, generator=generator)
-            rows.append(norm[:, None] * direction / direction.norm())
-        sites[site] = as_dictionary(site, list(rtsae.config.anchors), torch.stack(rows))
-    return with_labels(sites, dictionary.labels, list(range(len(dictionary.labels))))
+def random_maps(dictionary: Dictionary, seed: int = 0) -> Dictionary:
+    """The labels of a dictionary with maps that read what theirs read, and move as far in random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = {}
+    for name, rows in dictionary.maps.items():
+        width = rows.shape[2] // 2
+        random = torch.linalg.qr(torch.randn(width, len(rows), generator=generator)).Q.T
+        directions = rows[:, 0, width + 1 :]
+        random = directions.norm(dim=1, keepdim=True) * random
+        maps[name] = LinearMap.rows(rows[..., :width], rows[..., width], random)
+    return replace(dictionary, maps=maps)
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table as Markdown: one line a label, success / leakage / valid on open and contradicted prompts."""
-    cells = {(r["label"], r["kind"], r["method"], r["strength"]): r for r in rows}
-    labels = list(dict.fromkeys(r["label"] for r in rows))
-
-    def cell(label: str, kind: str, method: str) -> str:
-        found = [r for key, r in cells.items() if key[:3] == (label, kind, method)]
-        if not found:
-            return "–"
-        shown = best(found)
-        return figures(shown) + (f" @{shown['strength']:g}" if len(METHODS[method]) > 1 else "")
-
-    methods = {
-        "plain": "no edit",
-        "feature": "feature",
-        "means": "difference of means",
-        "means with options": "the same with the feature's options",
-        "random": "random",
-        "prompt": "edited prompt",
-    }
+    """The table as Markdown: medians, and one line a label, success / leakage / valid on open and contradicted
+    prompts."""
+    cells: dict[tuple[str, str, str], list[dict]] = {}
+    for row in rows:
+        cells.setdefault((row["kind"], row["method"], row["label"]), []).append(row)
+    factors = {row["label"]: row["factor"] for row in rows}
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     text = []
-    for kind in KINDS:
-        if not any(r["kind"] == kind for r in rows):
-            continue
-        text += [f"**{kind} prompts** (success / leakage / valid, at the best strength)", ""]
-        lines = [[label, *(cell(label, kind, m) for m in methods)] for label in labels]
-        text.append(table(["feature", *methods.values()], lines))
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        shown = {key[1:]: best(found) for key, found in cells.items() if key[0] == kind}
+
+        def medians(method: str, labels: list[str], shown=shown) -> str:
+            own = [shown[method, label] for label in labels if (method, label) in shown]
+            if not own:
+                return "–"
+            middle = {key: statistics.median(r[key] for r in own) for key in ("success", "leakage", "valid")}
+            return figures(middle) + (f" ({len(own)} of {len(labels)})" if len(own) < len(labels) else "")
+
+        groups = {
+            factor: [la for la, f in factors.items() if f == factor] for factor in dict.fromkeys(factors.values())
+        }
+        groups["all"] = list(factors)
+        lines = [[f"{len(own)} {name}", *(medians(m, own) for m in methods)] for name, own in groups.items()]
+        text += [f"**{kind} prompts** (medians over labels of success / leakage / valid)", ""]
+        text.append(table(["", *(HEADS[m] for m in methods)], lines))
+
+        def cell(method: str, label: str, shown=shown) -> str:
+            row = shown.get((method, label))
+            if row is None:
+                return "–"
+            return figures(row) + (f" @{row['strength']:g}" if len(METHODS[method]) > 1 else "")
+
+        lines = [[label, *(cell(m, label) for m in methods)] for label in factors]
+        text += [f"**{kind} prompts**, each label", "", table(["", *(HEADS[m] for m in methods)], lines)]
     return "\n".join(text)
 
 
@@ -109,8 +137,7 @@ def pictures(
         prompts = [one.prompted for one in probes]
     elif method != "plain":
         strengths = [{name: strength} for name, group in groups.items() for _ in group]
-        # directions that are no features have no range to be kept in, and do not find the object themselves
-        options = {"adapter_name": method, "clip": method == "feature", "masks": method != "feature"}
+        options = {"adapter_name": method, "clip": method not in CONSTANT, "masks": method in CONSTANT}
     images = run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, prompts, **options)
     readings = iter(score(world, scorer, images, probes))
     parts = iter(images.split([sum(len(one.prompts) for one in group) for group in groups.values()]))
@@ -120,28 +147,33 @@ def pictures(
 def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline", "scorer", "dictionary")
-    parser.add_argument("--out", type=Path, default=Path("runs/steering.json"))
+    parser.add_argument("--judge", action="store_true", help="read by the judge, which chose nothing")
+    parser.add_argument("--rivals", type=Path, help="what `rivals` wrote")
+    parser.add_argument("--out", type=Path, default=Path("runs/labels.json"))
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
-    parser.add_argument("--strengths", nargs="*", type=float, help="of those at which a method is measured; all")
-    parser.add_argument("--samples", type=int, default=512, help="pictures behind the difference of means")
+    parser.add_argument("--prompts", type=int, default=16, help="for each label, kind and seed")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--samples", type=int, default=192, help="pictures behind the difference of means")
     a, world = parse(parser)
+    if a.judge:
+        a.scorer = world.judge
     pipe, scorer = load_models(a)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
-    labels, digest = dictionary.labels, contents(a.dictionary)
-    results = Results(a, [a.pipeline], said_by_rows=("dictionary", "kinds", "methods", "strengths"))
-    results.rows = [r for r in results.rows if r.get("dictionary", digest) == digest]
-    pipe.load_rtsae(dictionary, "feature")
-    pipe.load_rtsae(random_directions(dictionary), "random")
-    if {"means", "means with options"} & set(a.methods):
+    labels = dictionary.labels
+    results = Results(a, [a.pipeline], said_by_rows=("dictionary", "kinds", "methods", "rivals"))
+    loaded, digests = {"feature": dictionary, "random": random_maps(dictionary)}, {}
+    if "means" in a.methods:
         means = difference_of_means(world, pipe, list(dictionary.sites), a.samples, a.steps, a.guidance, a.batch_size)
-        rows_of_means = [world.targets.index((label["factor"], label["value"])) for label in labels.values()]
-        optioned = with_labels(means.sites, labels, rows_of_means)
-        plainly = {name: label | {"edit": {}} for name, label in optioned.labels.items()}
-        pipe.load_rtsae(Dictionary(means.sites, plainly), "means")
-        pipe.load_rtsae(optioned, "means with options")
+        rows = [world.targets.index((label["factor"], label["value"])) for label in labels.values()]
+        loaded["means"] = with_labels(means.sites, labels, rows)
+    for method in RIVALS if a.rivals else ():
+        if method in a.methods and (a.rivals / method).is_dir():
+            loaded[method], digests[method] = load_dictionary(a.rivals / method), contents(a.rivals / method)
+    for method, one in loaded.items():
+        pipe.load_rtsae(one, method)
+    digests |= dict.fromkeys(("feature", "random"), contents(a.dictionary))
+    results.rows = [r for r in results.rows if r.get("dictionary") == digests.get(r["method"], r.get("dictionary"))]
 
     for kind in a.kinds:
         groups = {  # for each label the prompts of each seed
@@ -149,10 +181,16 @@ def main() -> None:
             for name, label in labels.items()
         }
         plain: dict[str, Pictures] = {}
-        trials = [(m, s) for m in a.methods for s in METHODS[m] if not a.strengths or s in (0.0, *a.strengths)]
+        of_all = [method for method in a.methods if method in ("plain", "prompt", *loaded)]
+        trials = [(method, strength) for method in of_all for strength in METHODS[method]]
         for method, strength in tqdm(trials, desc=kind, unit="setting"):
             setting = {"kind": kind, "method": method, "strength": strength}
-            missing = {name: group for name, group in groups.items() if not results.has(label=name, **setting)}
+            known = loaded[method].labels if method in loaded else labels
+            missing = {
+                name: group
+                for name, group in groups.items()
+                if name in known and not results.has(label=name, **setting)
+            }
             if not missing:
                 continue
             new = {name: group for name, group in missing.items() if name not in plain}
@@ -163,7 +201,7 @@ def main() -> None:
                 (images, readings), (before, was), label = made[name], plain[name], labels[name]
                 cells = [measure(r, p, label["factor"], label["value"]) for r, p in zip(readings, was, strict=True)]
                 row = {"label": name, "factor": label["factor"]} | setting
-                row |= {"dictionary": digest} if method in OF_DICTIONARY else {}
+                row |= {"dictionary": digests[method]} if method in digests else {}
                 row |= mean(cells)
                 row |= {"success_per_seed": [round(c["success"], 4) for c in cells], "n": len(images)}
                 row["image_distance"] = round((images - before).square().mean((1, 2, 3)).sqrt().mean().item(), 4)

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.analysis.effect import States
+from diffusers_rtsae.models import interpolate
+from training.experiments.rivals import mean_change, subset
 from training.experiments.steering import difference_of_means, measure, tokens_on
 from training.worlds import load_world
 
@@ -49,12 +52,47 @@ def test_differences_of_means_add_up_to_nothing(pipe):
         assert own.abs().max() > 0.1 and own.sum(0).abs().max() < 1e-3 * own.abs().max() * len(own)
 
 
+def test_the_mean_change_of_a_pair_does_some_of_what_its_prompt_does(steered):
+    pairs = [("a blue star in the centre, flat, on white", "a red star in the centre, flat, on white")]
+    states = States(steered, pairs, num_inference_steps=4, guidance_scale=3.0)
+    (site,) = states.dictionary.sites
+    found = mean_change(states, site)
+    assert found.shape == (3, 160)
+
+    def constant(state, rows):
+        at = interpolate(found, states.grids[site].coordinate(state.timestep))
+        return {site: at.expand(len(rows), 1, -1) * where[id(state)][list(rows)][..., None]}
+
+    where = {id(state): own for state, own in zip(states.all(), states.concerned(site), strict=True)}
+    assert 0.1 < float(states.effects(constant)) < 1
+
+
+def test_a_subset_reads_what_the_whole_reads(dictionary):
+    ((_, whole),) = dictionary.sites.items()
+    some = subset(whole, [7, 3])
+    trajectories = torch.randn(4, 3, whole.config.in_channels)
+    assert torch.equal(some.encode(trajectories), whole.encode(trajectories)[:, [7, 3]])
+    assert torch.equal(some.typical_activation, whole.typical_activation[[7, 3]])
+
+
 TINY = ["--steps", "2", "--batch-size", "32"]
 COMMANDS = {
     "capacity": ["--sites", SITE, "--strengths", "1", "--apply-to", "cond", "--kinds", "open", "--images", "3"],
     "hard": ["--prompts", "1", "--strengths", "1", "--methods", "swap", "transfer"],
     "samplers": ["--prompts", "1", "--step-counts", "3"],
-    "table": ["--prompts", "1", "--seeds", "0", "--kinds", "open", "--methods", "prompt", "means", "feature"],
+    "table": [
+        "--prompts",
+        "1",
+        "--seeds",
+        "0",
+        "--kinds",
+        "open",
+        "--methods",
+        "prompt",
+        "means",
+        "feature",
+        "random",
+    ],
     "unlearn": ["--prompts", "1", "--features", "2", "--scales", "0"],
 }
 

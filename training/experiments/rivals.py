@@ -1,0 +1,127 @@
+"""What the labels of a world's dictionary are compared with: the same pairs and the same goal, other means.
+
+    python -m training.experiments.rivals --out runs/rivals
+    python -m training.experiments.table --rivals runs/rivals --out training/results/labels.json
+
+Writes a dictionary for each rival, whose labels have the names of the values they are for:
+
+- `direction`: one direction for each anchor, the regression of the change of the activation on nothing, over the
+  tokens that the two prompts make a difference on.
+- `latents`: few latents of the dictionary with signed weights, chosen by pursuit (`fit_feature`).
+- `random latents`: the same fit, given as many latents of the dictionary at random.
+
+Latents take minutes a label, so they are fitted for every --every-th. What is fitted is kept; the same command
+continues.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffusers_rtsae import Dictionary, load_dictionary
+from diffusers_rtsae.analysis.effect import States
+from diffusers_rtsae.analysis.fit import fit_feature
+from diffusers_rtsae.files import read_json
+from diffusers_rtsae.hub import write_json
+from diffusers_rtsae.models import SparseDictionary, interpolate
+
+from ..worlds.pictures import add_models, load_pipeline, new_parser, parse
+from .steering import as_dictionary, pairs
+
+RIVALS = ("direction", "latents", "random latents")
+
+
+def subset(sae: SparseDictionary, latents: list[int]) -> SparseDictionary:
+    """A dictionary of some latents of another."""
+    count = sae.config.num_latents
+    settings = {name: value for name, value in sae.config.items() if not name.startswith("_")}
+    made = type(sae)(**settings | {"num_latents": len(latents), "k": min(sae.config.k, len(latents))})
+    made.load_state_dict(
+        {name: value[latents] if value.shape[:1] == (count,) else value for name, value in sae.state_dict().items()}
+    )
+    return made
+
+
+@torch.no_grad()
+def mean_change(states: States, site: str) -> torch.Tensor:
+    """
+    `(G, d)`: the constant at each anchor that, interpolated, comes nearest to the change of the activation from one
+    prompt to the other on the tokens it concerns; states count as in `fit_feature`.
+    """
+    sae = states.dictionary.sites[site]
+    anchors = len(sae.config.anchors)
+    square, product = torch.zeros(anchors, anchors), torch.zeros(anchors, sae.config.in_channels)
+    for state, where in zip(states.all(), states.concerned(site), strict=True):
+        there = interpolate(torch.eye(anchors), states.grids[site].coordinate(state.timestep))
+        change = state.goal[site] - state.present[site]
+        told = states.told[state.pairs]
+        weight = float((change[told].square().sum((1, 2)).mean() / sae.spread.mean() ** 2).clamp(min=1e-6)) ** -0.5
+        kept = where & told[:, None]
+        square += weight * float(kept.sum()) * there[:, None] * there
+        product += weight * there[:, None] * change[kept].sum(0)
+    return torch.linalg.solve(square, product).contiguous()
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    add_models(parser, "pipeline", "dictionary")
+    parser.add_argument("--out", type=Path, default=Path("runs/rivals"))
+    parser.add_argument("--latents", type=int, default=16)
+    parser.add_argument("--every", type=int, default=3, help="of the values, that latents are fitted for")
+    parser.add_argument("--only", nargs="*", choices=RIVALS, default=list(RIVALS))
+    a, world = parse(parser)
+    pipe = load_pipeline(a.pipeline, a.device, a.dtype)
+    dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
+    dictionary = replace(dictionary, labels={}, maps={})
+    pipe.load_rtsae(dictionary, "latents")
+    ((site, sae),) = dictionary.sites.items()
+    call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+    work = a.out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    for i, (factor, value) in enumerate(world.targets):
+        told = {"factor": factor, "value": value}
+        different, same = pairs(world, factor, value, contradicted=16, leave_open=8, already=8, seed=0)
+        if "direction" in a.only and not (work / f"direction-{value}.safetensors").exists():
+            states = States(pipe, different, "latents", **call)
+            save_file({"direction": mean_change(states, site)}, work / f"direction-{value}.safetensors")
+        generator = torch.Generator().manual_seed(i)
+        chosen = torch.randperm(sae.config.num_latents, generator=generator)[: a.latents].tolist()
+        for rival in ("latents", "random latents"):
+            path = work / f"{rival}-{value}.json"
+            if i % a.every or rival not in a.only or path.exists():
+                continue
+            if rival == "random latents":
+                pipe.load_rtsae(Dictionary({site: subset(sae, chosen)}), rival)
+            fitted = fit_feature(pipe, different, a.latents, same, adapter_name=rival, **call)
+            entries = [entry for entry in fitted.label["features"] if entry["bounds"][1] > 0]
+            if rival == "random latents":
+                entries = [
+                    entry | {key: entry[key] and [chosen[j] for j in entry[key]] for key in ("latents", "where")}
+                    for entry in entries
+                ]
+            write_json(path, told | fitted.label | {"features": entries, "seen": []})
+            print(f"{rival}, {factor} {value}: {fitted}", flush=True)
+    if "direction" in a.only:
+        rows = [load_file(work / f"direction-{value}.safetensors")["direction"] for _, value in world.targets]
+        labels = {
+            value: {"factor": factor, "value": value, "edit": {"apply_to": "cond"}}
+            | {"features": [{"site": site, "latents": [row], "weights": [1.0], "where": None}]}
+            for row, (factor, value) in enumerate(world.targets)
+        }
+        Dictionary({site: as_dictionary(site, list(sae.config.anchors), torch.stack(rows))}, labels).save(
+            a.out / "direction"
+        )
+    for rival in ("latents", "random latents"):
+        labels = {
+            value: read_json(path) for _, value in world.targets if (path := work / f"{rival}-{value}.json").exists()
+        }
+        if rival in a.only and labels:
+            replace(dictionary, labels=labels).save(a.out / rival)
+
+
+if __name__ == "__main__":
+    main()
