@@ -250,7 +250,7 @@ def main() -> None:
             for r in own:
                 r["stability"] = shared
     results.write()
-    print(markdown(rows))
+    results.tell(markdown(rows))
 
 
 if __name__ == "__main__":

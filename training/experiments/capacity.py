@@ -83,7 +83,7 @@ def main() -> None:
             results.add(row)
             found = [f"{f} {row[f]['success']:.2f}/{row[f]['leakage_mean']:.2f}" for f in world.steered]
             print(kind, group, strength, apply_to, *found, flush=True)
-    print(markdown(results.rows))
+    results.tell(markdown(results.rows))
 
 
 if __name__ == "__main__":

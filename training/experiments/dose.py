@@ -77,7 +77,7 @@ def main() -> None:
             | {"gone": sum(away[i][factor] != value for i in showed) / max(1, len(showed))}
         )
         results.add(*rows)
-    print(markdown(results.rows))
+    results.tell(markdown(results.rows))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
         results.add(*rows)
-    print(markdown(results.rows))
+    results.tell(markdown(results.rows))
 
 
 if __name__ == "__main__":

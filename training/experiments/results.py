@@ -68,6 +68,10 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"settings": self.settings, "measured": self.measured, "rows": self.rows})
 
+    def tell(self, markdown: str) -> None:
+        """Print a summary of the rows; of those that are committed it is on the page that `page` makes."""
+        print(markdown)
+
 
 def table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     """A table in Markdown."""

@@ -83,7 +83,7 @@ def main() -> None:
             ]
             results.add({"sampler": name, "steps": steps, "n": len(labels) * a.prompts} | mean(cells))
             print(results.rows[-1], flush=True)
-    print(markdown(results.rows))
+    results.tell(markdown(results.rows))
 
 
 if __name__ == "__main__":

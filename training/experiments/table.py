@@ -207,7 +207,7 @@ def main() -> None:
                 row["image_distance"] = round((images - before).square().mean((1, 2, 3)).sqrt().mean().item(), 4)
                 rows.append(row)
             results.add(*rows)
-    print(markdown([r for r in results.rows if r["label"] in labels]))
+    results.tell(markdown([r for r in results.rows if r["label"] in labels]))
 
 
 if __name__ == "__main__":

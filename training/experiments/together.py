@@ -96,7 +96,7 @@ def main() -> None:
                 alone.append(after.get(second) == before[second])
         row = {"what": "painted", "labels": [value], "n": len(reached)}
         results.add(row | {"reached": sum(reached) / len(reached), "other alone": sum(alone) / len(alone)})
-    print(markdown(results.rows))
+    results.tell(markdown(results.rows))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def main() -> None:
             }
             rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
         results.add(*rows)
-    print(markdown(results.rows))
+    results.tell(markdown(results.rows))
 
 
 if __name__ == "__main__":
