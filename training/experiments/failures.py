@@ -19,8 +19,7 @@ from diffusers_rtsae import load_dictionary
 
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .steering import run, score
-
-SUCCESS, LEAKAGE = 0.9, 0.1  # the goal
+from .table import LEAKAGE, SUCCESS
 
 
 def wrong(plain: dict, steered: dict, factor: str, value: str) -> str:

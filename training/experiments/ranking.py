@@ -73,7 +73,7 @@ def main() -> None:
         place = {by: ranked[by].index(best) + 1 if best in ranked[by] else 0 for by in RANKINGS}
         row = {"factor": factor, "value": value, "best": best[1], "verified": round(effects[best], 4), "place": place}
         results.add(row | {"verified_all": len(effects), "seconds": round(seconds["effect"], 1)})
-    print(markdown(results.rows))
+    results.tell(markdown(results.rows))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ def table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "".join("|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|\n" for row in rows)
 
 
+def folded(title: str, text: str) -> str:
+    """A part of a page that is closed until it is clicked."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n</details>\n"
+
+
 def best(rows: Iterable[dict]) -> dict:
     """The row of the largest success minus leakage."""
     return max(rows, key=lambda row: row["success"] - row["leakage"])

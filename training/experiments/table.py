@@ -27,7 +27,7 @@ from diffusers_rtsae.models import LinearMap
 
 from ..worlds import KINDS, Probe, World
 from ..worlds.pictures import add_models, load_models, new_parser, parse
-from .results import Results, best, contents, figures, table
+from .results import Results, best, contents, figures, folded, table
 from .rivals import RIVALS
 from .steering import difference_of_means, mean, measure, run, score
 
@@ -51,6 +51,7 @@ HEADS = {
     "random": "random map",
     "prompt": "edited prompt",
 }
+SUCCESS, LEAKAGE = 0.9, 0.1  # the goal of a label
 CONSTANT = ("direction", "means")  # told where the object is, and no latents that have a range to be kept in
 
 
@@ -110,8 +111,15 @@ def markdown(rows: list[dict]) -> str:
                 return "–"
             return figures(row) + (f" @{row['strength']:g}" if len(METHODS[method]) > 1 else "")
 
+        own = {label: shown["feature", label] for label in factors if ("feature", label) in shown}
+        misses = [f"{name} {row['success']:.2f}" for name, row in own.items() if row["success"] < SUCCESS]
+        leaks = [f"{name} {row['leakage']:.2f}" for name, row in own.items() if row["leakage"] > LEAKAGE]
+        fewest = min(row["n"] for row in rows if row["kind"] == kind)
+        error = f"A label's standard error is at most {0.5 / fewest**0.5:.2f} ({fewest} pictures)."
+        text += [f"- Labels below {SUCCESS} success: {', '.join(misses) or 'none'}."]
+        text += [f"- Labels above {LEAKAGE} leakage: {', '.join(leaks) or 'none'}.", f"- {error}", ""]
         lines = [[label, *(cell(m, label) for m in methods)] for label in factors]
-        text += [f"**{kind} prompts**, each label", "", table(["", *(HEADS[m] for m in methods)], lines)]
+        text.append(folded(f"{kind} prompts, each label", table(["", *(HEADS[m] for m in methods)], lines)))
     return "\n".join(text)
 
 
