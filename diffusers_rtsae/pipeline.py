@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import os
+from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
@@ -17,6 +18,7 @@ from .hub import Dictionary, load_dictionary
 from .models import SparseDictionary
 from .steering import (
     DENOISERS,
+    PIPELINES,
     Controller,
     Edit,
     SitePlan,
@@ -183,8 +185,14 @@ class _ScaledSchedule:
         return [value * self.weight for value in numbers(self.schedule(progress))]
 
 
-class RTSAELoaderMixin:
-    """Loading of sparse dictionaries into a pipeline's denoiser, and steering with their features."""
+class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
+    """
+    Loading of sparse dictionaries into a pipeline's denoiser, and steering with their features.
+
+    Every diffusers pipeline is an instance; a type checker learns so, and with it these methods, from
+
+        >>> assert isinstance(pipe, RTSAELoaderMixin)
+    """
 
     def load_rtsae(
         self,
@@ -419,6 +427,8 @@ def attach(pipeline_class: type) -> None:
     for name, method in vars(RTSAELoaderMixin).items():
         if not name.startswith("_"):
             setattr(pipeline_class, name, method)
+    RTSAELoaderMixin.register(pipeline_class)
+    PIPELINES.append(pipeline_class)
 
     set_attribute = pipeline_class.__setattr__
 

@@ -30,9 +30,11 @@ from diffusers_rtsae.analysis.plots import plot_crops
 from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.files import MAPS_NAME, read_pairs, save_tensors
+from diffusers_rtsae.contents import search_labels
+from diffusers_rtsae.files import MAPS_NAME, read_pairs
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME
 from diffusers_rtsae.steering import Edit
+from diffusers_rtsae.weights import save_tensors
 
 SITE = "up_blocks.1.attentions.1"
 # 32 tokens of text, no grid; and a layer that does not tell its width
@@ -1116,7 +1118,7 @@ MISUSE = {
         "StableDiffusionPipeline and FlowMatchEulerDiscreteScheduler.",
     ),
     "a label that is not there": (
-        lambda world: find.search_labels(world.dictionary, "reddish"),
+        lambda world: search_labels(world.dictionary, "reddish"),
         ValueError,
         "No label contains 'reddish'. …",
     ),

@@ -171,14 +171,14 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_save_that_is_interrupted_leaves_the_old_dictionary(folder, monkeypatch):
-    from diffusers_rtsae import files
+    from diffusers_rtsae import weights
 
     before = state(load_dictionary(folder).sites[SITE])
 
     def die(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "save_file", die)
+    monkeypatch.setattr(weights, "save_file", die)
     with pytest.raises(KeyboardInterrupt):
         Dictionary({SITE: RTSAE(SITE, 8, [900, 500, 1], 16, 4)}).save(folder)
     assert same(state(load_dictionary(folder).sites[SITE]), before)
