@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -53,7 +54,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def _version(asked: bool) -> None:
     if asked:
         print(f"diffusers-rtsae {__version__}")
-        raise typer.Exit
+        raise typer.Exit(0)
 
 
 @app.callback()
@@ -143,11 +144,13 @@ def _check_output(out: Path, endings: Sequence[str] = (), is_folder: bool = Fals
         raise ValueError(f"{out} must end in {', '.join(endings)}.")
     if out.exists() and out.is_dir() != is_folder:
         raise OSError(f"{out} is a {'file' if is_folder else 'folder'}: expected another name to write to.")
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not (there.is_dir() or there == out):
+    there = out if is_folder and out.exists() else next(path for path in out.absolute().parents if path.exists())
+    if not there.is_dir():
         raise OSError(f"{out} cannot be written: {there} is a file.")
-    if not os.access(there, os.W_OK):
-        raise OSError(f"{out} cannot be written: {there} is write-protected.")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror}.") from None
 
 
 def _picture(path: Path | None):

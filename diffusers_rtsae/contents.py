@@ -23,8 +23,8 @@ from .files import (
     check_sites,
     choose_sites,
     closest,
+    open_tensors,
     read_json,
-    tensor_names,
 )
 
 FORMAT_VERSION = 1
@@ -189,7 +189,10 @@ def read_contents(folder: Path, layers: list[str] | None = None) -> Contents:
         sites[site] = SimpleNamespace(kind=content.get("_class_name"), config=SimpleNamespace(**config_of_site))
     sizes = {site: sites[site].config.num_latents if site in sites else None for site in known}
     labels = read_json(folder / LABELS_NAME)
-    maps = tensor_names(folder / MAPS_NAME) if (folder / MAPS_NAME).is_file() else []
+    maps: list[str] = []
+    if (folder / MAPS_NAME).is_file():
+        with open_tensors(folder / MAPS_NAME, "np") as file:
+            maps = list(file.keys())
     for name, label in labels.items():
         check_label(folder / LABELS_NAME, name, label, sizes, maps)
     presets = read_json(folder / PRESETS_NAME) if (folder / PRESETS_NAME).is_file() else {}

@@ -75,11 +75,14 @@ def list_pretrained(refresh: bool = False, token: str | bool | None = None) -> l
     known = json.loads(Path(__file__).with_name("pretrained.json").read_text(encoding="utf-8"))
     if not refresh:
         return known
-    if (error := unreachable()) is not None:
-        raise OSError(f"The Hub could not be asked for dictionaries: {reason(error)}") from error
-    try:
-        found = list(HfApi(token=token, library_name=LIBRARY_NAME).list_models(filter=LIBRARY_NAME, cardData=True))
-    except HUB_ERRORS as error:
+    error, found = unreachable(), []
+    if error is None:
+        try:
+            api = HfApi(token=token, library_name=LIBRARY_NAME)
+            found = list(api.list_models(filter=LIBRARY_NAME, cardData=True))
+        except HUB_ERRORS as failed:
+            error = failed
+    if error is not None:
         raise OSError(f"The Hub could not be asked for dictionaries: {reason(error)}") from error
     listed = {entry["id"] for entry in known}
     for model in found:

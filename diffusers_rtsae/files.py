@@ -229,10 +229,11 @@ def check_site_config(path: Path, content: dict, site: str) -> dict:
     return config
 
 
-def tensor_names(path: Path) -> list[str]:
-    """The names of the tensors in a safetensors file."""
+@contextlib.contextmanager
+def open_tensors(path: Path, framework: str = "pt"):
+    """A safetensors file, open; what is wrong with it is an `OSError`."""
     try:
-        with safe_open(path, "np") as file:
-            return list(file.keys())
-    except SafetensorError as error:
+        with safe_open(path, framework) as file:
+            yield file
+    except (SafetensorError, RuntimeError) as error:
         raise OSError(f"{path} is damaged or no safetensors file: {line(error)}") from None

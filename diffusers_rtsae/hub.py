@@ -116,6 +116,12 @@ class Dictionary(Contents):
         amounts = sae.typical_activation[latents].cpu() * torch.tensor(entry["weights"])
         return torch.einsum("n,ngd->gd", amounts, sae.feature_trajectories(latents).cpu())
 
+    def preset(self, name: str) -> tuple[dict, dict]:
+        """The features with their strengths, and the options, of a preset; raises `ValueError` if it is no edit."""
+        found = super().preset(name)
+        _try_preset(Path(PRESETS_NAME), name, self.presets[name])
+        return found
+
     def check(self, denoiser: torch.nn.Module) -> None:
         """Raise `ValueError` unless the dictionary was made for a denoiser like this one."""
         wanted, found = self.config.get("signature", {}), signature(denoiser)

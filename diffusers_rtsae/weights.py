@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .files import WEIGHTS_NAME, brief, check_files, check_site_config, line, read_json, write_json
+from .files import WEIGHTS_NAME, brief, check_files, check_site_config, line, open_tensors, read_json, write_json
 from .models import KINDS, SparseDictionary
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -24,12 +24,9 @@ def load_site(folder: Path, site: str, dtype: torch.dtype | None) -> SparseDicti
     check_files(path, "config.json", WEIGHTS_NAME)
     sae = _skeleton(path / "config.json", site)
     expected = sae.state_dict()
-    try:
-        with safe_open(weights, "pt") as file:
-            _check_header(weights, {name: file.get_slice(name) for name in file.keys()}, expected, sae.matrices)
-            tensors = {name: file.get_tensor(name) for name in expected}  # mapped: neither read nor copied
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{weights} is damaged or no safetensors file: {line(error)}") from None
+    with open_tensors(weights) as file:
+        _check_header(weights, {name: file.get_slice(name) for name in file.keys()}, expected, sae.matrices)
+        tensors = {name: file.get_tensor(name) for name in expected}  # mapped: neither read nor copied
     for name, tensor in tensors.items():
         if name not in _MAPPED and not torch.isfinite(tensor).all():
             raise ValueError(f"{weights} holds NaN or inf in {name!r}.")
@@ -69,17 +66,12 @@ def _check_header(path: Path, found: dict, expected: dict[str, torch.Tensor], ma
 
 def load_maps(path: Path) -> dict[str, torch.Tensor]:
     """The linear maps of fitted labels by name, each the rows `(r, G, 2 d + 1)` of one, float32."""
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            for name, found in slices.items():
-                if len(found.get_shape()) != 3 or found.get_dtype() not in DTYPES:
-                    raise ValueError(
-                        f"{path}: {brief(name)} is no map: expected (rank, anchors, 2 channels + 1) floats."
-                    )
-            maps = {name: file.get_tensor(name).float() for name in slices}
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} is damaged or no safetensors file: {line(error)}") from None
+    with open_tensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        for name, found in slices.items():
+            if len(found.get_shape()) != 3 or found.get_dtype() not in DTYPES:
+                raise ValueError(f"{path}: {brief(name)} is no map: expected (rank, anchors, 2 channels + 1) floats.")
+        maps = {name: file.get_tensor(name).float() for name in slices}
     for name, rows in maps.items():
         if not rows.isfinite().all():
             raise ValueError(f"{path} holds NaN or inf in {brief(name)}.")
