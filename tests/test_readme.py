@@ -1,6 +1,7 @@
 """
-The README's lines work as they are printed: each command, with fewer steps, and all Python in its order, on the
-bundled pipeline instead of models that would have to be downloaded. What CI runs as printed is not run again.
+The lines of the README and of the package's page work as they are printed: each command, with fewer steps, and all
+Python in its order, on the bundled pipeline instead of models that would have to be downloaded. What CI runs as printed
+is not run again.
 """
 
 import functools
@@ -18,11 +19,17 @@ from diffusers_rtsae.cli import app
 from training import commands
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-PYTHON = "\n".join(block for language, block in BLOCKS if language == "python")
-LINES = [line.split("  #")[0] for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
-COMMANDS = [command.strip() for line in LINES for command in line.split(" && ") if command.strip()]
+PAGES = {"README.md": ROOT / "README.md", "the package's page": ROOT / "diffusers_rtsae" / "README.md"}
+
+
+def code(page: Path, language: str) -> str:
+    """All that a page has in one language."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return "\n".join(blocks)
+
+
+LINES = [line.split("  #")[0] for page in PAGES.values() for line in code(page, "bash").splitlines()]
+COMMANDS = sorted({command.strip() for line in LINES for command in line.split(" && ") if command.strip()})
 ELSEWHERE = ("pip install", "python -m pytest", "diffusers-rtsae demo", "diffusers-rtsae app")  # CI, and test_cli.py
 FEWER = {
     "steer": ["--steps", "1"],
@@ -48,12 +55,6 @@ def quick(monkeypatch, tmp_path):
         monkeypatch.setattr(fit, constant, value)
 
 
-def test_there_are_lines():
-    assert (
-        PYTHON and COMMANDS and all(command.split()[0] in ("pip", "python", "diffusers-rtsae") for command in COMMANDS)
-    )
-
-
 @pytest.mark.parametrize("line", [command for command in COMMANDS if not command.startswith(ELSEWHERE)])
 def test_a_command_works_as_printed(line, quick, monkeypatch):
     program, *arguments = shlex.split(line)
@@ -66,10 +67,11 @@ def test_a_command_works_as_printed(line, quick, monkeypatch):
         commands.train()
 
 
-def test_the_python_works_as_printed(quick, monkeypatch):
-    code = PYTHON
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+def test_the_python_works_as_printed(page, quick, monkeypatch):
+    python = code(page, "python")
     for there, here in LARGE.items():
-        code = code.replace(there, here)
+        python = python.replace(there, here)
     call = StableDiffusionPipeline.__call__
 
     @functools.wraps(call)
@@ -80,4 +82,10 @@ def test_the_python_works_as_printed(quick, monkeypatch):
     monkeypatch.setattr(find, "_PASSES", 2)
     mask = np.zeros((64, 64), dtype=np.float32)
     mask[:, :32] = 1
-    exec(compile(code, "README.md", "exec"), {"mask_image": mask, "left_half": mask})  # which are the reader's own
+    exec(compile(python, str(page), "exec"), {"mask_image": mask, "left_half": mask})  # which are the reader's own
+
+
+def test_the_package_page_needs_no_repository_around_it():
+    """Its links and pictures are addresses, not places in a clone."""
+    targets = re.findall(r"\]\(([^)]*)\)", PAGES["the package's page"].read_text(encoding="utf-8"))
+    assert targets and all(target.startswith("https://") for target in targets)
