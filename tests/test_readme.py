@@ -1,7 +1,7 @@
 """
 The lines of the README and of the package's page work as they are printed: each command, with fewer steps, and all
-Python in its order, on the bundled pipeline instead of models that would have to be downloaded. What CI runs as printed
-is not run again.
+Python in its order, on the bundled pipeline instead of models that would have to be downloaded. What CI runs as
+printed is not run again.
 """
 
 import functools
