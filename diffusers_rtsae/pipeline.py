@@ -10,6 +10,7 @@ from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -193,6 +194,11 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
 
         >>> assert isinstance(pipe, RTSAELoaderMixin)
     """
+
+    if TYPE_CHECKING:  # what else a pipeline has is known from its own class, if that is known
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        def __getattr__(self, name: str) -> Any: ...
 
     def load_rtsae(
         self,
