@@ -10,7 +10,7 @@ import re
 import threading
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -56,6 +56,17 @@ def unreachable() -> Exception | None:
     asking.start()
     asking.join(_PATIENCE)
     return found[0] if found else TimeoutError(f"{constants.ENDPOINT} has not answered in {_PATIENCE:g} s.")
+
+
+def is_cached(repo_id: str, name: str) -> bool:
+    """Whether a file of a repository has been downloaded before."""
+    return isinstance(try_to_load_from_cache(repo_id, name), str)
+
+
+def check_available(repo_id: str, name: str) -> None:
+    """Raise `OSError`, and soon, if a file of a repository is not in the cache and the Hub does not answer."""
+    if not is_cached(repo_id, name) and (error := unreachable()) is not None:
+        raise OSError(f"{repo_id!r} is no folder here, not in the cache, and the Hub does not answer: {reason(error)}")
 
 
 def list_pretrained(refresh: bool = False, token: str | bool | None = None) -> list[dict]:

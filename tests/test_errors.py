@@ -1266,6 +1266,10 @@ ELSEWHERE = {
     "it has no rtsae_config.json.": ("it has no rtsae_config.json", "test_hub.py"),
     "… arrived damaged: its SHA-256 is … instead of … .": ("arrived damaged: its SHA-256 is", "test_hub.py"),
     "… could not be pushed to the Hub: …": ("could not be pushed to the Hub: ", "test_hub.py"),
+    "… is no folder here, not in the cache, and the Hub does not answer: …": (
+        "not in the cache, and the Hub does not answer: ",
+        "test_hub.py",
+    ),
     "The Hub could not be asked for dictionaries: …": ("The Hub could not be asked for dictionaries: ", "test_hub.py"),
     "Say what to draw: the prompt is empty.": ("Say what to draw", "test_app.py"),
     "The seed is empty: expected a number.": ("The seed is empty", "test_app.py"),

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from .recipe import Collect, load_recipe
+from diffusers_rtsae.fetch import check_available
+
+from .recipe import INDEX, Collect, bundled, load_recipe
 
 _TRAIN = """Train the dictionaries of a recipe: collect, fit, train, evaluate, save.
 
@@ -71,6 +73,8 @@ def train(prog: str = "python -m training.train", collect_only: bool = False) ->
         parser.error("the following arguments are required: --out")
     with _told(parser):
         if a.dry_run:
+            if not Path(bundled(recipe.pipeline)).is_dir():
+                check_available(recipe.pipeline, INDEX)
             from .plan import describe, plan
 
             print(describe(plan(recipe, a.teraflops), a.teraflops))

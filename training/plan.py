@@ -11,12 +11,11 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_rtsae.fetch import HUB_ERRORS, unreachable
-from diffusers_rtsae.files import line
+from diffusers_rtsae.fetch import is_cached
 from diffusers_rtsae.steering import get_site
 from diffusers_rtsae.steering.sites import read_output, to_tokens
 
-from .recipe import Recipe, bundled
+from .recipe import INDEX, Recipe, bundled
 
 GIB, PETA = 2**30, 1e15
 
@@ -24,11 +23,9 @@ GIB, PETA = 2**30, 1e15
 def _denoiser(pipeline: str):
     """The denoiser of a pipeline on the meta device, built from its configuration; `(module, config)`."""
     pipeline = bundled(pipeline)
-    cached = {} if Path(pipeline).is_dir() or unreachable() is None else {"local_files_only": True}
-    try:
-        index = diffusers.DiffusionPipeline.load_config(pipeline, **cached)
-    except HUB_ERRORS as error:
-        raise OSError(f"{pipeline!r} is no folder here, and could not be fetched: {line(error)}") from None
+    here = Path(pipeline).is_dir() or not is_cached(pipeline, INDEX)
+    cached = {} if here else {"local_files_only": True}
+    index = diffusers.DiffusionPipeline.load_config(pipeline, **cached)
     part = next((name for name in ("unet", "transformer") if name in index), None)
     if part is None:
         raise ValueError(f"{pipeline} has no denoiser: expected a component `unet` or `transformer`.")
