@@ -1,14 +1,18 @@
 """See and steer what a text-to-image model does while it denoises; importing this gives diffusers pipelines
-`load_rtsae`."""
+`load_rtsae`, those that are imported later too. Nothing heavy is imported before it is needed."""
 
-from diffusers import DiffusionPipeline, ModularPipeline
+import importlib
+from typing import TYPE_CHECKING
 
-from .hub import Dictionary, list_pretrained, load_dictionary
-from .models import RTSAE, TIDE, MixtureSAE, SparseAutoencoder, SparseDictionary
-from .pipeline import RTSAELoaderMixin, attach
-from .steering import Edit, list_sites
+from .imports import when_imported
 
-__version__ = "0.1.0.dev0"
+if TYPE_CHECKING:
+    from .hub import Dictionary, list_pretrained, load_dictionary
+    from .models import RTSAE, TIDE, MixtureSAE, SparseAutoencoder, SparseDictionary
+    from .pipeline import RTSAELoaderMixin
+    from .steering import Edit, list_sites
+
+__version__ = "0.1.0"
 __all__ = [
     "RTSAE",
     "TIDE",
@@ -23,5 +27,23 @@ __all__ = [
     "load_dictionary",
 ]
 
-attach(DiffusionPipeline)
-attach(ModularPipeline)
+
+def __getattr__(name: str):
+    for home in ("models", "hub", "steering", "pipeline") if name in __all__ else ():
+        module = importlib.import_module(f".{home}", __name__)
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _give_methods(name: str):
+    def give(module) -> None:
+        from .pipeline import attach
+
+        attach(getattr(module, name))
+
+    return give
+
+
+when_imported("diffusers.pipelines.pipeline_utils", _give_methods("DiffusionPipeline"))
+when_imported("diffusers.modular_pipelines.modular_pipeline", _give_methods("ModularPipeline"))

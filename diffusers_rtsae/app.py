@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .analysis.find import find_features, parse_feature
+from .analysis.find import find_features
 from .analysis.plots import plot_heat_maps
 from .analysis.record import record
+from .contents import parse_feature
 from .pipeline import get_dictionary
 from .steering.edits import APPLY_TO, OPERATIONS
 

@@ -2,76 +2,174 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f'The command line needs {error.name}: pip install "diffusers-rtsae[analysis]"') from None
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console, errors = Console(), Console(stderr=True)
-CLONE = Path(__file__).resolve().parents[1]
+from . import __version__
+
+# what is imported below is imported by the command that needs it: torch alone takes a second or two
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+console, errors = Console(emoji=False, highlight=False), Console(stderr=True, emoji=False, highlight=False)
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE / "bundled" if (PACKAGE / "bundled").is_dir() else PACKAGE.parent  # of what a wheel brings, or a clone
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+EXTRAS = {  # that bring a module
+    "analysis": ("matplotlib", "rich", "typer"),
+    "app": ("gradio",),
+    "train": ("datasets", "pydantic", "scipy", "tokenizers", "tqdm", "yaml"),
+}
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"expected a finite number, got {value}.")
+    return value
+
 
 Pipeline = Annotated[str | None, typer.Option(help="Pipeline: a folder or Hub id; the bundled one by default.")]
 Source = Annotated[str | None, typer.Option(help="Dictionary: a folder or Hub id; the bundled one by default.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
-Guidance = Annotated[float, typer.Option(help="Guidance scale.")]
-Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Guidance = Annotated[float, typer.Option(callback=_finite, help="Guidance scale.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"diffusers-rtsae {__version__}")
+        raise typer.Exit(0)
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None:
     """See and steer what a text-to-image model does while it denoises."""
 
 
-def _bundled(name: str) -> Path:
-    """What `examples/` holds, in the working directory or beside the package of a clone."""
-    for root in (Path.cwd(), CLONE):
-        if (root / "examples" / name).exists():
-            return root / "examples" / name
-    raise typer.BadParameter(
-        f"examples/{name} was not found: run this from a clone of the repository, or pass a folder."
-    )
+def _say(text: str) -> None:
+    """Print a line as it is: no markup, and broken nowhere, so that paths in it can be copied."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
-def _pipeline(pipeline: str | None, dictionary: str | None):
+def _show(head: list[str], rows: list[list[str]]) -> None:
+    """Print a table whose cells are shown whole, as they are."""
+    table = Table(*head)
+    for name in table.columns:
+        name.overflow = "fold"
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _bundled(name: str, folder: str = "examples") -> Path:
+    """What came with the package."""
+    path = ROOT / folder / name
+    if not path.exists():
+        raise ValueError(f"{path} is missing: install diffusers-rtsae again, or pass a folder.")
+    return path
+
+
+def _contents(dictionary: str | None, weights: bool = True):
+    """What a dictionary says besides its tensors, and the folder in which it lies; they are fetched too."""
+    from .contents import locate, read_contents
+
+    folder = locate(dictionary or _bundled("shapes-rtsae"), weights=weights)
+    return read_contents(folder), folder
+
+
+def _pipeline(pipeline: str | None, dictionary: str | Path | None):
     """A text-to-image pipeline with a dictionary loaded, on a GPU if there is one."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it tells of torchvision, which nothing here needs
     import torch
+    import transformers
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
 
-    logging.disable_progress_bar()
+    if pipeline is None:  # loaded in a moment
+        logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
     dtype = torch.float16 if on_gpu else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(pipeline or _bundled("shapes-sd"), torch_dtype=dtype)
+    pipe = DiffusionPipeline.from_pretrained(pipeline or _bundled("shapes-sd"), dtype=dtype)
     pipe.set_progress_bar_config(file=sys.stderr, leave=False)
     pipe.load_rtsae(dictionary or _bundled("shapes-rtsae"))
     return pipe.to("cuda") if on_gpu else pipe
 
 
-def _strengths(features: list[str]) -> list[tuple[str, float]]:
-    """`red=1.5` → `("red", 1.5)`."""
-    chosen = []
+def _strengths(features: Sequence[str]) -> dict[str, float]:
+    """`red=1.5` → `{"red": 1.5}`."""
+    chosen: dict[str, float] = {}
     for feature in features:
         name, separator, strength = feature.rpartition("=")
         try:
-            chosen.append((name, float(strength)))
+            value = float(strength)
         except ValueError:
-            separator = ""
-        if not separator:
+            value = math.nan
+        if not separator or not math.isfinite(value):
             raise ValueError(f"Expected FEATURE=STRENGTH, like red=1.5 or 1234=-0.5, got {feature!r}.")
+        if name in chosen:
+            raise ValueError(f"The feature {name!r} is given twice: expected one strength of each.")
+        chosen[name] = value
     return chosen
+
+
+def _check_prompts(prompts: Sequence[str], option: str) -> None:
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError(f"A prompt of {option} is empty: expected words.")
+
+
+def _check_output(out: Path, endings: Sequence[str] = (), is_folder: bool = False) -> None:
+    """Raise unless a file with one of these endings, or a folder, can be written there."""
+    if endings and out.suffix.lower() not in endings:
+        raise ValueError(f"{out} must end in {', '.join(endings)}.")
+    if out.exists() and out.is_dir() != is_folder:
+        raise OSError(f"{out} is a {'file' if is_folder else 'folder'}: expected another name to write to.")
+    there = out if is_folder and out.exists() else next(path for path in out.absolute().parents if path.exists())
+    if not there.is_dir():
+        raise OSError(f"{out} cannot be written: {there} is a file.")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror}.") from None
+
+
+def _picture(path: Path | None):
+    """A picture, read."""
+    if path is None:
+        return None
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
+def _check_extras(*extras: str) -> None:
+    """Raise unless these extras are installed."""
+    for extra in extras:
+        for module in EXTRAS[extra]:
+            if importlib.util.find_spec(module) is None:
+                raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 @app.command()
@@ -86,6 +184,9 @@ def demo(
 
     Example: diffusers-rtsae demo --out rtsae-demo
     """
+    _check_extras("analysis")
+    _check_output(out, is_folder=True)
+    _contents(dictionary)
     from .analysis.scorer import FactorScorer
     from .demo import demonstrate
 
@@ -115,39 +216,50 @@ def steer(
 
     Example: diffusers-rtsae steer "a star" red=1.5 --out star.png
     """
-    import torch
-    from PIL import Image
-
-    from .analysis.find import parse_feature
-    from .pipeline import get_dictionary, own_size
-
-    options = {"start": start, "end": end, "mask": mask, "operation": operation}
+    options = {"start": start, "end": end, "operation": operation}
+    beside = out.with_name(f"{out.stem}-plain{out.suffix}")
     if bool(features) == bool(preset):
         raise ValueError("Expected either features, like red=1.5, or --preset.")
-    if preset and any(value is not None for value in options.values()):
+    if preset and any(value is not None for value in (*options.values(), mask)):
         raise ValueError("A preset brings its own --start, --end, --mask and --operation.")
     strengths = _strengths(features or [])
-    pipe = _pipeline(pipeline, dictionary)
+    for path in (out, beside):
+        _check_output(path, PICTURES)
+    painted = _picture(mask)
+    contents, folder = _contents(dictionary)
+    from .contents import parse_feature
+
+    named = {parse_feature(name, contents): strength for name, strength in strengths.items()}
+    for feature in named:
+        contents.features(feature)
+    if preset:
+        contents.preset(preset)
+    pipe = _pipeline(pipeline, folder)
+    import torch
+
+    from .files import whole
+    from .pipeline import own_size, resting
 
     def draw():
         call = {"num_inference_steps": steps, "guidance_scale": guidance} | own_size(pipe)
         return pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
 
-    plain = draw()
     if preset:
         pipe.set_rtsae_preset(preset)
     else:
-        named = {parse_feature(name, get_dictionary(pipe)): strength for name, strength in strengths}
-        pipe.set_rtsae_features(named, **options | {"mask": Image.open(mask) if mask else None})
-    steered, beside = draw(), out.with_name(f"{out.stem}-plain{out.suffix}")
+        pipe.set_rtsae_features(named, mask=painted, **options)
+    with resting(pipe):
+        plain = draw()
+    steered = draw()
     out.parent.mkdir(parents=True, exist_ok=True)
-    plain.save(beside)
-    steered.save(out)
+    for image, path in ((plain, beside), (steered, out)):
+        with whole(path) as partial:
+            image.save(partial)
     report = pipe.rtsae_report()
     if as_json:
         print(json.dumps({"steered": str(out), "plain": str(beside), "report": report}))
     else:
-        console.print(f"{out} and, without steering, {beside}")
+        _say(f"{out} and, without steering, {beside}")
 
 
 @app.command()
@@ -170,12 +282,19 @@ def find(
 
     Example: diffusers-rtsae find --with "a red star" --without "a blue star" --verify 3
     """
-    from .analysis.find import find_features
-
-    call = {"num_inference_steps": steps, "guidance_scale": guidance}
-    pipe = _pipeline(pipeline, dictionary)
     if strip and not verify:
         raise ValueError("A --strip shows what verified features do: expected --verify with how many.")
+    if strip:
+        _check_extras("analysis")
+        _check_output(strip, PICTURES)
+    _check_prompts(positive, "--with")
+    _check_prompts(negative, "--without")
+    _, folder = _contents(dictionary)
+    pipe = _pipeline(pipeline, folder)
+    from .analysis.find import find_features
+    from .files import whole
+
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
     table = find_features(
         pipe, positive, negative, count, seeds=seeds, verify=verify, until=until, by=by, progress=not as_json, **call
@@ -183,7 +302,9 @@ def find(
     if strip:
         from .analysis.plots import plot_strip
 
-        plot_strip(table).savefig(strip, dpi=130)
+        strip.parent.mkdir(parents=True, exist_ok=True)
+        with whole(strip) as partial:
+            plot_strip(table).savefig(partial, dpi=130)
     print(json.dumps([feature.told() for feature in table]) if as_json else table)
 
 
@@ -212,23 +333,26 @@ def fit(
 
     Example: diffusers-rtsae fit --from "a blue star" --to "a red star" --name red --rank 8
     """
-    from .analysis.effect import check_pairs
-    from .analysis.fit import fit_feature
     from .files import CONFIG_NAME, read_pairs
-    from .hub import load_dictionary
-    from .pipeline import get_dictionary
 
     if bool(pairs) == bool(before or after):
         raise ValueError("Expected either --from and --to, or --pairs.")
     if len(before or []) != len(after or []):
         raise ValueError(f"Expected as many --from as --to, got {len(before or [])} and {len(after or [])}.")
-    chosen = check_pairs(read_pairs(pairs) if pairs else list(zip(before, after, strict=True)))
+    chosen = read_pairs(pairs) if pairs else list(zip(before, after, strict=True))
+    _check_output(out, is_folder=True)
     if (out / CONFIG_NAME).is_file():
-        if name in load_dictionary(out).labels and dictionary is None:
-            console.print(f"{out} has a label {name} already.", markup=False, soft_wrap=True)
+        if name in _contents(str(out))[0].labels and dictionary is None:
+            _say(f"{out} has a label {name} already.")
             return
         dictionary = dictionary or str(out)
-    pipe = _pipeline(pipeline, dictionary)
+    _, folder = _contents(dictionary)
+    from .analysis.effect import check_pairs
+    from .analysis.fit import fit_feature
+    from .pipeline import get_dictionary
+
+    chosen = check_pairs(chosen)
+    pipe = _pipeline(pipeline, folder)
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
     fitted = fit_feature(pipe, chosen, latents, unchanged or [], rank, seed=seed, **call)
@@ -237,10 +361,9 @@ def fit(
     if as_json:
         print(json.dumps({"label": name, "out": str(out), "measured": fitted.measured}))
     else:
-        console.print(f"{name}: {fitted}", markup=False, soft_wrap=True)
-        console.print(
-            f'{out} holds it: diffusers-rtsae steer "a star" {name}=1 --dictionary {out}', markup=False, soft_wrap=True
-        )
+        _say(f"{name}: {fitted}")
+        command = shlex.join(["diffusers-rtsae", "steer", "a star", f"{name}=1", "--dictionary", str(out)])
+        _say(f"{out} holds it: {command}")
 
 
 @app.command()
@@ -253,42 +376,37 @@ def inspect(
 
     Example: diffusers-rtsae inspect org/sd15-rtsae --label red
     """
-    from . import load_dictionary
-    from .analysis.find import search_labels
+    contents, _ = _contents(dictionary, weights=False)
+    from .contents import search_labels
 
-    loaded = load_dictionary(dictionary or _bundled("shapes-rtsae"))
-    labels = search_labels(loaded, label) if label else list(loaded.labels)
-    metrics = loaded.config.get("metrics", {})
+    labels = search_labels(contents, label) if label else list(contents.labels)
+    metrics = contents.config.get("metrics") or {}
     if as_json:
         sites = {
-            site: {"kind": type(sae).__name__}
-            | {name: value for name, value in sae.config.items() if not name.startswith("_")}
-            | {"metrics": metrics.get(site)}
-            for site, sae in loaded.sites.items()
+            site: {"kind": sae.kind} | vars(sae.config) | {"metrics": metrics.get(site)}
+            for site, sae in contents.sites.items()
         }
-        told = {"base_model": loaded.config.get("base_model"), "sites": sites, "presets": loaded.presets}
-        print(json.dumps(told | {"labels": {name: loaded.labels[name] for name in labels}}))
+        told = {"base_model": contents.config.get("base_model"), "sites": sites, "presets": contents.presets}
+        print(json.dumps(told | {"labels": {name: contents.labels[name] for name in labels}}))
         return
-    console.print(f"for {loaded.config.get('base_model', 'an unnamed model')}")
-    for site, sae in loaded.sites.items():
+    _say(f"for {contents.config.get('base_model') or 'an unnamed model'}")
+    for site, sae in contents.sites.items():
         c, m = sae.config, metrics.get(site, {})
-        figures = [
-            f"{name} {m[name]}" for name in ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead") if name in m
-        ]
-        console.print(
-            f"{site}: {type(sae).__name__}, {c.num_latents:,} latents of {c.in_channels} channels at {len(c.anchors)} "
-            "anchors",
-            *figures,
+        kept = ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead")
+        figures = "".join(f" {name} {m[name]}" for name in kept if name in m)
+        _say(
+            f"{site}: {sae.kind}, {c.num_latents:,} latents of {c.in_channels} channels at {len(c.anchors)} anchors"
+            f"{figures}"
         )
-    table = Table("label", "seen by latents", "measured")
+    rows = []
     for name in labels:
-        measured = loaded.labels[name].get("measured", {})
-        latents = [str(i) for entry in loaded.seen(name) for i in entry["latents"]]
+        measured = contents.labels[name].get("measured", {})
+        latents = [str(i) for entry in contents.seen(name) for i in entry["latents"]]
         kept = ("effect", "effect_away", "success", "leakage", "valid", "prompts")
-        table.add_row(name, ", ".join(latents), ", ".join(f"{k} {measured[k]:.2g}" for k in kept if k in measured))
-    console.print(table)
-    if loaded.presets:
-        console.print("presets:", ", ".join(loaded.presets))
+        rows.append([name, ", ".join(latents), ", ".join(f"{k} {measured[k]:.2g}" for k in kept if k in measured)])
+    _show(["label", "seen by latents", "measured"], rows)
+    if contents.presets:
+        _say(f"presets: {', '.join(contents.presets)}")
 
 
 @app.command()
@@ -309,8 +427,8 @@ def report(
 
     Example: diffusers-rtsae report org/sd15-rtsae --pipeline MODEL --prompts prompts.txt --out report.html
     """
-    from .analysis.report import write_report
-
+    _check_output(out, (".html", ".htm"))
+    _check_prompts(steer_prompts or [], "--steer")
     if prompts is None:
         if pipeline is not None:
             raise ValueError("A report on another pipeline needs --prompts, a text file with one prompt a line.")
@@ -318,13 +436,18 @@ def report(
 
         prompts = _bundled("shapes-prompts.txt")
         steer_prompts = steer_prompts or [scenes[0] for scenes in SCENES.values()]
-    texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    pipe = _pipeline(pipeline, dictionary)
+    from .files import read_lines
+
+    texts = read_lines(prompts)
+    _, folder = _contents(dictionary)
+    pipe = _pipeline(pipeline, folder)
+    from .analysis.report import write_report
+
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_report(pipe, out, texts, steer_prompts or (), count, steered, batch_size=batch_size, seed=seed, **call)
-    console.print(f"{out}, {out.stat().st_size / 2**20:.1f} MiB: open it in a browser")
+    _say(f"{out}, {out.stat().st_size / 2**20:.1f} MiB: open it in a browser")
 
 
 @app.command("app")
@@ -343,12 +466,11 @@ def app_(
 
     Example: diffusers-rtsae app
     """
-    try:
-        from .app import build, launch
-    except ImportError as error:
-        raise ValueError(f'The app needs {error.name}: pip install "diffusers-rtsae[app]"') from None
+    _check_extras("app", "analysis")
+    _, folder = _contents(dictionary)
+    from .app import build, launch
 
-    pipe = _pipeline(pipeline, dictionary)
+    pipe = _pipeline(pipeline, folder)
     names = [str(source or _bundled(name)) for source, name in ((pipeline, "shapes-sd"), (dictionary, "shapes-rtsae"))]
     launch(build(pipe, *names, prompt, steps, guidance), port, share)
 
@@ -362,18 +484,17 @@ def list_(
 
     Example: diffusers-rtsae list --refresh
     """
-    from . import list_pretrained
+    from .fetch import list_pretrained
 
     known = list_pretrained(refresh)
     if as_json:
         print(json.dumps(known))
     elif not known:
-        console.print("None is published yet." if refresh else "None is known; --refresh asks the Hub.")
+        _say("None is published yet." if refresh else "None is known; --refresh asks the Hub.")
     else:
-        table = Table("id", "base model", "sites", "description")
-        for entry in known:
-            table.add_row(entry["id"], entry["base_model"], ", ".join(entry["sites"]), entry["description"])
-        console.print(table)
+        head = ["id", "base model", "sites", "description"]
+        told = [[e["id"], e["base_model"] or "", ", ".join(e["sites"]), e["description"]] for e in known]
+        _show(head, told)
 
 
 @app.command()
@@ -386,18 +507,21 @@ def push(
 
     Example: diffusers-rtsae push runs/sd15 you/sd15-rtsae
     """
-    from . import load_dictionary
+    _contents(dictionary)
+    from .hub import load_dictionary
 
-    console.print(load_dictionary(dictionary).push_to_hub(repo_id, private=private or None))
+    _say(load_dictionary(dictionary).push_to_hub(repo_id, private=private or None))
 
 
-def _training(module: str, arguments: list[str]) -> None:
-    """Hand the arguments to the trainer, which is part of a clone and not of the package."""
-    if not (CLONE / "training").is_dir():
-        raise ValueError("Training needs a clone of the repository: the trainer is no part of the installed package.")
-    command = [sys.executable, "-m", f"training.{module}", *arguments]
-    path = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    sys.exit(subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode)
+def _training(command: str, arguments: list[str], *extras: str) -> None:
+    """Hand the arguments to the trainer, which nothing in the package imports: it runs beside it, on its own."""
+    _check_extras("train", *extras)
+    _bundled("commands.py", "training")
+    code = f"from training import commands; commands.{command}('diffusers-rtsae {command}')"
+    # -P: of all that may be called training, here or among other packages, it is the one that came with this package
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = subprocess.run([sys.executable, "-P", "-c", code, *arguments], env=os.environ | {"PYTHONPATH": path})
+    sys.exit(run.returncode)
 
 
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -405,16 +529,16 @@ FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 @app.command(context_settings=FORWARDED)
 def collect(context: typer.Context) -> None:
-    """Collect the trajectories of a recipe and stop; `train` with the same recipe goes on from there (in a clone).
+    """Collect the trajectories of a recipe and stop; `train` with the same recipe goes on from there.
 
     Example: diffusers-rtsae collect training/recipes/sd15.yaml --work runs/sd15
     """
-    _training("train", ["--collect-only", *context.args])
+    _training("collect", context.args)
 
 
 @app.command(context_settings=FORWARDED)
 def train(context: typer.Context) -> None:
-    """Collect, fit, train, evaluate and save the dictionaries of a recipe (in a clone).
+    """Collect, fit, train, evaluate and save the dictionaries of a recipe.
 
     Example: diffusers-rtsae train training/recipes/sd15.yaml --out runs/sd15 --dry-run
     """
@@ -423,20 +547,32 @@ def train(context: typer.Context) -> None:
 
 @app.command(context_settings=FORWARDED)
 def evaluate(context: typer.Context) -> None:
-    """Report how well dictionaries describe a pipeline (in a clone).
+    """Report how well dictionaries describe a pipeline.
 
     Example: diffusers-rtsae evaluate runs/sd15 --pipeline MODEL --prompts prompts.txt
     """
-    _training("evaluate", context.args)
+    _training("evaluate", context.args, "analysis")
 
 
 def run() -> None:
     """Entry point: what a user got wrong is one sentence, not a traceback."""
     try:
         app()
-    except (OSError, ValueError) as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, modules in EXTRAS.items() if missing in modules), None)
+        if extra is None:
+            raise
+        _fail(f'This needs {missing}: pip install "diffusers-rtsae[{extra}]"')
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error))
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _fail(reason: str) -> NoReturn:
+    errors.print("[red]error:[/red]", escape(reason), soft_wrap=True)
+    raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

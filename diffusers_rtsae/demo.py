@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from .analysis.plots import plot_feature_trajectories, plot_heat_maps, plot_strengths
 from .analysis.record import record
 from .analysis.scorer import FactorScorer, shows
+from .files import whole, write_json
 from .pipeline import get_dictionary
 
 # prompts that say everything but the factor that is steered
@@ -91,7 +92,9 @@ def demonstrate(
         parts = labels[label]["features"]
         latents = len({row for part in parts for row in part["latents"]})
         moved = [str(latents)] * (latents > 0) + ["a map"] * any("map" in part for part in parts)
-        table.add_row(f"{kind}: {label}", " and ".join(moved), *(f"{h:.0%}" for h in hits.values()), f"{valid:.0%}")
+        table.add_row(
+            escape(f"{kind}: {label}"), " and ".join(moved), *(f"{h:.0%}" for h in hits.values()), f"{valid:.0%}"
+        )
         results[label] = {
             "factor": kind,
             "success": {str(s): h for s, h in hits.items()},
@@ -100,8 +103,10 @@ def demonstrate(
         }
 
     out.mkdir(parents=True, exist_ok=True)
-    plot_strengths(rows, strengths, "One feature each, by strength").savefig(out / "steering.png", dpi=130)
-    plot_feature_trajectories(get_dictionary(pipe), list(chosen.values())).savefig(out / "trajectories.png", dpi=130)
+    figures = {
+        "steering.png": plot_strengths(rows, strengths, "One feature each, by strength"),
+        "trajectories.png": plot_feature_trajectories(get_dictionary(pipe), list(chosen.values())),
+    }
     seen = {label: get_dictionary(pipe).seen(label)[0]["site"] for label in chosen.values()}
     traced = [label for label, site in seen.items() if site == next(iter(seen.values()))]
     prompt = "a large {} {} on the left, {}, on a {} background".format(
@@ -113,9 +118,11 @@ def demonstrate(
     recording = record(
         pipe, prompt, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, guidance_scale=3.0
     )
-    plot_heat_maps(recording, traced).savefig(out / "heat_maps.png", dpi=130)
-    (out / "measured.json").write_text(json.dumps(results, indent=2) + "\n")
+    figures["heat_maps.png"] = plot_heat_maps(recording, traced)
+    for name, figure in figures.items():
+        with whole(out / name) as partial:
+            figure.savefig(partial, dpi=130)
+    write_json(out / "measured.json", results)
     console.print(table)
-    console.print(
-        f"{out}/steering.png, trajectories.png, heat_maps.png, measured.json in {time.monotonic() - started:.0f} s"
-    )
+    told = f"{out}/steering.png, trajectories.png, heat_maps.png, measured.json in {time.monotonic() - started:.0f} s"
+    console.print(told, markup=False, soft_wrap=True)

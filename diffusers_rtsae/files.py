@@ -1,29 +1,23 @@
-"""What lies in a dictionary's folder: read with every claim checked, written so that readers never see a part."""
+"""What lies in a dictionary's folder besides tensors: read with every claim checked, written so that readers never see
+a part. Needs no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import re
 import reprlib
-import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
-from .models import KINDS, SparseDictionary
-from .steering.edits import Edit
 
 CONFIG_NAME, LABELS_NAME, PRESETS_NAME = "rtsae_config.json", "labels.json", "presets.json"
 MAPS_NAME = "maps.safetensors"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a site is also a folder, and must not lead out of its own
-_MAPPED = ("encoder", "decoder")  # too large to look through: who takes rows of these checks them
 _JSON_BYTES, _JSON_DEPTH = 64 * 2**20, 32
 
 _short = reprlib.Repr()  # what a file holds may be long, a message about it must not be
@@ -46,11 +40,33 @@ def write_json(path: Path, content) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that readers see the old or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    with open(partial, "x", encoding="utf-8") as file:  # a new file: a link of that name must not be followed
+    with whole(path) as partial, open(partial, "x", encoding="utf-8") as file:  # follows no link of that name
         file.write(text)
-    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A new name beside `path` to write to, which takes its place if that went well, and of which nothing is left
+    otherwise."""
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, stripped, without the blank ones; `ValueError` names the first that is no UTF-8."""
+    lines = []
+    for number, found in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            lines.append(found.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}, line {number}: expected text in UTF-8, got {brief(found)}.") from None
+    return [found for found in lines if found]
 
 
 def read_json(path: Path) -> dict:
@@ -78,7 +94,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {_line(error)}") from None
+        raise ValueError(f"{path} cannot be read as JSON: {line(error)}") from None
     if not isinstance(content, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
         raise ValueError(f"{path} must hold a list of [from, to] prompts.")
     return [tuple(pair) for pair in content]
@@ -97,7 +113,17 @@ def check_sites(sites, path: Path) -> list[str]:
     return sites
 
 
-def _line(error: Exception) -> str:
+def choose_sites(sites: Iterable[str], layers: list[str] | None) -> list[str]:
+    """Those of the `sites` that are asked for, all by default."""
+    if isinstance(layers, str):
+        raise ValueError(f"Expected `layers` as a list of sites, got the string {layers!r}.")
+    unknown = [layer for layer in layers or () if layer not in sites]
+    if unknown:
+        raise ValueError(f"The dictionary has no site {unknown[0]!r}. {closest(unknown[0], sites)}")
+    return list(layers or sites)
+
+
+def line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
@@ -105,13 +131,13 @@ def _is_int(value, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
 
 
-def check_label(path: Path, name: str, label, sizes: dict[str, int | None], maps: dict[str, torch.Tensor]) -> None:
+def check_label(path: Path, name: str, label, sizes: dict[str, int | None], maps: Container[str]) -> None:
     """
-    Raise `ValueError` unless a label can be used: well formed, and of rows and maps that its dictionary has.
+    Raise `ValueError` unless a label is well formed, and of rows and maps that its dictionary has.
 
     Args:
         sizes (`dict[str, int | None]`): latents of each site, `None` where that is not known.
-        maps (`dict[str, torch.Tensor]`): of fitted labels, by name.
+        maps (`Container[str]`): names of the linear maps that fitted labels have of their own.
     """
     name = brief(name)
     features, edit = (label.get("features"), label.get("edit", {})) if isinstance(label, dict) else (None, None)
@@ -136,25 +162,9 @@ def check_label(path: Path, name: str, label, sizes: dict[str, int | None], maps
                 raise ValueError(f"{path}: {name} names latent {brief(row)}, but {site} has 0 to {last}.")
         if not all(type(weight) in (int, float) and abs(weight) < 1e9 for weight in weights):  # which NaN is not
             raise ValueError(f"{path}: the weights of {name} must be finite numbers, got {brief(weights)}.")
-        if least == 0:  # a map: its options are those of the label, its operation is its own
-            continue
-        source = (0,) if edit.get("operation") in ("transfer", "replace") else None  # the caller's to choose
-        where = None if where is None else tuple(where)
-        try:
-            Edit(
-                latents=tuple(rows),
-                weights=tuple(weights),
-                strength=1.0,
-                where=where,
-                source=source,
-                mask=None,
-                **edit,
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {name} cannot be used: {_line(error)}") from None
 
 
-def _check_part(path: Path, name: str, entry: dict, maps: dict[str, torch.Tensor]) -> bool:
+def _check_part(path: Path, name: str, entry: dict, maps: Container[str]) -> bool:
     """Check what only parts of fitted labels have; whether this one is a map of its own."""
     if not entry.keys() & {"bounds", "operation", "map"}:
         return False
@@ -193,44 +203,17 @@ def check_preset(path: Path, name: str, preset) -> None:
             raise ValueError(
                 f"{path}: {name} has strength {brief(strength)}, expected a finite number or a list of them."
             )
-    try:
-        source = (0,) if options.get("operation") in ("transfer", "replace") else None
-        told = {key: value for key, value in options.items() if key not in ("where", "source")}
-        Edit(latents=(0,), weights=(1.0,), strength=1.0, source=source, mask=None, **told)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {name} cannot be used: {_line(error)}") from None
 
 
-def load_site(folder: Path, site: str, dtype: torch.dtype | None) -> SparseDictionary:
-    """Open the dictionary of one site. Its file is mapped: rows are read from disk when they are used. So it may be
-    replaced meanwhile, as saving does, but not cut short."""
-    path, weights = folder / site, folder / site / WEIGHTS_NAME
-    if not (path / "config.json").is_file() or not weights.is_file():
-        found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "nothing"
-        raise OSError(f"Expected config.json and {WEIGHTS_NAME} (safetensors only) in {path}, found {found}.")
-    sae = _skeleton(path / "config.json", site)
-    expected = sae.state_dict()
-    try:
-        with safe_open(weights, "pt") as file:
-            _check_header(weights, {name: file.get_slice(name) for name in file.keys()}, expected, sae.matrices)
-            tensors = {name: file.get_tensor(name) for name in expected}  # mapped: neither read nor copied
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{weights} is damaged or no safetensors file: {_line(error)}") from None
-    for name, tensor in tensors.items():
-        if name not in _MAPPED and not torch.isfinite(tensor).all():
-            raise ValueError(f"{weights} holds NaN or inf in {name!r}.")
-        if name in sae.matrices and dtype is not None:
-            tensors[name] = tensor.to(dtype)
-    sae.load_state_dict(tensors, assign=True)
-    return sae.requires_grad_(False).eval()
+def check_files(folder: Path, *names: str) -> None:
+    """Raise `OSError` unless these files of a site are there."""
+    if not all((folder / name).is_file() for name in names):
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "nothing"
+        raise OSError(f"Expected config.json and {WEIGHTS_NAME} (safetensors only) in {folder}, found {found}.")
 
 
-def _skeleton(path: Path, site: str) -> SparseDictionary:
-    """The dictionary that a config.json describes, without memory for its weights."""
-    content = read_json(path)
-    kind = content.get("_class_name")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"{path} must name its kind as one of {list(KINDS)}, got {brief(kind)}.")
+def check_site_config(path: Path, content: dict, site: str) -> dict:
+    """The settings in a site's config.json, checked as far as any kind has them."""
     config = {name: value for name, value in content.items() if not name.startswith("_")}
     if config.get("site") != site:
         raise ValueError(f"{path} must be of site {site!r}, got {brief(config.get('site'))}.")
@@ -243,67 +226,14 @@ def _skeleton(path: Path, site: str) -> SparseDictionary:
         raise ValueError(f"{path}: expected `anchors` as a list of 1 to 1000 timesteps, got {brief(anchors)}.")
     if config.get("activation", "output") not in ("output", "update"):
         raise ValueError(f"{path}: expected `activation` 'output' or 'update', got {brief(config['activation'])}.")
+    return config
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, framework: str = "pt"):
+    """A safetensors file, open; what is wrong with it is an `OSError`."""
     try:
-        with torch.device("meta"):
-            return KINDS[kind](**config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} describes no dictionary: {_line(error)}") from None
-
-
-def _check_header(path: Path, found: dict, expected: dict[str, torch.Tensor], matrices: tuple[str, ...]) -> None:
-    """Raise `ValueError` unless the slices of a file are the tensors that its config.json promises."""
-    wrong = [f"{name!r} is missing" for name in expected if name not in found]
-    wrong += [f"{brief(name)} is none of ours" for name in found if name not in expected]
-    for name in [name for name in expected if name in found]:
-        shape, dtype = list(expected[name].shape), found[name].get_dtype()
-        if found[name].get_shape() != shape:
-            wrong.append(f"{name!r} has shape {brief(found[name].get_shape())} instead of {shape}")
-        elif dtype not in (DTYPES if name in matrices else ("F32",)):
-            wrong.append(f"{name!r} is {dtype} instead of {' or '.join(DTYPES) if name in matrices else 'F32'}")
-    if wrong:
-        raise ValueError(f"The weights in {path} do not fit its config.json: {', '.join(wrong[:8])}.")
-
-
-def load_maps(path: Path) -> dict[str, torch.Tensor]:
-    """The linear maps of fitted labels by name, each the rows `(r, G, 2 d + 1)` of one, float32."""
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            for name, found in slices.items():
-                if len(found.get_shape()) != 3 or found.get_dtype() not in DTYPES:
-                    raise ValueError(
-                        f"{path}: {brief(name)} is no map: expected (rank, anchors, 2 channels + 1) floats."
-                    )
-            maps = {name: file.get_tensor(name).float() for name in slices}
+        with safe_open(path, framework) as file:
+            yield file
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} is damaged or no safetensors file: {_line(error)}") from None
-    for name, rows in maps.items():
-        if not rows.isfinite().all():
-            raise ValueError(f"{path} holds NaN or inf in {brief(name)}.")
-    return maps
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a new safetensors file, as float16; raises `ValueError` if something does not fit that."""
-    halves = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
-    for name, tensor in halves.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{brief(name)} holds NaN, inf, or what is too large for float16.")
-    save_file(halves, path, metadata={"format": "pt"})
-    path.chmod(0o644)
-
-
-def save_site(folder: Path, site: str, sae: SparseDictionary) -> None:
-    """Write the dictionary of one site into a new folder: encoder and decoder rows as float16, statistics as
-    float32."""
-    path = folder / site
-    path.mkdir()
-    tensors = {}
-    for name, tensor in sae.state_dict().items():
-        tensor = tensor.detach().to("cpu", torch.float16 if name in sae.matrices else torch.float32).contiguous()
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name!r} of {site} holds NaN, inf, or what is too large for {tensor.dtype}.")
-        tensors[name] = tensor
-    write_json(path / "config.json", json.loads(sae.to_json_string()))
-    save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
-    shutil.copymode(path / "config.json", path / WEIGHTS_NAME)  # safetensors makes it unreadable for others
+        raise OSError(f"{path} is damaged or no safetensors file: {line(error)}") from None

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
 import os
-import re
 import tempfile
 from dataclasses import dataclass, field
-from numbers import Integral
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from .card import CARD_NAME, LIBRARY_NAME, is_generated, model_card
+from .card import CARD_NAME, is_generated, model_card
+from .contents import FORMAT_VERSION, Contents, locate, read_contents
+from .fetch import HUB_ERRORS, LIBRARY_NAME, list_pretrained, reason
 from .files import (
     CONFIG_NAME,
-    DTYPES,
     LABELS_NAME,
     MAPS_NAME,
     PRESETS_NAME,
@@ -37,17 +24,14 @@ from .files import (
     brief,
     check_label,
     check_preset,
-    check_sites,
-    closest,
+    choose_sites,
     is_site,
-    load_maps,
-    load_site,
-    read_json,
-    save_site,
-    save_tensors,
+    line,
     write_json,
 )
 from .models import SparseDictionary
+from .steering import Edit
+from .weights import DTYPES, load_maps, load_site, save_site, save_tensors
 
 __all__ = [
     "CONFIG_NAME",
@@ -59,9 +43,6 @@ __all__ = [
     "signature",
     "write_json",
 ]
-
-FORMAT_VERSION = 1
-_HUB_ERRORS = (HTTPError, HFValidationError, OSError)
 
 
 def signature(denoiser: torch.nn.Module) -> dict:
@@ -79,7 +60,7 @@ def signature(denoiser: torch.nn.Module) -> dict:
 
 
 @dataclass
-class Dictionary:
+class Dictionary(Contents):
     """
     The dictionaries of one base model's sites with their labels.
 
@@ -93,9 +74,6 @@ class Dictionary:
     """
 
     sites: dict[str, SparseDictionary]
-    labels: dict[str, dict] = field(default_factory=dict)
-    config: dict = field(default_factory=dict)
-    presets: dict[str, dict] = field(default_factory=dict)
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -113,57 +91,6 @@ class Dictionary:
                 if "map" in entry and entry["map"] not in self.maps:
                     raise ValueError(f"The label {brief(name)} has a map of its own, which is not there.")
 
-    def features(self, name: str | int | tuple[str, int], operation: str | None = None) -> tuple[list[dict], dict]:
-        """
-        The `(site, latents, weights, where)` entries a label, an index or a `(site, index)` stands for, and its
-        options.
-
-        Args:
-            operation (`str`, *optional*): that is asked for. What a fitted label adds need not be what is active where
-                its concept is: all but `"add"` is done to the latents it is `seen` by.
-        """
-        if isinstance(name, str):
-            if name not in self.labels and name.isdecimal():
-                raise ValueError(
-                    f"The dictionary has no feature labelled {name!r}; the feature of that index is {int(name)}, "
-                    "without quotes."
-                )
-            if name not in self.labels:
-                raise ValueError(f"The dictionary has no feature labelled {name!r}. {closest(name, self.labels)}")
-            label = self.labels[name]
-            parts = label["features"] if operation in (None, "add") else label.get("seen", label["features"])
-            entries = [entry for entry in parts if entry["site"] in self.sites]
-            if operation in ("ablate", "ablate_to_mean"):
-                entries = [entry | {"weights": [1.0] * len(entry["latents"])} for entry in entries]
-            if not entries:
-                wanted = [entry["site"] for entry in label["features"]]
-                raise ValueError(
-                    f"{name!r} lives at {wanted}, of which none is loaded; loaded are {list(self.sites)}."
-                )
-            return entries, label.get("edit", {})
-        if isinstance(name, Integral) and not isinstance(name, bool):
-            if len(self.sites) > 1:
-                raise ValueError(
-                    f"Several sites are loaded, so feature {name} needs one: use (site, {name}) with a site of "
-                    f"{list(self.sites)}."
-                )
-            name = (next(iter(self.sites)), name)
-        if not isinstance(name, tuple) or len(name) != 2:
-            raise ValueError(f"Expected a label, an index or (site, index) as a feature, got {name!r}.")
-        site, index = name
-        if site not in self.sites:
-            raise ValueError(f"The dictionary has no site {site!r}. {closest(site, self.sites)}")
-        count = self.sites[site].config.num_latents
-        if not isinstance(index, Integral) or isinstance(index, bool) or not 0 <= index < count:
-            raise ValueError(
-                f"Feature {index!r} does not exist: the dictionary of {site} has features 0 to {count - 1}."
-            )
-        return [{"site": site, "latents": [int(index)], "weights": [1.0], "where": None}], {}
-
-    def seen(self, name: str | int | tuple[str, int]) -> list[dict]:
-        """The entries of the latents that are active where a feature is."""
-        return self.features(name, operation="set")[0]
-
     def add_label(self, name: str, label: dict, maps: dict[str, torch.Tensor]) -> None:
         """Add or replace a label, with the maps that its parts name; raises `ValueError` if it cannot be used."""
         sizes = {site: sae.config.num_latents for site, sae in self.sites.items()}
@@ -173,6 +100,7 @@ class Dictionary:
         ]
         label = label | {"features": features}
         check_label(Path(LABELS_NAME), name, label, sizes, own)
+        _try_label(Path(LABELS_NAME), name, label)
         replaced = {e["map"] for e in self.labels.get(name, {}).get("features", []) if "map" in e}
         self.maps = {key: rows for key, rows in self.maps.items() if key not in replaced} | own
         self.labels[name] = label
@@ -189,17 +117,10 @@ class Dictionary:
         return torch.einsum("n,ngd->gd", amounts, sae.feature_trajectories(latents).cpu())
 
     def preset(self, name: str) -> tuple[dict, dict]:
-        """The features with their strengths, and the options, of a preset."""
-        if name not in self.presets:
-            raise ValueError(f"The dictionary has no preset {name!r}. {closest(name, self.presets)}")
-        check_preset(Path(PRESETS_NAME), name, self.presets[name])
-
-        def named(feature):  # JSON has no tuples
-            return tuple(feature) if isinstance(feature, list) and feature[0] in self.sites else feature
-
-        options = dict(self.presets[name].get("options", {}))
-        options |= {key: named(options[key]) for key in ("where", "source") if options.get(key)}
-        return {named(feature): strength for feature, strength in self.presets[name]["features"]}, options
+        """The features with their strengths, and the options, of a preset; raises `ValueError` if it is no edit."""
+        found = super().preset(name)
+        _try_preset(Path(PRESETS_NAME), name, self.presets[name])
+        return found
 
     def check(self, denoiser: torch.nn.Module) -> None:
         """Raise `ValueError` unless the dictionary was made for a denoiser like this one."""
@@ -250,12 +171,14 @@ class Dictionary:
         labels = {}
         for name, label in self.labels.items():
             check_label(folder / LABELS_NAME, name, label, sizes, self.maps)
+            _try_label(folder / LABELS_NAME, name, label)
             kept = [entry for entry in label["features"] if entry["site"] in self.sites]
             labels |= {name: label | {"features": kept}} if kept else {}
         config = {"format_version": FORMAT_VERSION, "sites": list(self.sites)}
         config |= {name: value for name, value in self.config.items() if name not in config}
         for name, preset in self.presets.items():
             check_preset(folder / PRESETS_NAME, name, preset)
+            _try_preset(folder / PRESETS_NAME, name, preset)
         write_json(folder / LABELS_NAME, labels)
         used = {entry["map"] for label in labels.values() for entry in label["features"] if "map" in entry}
         if used:
@@ -315,8 +238,8 @@ class Dictionary:
                     revision=revision,
                     create_pr=create_pr,
                 )
-            except (*_HUB_ERRORS, ValueError, RuntimeError) as error:
-                raise OSError(f"{repo_id!r} could not be pushed to the Hub: {_reason(error, revision)}") from error
+            except (*HUB_ERRORS, ValueError, RuntimeError) as error:
+                raise OSError(f"{repo_id!r} could not be pushed to the Hub: {reason(error, revision)}") from error
         return commit.commit_url
 
 
@@ -328,41 +251,6 @@ def _card_there(repo_id: str, revision: str | None, token: str | bool | None, ca
         raise
     except EntryNotFoundError:
         return cache / "none"
-
-
-def list_pretrained(refresh: bool = False, token: str | bool | None = None) -> list[dict]:
-    """
-    The dictionaries that are known to exist.
-
-    Args:
-        refresh (`bool`, defaults to `False`): also ask the Hub for repositories tagged `diffusers-rtsae`.
-        token (`str` or `bool`, *optional*): of the Hub, to see private ones.
-
-    Returns:
-        `list[dict]`: of each its `id` (what `load_rtsae` takes), `base_model`, `sites` and `description`.
-
-    Raises:
-        `OSError`: the Hub did not answer.
-    """
-    known = json.loads(Path(__file__).with_name("pretrained.json").read_text(encoding="utf-8"))
-    if not refresh:
-        return known
-    try:
-        found = list(HfApi(token=token, library_name=LIBRARY_NAME).list_models(filter=LIBRARY_NAME, cardData=True))
-    except _HUB_ERRORS as error:
-        raise OSError(f"The Hub could not be asked for dictionaries: {_reason(error)}") from error
-    listed = {entry["id"] for entry in known}
-    for model in found:
-        card = model.card_data.to_dict() if model.card_data else {}  # anybody's: it may say anything
-        base_model, sites = card.get("base_model"), card.get("sites")
-        entry = {
-            "id": model.id,
-            "base_model": base_model if isinstance(base_model, str) else None,
-            "sites": [site for site in sites if is_site(site)] if isinstance(sites, list) else [],
-            "description": str(card.get("description") or ""),
-        }
-        known += [entry] if model.id not in listed else []
-    return known
 
 
 def load_dictionary(
@@ -403,130 +291,48 @@ def load_dictionary(
                 "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed."
             )
         dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
-        chosen = {site: dictionary.sites[site] for site in _choose(dictionary.sites, layers)}
+        chosen = {site: dictionary.sites[site] for site in choose_sites(dictionary.sites, layers)}
         return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets, dictionary.maps)
-    if not isinstance(source, str | os.PathLike) or not str(source):
-        found = "an empty string" if isinstance(source, str) else type(source).__name__
-        raise ValueError(f"Expected a Hub id, a folder or a dict of dictionaries by site, got {found}.")
-    inside = PureWindowsPath(subfolder or "")  # knows the separators, drives and roots of every system
-    if inside.anchor or ".." in inside.parts:
-        raise ValueError(f"`subfolder` must lie inside the folder or repository, got {subfolder!r}.")
-    folder = Path(source)
-    if not folder.is_dir():
-        if force_download and local_files_only:
-            raise ValueError("`force_download` and `local_files_only` exclude each other.")
-        folder = _fetch(
-            str(source), inside.as_posix(), layers, revision, force_download,
-            token=token, cache_dir=cache_dir, local_files_only=local_files_only, library_name=LIBRARY_NAME,
-        )  # fmt: skip
-    elif revision is not None:
-        raise ValueError(f"`revision` is for the Hub, but {str(source)!r} is a folder here.")
-    return _read(folder / inside.as_posix(), layers, dtype)
-
-
-def _fetch(
-    repo_id: str, subfolder: str, layers: list[str] | None, revision: str | None, force_download: bool, **options
-) -> Path:
-    """Download what is needed of a repository; returns the folder that mirrors it."""
-    prefix = "" if subfolder == "." else f"{subfolder}/"
-
-    def download(names: list[str], revision: str | None, force_download: bool) -> Path:
-        patterns = [glob.escape(prefix + name) for name in names]
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=patterns, force_download=force_download, **options
-            )
-        )
-
-    try:
-        folder = download([CONFIG_NAME, LABELS_NAME, PRESETS_NAME, MAPS_NAME], revision, force_download)
-        config = folder / prefix / CONFIG_NAME
-        if not config.is_file():
-            raise OSError(f"it has no {prefix}{CONFIG_NAME}.")
-        sites = _choose(check_sites(read_json(config).get("sites"), config), layers)
-        names = [f"{site}/{name}" for site in sites for name in ("config.json", WEIGHTS_NAME)]
-        new = [name for name in names if force_download or not (folder / prefix / name).is_file()]
-        download(names, folder.name, force_download)  # of the same commit, whatever is pushed meanwhile
-        for name in new:
-            _check_sum(folder / prefix / name)
-    except _HUB_ERRORS as error:
-        raise OSError(
-            f"{repo_id!r} is no folder here, and no dictionary that could be fetched from the Hub: "
-            f"{_reason(error, revision)}"
-        ) from error
-    return folder
-
-
-def _check_sum(path: Path) -> None:
-    """Raise `OSError` if a download is not what the Hub has: the cache names large files by their SHA-256."""
-    name = Path(os.readlink(path)).name if path.is_symlink() else ""
-    if not re.fullmatch("[0-9a-f]{64}", name):
-        return
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != name:
-        path.resolve().unlink()
-        path.unlink()
-        raise OSError(f"{path.name} arrived damaged: its SHA-256 is {found[:12]}… instead of {name[:12]}… .")
-
-
-def _reason(error: Exception, revision: str | None = None) -> str:
-    """One sentence on what went wrong between here and the Hub."""
-    if isinstance(error, LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__  # the client says "not in the cache" or "while uploading"; this is why
-    if isinstance(error, GatedRepoError):
-        return "its owner grants access on request: ask for it on its page, and pass a `token`."
-    if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or it is private and needs a `token`."
-    if isinstance(error, RevisionNotFoundError):
-        return f"it has no revision {revision or 'main'!r}."
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so there is only the cache."
-    if isinstance(error, LocalEntryNotFoundError):
-        return "it is not in the cache, or not all of it, and nothing may be downloaded."
-    if isinstance(error, HfHubHTTPError):
-        said = f" ({error.server_message})" if error.server_message else ""
-        return f"the Hub answered {error.response.status_code}{said}."
-    text = (str(error).strip().splitlines() or ["?"])[0]
-    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
+    options = {"subfolder": subfolder, "revision": revision, "token": token, "cache_dir": cache_dir}
+    options |= {"force_download": force_download, "local_files_only": local_files_only}
+    return _read(locate(source, layers, **options), layers, dtype)
 
 
 def _read(folder: Path, layers: list[str] | None, dtype: torch.dtype | None) -> Dictionary:
-    """Read a local folder. No name in its files leads out of it. Links in it are followed, since caches are made of
-    them, but only to regular files; nothing is ever written."""
-    for name in (CONFIG_NAME, LABELS_NAME):
-        if not (folder / name).is_file():
-            found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "nothing"
-            raise OSError(f"{folder} is no dictionary: expected {name} in it, found {found}.")
-    path = folder / CONFIG_NAME
-    config = read_json(path)
-    if config.get("format_version") != FORMAT_VERSION:
-        version = brief(config.get("format_version"))
-        raise ValueError(f"{path} has format version {version}, this version reads {FORMAT_VERSION}.")
-    if not isinstance(config.get("base_model", ""), str):
-        raise ValueError(f"{path} must name its `base_model`, got {brief(config['base_model'])}.")
-    known = check_sites(config.get("sites"), path)
-    sites = {site: load_site(folder, site, dtype) for site in _choose(known, layers)}
-    sizes = {site: sites[site].config.num_latents if site in sites else None for site in known}
-    labels = read_json(folder / LABELS_NAME)
+    """Read a local folder with its tensors."""
+    contents = read_contents(folder, layers)
+    sites = {site: load_site(folder, site, dtype) for site in contents.sites}
     maps = load_maps(folder / MAPS_NAME) if (folder / MAPS_NAME).is_file() else {}
-    for name, label in labels.items():
-        check_label(folder / LABELS_NAME, name, label, sizes, maps)
+    for name, label in contents.labels.items():
+        _try_label(folder / LABELS_NAME, name, label)
         for entry in label["features"]:
             sae = sites.get(entry["site"])
             needed = sae and (len(sae.config.anchors), 2 * sae.config.in_channels + 1)
             if "map" in entry and sae and maps[entry["map"]].shape[1:] != needed:
                 raise ValueError(f"The map of {brief(name)} has another shape than {entry['site']} needs.")
-    presets = read_json(folder / PRESETS_NAME) if (folder / PRESETS_NAME).is_file() else {}
-    for name, preset in presets.items():
-        check_preset(folder / PRESETS_NAME, name, preset)
-    return Dictionary(sites, labels, config, presets, maps)
+    for name, preset in contents.presets.items():
+        _try_preset(folder / PRESETS_NAME, name, preset)
+    return Dictionary(sites, contents.labels, contents.config, contents.presets, maps)
 
 
-def _choose(sites, layers: list[str] | None) -> list[str]:
-    if isinstance(layers, str):
-        raise ValueError(f"Expected `layers` as a list of sites, got the string {layers!r}.")
-    unknown = [layer for layer in layers or () if layer not in sites]
-    if unknown:
-        raise ValueError(f"The dictionary has no site {unknown[0]!r}. {closest(unknown[0], sites)}")
-    return list(layers or sites)
+def _try_label(path: Path, name: str, label: dict) -> None:
+    """Raise `ValueError` unless what a label moves, and its options, make an edit."""
+    for entry in label["features"] + label.get("seen", []):
+        if "map" not in entry:  # the options of a map are those of the label, its operation is its own
+            where = None if entry.get("where") is None else tuple(entry["where"])
+            moved = {"latents": tuple(entry["latents"]), "weights": tuple(entry["weights"]), "where": where}
+            _try_edit(path, name, moved, label.get("edit", {}))
+
+
+def _try_preset(path: Path, name: str, preset: dict) -> None:
+    """Raise `ValueError` unless the options of a preset make an edit, whatever `where` and `source` name."""
+    told = {key: value for key, value in preset.get("options", {}).items() if key not in ("where", "source")}
+    _try_edit(path, name, {"latents": (0,), "weights": (1.0,)}, told)
+
+
+def _try_edit(path: Path, name: str, moved: dict, options: dict) -> None:
+    source = (0,) if options.get("operation") in ("transfer", "replace") else None  # the caller's to choose
+    try:
+        Edit(strength=1.0, source=source, mask=None, **moved, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {brief(name)} cannot be used: {line(error)}") from None

@@ -6,9 +6,11 @@ import contextlib
 import inspect
 import math
 import os
+from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from .hub import Dictionary, load_dictionary
 from .models import SparseDictionary
 from .steering import (
     DENOISERS,
+    PIPELINES,
     Controller,
     Edit,
     SitePlan,
@@ -183,8 +186,19 @@ class _ScaledSchedule:
         return [value * self.weight for value in numbers(self.schedule(progress))]
 
 
-class RTSAELoaderMixin:
-    """Loading of sparse dictionaries into a pipeline's denoiser, and steering with their features."""
+class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
+    """
+    Loading of sparse dictionaries into a pipeline's denoiser, and steering with their features.
+
+    Every diffusers pipeline is an instance; a type checker learns so, and with it these methods, from
+
+        >>> assert isinstance(pipe, RTSAELoaderMixin)
+    """
+
+    if TYPE_CHECKING:  # what else a pipeline has is known from its own class, if that is known
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        def __getattr__(self, name: str) -> Any: ...
 
     def load_rtsae(
         self,
@@ -419,6 +433,8 @@ def attach(pipeline_class: type) -> None:
     for name, method in vars(RTSAELoaderMixin).items():
         if not name.startswith("_"):
             setattr(pipeline_class, name, method)
+    RTSAELoaderMixin.register(pipeline_class)
+    PIPELINES.append(pipeline_class)
 
     set_attribute = pipeline_class.__setattr__
 

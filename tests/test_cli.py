@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,12 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from disk import full_disk
+from huggingface_hub import constants
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
-from diffusers_rtsae import load_dictionary
+from diffusers_rtsae import cli, files, load_dictionary
 from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.cli import app
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_demo_writes_its_pictures_and_measures(tmp_path):
@@ -26,13 +34,6 @@ def test_demo_writes_its_pictures_and_measures(tmp_path):
         assert min(picture.size) > 200 and len(picture.getcolors(256)) > 20
     measured = json.loads((tmp_path / "measured.json").read_text())
     assert measured and all(0 <= v <= 1 for row in measured.values() for v in row["success"].values())
-
-
-def test_demo_with_a_wrong_dictionary_is_one_sentence(tmp_path):
-    (tmp_path / "empty").mkdir()
-    command = [sys.executable, "-m", "diffusers_rtsae.cli", "demo", "--dictionary", str(tmp_path / "empty")]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode != 0 and "rtsae_config.json" in run.stderr and "Traceback" not in run.stderr
 
 
 COMMANDS = ("demo", "steer", "find", "fit", "inspect", "report", "app", "list", "push", "collect", "train", "evaluate")
@@ -46,7 +47,7 @@ def invoke(*arguments: str, code: int = 0):
 
 def test_every_command_explains_itself_with_an_example():
     listed = invoke("--help")
-    for name in COMMANDS[:-3]:
+    for name in COMMANDS[:-3]:  # the others are the trainer's
         assert name in listed
         told = " ".join(invoke(name, "--help").split())
         assert f"Example: diffusers-rtsae {name}" in told
@@ -109,19 +110,19 @@ def test_find_and_inspect_speak_json():
 
 
 def test_training_commands_hand_their_arguments_on(tmp_path):
-    recipe = Path(__file__).parents[1] / "training" / "recipes" / "shapes.yaml"
+    recipe = ROOT / "training" / "recipes" / "shapes.yaml"
     command = [sys.executable, "-m", "diffusers_rtsae.cli", "train", str(recipe), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "98,304 trajectories" in done.stdout
-    done = subprocess.run([*command[:3], "train", "none.yaml"], capture_output=True, text=True)
+    done = subprocess.run([*command[:3], "train", "none.yaml"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "none.yaml" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_collect_stops_when_the_trajectories_are_there(tmp_path):
-    recipe = Path(__file__).parents[1] / "training" / "recipes" / "shapes.yaml"
+    recipe = ROOT / "training" / "recipes" / "shapes.yaml"
     fewer = ["collect.count=4", "collect.batch_size=2", "collect.steps=5", "collect.tokens_per_image=8"]
     command = [sys.executable, "-m", "diffusers_rtsae.cli", "collect", str(recipe), "--work", str(tmp_path), "--set"]
-    done = subprocess.run([*command, *fewer], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run([*command, *fewer], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "trajectories").glob("shard-*.safetensors"))) == 2
     assert not (tmp_path / "checkpoints").exists()
@@ -167,9 +168,104 @@ def test_app_listens_on_this_machine_alone():
     (["steer", "a star", "redd=1"], "no feature labelled 'redd'"),
     (["inspect", "nowhere/at-all"], "is no folder here"),
     (["push", "nowhere/at-all", "you/name"], "is no folder here"),
+    (["demo", "--dictionary", "examples"], "expected rtsae_config.json in it"),
+    (["steer", "a star", "red=1", "--out", "no.doc"], "no.doc must end in .png,"),
+    (["steer", "a star", "[/foo]=1"], "no feature labelled '[/foo]'"),
+    (["steer", "a star", "red=1", "--preset", "[red]"], "Expected either features"),
+    (["steer", "a star", "--preset", "[red]"], "no preset '[red]'"),
+    (["steer", "a star", "red=1", "--mask", "README.md"], "cannot identify image file 'README.md'"),
+    (["inspect", "examples/shapes-rtsae/up_blocks.1.attentions.1"], "Did you mean ['examples/shapes-rtsae']?"),
+    (["find", "--with", "", "--without", "a star"], "A prompt of --with is empty"),
+    (["report", "--prompts", "examples/steering.png"], "examples/steering.png, line 1: expected text in UTF-8"),
+    (["report", "--prompts", "nowhere.txt"], "nowhere.txt: No such file or directory."),
+    (["report", "--out", "report.pdf"], "report.pdf must end in .html"),
 ])  # fmt: skip
-def test_what_a_user_got_wrong_is_one_sentence(arguments, message, monkeypatch):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "diffusers_rtsae.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr and not done.stdout
+def test_what_a_user_got_wrong_is_one_sentence(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, told = started(arguments, monkeypatch, capsys)
+    assert code == 1 and message in told.err and not told.out
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1
+
+
+def started(arguments: list, monkeypatch, capsys):
+    """What the installed command returns and prints."""
+    monkeypatch.setattr(sys, "argv", ["diffusers-rtsae", *map(str, arguments)])
+    monkeypatch.chdir(ROOT)
+    for name in ("console", "errors"):
+        monkeypatch.setattr(cli, name, Console(stderr=name == "errors", emoji=False, highlight=False))
+    with pytest.raises(SystemExit) as end:
+        cli.run()
+    return end.value.code or 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("missing, extra", [("matplotlib", "analysis"), ("gradio", "app"), ("pydantic", "train")])
+def test_what_is_not_installed_is_one_sentence_with_its_extra(missing, extra, monkeypatch, capsys):
+    commands = {"analysis": ["demo"], "app": ["app"], "train": ["train", "--help"]}
+    monkeypatch.setitem(sys.modules, missing, None)  # what Python finds where it is not installed
+    code, told = started(commands[extra], monkeypatch, capsys)
+    assert (code, told.err) == (1, f'error: This needs {missing}: pip install "diffusers-rtsae[{extra}]"\n')
+
+
+@pytest.mark.parametrize("option", [["--seed", "-1"], ["--seed", str(2**63)], ["--steps", "0"], ["--guidance", "nan"]])
+def test_what_is_out_of_range_is_said_without_a_model(option):
+    result = CliRunner().invoke(app, ["steer", "a star", "red=1", *option])
+    assert result.exit_code == 2 and option[0] in result.output
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (["red=1", "--start", 0.9, "--end", 0.1], "Expected 0 <= start <= end <= 1"),
+    (["red=1", "--operation", "paint"], "`operation` must be one of"),
+    (["red=1", "--operation", "transfer"], "needs a `source` feature"),
+    (["99999=1"], "Feature 99999 does not exist"),
+])  # fmt: skip
+def test_nothing_is_drawn_before_everything_is_known_to_be_right(wrong, message, tmp_path, monkeypatch):
+    def drawn(*arguments, **options):
+        raise AssertionError("a picture was drawn")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", drawn)
+    out = tmp_path / "made" / "star.png"
+    result = CliRunner().invoke(app, ["steer", "a star", *map(str, wrong), "--out", str(out)])
+    assert message in str(result.exception) and not out.parent.exists()
+
+
+def test_paths_can_be_copied_and_nothing_in_them_is_markup(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["diffusers-rtsae"])
+    long = tmp_path / f"[red]{'a-long-name-' * 12}:smile:[/foo]"
+    for say in (cli._say, cli._fail):
+        monkeypatch.setattr(cli, "console", Console(width=80, emoji=False, highlight=False))
+        monkeypatch.setattr(cli, "errors", Console(width=80, emoji=False, highlight=False))
+        with contextlib.suppress(SystemExit):
+            say(f"{long} is here")
+        assert f"{long} is here\n" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    picture = Image.effect_noise((64, 64), 60)
+    for write in (picture.save, lambda path: files.write_text(path.with_suffix(".html"), "a" * 5000)):
+        with full_disk(1000), pytest.raises(OSError), files.whole(tmp_path / "star.png") as partial:
+            write(partial)
+    assert not list(tmp_path.iterdir())
+    with files.whole(tmp_path / "star.png") as partial:
+        picture.save(partial)
+    assert [path.name for path in tmp_path.iterdir()] == ["star.png"] and Image.open(tmp_path / "star.png").size
+
+
+def test_steering_says_where_its_pictures_are_and_nothing_else(tmp_path):
+    """No deprecation, no note on packages that nothing needs, no bar of what is loaded in a moment."""
+    command = [sys.executable, "-m", "diffusers_rtsae.cli", "steer", "a star", "red=1", "--steps", "1", "--json"]
+    environment = os.environ | {"PYTHONWARNINGS": "default::FutureWarning"}
+    done = subprocess.run([*command, "--out", tmp_path / "a.png"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and json.loads(done.stdout)["steered"] == str(tmp_path / "a.png")
+    left = [line for line in re.split("[\r\n]", done.stderr) if line.strip() and "/1 [" not in line]  # bars of drawing
+    assert not left
+
+
+def test_the_trainer_is_that_of_the_package(tmp_path):
+    """Whatever else is called training: in the working directory, or installed."""
+    for folder in (tmp_path / "training", tmp_path / "site" / "training"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("raise SystemExit('another')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path / "site")])}
+    command = [sys.executable, "-m", "diffusers_rtsae.cli", "train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith("usage: diffusers-rtsae train "), done.stderr

@@ -19,6 +19,7 @@ import pytest
 import torch
 import typer
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from disk import full_disk
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -30,9 +31,11 @@ from diffusers_rtsae.analysis.plots import plot_crops, plot_strip
 from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.files import MAPS_NAME, read_pairs, save_tensors
+from diffusers_rtsae.contents import search_labels
+from diffusers_rtsae.files import MAPS_NAME, read_lines, read_pairs
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME
 from diffusers_rtsae.steering import Edit
+from diffusers_rtsae.weights import save_tensors
 
 SITE = "up_blocks.1.attentions.1"
 # 32 tokens of text, no grid; and a layer that does not tell its width
@@ -282,10 +285,20 @@ def demo_without_labels(world):
     cli.demo(world.empty / "out", None, world.empty / "unlabelled", steps=1, prompts=1)
 
 
-def train_without_a_clone(world):
+def train_without_the_trainer(world):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "CLONE", world.empty)
+        patch.setattr(cli, "ROOT", world.empty)
         cli._training("train", [])
+
+
+def no_utf8(world):
+    (world.empty / "prompts.txt").write_bytes("a star\n\nein größerer Stern\n".encode("latin-1"))
+    read_lines(world.empty / "prompts.txt")
+
+
+def save_on_a_full_disk(world):
+    with full_disk(1_000_000):  # labels fit, rows do not
+        world.dictionary.save(world.empty / "saved")
 
 
 def command_line_without_typer(world):
@@ -724,7 +737,7 @@ MISUSE = {
     "a folder of something else": (
         lambda world: load_dictionary(world.empty),
         OSError,
-        "… is no dictionary: expected rtsae_config.json in it, found ['small'].",
+        "… is no dictionary: expected rtsae_config.json in it, found ['small']. Did you mean ['…small']?",
     ),
     "a folder without labels": (
         replaced(LABELS_NAME, None),
@@ -1116,7 +1129,7 @@ MISUSE = {
         "StableDiffusionPipeline and FlowMatchEulerDiscreteScheduler.",
     ),
     "a label that is not there": (
-        lambda world: find.search_labels(world.dictionary, "reddish"),
+        lambda world: search_labels(world.dictionary, "reddish"),
         ValueError,
         "No label contains 'reddish'. …",
     ),
@@ -1131,10 +1144,65 @@ MISUSE = {
         SystemExit,
         'The command line needs typer: pip install "diffusers-rtsae[analysis]"',
     ),
-    "bundled files that are not there": (  # in a clone all are, so by another name
-        lambda world: cli._bundled("none"),
+    "bundled files that are not there": (
+        train_without_the_trainer,
+        ValueError,
+        "…commands.py is missing: install diffusers-rtsae again, or pass a folder.",
+    ),
+    "a name that the package has not": (
+        lambda world: diffusers_rtsae.RTSAEs,
+        AttributeError,
+        "module 'diffusers_rtsae' has no attribute 'RTSAEs'",
+    ),
+    "a guidance that is no number": (
+        lambda world: cli._finite(float("nan")),
         typer.BadParameter,
-        "examples/none was not found: run this from a clone of the repository, or pass a folder.",
+        "expected a finite number, got nan.",
+    ),
+    "a feature twice": (
+        lambda world: cli.steer("a star", ["red=1", "blue=1", "red=2"]),
+        ValueError,
+        "The feature 'red' is given twice: expected one strength of each.",
+    ),
+    "an empty prompt to find": (
+        lambda world: cli.find(["a star", " "], ["a heart"]),
+        ValueError,
+        "A prompt of --with is empty: expected words.",
+    ),
+    "a picture of no format": (
+        lambda world: cli.steer("a star", ["red=1"], out=Path("star.doc")),
+        ValueError,
+        "star.doc must end in .png, .jpg, .jpeg, .webp, .tif, .tiff.",
+    ),
+    "a picture where a folder is": (
+        lambda world: cli._check_output(world.empty),
+        OSError,
+        "… is a folder: expected another name to write to.",
+    ),
+    "a picture below a file": (
+        lambda world: cli._check_output(world.folder / "rtsae_config.json" / "star.png"),
+        OSError,
+        "… cannot be written: …rtsae_config.json is a file.",
+    ),
+    "a picture where nothing may be written": (
+        lambda world: cli._check_output(Path("/proc/star.png")),
+        OSError,
+        "/proc/star.png cannot be written: ….",
+    ),
+    "prompts in another encoding": (
+        no_utf8,
+        ValueError,
+        "…prompts.txt, line 3: expected text in UTF-8, got b'ein gr\\xf6\\xdferer Stern'.",
+    ),
+    "a file instead of a dictionary": (
+        lambda world: load_dictionary(world.folder / "rtsae_config.json"),
+        OSError,
+        "…rtsae_config.json is a file: expected the folder of a dictionary, or a Hub id.",
+    ),
+    "a full disk": (
+        save_on_a_full_disk,
+        OSError,
+        "… could not be written: …",
     ),
     "a demonstration without labels": (
         demo_without_labels,
@@ -1188,13 +1256,8 @@ MISUSE = {
     ),
     "the app without gradio": (
         app_without_gradio,
-        ValueError,
-        'The app needs gradio: pip install "diffusers-rtsae[app]"',
-    ),
-    "training without a clone": (
-        train_without_a_clone,
-        ValueError,
-        "Training needs a clone of the repository: the trainer is no part of the installed package.",
+        ModuleNotFoundError,
+        "No module named 'gradio'",
     ),
 }
 
@@ -1203,6 +1266,10 @@ ELSEWHERE = {
     "it has no rtsae_config.json.": ("it has no rtsae_config.json", "test_hub.py"),
     "… arrived damaged: its SHA-256 is … instead of … .": ("arrived damaged: its SHA-256 is", "test_hub.py"),
     "… could not be pushed to the Hub: …": ("could not be pushed to the Hub: ", "test_hub.py"),
+    "… is no folder here, not in the cache, and the Hub does not answer: …": (
+        "not in the cache, and the Hub does not answer: ",
+        "test_hub.py",
+    ),
     "The Hub could not be asked for dictionaries: …": ("The Hub could not be asked for dictionaries: ", "test_hub.py"),
     "Say what to draw: the prompt is empty.": ("Say what to draw", "test_app.py"),
     "The seed is empty: expected a number.": ("The seed is empty", "test_app.py"),
@@ -1243,7 +1310,9 @@ def messages(source: str):
 def test_every_message_has_its_misuse():
     package, tests = Path(diffusers_rtsae.__file__).parent, Path(__file__).parent
     said = [(kind, m) for path in sorted(package.rglob("*.py")) for kind, m in messages(path.read_text())]
-    assert {kind for kind, _ in said} == {"ValueError", "OSError", "SystemExit", "typer.BadParameter"}
+    assert {kind for kind, _ in said} == {
+        *("ValueError", "OSError", "SystemExit", "typer.BadParameter", "AttributeError", "ModuleNotFoundError")
+    }
     expected = Counter(message for _, message in said)
     found = Counter()
     for message in [message for _, _, message in MISUSE.values()] + list(ELSEWHERE):

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae.files import read_lines
 from diffusers_rtsae.pipeline import get_denoiser, own_size
 from diffusers_rtsae.steering import noise_schedule
 
 from .checkpoint import step_generator
-from .recipe import Collect, Recipe
+from .recipe import Collect, Recipe, bundled
 from .store import TrajectoryStore
 from .worlds import load_world, worlds
 
@@ -68,9 +69,9 @@ def read_samples(settings: Collect, seed: int) -> list[Sample]:
         prompts = load_world(source).prompts(settings.count, seed)
         return [Sample(prompt, seed * 1_000_003 + i) for i, prompt in enumerate(prompts)]
     if source.endswith(".txt"):
-        rows = [{settings.column: line.strip()} for line in Path(source).read_text().splitlines() if line.strip()]
+        rows = [{settings.column: line} for line in read_lines(Path(bundled(source)))]
     elif source.endswith(".jsonl"):
-        rows = [json.loads(line) for line in Path(source).read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in read_lines(Path(source))]
     else:
         from datasets import load_dataset
 

@@ -7,7 +7,6 @@ Works with any pipeline and dictionary; writes `report.json`, `report.md` and pl
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from diffusers_rtsae.steering.sites import from_tokens, read_output, replace_out
 
 from .collect import anchor_timesteps, read_samples, trajectories
 from .dictionary import residual_code
-from .recipe import Collect, Recipe
+from .recipe import Collect, Recipe, bundled
 
 
 class Unexplained:
@@ -274,35 +273,24 @@ def evaluate_pipeline(pipe: DiffusionPipeline, sae: SparseDictionary, collect: C
     return found | timing(sae)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dictionaries", nargs="+", help="folders or Hub ids, all of one pipeline")
-    parser.add_argument("--pipeline", required=True)
-    parser.add_argument("--prompts", required=True, help="as in a recipe's `collect`")
-    parser.add_argument("--count", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64, help="of each picture")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/report"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a = parser.parse_args()
-    pipe = DiffusionPipeline.from_pretrained(a.pipeline).to(a.device)
+def evaluate_all(
+    dictionaries: Sequence[str], pipeline: str, collect: Collect, seed: int, out: Path, device: str | None = None
+) -> None:
+    """A report of several dictionaries of one pipeline, on pictures from the prompts of `collect`."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = DiffusionPipeline.from_pretrained(bundled(pipeline)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    collect = Collect(
-        prompts=a.prompts, count=a.count, steps=a.steps, guidance_scale=a.guidance, batch_size=a.batch_size,
-        tokens_per_image=a.tokens,
-    )  # fmt: skip
     found = {}
-    for source in a.dictionaries:
-        dictionary = load_dictionary(source, dtype=torch.float32)
+    for source in dictionaries:
+        dictionary = load_dictionary(bundled(source), dtype=torch.float32)
         for site, sae in dictionary.sites.items():
-            name = site if len(a.dictionaries) == 1 else f"{Path(source).name} {site}"
-            found[name] = evaluate_pipeline(pipe, sae, collect, a.seed)
+            name = site if len(dictionaries) == 1 else f"{Path(source).name} {site}"
+            found[name] = evaluate_pipeline(pipe, sae, collect, seed)
             print(name, json.dumps(found[name]), flush=True)
-    report(found, a.out)
+    report(found, out)
 
 
 if __name__ == "__main__":
-    main()
+    from . import commands
+
+    commands.evaluate()

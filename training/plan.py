@@ -5,26 +5,32 @@ python -m training.train training/recipes/sd15.yaml --dry-run
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusers_rtsae.fetch import is_cached
 from diffusers_rtsae.steering import get_site
 from diffusers_rtsae.steering.sites import read_output, to_tokens
 
-from .recipe import Recipe
+from .recipe import INDEX, Recipe, bundled
 
 GIB, PETA = 2**30, 1e15
 
 
 def _denoiser(pipeline: str):
     """The denoiser of a pipeline on the meta device, built from its configuration; `(module, config)`."""
-    index = diffusers.DiffusionPipeline.load_config(pipeline)
+    pipeline = bundled(pipeline)
+    here = Path(pipeline).is_dir() or not is_cached(pipeline, INDEX)
+    cached = {} if here else {"local_files_only": True}
+    index = diffusers.DiffusionPipeline.load_config(pipeline, **cached)
     part = next((name for name in ("unet", "transformer") if name in index), None)
     if part is None:
         raise ValueError(f"{pipeline} has no denoiser: expected a component `unet` or `transformer`.")
     kind = getattr(diffusers, index[part][1])
-    config = kind.load_config(pipeline, subfolder=part)
+    config = kind.load_config(pipeline, subfolder=part, **cached)
     with torch.device("meta"):
         return kind.from_config(config), dict(config)
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+ROOT = Path(__file__).parents[1]  # of a clone, or of what an installed package has of one
+INDEX = "model_index.json"  # what every pipeline has
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -136,6 +138,12 @@ class Recipe(Section):
         return json.dumps(told | {"collect": self.collect.model_dump()}, sort_keys=True)
 
 
+def bundled(path: str | Path) -> str:
+    """`path`, or what came with the trainer under that name (`examples/…`, `training/recipes/…`) if nothing is there.
+    The id of a repository stays."""
+    return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else str(path)
+
+
 def load_recipe(path: Path, changes: list[str] = ()) -> Recipe:
     """
     Read a recipe; `changes` are like `"train.k=8"`.
@@ -144,8 +152,8 @@ def load_recipe(path: Path, changes: list[str] = ()) -> Recipe:
         `ValueError`: if something in it is unknown, missing or out of range; the message names each.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(Path(bundled(path)).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no recipe: expected a mapping with {sorted(Recipe.model_fields)}.")

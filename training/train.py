@@ -8,7 +8,6 @@ Every stage continues where it was stopped; a GPU is used if there is one, sever
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import hashlib
 import json
@@ -40,9 +39,9 @@ from .collect import Sample, anchor_timesteps, collect, read_samples
 from .dictionary import DictionaryTrainer, calibrate, measure_activations, new_dictionary
 from .evaluate import evaluate
 from .fit import fit_dynamics
-from .plan import describe, plan
+from .plan import plan
 from .processes import ALONE, Processes
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, bundled
 from .store import Rows, TrajectoryStore
 from .stream import Stream
 
@@ -390,7 +389,7 @@ class Source(NamedTuple):
 
 def load_pipeline(recipe: Recipe, device: torch.device) -> tuple[DiffusionPipeline, list[Sample], list[int]]:
     """The recipe's pipeline, the pictures to make with it, and the timesteps to keep of each."""
-    pipe = DiffusionPipeline.from_pretrained(recipe.pipeline, torch_dtype=getattr(torch, recipe.dtype))
+    pipe = DiffusionPipeline.from_pretrained(bundled(recipe.pipeline), dtype=getattr(torch, recipe.dtype))
     pipe.to(device).set_progress_bar_config(disable=True)
     return pipe, read_samples(recipe.collect, recipe.seed), anchor_timesteps(pipe, recipe.collect, recipe.anchors)
 
@@ -399,7 +398,7 @@ def collect_stage(
     recipe: Recipe, work: Path, accelerator: Accelerator, shards: str | None, pipe, samples, anchors
 ) -> TrajectoryStore:
     """Every process makes its shards of the trajectories, and waits for the others."""
-    scorer = FactorScorer.from_pretrained(recipe.scorer).to(accelerator.device) if recipe.scorer else None
+    scorer = FactorScorer.from_pretrained(bundled(recipe.scorer)).to(accelerator.device) if recipe.scorer else None
     store = open_store(recipe, work, samples, anchors, pipe, shards)
     if accelerator.is_main_process:
         announce(recipe, len(samples), store)
@@ -507,37 +506,17 @@ def _unchanged(sites: dict[str, RTSAE], folder: Path) -> Dictionary | None:
     return before if same else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--out", type=Path, help="folder of the dictionary")
-    parser.add_argument("--work", type=Path, help="shards and checkpoints; runs/<name of the recipe> by default")
-    parser.add_argument("--shards", help="where shards lie if not in the work folder: any URL that fsspec knows")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change the recipe: train.k=8")
-    parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
-    parser.add_argument("--dry-run", action="store_true", help="say what it would take, and stop")
-    parser.add_argument("--collect-only", action="store_true", help="stop when the trajectories are there")
-    parser.add_argument("--teraflops", type=float, default=50.0, help="what the device sustains, for the dry run")
-    a = parser.parse_args()
-    try:
-        recipe = load_recipe(a.recipe, a.set)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if a.dry_run:
-        print(describe(plan(recipe, a.teraflops), a.teraflops))
-        return
+def run_all(recipe: Recipe, out: Path | None, work: Path, shards: str | None, cpu: bool, collect_only: bool) -> None:
+    """What the command does, once it knows what it is told."""
     keep_freed_memory()
-    work = a.work or Path("runs") / a.recipe.stem
-    if a.collect_only and recipe.collect.buffer is not None:
-        parser.error("this recipe streams (`collect.buffer`): it keeps no trajectories to collect")
-    if a.out is None and not a.collect_only:
-        parser.error("the following arguments are required: --out")
-    accelerator = new_accelerator(recipe, work, a.cpu or not torch.cuda.is_available())
-    if a.collect_only:
-        collect_stage(recipe, work, accelerator, a.shards, *load_pipeline(recipe, accelerator.device))
-        return
-    run(recipe, a.out, work, accelerator, a.shards)
+    accelerator = new_accelerator(recipe, work, cpu or not torch.cuda.is_available())
+    if collect_only:
+        collect_stage(recipe, work, accelerator, shards, *load_pipeline(recipe, accelerator.device))
+    else:
+        run(recipe, out, work, accelerator, shards)
 
 
 if __name__ == "__main__":
-    main()
+    from . import commands
+
+    commands.train()

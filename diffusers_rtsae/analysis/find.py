@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files import closest
 from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary, own_size
 from ..steering import as_mask
@@ -90,22 +89,6 @@ class FeatureTable(list):
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
         )
-
-
-def parse_feature(text: str, dictionary: Dictionary) -> str | int | tuple[str, int]:
-    """A label of the dictionary, an index, or `site:index`, as it was typed."""
-    site, _, index = text.rpartition(":")
-    if text in dictionary.labels or not index.isdigit():
-        return text
-    return (site, int(index)) if site else int(index)
-
-
-def search_labels(dictionary: Dictionary, text: str) -> list[str]:
-    """The labels of a dictionary that contain `text`, or else resemble it most."""
-    found = [label for label in dictionary.labels if text.lower() in label.lower()]
-    if not found:
-        raise ValueError(f"No label contains {text!r}. {closest(text, dictionary.labels)}")
-    return found
 
 
 def labels_of(dictionary: Dictionary, site: str, index: int) -> list[str]:

@@ -1,4 +1,4 @@
-from .clock import Clock, TimeGrid, call_arguments, noise_schedule, running_pipeline
+from .clock import PIPELINES, Clock, TimeGrid, call_arguments, noise_schedule, running_pipeline
 from .controller import Controller, check_width
 from .edits import Edit, as_mask, as_strength, numbers
 from .plan import PlanState, SitePlan
@@ -6,6 +6,7 @@ from .sites import DENOISERS, get_denoiser, get_site, list_sites, unwrapped
 
 __all__ = [
     "DENOISERS",
+    "PIPELINES",
     "Clock",
     "Controller",
     "Edit",

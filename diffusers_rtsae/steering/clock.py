@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import torch
-from diffusers import DiffusionPipeline, ModularPipeline
 
 from ..models import Step
+
+PIPELINES: list[type] = []  # the classes whose calls are looked for
 
 
 def noise_schedule(scheduler) -> torch.Tensor | None:
@@ -178,13 +179,13 @@ def call_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tenso
 _CALL = "__rtsae_call__"  # among the local variables of a pipeline's call: an object of its own
 
 
-def running_pipeline() -> tuple[DiffusionPipeline | ModularPipeline | None, dict]:
+def running_pipeline() -> tuple[object | None, dict]:
     """The innermost pipeline whose `__call__` is on the stack, and the local variables of that call."""
     frame, step = sys._getframe(1), {}
     while frame is not None:
         if frame.f_code.co_name == "__call__":
             local = frame.f_locals
-            if isinstance(local.get("self"), DiffusionPipeline | ModularPipeline):
+            if isinstance(local.get("self"), tuple(PIPELINES)):
                 local.setdefault(_CALL, object())  # stays with the frame, whose own id another call may get
                 return local["self"], local | step
             if "guider_state_batch" in local:  # the denoising block of a modular pipeline

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_rtsae.analysis.find import find_features, rank, search_labels, top_features
+from diffusers_rtsae.analysis.find import find_features, rank, top_features
 from diffusers_rtsae.analysis.plots import (
     plot_activations,
     plot_crops,
@@ -13,6 +13,7 @@ from diffusers_rtsae.analysis.plots import (
     plot_similarity,
 )
 from diffusers_rtsae.analysis.record import record
+from diffusers_rtsae.contents import search_labels
 
 SITE = "up_blocks.1.attentions.1"
 CALL = {"num_inference_steps": 10, "guidance_scale": 3.0}

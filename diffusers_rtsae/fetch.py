@@ -1,0 +1,183 @@
+"""The Hub: what is known to be there, and downloads of what is needed. Needs no torch."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import threading
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session
+
+from .files import (
+    CONFIG_NAME,
+    LABELS_NAME,
+    MAPS_NAME,
+    PRESETS_NAME,
+    WEIGHTS_NAME,
+    check_sites,
+    choose_sites,
+    is_site,
+    read_json,
+)
+
+LIBRARY_NAME = "diffusers-rtsae"
+HUB_ERRORS = (HTTPError, HFValidationError, OSError)
+_PATIENCE = 3.0  # seconds for a first answer; the client itself tries for half a minute and more
+
+
+def unreachable() -> Exception | None:
+    """Why the Hub does not answer at all, `None` if it does. Looking its name up counts too, which has no limit of its
+    own: hence the thread."""
+    found: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+            found.append(None)
+        except HUB_ERRORS as error:
+            found.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    return found[0] if found else TimeoutError(f"{constants.ENDPOINT} has not answered in {_PATIENCE:g} s.")
+
+
+def is_cached(repo_id: str, name: str) -> bool:
+    """Whether a file of a repository has been downloaded before."""
+    return isinstance(try_to_load_from_cache(repo_id, name), str)
+
+
+def check_available(repo_id: str, name: str) -> None:
+    """Raise `OSError`, and soon, if a file of a repository is not in the cache and the Hub does not answer."""
+    if not is_cached(repo_id, name) and (error := unreachable()) is not None:
+        raise OSError(f"{repo_id!r} is no folder here, not in the cache, and the Hub does not answer: {reason(error)}")
+
+
+def list_pretrained(refresh: bool = False, token: str | bool | None = None) -> list[dict]:
+    """
+    The dictionaries that are known to exist.
+
+    Args:
+        refresh (`bool`, defaults to `False`): also ask the Hub for repositories tagged `diffusers-rtsae`.
+        token (`str` or `bool`, *optional*): of the Hub, to see private ones.
+
+    Returns:
+        `list[dict]`: of each its `id` (what `load_rtsae` takes), `base_model`, `sites` and `description`.
+
+    Raises:
+        `OSError`: the Hub did not answer.
+    """
+    known = json.loads(Path(__file__).with_name("pretrained.json").read_text(encoding="utf-8"))
+    if not refresh:
+        return known
+    error, found = unreachable(), []
+    if error is None:
+        try:
+            api = HfApi(token=token, library_name=LIBRARY_NAME)
+            found = list(api.list_models(filter=LIBRARY_NAME, cardData=True))
+        except HUB_ERRORS as failed:
+            error = failed
+    if error is not None:
+        raise OSError(f"The Hub could not be asked for dictionaries: {reason(error)}") from error
+    listed = {entry["id"] for entry in known}
+    for model in found:
+        card = model.card_data.to_dict() if model.card_data else {}  # anybody's: it may say anything
+        base_model, sites = card.get("base_model"), card.get("sites")
+        entry = {
+            "id": model.id,
+            "base_model": base_model if isinstance(base_model, str) else None,
+            "sites": [site for site in sites if is_site(site)] if isinstance(sites, list) else [],
+            "description": str(card.get("description") or ""),
+        }
+        known += [entry] if model.id not in listed else []
+    return known
+
+
+def fetch(
+    repo_id: str,
+    subfolder: str,
+    layers: list[str] | None,
+    revision: str | None,
+    force_download: bool,
+    weights: bool = True,
+    **options,
+) -> Path:
+    """Download what is needed of a repository; returns the folder that mirrors it."""
+    prefix = "" if subfolder == "." else f"{subfolder}/"
+
+    def download(names: list[str], revision: str | None, force_download: bool) -> Path:
+        patterns = [glob.escape(prefix + name) for name in names]
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=patterns, force_download=force_download, **options
+            )
+        )
+
+    try:
+        folder = download([CONFIG_NAME, LABELS_NAME, PRESETS_NAME, MAPS_NAME], revision, force_download)
+        config = folder / prefix / CONFIG_NAME
+        if not config.is_file():
+            raise OSError(f"it has no {prefix}{CONFIG_NAME}.")
+        sites = choose_sites(check_sites(read_json(config).get("sites"), config), layers)
+        needed = ("config.json", WEIGHTS_NAME) if weights else ("config.json",)
+        names = [f"{site}/{name}" for site in sites for name in needed]
+        new = [name for name in names if force_download or not (folder / prefix / name).is_file()]
+        download(names, folder.name, force_download)  # of the same commit, whatever is pushed meanwhile
+        for name in new:
+            _check_sum(folder / prefix / name)
+    except HUB_ERRORS as error:
+        raise OSError(
+            f"{repo_id!r} is no folder here, and no dictionary that could be fetched from the Hub: "
+            f"{reason(error, revision)}"
+        ) from error
+    return folder
+
+
+def _check_sum(path: Path) -> None:
+    """Raise `OSError` if a download is not what the Hub has: the cache names large files by their SHA-256."""
+    name = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if not re.fullmatch("[0-9a-f]{64}", name):
+        return
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != name:
+        path.resolve().unlink()
+        path.unlink()
+        raise OSError(f"{path.name} arrived damaged: its SHA-256 is {found[:12]}… instead of {name[:12]}… .")
+
+
+def reason(error: Exception, revision: str | None = None) -> str:
+    """One sentence on what went wrong between here and the Hub."""
+    if isinstance(error, LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__  # the client says "not in the cache" or "while uploading"; this is why
+    if isinstance(error, GatedRepoError):
+        return "its owner grants access on request: ask for it on its page, and pass a `token`."
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private and needs a `token`."
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {revision or 'main'!r}."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so there is only the cache."
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not in the cache, or not all of it, and nothing may be downloaded."
+    if isinstance(error, HfHubHTTPError):
+        said = f" ({error.server_message})" if error.server_message else ""
+        return f"the Hub answered {error.response.status_code}{said}."
+    text = (str(error).strip().splitlines() or ["?"])[0]
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,111 @@
+"""The trainer's commands: what they are told is checked before anything that takes seconds to import."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+
+from diffusers_rtsae.fetch import check_available
+
+from .recipe import INDEX, Collect, bundled, load_recipe
+
+_TRAIN = """Train the dictionaries of a recipe: collect, fit, train, evaluate, save.
+
+    {prog} training/recipes/shapes.yaml --out runs/shapes
+
+Every stage continues where it was stopped; a GPU is used if there is one, several processes (accelerate launch -m
+training.train) share the work.
+"""
+_COLLECT = """Collect the trajectories of a recipe and stop; training with the same recipe goes on from there.
+
+    {prog} training/recipes/shapes.yaml --work runs/shapes
+"""
+_EVALUATE = """How well dictionaries describe held-out trajectories, and what the denoiser makes of it.
+
+    {prog} examples/shapes-rtsae --pipeline examples/shapes-sd --prompts shapes --out runs/report
+
+Works with any pipeline and dictionary; writes report.json, report.md and plots.
+"""
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog, description=description.format(prog=prog), formatter_class=formatter)
+
+
+@contextlib.contextmanager
+def _told(parser: argparse.ArgumentParser):
+    """What goes wrong with what the user has is one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+
+
+def collect(prog: str) -> None:
+    """The beginning of a recipe's run: its trajectories."""
+    train(prog, collect_only=True)
+
+
+def train(prog: str = "python -m training.train", collect_only: bool = False) -> None:
+    """The whole run of a recipe, or what it would take."""
+    parser = _parser(prog, _COLLECT if collect_only else _TRAIN)
+    parser.add_argument("recipe", type=Path)
+    if not collect_only:
+        parser.add_argument("--out", type=Path, help="folder of the dictionary")
+        parser.add_argument("--collect-only", action="store_true", help="stop when the trajectories are there")
+    parser.add_argument("--work", type=Path, help="shards and checkpoints; runs/<name of the recipe> by default")
+    parser.add_argument("--shards", help="where shards lie if not in the work folder: any URL that fsspec knows")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change the recipe: train.k=8")
+    parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would take, and stop")
+    parser.add_argument("--teraflops", type=float, default=50.0, help="what the device sustains, for the dry run")
+    parser.set_defaults(**{"out": None, "collect_only": True} if collect_only else {})
+    a = parser.parse_args()
+    try:
+        recipe = load_recipe(a.recipe, a.set)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if a.collect_only and recipe.collect.buffer is not None and not a.dry_run:
+        parser.error("this recipe streams (`collect.buffer`): it keeps no trajectories to collect")
+    if a.out is None and not a.collect_only and not a.dry_run:
+        parser.error("the following arguments are required: --out")
+    with _told(parser):
+        if a.dry_run:
+            if not Path(bundled(recipe.pipeline)).is_dir():
+                check_available(recipe.pipeline, INDEX)
+            from .plan import describe, plan
+
+            print(describe(plan(recipe, a.teraflops), a.teraflops))
+        else:
+            from .train import run_all
+
+            work = a.work or Path("runs") / a.recipe.stem
+            run_all(recipe, a.out, work, a.shards, a.cpu, a.collect_only)
+
+
+def evaluate(prog: str = "python -m training.evaluate") -> None:
+    """A report of any dictionaries of any pipeline."""
+    parser = _parser(prog, _EVALUATE)
+    parser.add_argument("dictionaries", nargs="+", help="folders or Hub ids, all of one pipeline")
+    parser.add_argument("--pipeline", required=True)
+    parser.add_argument("--prompts", required=True, help="as in a recipe's `collect`")
+    parser.add_argument("--count", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64, help="of each picture")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/report"))
+    parser.add_argument("--device", help="a GPU if there is one")
+    a = parser.parse_args()
+
+    with _told(parser):
+        collect = Collect(
+            prompts=a.prompts, count=a.count, steps=a.steps, guidance_scale=a.guidance, batch_size=a.batch_size,
+            tokens_per_image=a.tokens,
+        )  # fmt: skip
+        from .evaluate import evaluate_all
+
+        evaluate_all(a.dictionaries, a.pipeline, collect, a.seed, a.out, a.device)
