@@ -30,7 +30,9 @@ def code(page: Path, language: str) -> str:
 
 LINES = [line.split("  #")[0] for page in PAGES.values() for line in code(page, "bash").splitlines()]
 COMMANDS = sorted({command.strip() for line in LINES for command in line.split(" && ") if command.strip()})
-ELSEWHERE = ("pip install", "python -m pytest", "diffusers-rtsae demo", "diffusers-rtsae app")  # CI, and test_cli.py
+ELSEWHERE = (  # CI, and test_cli.py
+    "pip install", "python -m pytest", "python -m pdoc", "diffusers-rtsae demo", "diffusers-rtsae app",
+)  # fmt: skip
 FEWER = {
     "steer": ["--steps", "1"],
     "find": ["--steps", "2", "--seeds", "1"],
@@ -43,6 +45,7 @@ LARGE = {  # what is downloaded, and what takes its place
     "org/sd15-rtsae": str(ROOT / "examples" / "shapes-rtsae"),
     "torch.float16": "torch.float32",
     '"cuda"': '"cpu"',
+    '"examples/': f'"{ROOT}/examples/',  # of a clone
 }
 
 
