@@ -36,7 +36,14 @@ from .rivals import mean_change
 from .samplers import SAMPLERS
 from .steering import as_dictionary, mean, measure, run, score, tokens_on
 
-FIGURES = ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead", "recovered_online", "recovered_teacher_forced")
+FIGURES = {
+    "fvu_teacher_forced": "FVU teacher-forced",
+    "fvu_online": "FVU rolled out",
+    "l0_threshold": "active latents",
+    "dead": "dead",
+    "recovered_teacher_forced": "noise prediction recovered",
+    "recovered_online": "the same, rolled out",
+}
 STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
 CHOICES = ("activation", "effect")  # what features are chosen by
 PASSES = 20  # backward passes of a target
@@ -168,10 +175,13 @@ class Trial:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Mean ± standard deviation over the seeds of each kind and choice of features, at its most efficient strength;
-    the last two columns with another sampler, each seed at its own."""
-    names = (*FIGURES, "stability", *STEERING, "success elsewhere", "efficiency elsewhere")
-    lines = []
+    """Mean ± standard deviation over the seeds of each kind: how well it describes, and for each choice of features
+    how it steers at its most efficient strength; the last two columns with another sampler, each seed at its own."""
+    described, steered = [], []
+    for kind in dict.fromkeys(r["kind"] for r in rows):
+        own = list({r["dictionary"]: r for r in rows if r["kind"] == kind}.values())
+        stable = f"{own[0]['stability']:.3f}" if "stability" in own[0] else "–"
+        described.append([kind, str(len(own)), *(spread([r[key] for r in own]) for key in FIGURES), stable])
     for kind, choice in dict.fromkeys((r["kind"], r["choice"]) for r in rows):
         own = [r for r in rows if (r["kind"], r["choice"]) == (kind, choice)]
         strengths = dict.fromkeys(s["strength"] for r in own for s in r["steering"])
@@ -180,12 +190,19 @@ def markdown(rows: list[dict]) -> str:
             return [s[key] for r in own for s in r["steering"] if s["strength"] == strength]
 
         best = max(strengths, key=lambda s: statistics.mean(at(s, "efficiency")))
-        cells = [[r[key] for r in own] for key in FIGURES] + [[own[0].get("stability", float("nan"))]]
-        cells += [at(best, key) for key in STEERING]
+        cells = [at(best, key) for key in STEERING]
         cells += [[r["elsewhere"][key] for r in own] for key in ("success", "efficiency")]
-        told = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in cells]
-        lines.append([f"{kind}, by {choice} @{best:g}", *told])
-    return table(["", *names], lines)
+        steered.append([kind, choice, f"{best:g}", *map(spread, cells)])
+    there = "{} with {} steps".format(*ELSEWHERE)
+    heads = ["dictionary", "by", "strength", *STEERING, f"success, {there}", f"efficiency, {there}"]
+    describing = table(["dictionary", "seeds", *FIGURES.values(), "same in another seed"], described)
+    return describing + "\n" + table(heads, steered)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def main() -> None:
