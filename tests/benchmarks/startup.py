@@ -1,5 +1,5 @@
-"""What it costs to begin: processor time of a process that imports the package, or that runs a command without a model,
-beside one that imports a pipeline."""
+"""What it costs to begin: processor time of a process that imports the package, or that runs a command without a
+model, beside one that imports a pipeline."""
 
 from __future__ import annotations
 
