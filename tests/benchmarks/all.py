@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import collection, memory, overhead, training
+from . import collection, memory, overhead, startup, training
 from .timing import CUDA
 
 PARTS = {
@@ -25,6 +25,7 @@ PARTS = {
     "training": (training, 0.2),
     "collection": (collection, 0.15),
     "memory": (memory, 0),
+    "startup": (startup, 0),
 }
 
 

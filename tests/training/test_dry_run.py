@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from training.commands import train as main
 from training.plan import describe, plan
 from training.recipe import load_recipe
 from training.store import TrajectoryStore
-from training.train import announce, main
+from training.train import announce
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "training" / "recipes"

@@ -7,7 +7,8 @@ import torch
 
 from diffusers_rtsae import RTSAE
 from training import evaluate as module
-from training.evaluate import Unexplained, evaluate, main, recovered, stability, timing
+from training.commands import evaluate as main
+from training.evaluate import Unexplained, evaluate, recovered, stability, timing
 
 ANCHORS = [961, 721, 481, 241, 1]
 SITE = "up_blocks.1.attentions.1"

@@ -57,7 +57,7 @@ def load_models(a: argparse.Namespace) -> tuple[DiffusionPipeline, FactorScorer]
 
 def load_pipeline(folder: Path | str, device: str, dtype: str = "float32") -> DiffusionPipeline:
     """A pipeline; models trained on a noise schedule sample with DDIM, others with the sampler they have."""
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
     if noise_schedule(pipe.scheduler) is not None:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
