@@ -33,7 +33,7 @@ def wrong(plain: dict, steered: dict, factor: str, value: str) -> str:
 def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline", "scorer", "dictionary")
-    parser.add_argument("--table", type=Path, default=Path("training/results/labels.json"))
+    parser.add_argument("--table", type=Path, default=Path("training/results/judged.json"))
     parser.add_argument("--out", type=Path, default=Path("runs/failures.png"))
     parser.add_argument("--prompts", type=int, default=16, help="for each label; as many as of each seed of the table")
     parser.add_argument("--columns", type=int, default=5)

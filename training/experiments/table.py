@@ -1,7 +1,6 @@
-"""The honest table: every labelled feature of a world's dictionary against its baselines, judged by the scorer.
+"""The honest table: every labelled feature of a world against its baselines, read by a scorer or by the judge.
 
     python -m training.experiments.rivals --out runs/rivals
-    python -m training.experiments.table --rivals runs/rivals --out training/results/labels.json
     python -m training.experiments.table --rivals runs/rivals --judge --out training/results/judged.json
 
 Features, which few latents or a map of their own stand for, act at the fixed strength 1; of the difference of means
