@@ -310,7 +310,8 @@ def command_line_without_typer(world):
 def app_without_gradio(world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "gradio", None)
-        patch.delitem(sys.modules, "diffusers_rtsae.app", raising=False)
+        for name in [name for name in sys.modules if name.startswith("diffusers_rtsae.app")]:
+            patch.delitem(sys.modules, name)
         cli.app_()
 
 
