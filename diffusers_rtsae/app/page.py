@@ -427,6 +427,14 @@ def build(
                 status = gr.Markdown(elem_id="status")
         with gr.Tabs():
             gallery = {"show_label": False, "height": "auto", "object_fit": "contain", "buttons": []}
+            with gr.Tab("Strengths"):
+                gr.Markdown("The feature that was chosen last, at all strengths.")
+                draw_strip = gr.Button("Draw all strengths")
+                strip_shown = gr.Gallery(columns=len(STRENGTHS), elem_id="strip", **gallery)
+            with gr.Tab("All features") as all_features:
+                gr.Markdown("What each makes of the prompt at strength 1. Click one to take it.")
+                labels_shown = gr.Gallery(columns=10, allow_preview=False, elem_id="labels", **gallery)
+            # not the first one: its canvas is drawn all the time, which costs much where there is no GPU
             with gr.Tab("Where"):
                 where = gr.Markdown("Nothing is painted: features act everywhere.", elem_id="where")
                 editor = gr.ImageEditor(
@@ -440,13 +448,6 @@ def build(
                 watch = gr.Button("Show")
                 nowhere = gr.Markdown(elem_id="nowhere")
                 plot = gr.Plot(show_label=False, elem_id="maps")
-            with gr.Tab("Strengths"):
-                gr.Markdown("The feature that was chosen last, at all strengths.")
-                draw_strip = gr.Button("Draw all strengths")
-                strip_shown = gr.Gallery(columns=len(STRENGTHS), elem_id="strip", **gallery)
-            with gr.Tab("All features") as all_features:
-                gr.Markdown("What each makes of the prompt at strength 1. Click one to take it.")
-                labels_shown = gr.Gallery(columns=10, allow_preview=False, elem_id="labels", **gallery)
             with gr.Tab("Find"):
                 gr.Markdown("Which features do what naming something in the prompt does? Click a row to take one.")
                 with gr.Row():
