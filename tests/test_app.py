@@ -5,6 +5,7 @@ with the settings it chose, or for what the page says.
 
 import ast
 import contextlib
+import io
 import json
 import re
 import time
@@ -175,6 +176,12 @@ def test_a_part_of_a_name_takes_the_feature(tab, app):
     says(tab, "Did you mean")
 
 
+def blue(png: bytes) -> int:
+    """How many pixels of a screenshot are blue."""
+    red, _, blue = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int).transpose(2, 0, 1)
+    return int((blue - red > 120).sum())
+
+
 def test_what_is_painted_is_where_it_acts(tab, app, scorer):
     prompt = "a heart to the left of a blue star, flat, on white"
     leave(tab, "red")
@@ -186,6 +193,7 @@ def test_what_is_painted_is_where_it_acts(tab, app, scorer):
     go(tab, "Where")
     canvas = tab.wait_for_selector("#painted canvas")
     canvas.scroll_into_view_if_needed()
+    until(lambda: blue(canvas.screenshot()) > 1000)  # the picture has come to the canvas
     box = canvas.bounding_box()
     left, middle = box["x"] + box["width"] / 2 - 200, box["y"] + box["height"] / 2
     for x in range(0, 151, 30):
