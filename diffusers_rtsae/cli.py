@@ -29,6 +29,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console, errors = Console(emoji=False, highlight=False), Console(stderr=True, emoji=False, highlight=False)
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE / "bundled" if (PACKAGE / "bundled").is_dir() else PACKAGE.parent  # of what a wheel brings, or a clone
+GENERAL_PROMPTS = ["a photo of a car in a street", "a portrait of an old man", "a house by the sea, oil painting"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 EXTRAS = {  # that bring a module
     "analysis": ("matplotlib", "rich", "typer"),
@@ -415,8 +416,9 @@ def report(
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line: where to look.")] = None,
     steer_prompts: Annotated[list[str] | None, typer.Option("--steer", help="Prompt to steer; repeatable.")] = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
-    count: Annotated[int, typer.Option(min=0, help="Latents of each site, those active most often.")] = 2048,
-    steered: Annotated[int, typer.Option(min=0, help="Features to steer: labels first.")] = 128,
+    count: Annotated[int, typer.Option(min=0, help="Latents of each site, those active most often.")] = 512,
+    steered: Annotated[int, typer.Option(min=0, help="Features to steer: labels first.")] = 32,
+    full: Annotated[bool, typer.Option(help="More of everything: 2,048 latents, 128 steered.")] = False,
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     seed: Seed = 0,
@@ -429,16 +431,18 @@ def report(
     """
     _check_output(out, (".html", ".htm"))
     _check_prompts(steer_prompts or [], "--steer")
+    most = None
     if prompts is None:
         if pipeline is not None:
             raise ValueError("A report on another pipeline needs --prompts, a text file with one prompt a line.")
         from .demo import SCENES
 
-        prompts = _bundled("shapes-prompts.txt")
-        steer_prompts = steer_prompts or [scenes[0] for scenes in SCENES.values()]
+        prompts, most = _bundled("shapes-prompts.txt"), None if full else 64
+        steer_prompts = steer_prompts or [scenes[0] for scenes in SCENES.values()][: None if full else 1]
     from .files import read_lines
 
-    texts = read_lines(prompts)
+    texts = read_lines(prompts)[:most]
+    count, steered = (2048, 128) if full else (count, steered)
     _, folder = _contents(dictionary)
     pipe = _pipeline(pipeline, folder)
     from .analysis.report import write_report
@@ -452,27 +456,31 @@ def report(
 
 @app.command("app")
 def app_(
-    prompt: Annotated[
-        str, typer.Option(help="To begin with.")
-    ] = "a large heart on the left, flat, on a gray background",
-    steps: Steps = 25,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="To begin with, and to choose from; repeatable.")
+    ] = None,
+    steps: Steps = 20,
     guidance: Guidance = 3.0,
     port: Annotated[int | None, typer.Option(help="On which to listen; the first free one from 7860 on.")] = None,
     share: Annotated[bool, typer.Option(help="Make a public address for it, through gradio's servers.")] = False,
     pipeline: Pipeline = None,
     dictionary: Source = None,
 ) -> None:
-    """Play with features in a browser: sliders, a brush for where, before and after.
+    """Play with features in a browser: sliders, a brush for where, before and after, features of your own.
 
     Example: diffusers-rtsae app
     """
     _check_extras("app", "analysis")
+    _check_prompts(prompts or [], "--prompt")
     _, folder = _contents(dictionary)
     from .app import build, launch
+    from .demo import SCENES
 
+    if not prompts and pipeline is None:
+        prompts = [scenes[0] for scenes in SCENES.values()][:3]
     pipe = _pipeline(pipeline, folder)
     names = [str(source or _bundled(name)) for source, name in ((pipeline, "shapes-sd"), (dictionary, "shapes-rtsae"))]
-    launch(build(pipe, *names, prompt, steps, guidance), port, share)
+    launch(build(pipe, *names, prompts or GENERAL_PROMPTS, steps, guidance), port, share)
 
 
 @app.command("list")

@@ -310,7 +310,8 @@ def command_line_without_typer(world):
 def app_without_gradio(world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "gradio", None)
-        patch.delitem(sys.modules, "diffusers_rtsae.app", raising=False)
+        for name in [name for name in sys.modules if name.startswith("diffusers_rtsae.app")]:
+            patch.delitem(sys.modules, name)
         cli.app_()
 
 
@@ -1275,6 +1276,10 @@ ELSEWHERE = {
     "The seed is empty: expected a number.": ("The seed is empty", "test_app.py"),
     "Choose a feature first: a preset of none does nothing.": ("a preset of none", "test_app.py"),
     "Choose a feature first, then see where it is active.": ("then see where it is active", "test_app.py"),
+    "Choose a feature first, then see what its strengths do.": ("then see what its strengths do", "test_app.py"),
+    "The new feature needs a name.": ("needs a name", "test_app.py"),
+    "There is a feature … already: choose another name.": ("There is a feature 'red' already", "test_app.py"),
+    "Expected as many prompts with it as without, got … and ….": ("as without, got 1 and 0", "test_app.py"),
     "Nothing is painted: features act everywhere.": ("Nothing is painted", "test_app.py"),
     "… is too large: expected at most … MB of JSON.": ("is too large", "test_security.py"),
     "… is nested more than … levels deep.": ("nested more than 32 levels deep", "test_security.py"),

@@ -75,7 +75,7 @@ class FeatureTable(list):
         if not self:
             return "no features"
         measured = list(dict.fromkeys(key for f in self for key in f.verified))
-        by_effect = ["effect"] if self[0].effect is not None else []
+        by_effect = [] if self[0].effect is None else ["first order" if "effect" in measured else "effect"]
         head = ["site", "index", "score", *by_effect, "present", "specific", "timestep", *measured, "labels"]
         rows = [
             [

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from ..hub import Dictionary
 from ..models import FeatureTimes, SparseDictionary
@@ -51,18 +53,24 @@ def plot_strip(table) -> Figure:
     Raises:
         `ValueError`: nothing in it is verified.
     """
-    rows = [("unsteered", table.plain)] + [(f"{f.site}\n{f.index}", f.pictures) for f in table if f.pictures]
     if not table.plain:
         raise ValueError("Nothing in this table is verified: call find_features with verify=True.")
+    shown = [feature for feature in table if feature.pictures]
+    several = len({feature.site for feature in shown}) > 1
+    rows = [("unsteered", table.plain)]
+    for feature in shown:
+        lines = [feature.site] * several + [f"latent {feature.index}", *feature.labels[:2]]
+        lines += [f"{name} {feature.verified[name]:.2f}" for name in ("effect", "gain") if name in feature.verified]
+        rows.append(("\n".join(lines), feature.pictures))
     width = min(8, len(table.plain))
-    figure = Figure(figsize=(1.15 * width + 1.8, 1.15 * len(rows) + 0.4), layout="constrained")
+    figure = Figure(figsize=(1.15 * width + 1.4, 1.15 * len(rows) + 0.1), layout="constrained")
     axes = figure.subplots(len(rows), width, squeeze=False)
     for line, (name, images) in zip(axes, rows, strict=True):
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        line[0].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+        line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
     return figure
 
 
@@ -110,11 +118,11 @@ def _bare(axes) -> None:
         axis.spines[:].set_visible(False)
 
 
-def _overlay(axis, image, activation: torch.Tensor, top: float) -> None:
+def _overlay(axis, image, activation: torch.Tensor, top: float) -> AxesImage:
     """An activation map `(height, width)` over a picture; brightest at `top`."""
     whole = {"extent": (0, image.width, 0, image.height), "interpolation": "nearest"}
     axis.imshow(image, alpha=0.35, **whole)
-    axis.imshow(activation, vmin=0, vmax=top, cmap="magma", alpha=0.75, **whole)
+    return axis.imshow(activation, vmin=0, vmax=top, cmap="magma", alpha=0.75, **whole)
 
 
 def _name(feature) -> str:
@@ -130,7 +138,8 @@ def _key(feature):
 
 def plot_heat_maps(recording: Recording, features: Sequence, image: int = 0, columns: int = 8) -> Figure:
     """
-    Where and when features are active: one row a feature over denoising time, beside the finished picture.
+    Where and when features are active: one row a feature over denoising time, beside the finished picture and the
+    colours of its activation, in units of its typical full one. A feature that is nowhere active says so.
 
     Args:
         features (`Sequence`): labels, indices, `(site, index)` or found features, all at one site.
@@ -139,16 +148,22 @@ def plot_heat_maps(recording: Recording, features: Sequence, image: int = 0, col
     activations, timesteps = recording.maps([_key(f) for f in features])[image], recording.timesteps
     columns = min(columns, len(timesteps))
     steps = [round(i * (len(timesteps) - 1) / max(columns - 1, 1)) for i in range(columns)]
-    figure = Figure(figsize=(1.1 * (columns + 1) + 1, 1.2 * len(features) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.1 * (columns + 1) + 2, 1.2 * len(features) + 0.5), layout="constrained")
     axes = figure.subplots(len(features), columns + 1, squeeze=False)
     for y, feature in enumerate(features):
-        top = max(activations[y].max().item(), 1e-6)
+        top = activations[y].max().item()
         for x, step in enumerate(steps):
-            _overlay(axes[y, x], recording.images[image], activations[y, step], top)
+            shown = _overlay(axes[y, x], recording.images[image], activations[y, step], top or 1.0)
             if y == 0:
                 axes[y, x].set_title(f"t = {timesteps[step]:g}", fontsize=8)
         axes[y, -1].imshow(recording.images[image], interpolation="nearest")
-        axes[y, 0].set_ylabel(_name(feature), fontsize=9, rotation=0, ha="right", va="center")
+        name = _name(feature) if top else f"{_name(feature)}\nnowhere active"
+        axes[y, 0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+        if top:
+            bar = figure.colorbar(
+                ScalarMappable(shown.norm, shown.cmap), ax=axes[y, -1], ticks=[0, top], format="%.2g"
+            )
+            bar.ax.tick_params(labelsize=7)
     axes[0, -1].set_title("picture", fontsize=8)
     _bare(axes.flat)
     return figure

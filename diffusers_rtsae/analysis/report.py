@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import write_text
 from ..hub import Dictionary
@@ -21,7 +23,7 @@ from ..pipeline import get_dictionary, own_size
 from .find import labels_of
 from .record import record
 
-STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+STRENGTHS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 _PAGE = Path(__file__).with_name("report.html")
 _SHOWN_STEPS = 5
 _MAP_SIDES = (16, 12, 8, 6, 4)  # larger maps are averaged down to the first of these with which
@@ -101,13 +103,22 @@ def _bytes(tensor: torch.Tensor) -> str:
 
 
 def _strips(
-    pipe, keys: Sequence, prompts: Sequence[str], seed: int, batch_size: int, side: int, adapter_name, call: dict
-):
-    """Yields for each feature one picture a prompt: the prompt at all `STRENGTHS`, side by side."""
+    pipe, keys: Sequence, prompts: Sequence[str], seed: int, batch_size: int, side: int, adapter_name, call: dict,
+    drawn: Callable[[int], None],
+) -> Iterator[tuple[list[str], float]]:  # fmt: skip
+    """
+    Yields for each feature one picture a prompt, the prompt at all `STRENGTHS` side by side, and how much strength 1
+    changes: root mean square over the pixels, 0 to 1.
+
+    Args:
+        drawn (`Callable`): is told how many pictures were drawn.
+    """
 
     def generate(texts: list[str]) -> list[Image.Image]:
         generators = [torch.Generator().manual_seed(seed) for _ in texts]
-        return pipe(texts, generator=generators, **own_size(pipe) | call).images
+        images = pipe(texts, generator=generators, **own_size(pipe) | call).images
+        drawn(len(texts))
+        return images
 
     plain = [generate([prompt])[0] for prompt in prompts]
     jobs = [(key, prompt, strength) for key in keys for prompt in prompts for strength in STRENGTHS if strength]
@@ -121,13 +132,17 @@ def _strips(
             done += generate([prompt for _, prompt, _ in part])
         while len(done) >= each:
             images, done = iter(done[:each]), done[each:]
-            strips = []
+            strips, changes = [], []
             for unsteered in plain:
                 strip = Image.new("RGB", (unsteered.width * len(STRENGTHS), unsteered.height))
                 for x, strength in enumerate(STRENGTHS):
-                    strip.paste(next(images) if strength else unsteered, (x * unsteered.width, 0))
+                    image = next(images) if strength else unsteered
+                    strip.paste(image, (x * unsteered.width, 0))
+                    if strength == 1:
+                        pixels = [np.asarray(one.convert("RGB"), dtype=float) / 255 for one in (image, unsteered)]
+                        changes.append(float(np.square(pixels[0] - pixels[1]).mean() ** 0.5))
                 strips.append(_picture(strip, side))
-            yield strips
+            yield strips, round(sum(changes) / len(changes), 4)
 
 
 def _choose(dictionary: Dictionary, count: int) -> list[str | tuple[str, int]]:
@@ -205,8 +220,8 @@ def write_report(
     out: str | Path,
     prompts: Sequence[str],
     steer_prompts: Sequence[str] = (),
-    count: int = 2048,
-    steered: int = 128,
+    count: int = 512,
+    steered: int = 32,
     top: int = 4,
     batch_size: int = 16,
     seed: int = 0,
@@ -225,7 +240,7 @@ def write_report(
         prompts (`Sequence[str]`): of the pictures in which features are looked for, one picture each.
         steer_prompts (`Sequence[str]`): that features are steered on; the first of `prompts` by default.
         count (`int`): latents of each site, those that are active most often. Labels are shown in any case.
-        steered (`int`): features that are steered: labels, then latents; four pictures each and prompt. Labels whose
+        steered (`int`): features that are steered: labels, then latents; seven pictures each and prompt. Labels whose
             operation is not `add` are left out.
         top (`int`): pictures shown of each feature.
         batch_size (`int`): pictures generated at once; the activations of so many are in memory.
@@ -250,44 +265,53 @@ def write_report(
     timesteps: list[float] = []
     kinds = {dictionary.sites[site].config.activation for site in at}
     side_of_maps = _map_side(len(keys), top)
-    for first in track(range(0, len(prompts), batch_size), "looking for features"):
-        part = list(prompts[first : first + batch_size])
-        for kind in kinds:  # sites of one kind are recorded together
-            of_kind = [site for site in at if dictionary.sites[site].config.activation == kind]
-            generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
-            recording = record(pipeline, part, adapter_name, of_kind, generator=generators, **call)
-            for site in of_kind:
-                new = _activity(recording, site, columns[site], first, side_of_maps)
-                found[site] = _best([found[site], new] if site in found else [new], top)
-        timesteps, aspect = recording.timesteps, recording.images[0].width / recording.images[0].height
-        pictures += [_picture(image, side) for image in recording.images]
-
-    paths = [dictionary.trajectory(key) for key in keys]
-    facts = [_facts(dictionary, key, path) for key, path in zip(keys, paths, strict=True)]
-    for own, near in zip(facts, _similar(dictionary, keys, paths), strict=True):
-        own["similar"] = near
-    for site, where in at.items():
-        activity = found[site]
-        for row, i in enumerate(where):
-            highest = max(activity.maps[row].max().item(), 1e-6)
-            seen = activity.peak[row] > 0
-            facts[i] |= {
-                "top": [
-                    [int(image), round(peak, 3)]
-                    for image, peak, shown in zip(activity.image[row], activity.peak[row].tolist(), seen, strict=True)
-                    if shown
-                ],
-                "maps": _bytes(activity.maps[row][seen] / highest),
-                "highest": round(highest, 3),
-                "curve": [round(v, 4) for v in activity.curve[row][seen].mean(0).tolist()] if seen.any() else [],
-            }
     steer_prompts = list(steer_prompts) or list(prompts[:1])
-    adding = [i for i, key in enumerate(keys) if dictionary.features(key)[1].get("operation", "add") == "add"][
-        :steered
-    ]
-    strips = _strips(pipeline, [keys[i] for i in adding], steer_prompts, seed, batch_size, side, adapter_name, call)
-    for i, strip in zip(adding, track(strips, "steering", total=len(adding)), strict=True):
-        facts[i]["strips"] = strip
+    adding = [i for i, key in enumerate(keys) if dictionary.features(key)[1].get("operation", "add") == "add"]
+    adding = adding[:steered]
+    looked, each = len(prompts) * len(kinds), len(steer_prompts) * (len(STRENGTHS) - 1)
+    total = looked + (len(steer_prompts) + len(adding) * each if adding else 0)
+    shown = TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*shown) as bar:
+        drawn = functools.partial(bar.advance, bar.add_task("pictures", total=total))
+        for first in range(0, len(prompts), batch_size):
+            part = list(prompts[first : first + batch_size])
+            for kind in kinds:  # sites of one kind are recorded together
+                of_kind = [site for site in at if dictionary.sites[site].config.activation == kind]
+                generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
+                recording = record(pipeline, part, adapter_name, of_kind, generator=generators, **call)
+                for site in of_kind:
+                    new = _activity(recording, site, columns[site], first, side_of_maps)
+                    found[site] = _best([found[site], new] if site in found else [new], top)
+                drawn(len(part))
+            timesteps, aspect = recording.timesteps, recording.images[0].width / recording.images[0].height
+            pictures += [_picture(image, side) for image in recording.images]
+
+        paths = [dictionary.trajectory(key) for key in keys]
+        facts = [_facts(dictionary, key, path) for key, path in zip(keys, paths, strict=True)]
+        for own, near in zip(facts, _similar(dictionary, keys, paths), strict=True):
+            own["similar"] = near
+        for site, where in at.items():
+            activity = found[site]
+            for row, i in enumerate(where):
+                highest = max(activity.maps[row].max().item(), 1e-6)
+                seen = activity.peak[row] > 0
+                facts[i] |= {
+                    "top": [
+                        [int(image), round(peak, 3)]
+                        for image, peak, shown in zip(
+                            activity.image[row], activity.peak[row].tolist(), seen, strict=True
+                        )
+                        if shown
+                    ],
+                    "maps": _bytes(activity.maps[row][seen] / highest),
+                    "highest": round(highest, 3),
+                    "curve": [round(v, 4) for v in activity.curve[row][seen].mean(0).tolist()] if seen.any() else [],
+                }
+        strips = _strips(
+            pipeline, [keys[i] for i in adding], steer_prompts, seed, batch_size, side, adapter_name, call, drawn
+        )
+        for i, (strip, change) in zip(adding, strips, strict=True):
+            facts[i] |= {"strips": strip, "change": change}
 
     metrics = dictionary.config.get("metrics") or {}
     told = {

@@ -116,8 +116,9 @@ def test_labels_are_found_by_text(dictionary):
 def test_figures_show_what_they_should(steered, dictionary, found, tmp_path):
     recording = record(steered, scenes("red")[:2], **CALL)
     red = (SITE, dictionary.seen("red")[0]["latents"][0])
+    dead = (SITE, int(dictionary.sites[SITE].density.argmin()))
     figures = {
-        "heat": plot_heat_maps(recording, ["red", found[0], red], columns=4),
+        "heat": plot_heat_maps(recording, ["red", found[0], red, dead], columns=4),
         "presence": plot_presence(recording, ["red", "blue"]),
         "crops": plot_crops([recording], "red"),
         "activations": plot_activations([recording], "red"),
@@ -129,5 +130,8 @@ def test_figures_show_what_they_should(steered, dictionary, found, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 3000
     curves = figures["presence"].axes[0].get_lines()
     assert curves[0].get_ydata().max() > 3 * curves[1].get_ydata().max()  # a red picture
-    assert len(figures["crops"].axes) == 2 and len(figures["heat"].axes) == 3 * 5
     assert len(figures["trajectories"].axes) == 3
+    named = [axis.get_ylabel() for axis in figures["heat"].axes[: 4 * 5 : 5]]
+    absent = sum("nowhere active" in name for name in named)
+    assert "nowhere active" in named[3] and "nowhere active" not in named[0]
+    assert len(figures["crops"].axes) == 2 and len(figures["heat"].axes) == 4 * 5 + 4 - absent  # with a colour bar

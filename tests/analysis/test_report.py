@@ -62,16 +62,17 @@ def test_what_it_says_of_a_feature_is_what_a_recording_shows(told, steered, dict
     assert feature["density"] == pytest.approx(rtsae.density[feature["latents"]].max().item())
 
 
-def test_strips_show_the_prompts_unsteered_in_the_middle(told, steered):
+def test_strips_show_the_prompts_at_all_strengths(told, steered):
     shown = [feature for feature in told["features"] if feature.get("strips")]
     strips = [base64.b64decode(feature["strips"][0].partition(",")[2]) for feature in shown]
     strips = [np.asarray(Image.open(io.BytesIO(strip)).convert("RGB"), dtype=float) for strip in strips]
-    strip = strips[0]
-    assert strip.shape == (64, 320, 3)
+    assert told["strengths"] == [-1, 0, 0.25, 0.5, 0.75, 1, 1.5, 2]
+    pictures = [strip.reshape(64, 8, 64, 3).transpose(1, 0, 2, 3) for strip in strips]
     plain = steered(told["steer_prompts"][0], generator=torch.Generator().manual_seed(0), **CALL).images[0]
-    assert np.abs(strip[:, 128:192] - np.asarray(plain)).mean() < 6  # but for the compression
-    assert all(np.abs(strip[:, 256:] - strip[:, 128:192]).mean() > 1 for strip in strips)
-    assert max(np.abs(strip[:, 256:] - strip[:, 128:192]).mean() for strip in strips) > 6
+    assert np.abs(pictures[0][1] - np.asarray(plain)).mean() < 6  # but for the compression
+    for feature, (_, none, *_, full, _, _) in zip(shown, pictures, strict=True):
+        assert np.abs(full - none).mean() > 1 and 0 < feature["change"] < 1
+    assert max(np.abs(full - none).mean() for _, none, *_, full, _, _ in pictures) > 6
 
 
 def test_similar_features_are_similar(told, dictionary):
@@ -151,8 +152,8 @@ def test_the_page_works_in_a_browser_with_the_keyboard_alone(browser, written, t
     page.keyboard.type("squa")
     count, square = len(told["features"]), next(f for f in told["features"] if f["name"] == "square")
     page.wait_for_function(f"document.querySelector('#count').textContent !== '{count} of {count} features'")
-    matching = page.locator("#rows tr").all_inner_texts()
-    assert "square" in matching[0] and all(any(str(i) in row for i in square["latents"]) for row in matching[1:])
+    names = page.locator("#rows button").all_inner_texts()
+    assert names[0] == "square" and {int(name) for name in names[1:]} <= set(square["latents"])
     page.locator("#rows button", has_text="square").first.focus()
     page.keyboard.press("Enter")
     assert page.inner_text("#name") == "square" and page.url.endswith("#square")
@@ -162,11 +163,40 @@ def test_the_page_works_in_a_browser_with_the_keyboard_alone(browser, written, t
     assert page.inner_text("#count") == f"8 of {count} features"
     page.locator("#head button", has_text="active on").focus()
     page.keyboard.press("Enter")
-    shown = [float(v.split()[0]) for v in page.locator("#rows td:nth-child(4)").all_inner_texts()]
+    shown = [float(v.split()[0]) for v in page.locator("#rows td:nth-child(6)").all_inner_texts()]
     assert shown == sorted(shown, reverse=True) and page.get_attribute("th[aria-sort]", "aria-sort") == "descending"
     unnamed = page.evaluate(
         "[...document.querySelectorAll('button, input, select, canvas, svg, [role=img]')].filter(e =>"
         " !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).length"
     )
     assert unnamed == 0 and not errors and len(asked) - sum(u.startswith("data:") for u in asked) == 1
+    page.close()
+
+
+def test_what_a_layman_tries_works(browser, written, told):
+    page = browser.new_page(viewport={"width": 1280, "height": 500})
+    page.goto(written.as_uri())
+    latent = next(f["name"] for f in told["features"] if not f.get("label"))
+    page.fill("#search", f"latent {latent}")
+    assert latent in page.locator("#rows button").all_inner_texts()
+    page.fill("#search", "")
+    page.locator("#rows tr", has_text="square").first.locator("td.thumb").click()  # a thumbnail, not the name
+    assert page.inner_text("#name") == "square"
+    page.locator("#head button", has_text="effect").click()
+    for _ in range(2):  # what has none is last, up and down
+        page.locator("#head button", has_text="effect").click()
+        effects = page.locator("#rows td:nth-child(3)").all_inner_texts()
+        labels = sum("measured" in f and f["measured"].get("effect") is not None for f in told["features"])
+        assert all(effects[:labels]) and not any(effects[labels:])
+    page.fill("#search", "no such thing")
+    assert "Nothing matches. Try a name" in page.inner_text("#rows")
+    page.locator("#rows button", has_text="show all").click()
+    assert page.inner_text("#count").startswith(f"{len(told['features'])} of")
+    page.evaluate("scrollTo(0, 0)")
+    page.goto(f"{written.as_uri()}#cross")
+    page.wait_for_function("document.querySelector('#name').textContent === 'cross'")
+    assert page.locator("#rows tr.chosen").evaluate("e => e.getBoundingClientRect().bottom <= innerHeight")
+    page.get_by_text("What the words mean").click()
+    meant = page.inner_text("#legend")
+    assert all(word in meant for word in ("active on", "from t", "lasts", "leakage", "strength", "effect"))
     page.close()

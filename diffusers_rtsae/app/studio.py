@@ -1,0 +1,133 @@
+"""Pictures for the page: one pipeline for everybody, that draws none twice and stops for a newer wish."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import os
+import tempfile
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..pipeline import get_dictionary
+
+AGE = 3600  # seconds for which a picture's file is kept
+_KEPT = 64  # wishes whose pictures are remembered
+_SHOWN = 512  # pixels a small picture is enlarged to
+
+
+@dataclass(frozen=True)
+class Wish:
+    """
+    What to draw.
+
+    Args:
+        call (`dict`): what the pipeline is called with.
+        seed (`int`): of the noise.
+        features (`dict`), options (`dict`), mask (`np.ndarray`, *optional*): of `rtsae_steering`.
+    """
+
+    call: dict
+    seed: int
+    features: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+    mask: np.ndarray | None = None
+
+    @property
+    def key(self) -> str:
+        mask = None if self.mask is None else hashlib.sha256(self.mask.tobytes()).hexdigest()
+        return repr((sorted(self.call.items()), self.seed, self.features, sorted(self.options.items()), mask))
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """A small picture with larger pixels, so that a browser does not blur it."""
+    times = max(1, _SHOWN // max(image.size))
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+
+
+def side_by_side(images: list[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size as one, in a square or in so many columns."""
+    columns = columns or math.ceil(len(images) ** 0.5)
+    width, height = images[0].size
+    sheet = Image.new("RGB", (width * columns, height * -(-len(images) // columns)), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+class Studio:
+    """
+    A pipeline with a dictionary, and the pictures it drew.
+
+    Args:
+        pipe (`DiffusionPipeline`): with a dictionary loaded.
+    """
+
+    def __init__(self, pipe):
+        self.pipe, self.dictionary = pipe, get_dictionary(pipe)
+        self.parameters = inspect.signature(pipe.__call__).parameters
+        self.folder = tempfile.TemporaryDirectory(prefix="diffusers-rtsae-app-")  # lives as long as the page does
+        self.busy = threading.Lock()  # one pipeline, however many people
+        self.wishes: Counter[str] = Counter()  # how many each person had
+        self._drawn: OrderedDict[str, tuple[list[Image.Image], float | None]] = OrderedDict()
+        pipe.set_progress_bar_config(disable=True)
+
+    def forget(self) -> None:
+        """A label means something else now."""
+        self._drawn.clear()
+
+    def draw(
+        self, wish: Wish, on_step: Callable[[int, int], None], wanted: Callable[[], bool] = lambda: True
+    ) -> tuple[list[Image.Image], float | None] | None:
+        """
+        The pictures of a wish, and the share of the tokens that its features changed (`None` if it has none); `None`
+        if it was no longer wanted.
+
+        Args:
+            on_step (`Callable`): is told how many steps are done, and of how many.
+            wanted (`Callable`): asked at each step.
+        """
+
+        def after_step(pipe, step, timestep, tensors):
+            on_step(step + 1, wish.call["num_inference_steps"])
+            pipe._interrupt = not wanted()  # as diffusers wants it to be stopped
+            return tensors
+
+        with self.busy:
+            if wish.key not in self._drawn and wanted():
+                generator = torch.Generator().manual_seed(wish.seed)
+                with self.pipe.rtsae_steering(wish.features, mask=wish.mask, **wish.options):
+                    images = self.pipe(generator=generator, callback_on_step_end=after_step, **wish.call).images
+                    edited = [row["edited"] for rows in self.pipe.rtsae_report().values() for row in rows]
+                if wanted():
+                    self._drawn[wish.key] = list(images), max(edited, default=0.0) if wish.features else None
+            if wish.key not in self._drawn:
+                return None
+            self._drawn.move_to_end(wish.key)
+            while len(self._drawn) > _KEPT:
+                self._drawn.popitem(last=False)
+            return self._drawn[wish.key]
+
+    def file(self, image: Image.Image) -> str:
+        """A file with a picture, enlarged. It is never written again: the browser may be reading it."""
+        image, folder = enlarged(image), Path(self.folder.name)
+        path = folder / f"{hashlib.sha256(image.tobytes() + repr(image.size).encode()).hexdigest()[:32]}.png"
+        for old in folder.glob("*.png"):
+            if old != path and time.time() - old.stat().st_mtime > AGE:
+                old.unlink(missing_ok=True)
+        if path.exists():
+            os.utime(path)
+        else:
+            partial = path.with_suffix(f".{threading.get_ident()}.partial")
+            image.save(partial, "PNG")
+            os.replace(partial, path)
+        return str(path)
