@@ -63,6 +63,7 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
 ) -> None:
     """See and steer what a text-to-image model does while it denoises."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it tells of torchvision, which nothing here needs
 
 
 def _say(text: str) -> None:
@@ -98,7 +99,6 @@ def _contents(dictionary: str | None, weights: bool = True):
 
 def _pipeline(pipeline: str | None, dictionary: str | Path | None):
     """A text-to-image pipeline with a dictionary loaded, on a GPU if there is one."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it tells of torchvision, which nothing here needs
     import torch
     import transformers
     from diffusers import DiffusionPipeline

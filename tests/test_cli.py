@@ -176,7 +176,7 @@ def test_app_listens_on_this_machine_alone():
     (["steer", "a star", "red=1", "--mask", "README.md"], "cannot identify image file 'README.md'"),
     (["inspect", "examples/shapes-rtsae/up_blocks.1.attentions.1"], "Did you mean ['examples/shapes-rtsae']?"),
     (["find", "--with", "", "--without", "a star"], "A prompt of --with is empty"),
-    (["report", "--prompts", "examples/steering.png"], "examples/steering.png, line 1: expected text in UTF-8"),
+    (["report", "--prompts", "examples/pictures/steering.png"], "steering.png, line 1: expected text in UTF-8"),
     (["report", "--prompts", "nowhere.txt"], "nowhere.txt: No such file or directory."),
     (["report", "--out", "report.pdf"], "report.pdf must end in .html"),
 ])  # fmt: skip

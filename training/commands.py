@@ -6,8 +6,6 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from diffusers_rtsae.fetch import check_available
-
 from .recipe import INDEX, Collect, bundled, load_recipe
 
 _TRAIN = """Train the dictionaries of a recipe: collect, fit, train, evaluate, save.
@@ -74,6 +72,8 @@ def train(prog: str = "python -m training.train", collect_only: bool = False) ->
     with _told(parser):
         if a.dry_run:
             if not Path(bundled(recipe.pipeline)).is_dir():
+                from diffusers_rtsae.fetch import check_available
+
                 check_available(recipe.pipeline, INDEX)
             from .plan import describe, plan
 
