@@ -45,5 +45,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure, in 256 colours to be small."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=90)
-    Image.open(buffer).convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path)
+    Image.open(buffer).convert("RGB").quantize(
+        method=Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE
+    ).save(path)
     print(path)
