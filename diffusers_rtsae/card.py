@@ -114,13 +114,26 @@ def model_card(
 
 
 def _origin(config: dict) -> list[str]:
-    """How the trajectories came about, as far as the configuration says."""
+    """How the trajectories came about, or whose files these were, as far as the configuration says."""
+    if config.get("layout"):
+        source = (
+            f" [{_cell(config['source'])}](https://huggingface.co/{_cell(config['source'])})" if _is_id(config) else ""
+        )
+        statistics = f" Statistics: {_cell(config['statistics'])}." if config.get("statistics") else ""
+        return [
+            "## Origin",
+            f"Converted from files of {_cell(config['layout'])}{source}, trained by others.{statistics}",
+        ]
     recipe = config.get("recipe")
     collected = recipe.get("collect") if isinstance(recipe, dict) else None
     settings = {name: config[name] for name in ("prediction_type", "sampler") if name in config}
     settings |= collected if isinstance(collected, dict) else {}
     rows = [[name.replace("_", " "), value] for name, value in settings.items() if not isinstance(value, dict)]
     return ["## Training trajectories", _table(["setting", "value"], rows)] if rows else []
+
+
+def _is_id(config: dict) -> bool:
+    return isinstance(config.get("source"), str) and _REPO_ID.fullmatch(config["source"]) is not None
 
 
 def _measurements(sites: dict[str, SparseDictionary], config: dict) -> list[str]:

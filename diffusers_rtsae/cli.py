@@ -483,6 +483,54 @@ def app_(
     launch(build(pipe, *names, prompts or GENERAL_PROMPTS, steps, guidance), port, share)
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="What somebody published: a folder or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the dictionary.")],
+    site: Annotated[
+        list[str] | None, typer.Option(help="Only this one; or what it is of, if no name says it; repeatable.")
+    ] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Of the folder or repository.")] = None,
+    pipeline: Annotated[str | None, typer.Option(help="Its pipeline, to measure how active latents are.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line, to measure on.")] = None,
+    steps: Steps = 25,
+    guidance: Guidance = 7.5,
+    as_json: AsJson = False,
+) -> None:
+    """Make a dictionary of what others published (SDLens, sparsify, SAELens, dictionary_learning, DifFRACT).
+
+    Pickles are read for their tensors alone. Without --pipeline and --prompts the statistics are those of the files,
+    if they have any.
+
+    Example: diffusers-rtsae convert Artalmaz31/DifFRACT flux-saes --subfolder temporal-aware-saes
+    """
+    from .files import read_lines
+    from .hub import convertible
+
+    if (pipeline is None) != (prompts is None):
+        raise ValueError("Expected both --pipeline and --prompts, or neither.")
+    dictionary, measured = convertible(source, site, subfolder=subfolder), "as the files say, or left at 1"
+    if pipeline:
+        import torch
+        from diffusers import DiffusionPipeline
+
+        from .analysis.statistics import measure
+
+        on_gpu = torch.cuda.is_available()
+        pipe = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float16 if on_gpu else torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        pipe = pipe.to("cuda") if on_gpu else pipe
+        texts = read_lines(prompts)
+        measure(pipe, dictionary, texts, num_inference_steps=steps, guidance_scale=guidance)
+        measured = f"measured on {len(texts)} prompts"
+    dictionary.config["statistics"] = measured
+    dictionary.save(out)
+    if as_json:
+        print(json.dumps({"out": str(out), "sites": list(dictionary.sites), "statistics": measured}))
+    else:
+        _say(f"{out} has {', '.join(dictionary.sites)}; statistics: {measured}")
+
+
 @app.command("list")
 def list_(
     refresh: Annotated[bool, typer.Option(help="Ask the Hub too.")] = False,
@@ -497,11 +545,14 @@ def list_(
     known = list_pretrained(refresh)
     if as_json:
         print(json.dumps(known))
-    elif not known:
-        _say("None is published yet." if refresh else "None is known; --refresh asks the Hub.")
     else:
-        head = ["id", "base model", "sites", "description"]
-        told = [[e["id"], e["base_model"] or "", ", ".join(e["sites"]), e["description"]] for e in known]
+        head = ["id", "ours", "base model", "sites", "size", "license", "description"]
+        names = ("base_model", "sites", "size", "license", "description")
+        told = []
+        for entry in known:
+            values = [entry[name] or "not known" for name in names]
+            cells = [", ".join(value) if isinstance(value, list) else value for value in values]
+            told.append([entry["id"], "yes" if entry["ours"] else "no", *cells])
         _show(head, told)
 
 

@@ -132,6 +132,7 @@ def locate(
     layers: list[str] | None = None,
     *,
     weights: bool = True,
+    pickles: bool = False,
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -140,7 +141,7 @@ def locate(
     local_files_only: bool = False,
 ) -> Path:
     """The folder of a dictionary: a local one, or that in which it lies once it has been fetched from the Hub, with or
-    without its `weights`; see [`load_dictionary`]."""
+    without its `weights`, of others' `pickles` too; see [`load_dictionary`]."""
     if not isinstance(source, str | os.PathLike) or not str(source):
         found = "an empty string" if isinstance(source, str) else type(source).__name__
         raise ValueError(f"Expected a Hub id, a folder or a dict of dictionaries by site, got {found}.")
@@ -156,7 +157,7 @@ def locate(
         from .fetch import LIBRARY_NAME, fetch
 
         folder = fetch(
-            str(source), inside.as_posix(), layers, revision, force_download, weights,
+            str(source), inside.as_posix(), layers, revision, force_download, weights, pickles,
             token=token, cache_dir=cache_dir, local_files_only=local_files_only, library_name=LIBRARY_NAME,
         )  # fmt: skip
     elif revision is not None:

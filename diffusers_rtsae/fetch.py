@@ -8,7 +8,7 @@ import json
 import os
 import re
 import threading
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -34,6 +34,7 @@ from .files import (
     is_site,
     read_json,
 )
+from .layouts import check_pickles, choose, find, walk
 
 LIBRARY_NAME = "diffusers-rtsae"
 HUB_ERRORS = (HTTPError, HFValidationError, OSError)
@@ -69,6 +70,10 @@ def check_available(repo_id: str, name: str) -> None:
         raise OSError(f"{repo_id!r} is no folder here, not in the cache, and the Hub does not answer: {reason(error)}")
 
 
+def known_ones() -> list[dict]:
+    return json.loads(Path(__file__).with_name("pretrained.json").read_text(encoding="utf-8"))
+
+
 def list_pretrained(refresh: bool = False, token: str | bool | None = None) -> list[dict]:
     """
     The dictionaries that are known to exist.
@@ -78,12 +83,14 @@ def list_pretrained(refresh: bool = False, token: str | bool | None = None) -> l
         token (`str` or `bool`, *optional*): of the Hub, to see private ones.
 
     Returns:
-        `list[dict]`: of each its `id` (what `load_rtsae` takes), `base_model`, `sites` and `description`.
+        `list[dict]`: of each its `id` (what `load_rtsae` takes, or `diffusers-rtsae convert` if it is pickled),
+        `base_model`, `sites`, `size` (latents × channels), `license`, `description`, and whether it is `ours`, made
+        with this package. What its page does not say is `None`.
 
     Raises:
         `OSError`: the Hub did not answer.
     """
-    known = json.loads(Path(__file__).with_name("pretrained.json").read_text(encoding="utf-8"))
+    known = known_ones()
     if not refresh:
         return known
     error, found = unreachable(), []
@@ -103,7 +110,10 @@ def list_pretrained(refresh: bool = False, token: str | bool | None = None) -> l
             "id": model.id,
             "base_model": base_model if isinstance(base_model, str) else None,
             "sites": [site for site in sites if is_site(site)] if isinstance(sites, list) else [],
+            "size": None,
+            "license": card["license"] if isinstance(card.get("license"), str) else None,
             "description": str(card.get("description") or ""),
+            "ours": True,
         }
         known += [entry] if model.id not in listed else []
     return known
@@ -116,6 +126,7 @@ def fetch(
     revision: str | None,
     force_download: bool,
     weights: bool = True,
+    pickles: bool = False,
     **options,
 ) -> Path:
     """Download what is needed of a repository; returns the folder that mirrors it."""
@@ -132,11 +143,18 @@ def fetch(
     try:
         folder = download([CONFIG_NAME, LABELS_NAME, PRESETS_NAME, MAPS_NAME], revision, force_download)
         config = folder / prefix / CONFIG_NAME
-        if not config.is_file():
-            raise OSError(f"it has no {prefix}{CONFIG_NAME}.")
-        sites = choose_sites(check_sites(read_json(config).get("sites"), config), layers)
-        needed = ("config.json", WEIGHTS_NAME) if weights else ("config.json",)
-        names = [f"{site}/{name}" for site in sites for name in needed]
+        if config.is_file():
+            sites = choose_sites(check_sites(read_json(config).get("sites"), config), layers)
+            needed = ("config.json", WEIGHTS_NAME) if weights else ("config.json",)
+            names = [f"{site}/{name}" for site in sites for name in needed]
+        else:
+            found = find(_names(repo_id, prefix, folder, **options), PurePosixPath(subfolder).parts)
+            if not found:
+                raise OSError(f"it has no {prefix}{CONFIG_NAME}, and nothing else that is known here.")
+            chosen = choose(found, layers, repo_id)
+            chosen = {site: chosen[site] for site in choose_sites(chosen, layers)}
+            check_pickles(chosen, repo_id, pickles)
+            names = [name for one in chosen.values() for name in one.files]
         new = [name for name in names if force_download or not (folder / prefix / name).is_file()]
         download(names, folder.name, force_download)  # of the same commit, whatever is pushed meanwhile
         for name in new:
@@ -147,6 +165,20 @@ def fetch(
             f"{reason(error, revision)}"
         ) from error
     return folder
+
+
+def _names(
+    repo_id: str, prefix: str, folder: Path, token: str | bool | None, local_files_only: bool, **_
+) -> list[str]:
+    """The files under a prefix of a repository; of what is in the cache if the Hub is not to be or cannot be asked."""
+    names = list(walk(folder)) if folder.is_dir() else []
+    if not local_files_only:
+        try:
+            names = HfApi(token=token, library_name=LIBRARY_NAME).list_repo_files(repo_id, revision=folder.name)
+        except (HTTPError, OfflineModeIsEnabled):
+            if not find(names):
+                raise
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def _check_sum(path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 CONFIG_NAME, LABELS_NAME, PRESETS_NAME = "rtsae_config.json", "labels.json", "presets.json"
 MAPS_NAME = "maps.safetensors"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+ACTIVATIONS = ("output", "update", "input")  # what is read at a site; what is changed is its output
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a site is also a folder, and must not lead out of its own
 _JSON_BYTES, _JSON_DEPTH = 64 * 2**20, 32
 
@@ -224,8 +225,10 @@ def check_site_config(path: Path, content: dict, site: str) -> dict:
     timesteps = isinstance(anchors, list) and all(_is_int(anchor, 0, 10**6) for anchor in anchors)
     if not timesteps or not 1 <= len(anchors) <= 1000:
         raise ValueError(f"{path}: expected `anchors` as a list of 1 to 1000 timesteps, got {brief(anchors)}.")
-    if config.get("activation", "output") not in ("output", "update"):
-        raise ValueError(f"{path}: expected `activation` 'output' or 'update', got {brief(config['activation'])}.")
+    if config.get("activation", "output") not in ACTIVATIONS:
+        raise ValueError(
+            f"{path}: expected `activation` as one of {list(ACTIVATIONS)}, got {brief(config['activation'])}."
+        )
     return config
 
 

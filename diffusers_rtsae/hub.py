@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .card import CARD_NAME, is_generated, model_card
 from .contents import FORMAT_VERSION, Contents, locate, read_contents
-from .fetch import HUB_ERRORS, LIBRARY_NAME, list_pretrained, reason
+from .fetch import HUB_ERRORS, LIBRARY_NAME, known_ones, list_pretrained, reason
 from .files import (
     CONFIG_NAME,
     LABELS_NAME,
@@ -29,15 +30,18 @@ from .files import (
     line,
     write_json,
 )
+from .layouts import check_pickles, choose, find, walk
 from .models import SparseDictionary
+from .published import read, saelens
 from .steering import Edit
-from .weights import DTYPES, load_maps, load_site, save_site, save_tensors
+from .weights import DTYPES, load_maps, load_site, save_site, save_tensors, write_tensors
 
 __all__ = [
     "CONFIG_NAME",
     "LABELS_NAME",
     "WEIGHTS_NAME",
     "Dictionary",
+    "convertible",
     "list_pretrained",
     "load_dictionary",
     "signature",
@@ -194,6 +198,33 @@ class Dictionary(Contents):
         optional = [PRESETS_NAME] * bool(self.presets) + [MAPS_NAME] * bool(used)
         return [*inner, LABELS_NAME, *optional, CARD_NAME, CONFIG_NAME]
 
+    def export(self, layout: str, folder: str | os.PathLike) -> None:
+        """
+        Write the autoencoders so that another library reads them, each in a subfolder that is named after its site.
+
+        Args:
+            layout (`str`): `"saelens"`, which `sae_lens.SAE.load_from_disk` reads. Labels and statistics have no
+                place there.
+            folder (`str` or `os.PathLike`): where to; created if need be.
+
+        Raises:
+            `ValueError`: the library has nothing like a dictionary of that kind.
+        """
+        if layout != "saelens":
+            raise ValueError(f"`layout` must be 'saelens', got {layout!r}.")
+        written = {site: saelens(sae, self.config.get("base_model")) for site, sae in self.sites.items()}
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="saving-", suffix=".partial") as partial:
+            for site, (config, tensors) in written.items():
+                (folder / site).mkdir(exist_ok=True)
+                new = Path(partial)
+                write_tensors(tensors, new / "sae_weights.safetensors")
+                write_json(new / "cfg.json", config)
+                (new / "sae_weights.safetensors").chmod(0o644)
+                for name in ("sae_weights.safetensors", "cfg.json"):
+                    os.replace(new / name, folder / site / name)
+
     def push_to_hub(
         self,
         repo_id: str,
@@ -266,11 +297,17 @@ def load_dictionary(
     local_files_only: bool = False,
 ) -> Dictionary:
     """
-    Open a dictionary from a local folder, the Hub, or memory. Its rows are read from disk when they are used.
+    Open a dictionary from a local folder, the Hub, or memory. Its rows are read from disk when they are used. Files of
+    SDLens, sparsify (SAeUron), SAELens, dictionary_learning and DifFRACT are read too, if they are safetensors. These
+    say nothing about how active latents are (a warning says so): strength 1.0 is then an activation of 1, and the end
+    of the range of the training data is not known.
 
     Args:
         source (`str`, `os.PathLike`, `dict` or `Dictionary`): Hub id, folder, or `{site: dictionary of it}`.
-        layers (`list[str]`, *optional*): sites to load; all by default. Others are not downloaded.
+        layers (`list[str]`, *optional*): sites to load; all by default. Others are not downloaded. Of what others
+            published, a site is what the folder (or for DifFRACT the file) is named after: `unet.mid_block_k10…` is of
+            `mid_block`. If nothing says it and there is but one, `layers` names it. Of several of one site the one
+            nearest to the root is taken; `subfolder` chooses another.
         dtype (`torch.dtype`, *optional*): of the weights in memory: `torch.float16`, `torch.bfloat16` or
             `torch.float32`; as they are stored by default. Statistics and arithmetic are always float32.
         subfolder (`str`, *optional*): of the dictionary inside the folder or repository.
@@ -295,7 +332,54 @@ def load_dictionary(
         return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets, dictionary.maps)
     options = {"subfolder": subfolder, "revision": revision, "token": token, "cache_dir": cache_dir}
     options |= {"force_download": force_download, "local_files_only": local_files_only}
-    return _read(locate(source, layers, **options), layers, dtype)
+    return _open(source, locate(source, layers, **options), layers, dtype)
+
+
+def convertible(
+    source: str | os.PathLike,
+    layers: list[str] | None = None,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Dictionary:
+    """
+    Open what others published, as `load_dictionary` does, from pickles too, of which only tensors are read: for
+    `diffusers-rtsae convert`, and for nothing else.
+    """
+    folder = locate(source, layers, pickles=True, subfolder=subfolder, revision=revision, token=token)
+    return _open(source, folder, layers, None, pickles=True)
+
+
+def _open(
+    source: str | os.PathLike, folder: Path, layers: list[str] | None, dtype: torch.dtype | None, pickles: bool = False
+) -> Dictionary:
+    """Read a folder, of ours or of what others published."""
+    if (folder / CONFIG_NAME).is_file() or not folder.is_dir():
+        return _read(folder, layers, dtype)
+    local, folder = Path(source).is_dir(), folder.absolute()
+    around = folder.parts[-2:]
+    if not local:  # the cache's own names say nothing
+        at = folder.parts.index("snapshots") if "snapshots" in folder.parts else len(folder.parts)
+        around = folder.parts[at + 2 :]
+    found = find(walk(folder), around)
+    if not found:
+        return _read(folder, layers, dtype)
+    chosen = choose(found, layers, str(source))
+    chosen = {site: chosen[site] for site in choose_sites(chosen, layers)}
+    check_pickles(chosen, str(source), pickles)
+    sites = {site: read(folder, one, site, dtype) for site, one in chosen.items()}
+    if not pickles:
+        warnings.warn(
+            f"{source} does not say how active its latents are: strength 1.0 is an activation of 1. `diffusers-rtsae "
+            "convert` measures it, with --pipeline and --prompts.",
+            stacklevel=3,
+        )
+    config = {"layout": ", ".join(sorted({one.layout for one in chosen.values()}))}
+    if not local:
+        known = next((entry for entry in known_ones() if entry["id"] == source), {})
+        config |= {name: known[name] for name in ("base_model", "license") if known.get(name)} | {"source": source}
+    return Dictionary(sites, config=config)
 
 
 def _read(folder: Path, layers: list[str] | None, dtype: torch.dtype | None) -> Dictionary:

@@ -209,7 +209,8 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         **hub_kwargs,
     ) -> None:
         """
-        Attach a dictionary. Nothing changes until features are set.
+        Attach a dictionary, ours or one that others published (see `load_dictionary`). Nothing changes until features
+        are set.
 
         Args:
             pretrained_model_name_or_path_or_dict: Hub id, local folder, or `{site: dictionary of it}`.

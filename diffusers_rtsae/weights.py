@@ -22,11 +22,18 @@ def load_site(folder: Path, site: str, dtype: torch.dtype | None) -> SparseDicti
     replaced meanwhile, as saving does, but not cut short."""
     path, weights = folder / site, folder / site / WEIGHTS_NAME
     check_files(path, "config.json", WEIGHTS_NAME)
-    sae = _skeleton(path / "config.json", site)
+    sae = skeleton(read_json(path / "config.json"), path / "config.json", site)
     expected = sae.state_dict()
     with open_tensors(weights) as file:
         _check_header(weights, {name: file.get_slice(name) for name in file.keys()}, expected, sae.matrices)
         tensors = {name: file.get_tensor(name) for name in expected}  # mapped: neither read nor copied
+    return filled(sae, tensors, weights, dtype)
+
+
+def filled(
+    sae: SparseDictionary, tensors: dict[str, torch.Tensor], weights: Path, dtype: torch.dtype | None
+) -> SparseDictionary:
+    """A dictionary that `skeleton` made, with its tensors."""
     for name, tensor in tensors.items():
         if name not in _MAPPED and not torch.isfinite(tensor).all():
             raise ValueError(f"{weights} holds NaN or inf in {name!r}.")
@@ -36,9 +43,8 @@ def load_site(folder: Path, site: str, dtype: torch.dtype | None) -> SparseDicti
     return sae.requires_grad_(False).eval()
 
 
-def _skeleton(path: Path, site: str) -> SparseDictionary:
-    """The dictionary that a config.json describes, without memory for its weights."""
-    content = read_json(path)
+def skeleton(content: dict, path: Path, site: str) -> SparseDictionary:
+    """The dictionary that the configuration in a file describes, without memory for its weights."""
     kind = content.get("_class_name")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{path} must name its kind as one of {list(KINDS)}, got {brief(kind)}.")
@@ -84,7 +90,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     for name, tensor in halves.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{brief(name)} holds NaN, inf, or what is too large for float16.")
-    _write(halves, path)
+    write_tensors(halves, path)
     path.chmod(0o644)
 
 
@@ -100,11 +106,12 @@ def save_site(folder: Path, site: str, sae: SparseDictionary) -> None:
             raise ValueError(f"{name!r} of {site} holds NaN, inf, or what is too large for {tensor.dtype}.")
         tensors[name] = tensor
     write_json(path / "config.json", json.loads(sae.to_json_string()))
-    _write(tensors, path / WEIGHTS_NAME)
+    write_tensors(tensors, path / WEIGHTS_NAME)
     shutil.copymode(path / "config.json", path / WEIGHTS_NAME)  # safetensors makes it unreadable for others
 
 
-def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a new safetensors file; `OSError` if that fails."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # as when the disk is full

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from hub_server import HubServer
+from huggingface_hub import constants
 
 import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
 from diffusers_rtsae import load_dictionary
@@ -88,3 +90,21 @@ def browser():
             pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
         yield started
         started.close()
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A Hub on the loopback interface, and an empty cache."""
+    import huggingface_hub
+
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        getattr(huggingface_hub, "close_session", lambda: None)()  # a session keeps the proxies it started with
+        yield server
+        getattr(huggingface_hub, "close_session", lambda: None)()

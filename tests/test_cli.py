@@ -106,7 +106,9 @@ def test_find_and_inspect_speak_json():
     told = json.loads(invoke("inspect", "--label", "red", "--json"))
     assert list(told["labels"]) == ["red"] and told["sites"]["up_blocks.1.attentions.1"]["num_latents"] == 2048
     assert "red" in invoke("inspect") and "2,048 latents" in invoke("inspect")
-    assert json.loads(invoke("list", "--json")) == [] and "None is known" in invoke("list")
+    known = json.loads(invoke("list", "--json"))
+    assert "bcywinski/SAeUron" in [entry["id"] for entry in known] and not any(entry["ours"] for entry in known)
+    assert "20,480" in invoke("list")
 
 
 def test_training_commands_hand_their_arguments_on(tmp_path):

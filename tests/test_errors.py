@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Stable
 from disk import full_disk
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_published import dictionary_learning, saelens, sdlens, sparsify
 
 import diffusers_rtsae
 from diffusers_rtsae import RTSAE, TIDE, Dictionary, MixtureSAE, SparseAutoencoder, cli, list_sites, load_dictionary
@@ -31,9 +32,10 @@ from diffusers_rtsae.analysis.plots import plot_crops, plot_strip
 from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.analysis.statistics import measure
 from diffusers_rtsae.contents import search_labels
 from diffusers_rtsae.files import MAPS_NAME, read_lines, read_pairs
-from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME
+from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, convertible
 from diffusers_rtsae.steering import Edit
 from diffusers_rtsae.weights import save_tensors
 
@@ -89,6 +91,23 @@ def other(world, site: str = SITE, channels: int = 160, broken: str | None = Non
     world.pipe.unload_rtsae()
     world.pipe.load_rtsae({site: rtsae})
     generate(world, {1: 1.0}, **options)
+
+
+def theirs(world, case, load=load_dictionary, rename: str | None = None, **files: bytes):
+    """What somebody else published, with other files, loaded if need be."""
+    folder = case.write(world.empty / "theirs")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    if rename:
+        folder = next(folder.iterdir()).rename(world.empty / rename)
+    return load(folder) if load else folder
+
+
+def map_of_a_transcoder(world):
+    sae = SparseAutoencoder(SITE, 160, [667, 1], 8, 2, activation="input", centred=False)
+    world.pipe.unload_rtsae()
+    world.pipe.load_rtsae({SITE: sae})
+    fit_feature(world.pipe, [("a blue star", "a red star")], rank=1, num_inference_steps=1)
 
 
 def two_sites() -> Dictionary:
@@ -668,14 +687,26 @@ MISUSE = {
         "`anchors` must be strictly descending timesteps, got [].",
     ),
     "an unknown activation": (
-        lambda world: RTSAE(SMALL, 8, [900, 1], 8, 2, activation="input"),
+        lambda world: RTSAE(SMALL, 8, [900, 1], 8, 2, activation="middle"),
         ValueError,
-        "`activation` must be 'output' or 'update', got 'input'.",
+        "`activation` must be one of ['output', 'update', 'input'], got 'middle'.",
     ),
     "an unknown sparsity": (
         lambda world: SparseAutoencoder(SMALL, 8, [900, 1], 8, 2, sparsity="relu"),
         ValueError,
-        "`sparsity` must be 'threshold', or 'topk' with k up to 8, got 'relu' with 2.",
+        "`sparsity` must be one of ['threshold', 'topk', 'batch_topk', 'sample_topk'], with k up to 8, got 'relu' "
+        "with 2.",
+    ),
+    "an unknown norm of the input": (
+        lambda world: SparseAutoencoder(SMALL, 8, [900, 1], 8, 2, input_norm="batch"),
+        ValueError,
+        "`centred` must be a bool and `input_norm` one of [None, 'layer', 'length'], got True and 'batch'.",
+    ),
+    "a scale of time that is no number": (
+        lambda world: TIDE(SMALL, 8, [900, 1], 8, 2, time_scale=float("nan")),
+        ValueError,
+        "Expected bools `undone` and `flip_sin_to_cos`, and numbers `time_scale` and `downscale_freq_shift`, got "
+        "True, True, nan and 0.0.",
     ),
     "an odd embedding of time": (
         lambda world: TIDE(SMALL, 8, [900, 1], 8, 2, time_channels=7),
@@ -953,9 +984,9 @@ MISUSE = {
         "…config.json: expected `anchors` as a list of 1 to 1000 timesteps, got [0.5].",
     ),
     "a configuration with another activation": (
-        rewritten(f"{SMALL}/config.json", activation="input"),
+        rewritten(f"{SMALL}/config.json", activation="middle"),
         ValueError,
-        "…config.json: expected `activation` 'output' or 'update', got 'input'.",
+        "…config.json: expected `activation` as one of ['output', 'update', 'input'], got 'middle'.",
     ),
     "a configuration of nothing known": (
         rewritten(f"{SMALL}/config.json", anchors=[1, 900]),
@@ -997,9 +1028,9 @@ MISUSE = {
     ),
     # Analysis
     "recording an unknown activation": (
-        lambda world: Recorder(world.pipe, [SITE], activation="input"),
+        lambda world: Recorder(world.pipe, [SITE], activation="middle"),
         ValueError,
-        "`activation` must be 'output' or 'update', got 'input'.",
+        "`activation` must be one of ['output', 'update', 'input'], got 'middle'.",
     ),
     "recording a part of guidance that is not there": (
         record_a_stream_that_is_not_there,
@@ -1139,7 +1170,101 @@ MISUSE = {
         ValueError,
         "… is active in none of these pictures.",
     ),
+    # What others published
+    "a published one whose folder says nothing": (
+        lambda world: theirs(world, sparsify(), rename="sae"),
+        ValueError,
+        "No name in …sae says which site it is of: name the site by `layers`, and if there are several, one folder of "
+        "['.'] by `subfolder`.",
+    ),
+    "several published ones of a site": (
+        lambda world: load_dictionary(sparsify().write(sparsify().write(world.empty / "a").parent / "b").parent),
+        ValueError,
+        "… has several of up_blocks.1.attentions.1: choose one of ['a', 'b'] by `subfolder`.",
+    ),
+    "a published pickle": (
+        lambda world: theirs(world, sdlens()),
+        ValueError,
+        "… has pickles, …state_dict.pth', which are not loaded; this makes safetensors of them: diffusers-rtsae "
+        "convert … OUT",
+    ),
+    "a published file that is none": (
+        lambda world: theirs(world, saelens("standard"), **{f"{SITE}/sae_weights.safetensors": b"x"}),
+        OSError,
+        "…sae_weights.safetensors is damaged or no safetensors file: …",
+    ),
+    "a pickle of other things": (
+        lambda world: convertible(theirs(world, dictionary_learning("AutoEncoder"), None, **{f"{SITE}/ae.pt": b"x"})),
+        OSError,
+        "…ae.pt is damaged, or holds more than tensors: …",
+    ),
+    "a published one without a number": (
+        lambda world: theirs(world, sparsify(k="many")),
+        ValueError,
+        "…cfg.json must have 'k' as a positive int, got 'many'.",
+    ),
+    "a published one that was scaled by what is not told": (
+        lambda world: theirs(world, saelens("standard", normalize_activations="expected_average_only_in")),
+        ValueError,
+        "…cfg.json says normalize_activations = 'expected_average_only_in', and the factor that it was trained with "
+        "is in no file.",
+    ),
+    "a published one of an unknown kind": (
+        lambda world: theirs(world, saelens("matching_pursuit")),
+        ValueError,
+        "…cfg.json says architecture = 'matching_pursuit', and it is of a kind that is not known here.",
+    ),
+    "a transcoder around which something passes": (
+        lambda world: theirs(world, sparsify(transcode=True, skip_connection=True)),
+        ValueError,
+        "…cfg.json says skip_connection = True, and the linear path around a transcoder has no place here.",
+    ),
+    "a published one with other tensors": (
+        lambda world: theirs(world, sparsify(d_in=7)),
+        ValueError,
+        "…sae.safetensors must hold 'encoder.weight' as floats of shape (28, 7), found float32 of shape (24, 6).",
+    ),
+    "a published one of an unknown class": (
+        lambda world: convertible(theirs(world, dictionary_learning("CrossCoder"), None)),
+        ValueError,
+        "…config.json must name a `dict_class` that is known here, got 'CrossCoder'.",
+    ),
+    "exporting trajectories": (
+        lambda world: world.dictionary.export("saelens", world.empty),
+        ValueError,
+        "SAELens has nothing like the RTSAE of up_blocks.1.attentions.1.",
+    ),
+    "exporting for an unknown library": (
+        lambda world: world.dictionary.export("keras", world.empty),
+        ValueError,
+        "`layout` must be 'saelens', got 'keras'.",
+    ),
+    "measuring on nothing": (
+        lambda world: measure(world.pipe, world.dictionary, []),
+        ValueError,
+        "Statistics are measured on one prompt or more, for dictionaries of single steps.",
+    ),
+    "measuring with another model": (
+        lambda world: measure(
+            world.pipe,
+            Dictionary({SITE: SparseAutoencoder(SITE, 8, [1], 8, 2)}),
+            ["a star"],
+            num_inference_steps=1,
+        ),
+        ValueError,
+        "The dictionary of up_blocks.1.attentions.1 is for 8 channels, not for 160.",
+    ),
+    "a linear map of what is read": (
+        map_of_a_transcoder,
+        ValueError,
+        "A linear map needs the output of up_blocks.1.attentions.1, of which the dictionary reads the input.",
+    ),
     # The command line
+    "converting with prompts alone": (
+        lambda world: cli.convert("org/name", world.empty, prompts=Path("prompts.txt")),
+        ValueError,
+        "Expected both --pipeline and --prompts, or neither.",
+    ),
     "the command line without its packages": (
         command_line_without_typer,
         SystemExit,
@@ -1264,7 +1389,10 @@ MISUSE = {
 
 # messages that need a server, a browser or huge files: what the tests elsewhere look for, and in which file
 ELSEWHERE = {
-    "it has no rtsae_config.json.": ("it has no rtsae_config.json", "test_hub.py"),
+    "it has no rtsae_config.json, and nothing else that is known here.": (
+        "it has no rtsae_config.json",
+        "test_hub.py",
+    ),
     "… arrived damaged: its SHA-256 is … instead of … .": ("arrived damaged: its SHA-256 is", "test_hub.py"),
     "… could not be pushed to the Hub: …": ("could not be pushed to the Hub: ", "test_hub.py"),
     "… is no folder here, not in the cache, and the Hub does not answer: …": (

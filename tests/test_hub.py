@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, Repository
+from hub_server import Repository
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
@@ -395,7 +395,7 @@ def test_a_large_dictionary_is_opened_without_reading_its_rows(tmp_path):
         {"anchors": [900, 500, 10**7]},
         {"anchors": [900, 500, 1.0]},
         {"anchors": [1, 500, 900]},
-        {"activation": "input"},
+        {"activation": "middle"},
         {"activation": []},
         {"site": "../other"},
         {"unheard_of": 1},
@@ -461,23 +461,6 @@ def test_a_subfolder_lies_inside(folder, subfolder):
 
 
 # The Hub: the real client against a server on this machine
-
-
-@pytest.fixture
-def hub(tmp_path_factory, monkeypatch):
-    import huggingface_hub
-
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        getattr(huggingface_hub, "close_session", lambda: None)()  # a session keeps the proxies it started with
-        yield server
-        getattr(huggingface_hub, "close_session", lambda: None)()
 
 
 @pytest.fixture
@@ -760,7 +743,9 @@ def test_a_pipeline_pushes_what_it_loaded(hub, steered):
 
 
 def test_the_index_of_known_dictionaries(hub):
-    assert all({"id", "base_model", "sites", "description"} == entry.keys() for entry in list_pretrained())
+    told = {"id", "base_model", "sites", "size", "license", "description", "ours"}
+    assert all(told == entry.keys() for entry in list_pretrained())
+    assert not any(entry["ours"] for entry in list_pretrained())  # none of ours is published yet
     assert not hub.log  # no network unless asked
 
 
@@ -775,7 +760,9 @@ def test_asking_the_hub_for_dictionaries(hub, two_sites, monkeypatch):
     found = {entry["id"]: entry for entry in list_pretrained(refresh=True)}
     assert list(found) == [entry["id"] for entry in list_pretrained()] + names[:4] + ["org/odd"]
     assert found[names[0]]["base_model"] == "org/base" and found[names[0]]["sites"] == ["down", "up"]
-    assert found["org/odd"] == {"id": "org/odd", "base_model": None, "sites": [], "description": ""}
+    unknown = {"base_model": None, "sites": [], "size": None, "license": None, "description": ""}
+    assert found["org/odd"] == {"id": "org/odd", "ours": True} | unknown
+    assert found[names[0]]["ours"] and found[names[0]]["license"] == "unknown"
     assert names[4] in [entry["id"] for entry in list_pretrained(refresh=True, token=hub.token)]
     hub.stop()
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's attempts

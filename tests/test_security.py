@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from kinds import random_dictionary
+from test_published import CASES
 
 from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.card import model_card
-from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME
+from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, convertible
 from diffusers_rtsae.models import Step
 
 SITE = "mid_block"
@@ -79,12 +80,12 @@ def folder(tmp_path):
     return tmp_path / "inside" / "dictionary"
 
 
-def attempt(folder: Path, **options) -> Dictionary | None:
+def attempt(folder: Path, load=load_dictionary, **options) -> Dictionary | None:
     """Load and use; `None` if refused. Anything but a clear refusal is an error here."""
     global _seen
     started, _seen = time.thread_time(), []
     try:
-        dictionary = load_dictionary(folder, **options)
+        dictionary = load(folder, **options)
     except (ValueError, OSError) as error:
         assert 0 < len(str(error)) < 2500, f"{len(str(error))} characters: {str(error)[:300]}"
         return None
@@ -217,6 +218,34 @@ def test_damaged_files(tmp_path, kind, target):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200 * (
         2**20 if sys.platform == "darwin" else 2**10
     )
+
+
+FOREIGN = {  # layout -> files that are damaged
+    "sparsify, BatchTopK": ("cfg.json", "sae.safetensors"),
+    "SAELens, jumprelu": ("cfg.json", "sae_weights.safetensors"),
+    "SAELens, gated": ("sae_weights.safetensors",),
+    "SDLens, safetensors": ("config.json", "state_dict.safetensors"),
+    "DifFRACT, sae_txt_6.safetensors": ("sae_txt_6.safetensors",),
+}
+PICKLED = {"SDLens": ("config.json", "state_dict.pth", "mean.pt"), "dictionary_learning, BatchTopKSAE": ("ae.pt",)}
+
+
+@pytest.mark.filterwarnings("ignore:.*how active its latents are")
+@pytest.mark.parametrize(
+    "layout, name", [(layout, name) for layout, names in (FOREIGN | PICKLED).items() for name in names]
+)
+def test_damaged_files_of_others(tmp_path, layout, name):
+    folder = CASES[layout]().write(tmp_path / "inside" / "theirs")
+    path = next(folder.rglob(name))
+    pickled = layout in PICKLED
+    intact, chance, loaded = path.read_bytes(), random.Random(layout + name), 0
+    kinds = (mutate_json,) if name.endswith(".json") else (mutate_bytes,) if pickled else (mutate_bytes, mutate_header)
+    outside = sorted(tmp_path.rglob("*"))
+    for i in range(3000 if FUZZ else 150):
+        path.unlink()  # what was loaded before maps the old file
+        path.write_bytes(kinds[i % len(kinds)](intact, chance))
+        loaded += attempt(folder, convertible if pickled else load_dictionary) is not None
+    assert sorted(tmp_path.rglob("*")) == outside and loaded > 0
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, LABELS_NAME, CONFIG])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_rtsae import RTSAE, TIDE, MixtureSAE, SparseAutoencoder, SparseDictionary
+from diffusers_rtsae.analysis.statistics import set_statistics
 from diffusers_rtsae.models import LinearDynamics, Step
 
 from .processes import ALONE, Processes
@@ -537,22 +538,6 @@ def calibrate(sae: SparseDictionary, trajectories: torch.Tensor, k: int, layout:
         sae.threshold.fill_(sae.threshold[-1])
 
 
-@torch.no_grad()
 def measure_activations(sae: SparseDictionary, trajectories: Iterable[torch.Tensor]) -> None:
     """Set the statistics of each latent's activation on pieces of trajectories `(tokens, G, d)`."""
-    columns, values, count = [], [], 0
-    for part in trajectories:
-        for latents in sae.codes(part.to(sae.encoder.device)):
-            at = latents.nonzero()
-            columns.append(at[:, 1].cpu())
-            values.append(latents[at[:, 0], at[:, 1]].cpu())
-            count += len(part)
-    columns, values = torch.cat(columns), torch.cat(values)
-    order = torch.argsort(values)
-    order = order[torch.argsort(columns[order], stable=True)]  # by latent, each ascending
-    sizes = torch.bincount(columns, minlength=sae.config.num_latents)
-    for j, active in enumerate(values[order].split(sizes.tolist())):
-        sae.density[j] = len(active) / count
-        sae.mean_activation[j] = active.sum() / count
-        sae.typical_activation[j] = active[int(0.99 * (len(active) - 1))] if len(active) else 1.0
-        sae.max_activation[j] = active[-1] if len(active) else 1.0
+    set_statistics(sae, (code for part in trajectories for code in sae.codes(part.to(sae.encoder.device))))

@@ -26,7 +26,7 @@ from ..hub import Dictionary
 from ..models import interpolate
 from ..pipeline import get_denoiser, get_dictionary, own_size, resting
 from ..steering import DENOISERS, Clock, TimeGrid, call_arguments, get_site, noise_schedule
-from ..steering.sites import from_tokens, read_output, replace_output, to_tokens, token_grid
+from ..steering.sites import from_tokens, read_activation, read_output, replace_output, to_tokens, token_grid
 
 Pair = tuple[str, str]
 Changes = dict[str, torch.Tensor]  # what to add to the tokens of each site, (rows, N or 1, d)
@@ -148,7 +148,7 @@ class Calls:
             if self._call is not None:
                 block_input = args[0] if args else kwargs["hidden_states"]
                 rows = dict(self.clock.rows(len(block_input)))["cond"]
-                self.sizes[site] = token_grid(read_output(output).shape, self.clock.latent_size)
+                self.sizes[site] = token_grid(site, read_output(output).shape, self.clock.latent_size)
                 self._tokens[site] = (to_tokens(block_input[rows]), to_tokens(read_output(output)[rows]))
 
         return hook
@@ -324,9 +324,7 @@ class States:
         return other
 
     def _activation(self, site: str, tokens: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        if self.dictionary.sites[site].config.activation == "update":
-            return tokens[1] - tokens[0]
-        return tokens[1]
+        return read_activation(self.dictionary.sites[site].config.activation, *tokens)
 
     def all(self) -> Iterator[State]:
         """The states of all runs and steps."""
@@ -504,6 +502,11 @@ class Intervention:
             return torch.ones(len(rows), 1, 1)
         return (self.active(site, state, rows, part.gate) > 0).any(-1, keepdim=True).float()
 
+    def gain(self, site: str, state: State, rows: Sequence[int]) -> torch.Tensor | float:
+        """How many times its direction a latent moves each token by, `(rows, N, 1)`, where that varies."""
+        gain = self.dictionary.sites[site].gain(state.present[site][list(rows)].float())
+        return 1.0 if gain is None else gain
+
     def active(self, site: str, state: State, rows: Sequence[int], latents: Sequence[int]) -> torch.Tensor:
         return state.codes[site][list(rows)][..., [state.columns[site][latent] for latent in latents]]
 
@@ -527,13 +530,13 @@ class Intervention:
         """What to add at each site; `added` is the strength of the additions alone."""
         changes = {}
         for site, part in self.parts.items():
-            rtsae, terms = self.dictionary.sites[site], []
+            rtsae, terms, gain = self.dictionary.sites[site], [], self.gain(site, state, rows)
             if part.added:
                 amounts = part.weights * rtsae.typical_activation[part.added]
                 path = amounts @ self.directions(site, part.added, state.timestep)
-                terms.append(added * self.gate(site, state, rows) * path)
+                terms.append(added * self.gate(site, state, rows) * gain * path)
             if part.removed:
-                amounts = part.shares * self.active(site, state, rows, part.removed)
+                amounts = gain * part.shares * self.active(site, state, rows, part.removed)
                 terms.append(-amounts @ self.directions(site, part.removed, state.timestep))
             if terms:
                 changes[site] = sum(terms[1:], terms[0])
@@ -578,11 +581,12 @@ def first_order(
         changes = {site: model.full(site, state, rows, there.get(site)).requires_grad_() for site in model.parts}
         loss = states.errors(state, rows, changes).mean() * weight
         for site, gradient in zip(changes, torch.autograd.grad(loss, list(changes.values())), strict=True):
-            gate, at = model.gate(site, state, rows), model.shares_of_anchors(site, state.timestep)
+            gain, at = model.gain(site, state, rows), model.shares_of_anchors(site, state.timestep)
+            gate = model.gate(site, state, rows) * gain
             sums[site] -= at[:, None] * (gradient * gate).sum((0, 1)).cpu()
-            sizes[site] += weight * at * float(gate.mean()) * gradient.shape[1]
+            sizes[site] += weight * at * float(gate.square().mean()) * gradient.shape[1]
             if candidates.get(site):
-                active = model.active(site, state, rows, candidates[site])
+                active = gain * model.active(site, state, rows, candidates[site])
                 paths = model.directions(site, candidates[site], state.timestep)
                 removed[site][0] += torch.einsum("bnk,bnd,kd->k", active, gradient, paths).cpu()
                 removed[site][1] += (weight * active.square().sum((0, 1)) / len(rows) * paths.square().sum(1)).cpu()

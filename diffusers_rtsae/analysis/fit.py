@@ -189,6 +189,8 @@ def _fit_maps(states: States, rank: int) -> _Maps:
     """
     fitted = {}
     for site, sae in states.dictionary.sites.items():
+        if sae.config.activation == "input":
+            raise ValueError(f"A linear map needs the output of {site}, of which the dictionary reads the input.")
         width, anchors, one = sae.config.in_channels, len(sae.config.anchors), float(sae.spread.mean())
         square = torch.zeros((width + 1) * anchors, (width + 1) * anchors, dtype=torch.float64)
         product = torch.zeros(len(square), width, dtype=torch.float64)

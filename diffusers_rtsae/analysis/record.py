@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..files import closest
+from ..files import ACTIVATIONS, closest
 from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary, own_size
 from ..steering import Clock, TimeGrid, as_mask, call_arguments, get_site, noise_schedule
-from ..steering.sites import read_output, spatial_size, to_tokens
+from ..steering.sites import is_text, read_activation, read_output, spatial_size
 
 
 class Recorder:
@@ -22,7 +22,8 @@ class Recorder:
         pipeline (`DiffusionPipeline`): its U-Net or transformer is read.
         sites (`list[str]`): paths of the modules.
         timesteps (`list[float]`, *optional*): steps to keep, to the nearest integer; all by default.
-        activation (`str`, defaults to `"output"`): keep a site's `"output"` or its `"update"` (output − input).
+        activation (`str`, defaults to `"output"`): keep a site's `"output"`, its `"update"` (output − input) or its
+            `"input"`.
         dtype (`torch.dtype`, defaults to `torch.float32`): of what is kept, on the CPU.
         streams (`tuple[str, ...]`, defaults to `("cond",)`): parts of guidance to keep, one after the other.
 
@@ -38,8 +39,8 @@ class Recorder:
         self, pipeline, sites: list[str], timesteps: list[float] | None = None, activation: str = "output",
         dtype: torch.dtype = torch.float32, streams: tuple[str, ...] = ("cond",),
     ):  # fmt: skip
-        if activation not in ("output", "update"):
-            raise ValueError(f"`activation` must be 'output' or 'update', got {activation!r}.")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {activation!r}.")
         self.denoiser = get_denoiser(pipeline)
         self.modules = {site: get_site(self.denoiser, site) for site in sites}
         self.wanted, self.activation, self.dtype, self.streams = timesteps, activation, dtype, streams
@@ -72,8 +73,7 @@ class Recorder:
             if self._skip:
                 return
             hidden_states = read_output(output)
-            if self.activation == "update":
-                hidden_states = hidden_states - (args[0] if args else kwargs["hidden_states"])
+            tokens = read_activation(self.activation, args[0] if args else kwargs["hidden_states"], hidden_states)
             rows = dict(self.clock.rows(len(hidden_states)))
             if not rows.keys() & set(self.streams):  # a call for another part of guidance alone
                 return
@@ -82,7 +82,7 @@ class Recorder:
             self._shapes[site] = hidden_states.shape
             if self._again:
                 self._kept[site].pop()
-            kept = [to_tokens(hidden_states[rows[stream]]).detach() for stream in self.streams]
+            kept = [tokens[rows[stream]].detach() for stream in self.streams]
             self._kept[site].append(torch.cat([part.to("cpu", self.dtype, copy=True) for part in kept]))
 
         return hook
@@ -96,8 +96,10 @@ class Recorder:
         return torch.stack(self._kept[site], dim=2)
 
     def size(self, site: str) -> tuple[int, int]:
-        """Height and width of a site's token grid."""
-        return spatial_size(self._shapes[site], self.clock.latent_size)
+        """Height and width of a site's token grid; tokens of text lie in a row."""
+        if is_text(site):
+            return 1, self._shapes[site][1]
+        return spatial_size(site, self._shapes[site], self.clock.latent_size)
 
 
 @dataclass

@@ -11,6 +11,8 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..files import ACTIVATIONS
+
 
 class Step(NamedTuple):
     """
@@ -111,7 +113,8 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
 
     The configuration of every kind has `site` (path of the module in the denoiser), `in_channels` (d, its width),
     `anchors` (G training timesteps, descending, of the trajectories it was trained on), `num_latents` (m), `k` (active
-    latents) and `activation` (what is read at the site, its `"output"` or its `"update"`, output − input).
+    latents) and `activation` (what is read at the site: its `"output"`, its `"update"`, output − input, or its
+    `"input"`, as a transcoder does, whose latents stand for the output all the same).
 
     Statistics of the latents over the training data are buffers: `typical_activation` and `max_activation`, the 99th
     percentile and the largest where a latent is active, and `mean_activation` and `density`, mean and share of active
@@ -125,8 +128,8 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
         super().__init__()
         if not anchors or list(anchors) != sorted(set(anchors), reverse=True):
             raise ValueError(f"`anchors` must be strictly descending timesteps, got {anchors}.")
-        if activation not in ("output", "update"):
-            raise ValueError(f"`activation` must be 'output' or 'update', got {activation!r}.")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {activation!r}.")
         self.register_buffer("typical_activation", torch.ones(num_latents))
         self.register_buffer("max_activation", torch.ones(num_latents))
         self.register_buffer("mean_activation", torch.zeros(num_latents))
@@ -149,6 +152,11 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
     def directions(self, latents: list[int] | torch.Tensor, injection: str = "trajectory") -> Directions:
         """Where these latents move the activation at a step: to where it would be were they active all along
         (`"trajectory"`), or by this step's innovation alone (`"residual"`), where a kind tells the two apart."""
+
+    def gain(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """How many times its direction a latent moves each of these tokens `(..., d)` by, per unit of its own,
+        `(..., 1)`, where a kind rescales tokens; `None` where it is once."""
+        return None
 
     @abstractmethod
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from .base import Directions, Memory, Reader, SparseDictionary, Step
-from .sparsity import jump_relu, topk
+from .sparsity import jump_relu, picture_topk, topk
 
+SPARSITIES = ("threshold", "topk", "batch_topk", "sample_topk")
+INPUT_NORMS = (None, "layer", "length")
 _PIECE = 2**24  # pre-activations held at once where all latents must be known
 
 
@@ -18,8 +22,9 @@ class SparseAutoencoder(SparseDictionary):
     A sparse autoencoder of the activation at one site, whatever the step of denoising.
 
     z = S(W_enc (x − b_dec) + b_enc) and x̂ = W_decᵀ z + b_dec, with S the rectifier above a threshold of each latent
-    (JumpReLU, 2407.14435; a ReLU at threshold 0; BatchTopK, 2412.06410, once it is trained), or the k largest of each
-    token (TopK, 2406.04093).
+    (JumpReLU, 2407.14435; a ReLU at threshold 0; a gated one, 2404.16014; BatchTopK, 2412.06410, once it is trained),
+    or the k largest of each token (TopK, 2406.04093). With `activation="input"` it is a transcoder: x is the site's
+    input and x̂ stands for its output.
 
     Args:
         site (`str`): path of the module in the denoiser whose activation this is, e.g. `"up_blocks.1.attentions.1"`.
@@ -27,11 +32,15 @@ class SparseAutoencoder(SparseDictionary):
         anchors (`list[int]`): training timesteps, descending, that it was trained at.
         num_latents (`int`): m, the size of the dictionary.
         k (`int`): latents active on a token at a step: on average, or exactly.
-        activation (`str`, defaults to `"output"`): what is read at the site, its `"output"` or its `"update"`
-            (output − input).
+        activation (`str`, defaults to `"output"`): what is read at the site, its `"output"`, its `"update"`
+            (output − input) or its `"input"`.
         sparsity (`str`, defaults to `"threshold"`): a latent is active above its own `"threshold"`, so that it is
-            decidable alone; or if it is among the k largest of its token, `"topk"`: an edit that must read one latent
-            then computes all m of them, m · d multiplications a token and step.
+            decidable alone; or if it is among the k largest of its token, `"topk"`, the k · N largest of the N tokens
+            of its picture, `"batch_topk"`, or the k largest of the picture, `"sample_topk"`: an edit that must read
+            one latent then computes all m of them, m · d multiplications a token and step.
+        centred (`bool`, defaults to `True`): whether b_dec is taken from x before it is encoded.
+        input_norm (`str`, *optional*): x is each token without its mean and over its standard deviation, `"layer"`,
+            or over its root mean square, `"length"`, and x̂ is brought back.
 
     Example:
         ```py
@@ -48,12 +57,17 @@ class SparseAutoencoder(SparseDictionary):
     @register_to_config
     def __init__(
         self, site: str, in_channels: int, anchors: list[int], num_latents: int, k: int, activation: str = "output",
-        sparsity: str = "threshold",
+        sparsity: str = "threshold", centred: bool = True, input_norm: str | None = None,
     ):  # fmt: skip
         super().__init__(anchors, num_latents, activation)
-        if sparsity not in ("threshold", "topk") or sparsity == "topk" and k > num_latents:
+        if sparsity not in SPARSITIES or sparsity in ("topk", "batch_topk") and k > num_latents:
             raise ValueError(
-                f"`sparsity` must be 'threshold', or 'topk' with k up to {num_latents}, got {sparsity!r} with {k}."
+                f"`sparsity` must be one of {list(SPARSITIES)}, with k up to {num_latents}, got {sparsity!r} with {k}."
+            )
+        if not isinstance(centred, bool) or input_norm not in INPUT_NORMS:
+            raise ValueError(
+                f"`centred` must be a bool and `input_norm` one of {list(INPUT_NORMS)}, got {centred!r} and "
+                f"{input_norm!r}."
             )
         self._allocate(in_channels, anchors, num_latents)
 
@@ -70,31 +84,59 @@ class SparseAutoencoder(SparseDictionary):
     def spread(self) -> torch.Tensor:
         return self.scale
 
-    def shown(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
-        """What the encoder is shown of activations `(..., d)` at a step: these themselves."""
-        return tokens
+    @property
+    def centre(self) -> torch.Tensor:
+        """What the encoder's input is centred at, `(d,)`."""
+        return self.decoder_bias if self.config.get("centred", True) else torch.zeros_like(self.decoder_bias)
 
-    def hidden(self, shown: torch.Tensor, timestep: float) -> torch.Tensor:
-        """The inverse of `shown`."""
-        return shown
+    def shown(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
+        """What the encoder is shown of activations `(..., d)` at a step."""
+        gain = self.gain(tokens)
+        if gain is None:
+            return tokens
+        if self.config.input_norm == "length":
+            return tokens / gain.clamp(min=1e-20)
+        return (tokens - tokens.mean(-1, keepdim=True)) / (gain + 1e-5)
+
+    def hidden(self, shown: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """The inverse of `shown`, of these tokens where an `input_norm` needs them."""
+        gain = None if tokens is None else self.gain(tokens)
+        if gain is None:
+            return shown
+        return shown * gain + (tokens.mean(-1, keepdim=True) if self.config.input_norm == "layer" else 0)
+
+    def gain(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        norm = self.config.get("input_norm")
+        if norm is None:
+            return None
+        return tokens.std(-1, keepdim=True) if norm == "layer" else tokens.square().mean(-1, keepdim=True).sqrt()
 
     def reader(self, latents: list[int], device: torch.device) -> Reader:
-        return (TopKReader if self.config.sparsity == "topk" else StepReader)(self, latents, device)
+        readers = {"threshold": StepReader, "topk": TopKReader}
+        return readers.get(self.config.sparsity, PictureReader)(self, latents, device)
+
+    def kept(self, tokens: int) -> int:
+        """How many latents are active in a picture of so many tokens, with the sparsity of pictures."""
+        return self.config.k * (tokens if self.config.sparsity == "batch_topk" else 1)
 
     def directions(self, latents: list[int] | torch.Tensor, injection: str = "trajectory") -> Directions:
         return Directions(self.decoder[latents].detach().float()[:, None])
 
     def encode_step(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
-        """Latents `(..., m)` of activations `(..., d)` at a timestep."""
-        centred = self.shown(tokens.float(), timestep) - self.decoder_bias
+        """Latents `(..., m)` of activations `(..., d)` at a timestep; where their number is that of a picture, of the
+        picture that the last tokens `(N, d)` are."""
+        centred = self.shown(tokens.float(), timestep) - self.centre
         pre_activations = F.linear(centred, self.encoder.float(), self.encoder_bias)
+        if self.config.sparsity == "threshold":
+            return jump_relu(pre_activations, self.threshold)
         if self.config.sparsity == "topk":
             return topk(pre_activations, self.config.k)
-        return jump_relu(pre_activations, self.threshold)
+        return picture_topk(pre_activations, self.kept(tokens.shape[-2]))
 
-    def decode_step(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:
-        """Activations `(..., d)` at a timestep that latents `(..., m)` stand for."""
-        return self.hidden(latents @ self.decoder.float() + self.decoder_bias, timestep)
+    def decode_step(self, latents: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Activations `(..., d)` at a timestep that latents `(..., m)` stand for, on these tokens where an
+        `input_norm` needs them."""
+        return self.hidden(latents @ self.decoder.float() + self.decoder_bias, timestep, tokens)
 
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.check_trajectories(hidden_states)
@@ -103,13 +145,13 @@ class SparseAutoencoder(SparseDictionary):
     def reconstruct(self, hidden_states: torch.Tensor, teacher_forced: bool = False) -> torch.Tensor:
         self.check_trajectories(hidden_states)
         steps = zip(hidden_states.unbind(-2), self.config.anchors, strict=False)
-        return torch.stack([self.decode_step(self.encode_step(h, t), t) for h, t in steps], -2)
+        return torch.stack([self.decode_step(self.encode_step(h, t), t, h.float()) for h, t in steps], -2)
 
 
 def _rows(sae: SparseAutoencoder, rows: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Encoder rows and what is added to their products with an activation."""
     encoder = sae.encoder_rows(rows)
-    bias = sae.encoder_bias[rows].detach() - encoder @ sae.decoder_bias.detach()
+    bias = sae.encoder_bias[rows].detach() - encoder @ sae.centre.detach()
     return encoder.to(device), bias.to(device)
 
 
@@ -130,17 +172,39 @@ class TopKReader(Reader):
     """Reads latents of which the k largest of a token are active, so that all must be known: O(tokens · d · m)."""
 
     def __init__(self, sae: SparseAutoencoder, rows: list[int], device: torch.device):
-        self.sae, self.rows = sae, len(rows)
+        self.sae, self.rows = sae, rows
         self.encoder, self.bias = _rows(sae, list(range(sae.config.num_latents)), device)
         self.computes = len(self.encoder)
-        self.column = torch.full((len(self.encoder),), self.rows, device=device)  # the last takes all others
-        self.column[rows] = torch.arange(self.rows, device=device)
+
+    def _pieces(self, shown: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Pre-activations `(tokens, m)` of tokens `(N, d)`, some at once."""
+        for piece in shown.split(max(1, _PIECE // len(self.encoder))):
+            yield torch.addmm(self.bias, piece, self.encoder.T)
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        shown = self.sae.shown(tokens.float(), step.timestep).flatten(0, -2)
-        latents = []
-        for piece in shown.split(max(1, _PIECE // len(self.encoder))):
-            values, active = torch.addmm(self.bias, piece, self.encoder.T).topk(self.sae.config.k, dim=1)
-            wide = values.new_zeros(len(piece), self.rows + 1)
-            latents.append(wide.scatter(1, self.column[active], values.relu())[:, : self.rows])
+        shown, latents = self.sae.shown(tokens.float(), step.timestep).flatten(0, -2), []
+        for pre_activations in self._pieces(shown):
+            least = pre_activations.topk(self.sae.config.k, dim=1).values[:, -1:]
+            latents.append(_from(pre_activations[:, self.rows], least))
         return torch.cat(latents).unflatten(0, tokens.shape[:-1])
+
+
+class PictureReader(TopKReader):
+    """Reads latents of which as many as the tokens of a picture share are active."""
+
+    def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
+        shown, count = self.sae.shown(tokens.float(), step.timestep), self.sae.kept(tokens.shape[-2])
+        return torch.stack([self._picture(picture, count) for picture in shown])
+
+    def _picture(self, shown: torch.Tensor, count: int) -> torch.Tensor:
+        largest, read = shown.new_zeros(0), []
+        for pre_activations in self._pieces(shown):
+            seen = torch.cat([largest, pre_activations.flatten()])
+            largest = seen.topk(min(count, len(seen))).values
+            read.append(pre_activations[:, self.rows])
+        return _from(torch.cat(read), largest[-1])
+
+
+def _from(pre_activations: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """Keep what is at least as large, as far as it is positive."""
+    return torch.where(pre_activations >= least, pre_activations, 0.0).relu()

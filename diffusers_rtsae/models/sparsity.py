@@ -27,6 +27,14 @@ def topk(pre_activations: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(pre_activations).scatter(-1, indices, values.relu())
 
 
+def picture_topk(pre_activations: torch.Tensor, count: int) -> torch.Tensor:
+    """Keep the `count` largest of each picture's pre-activations `(..., tokens, latents)`, as far as they are positive
+    (BatchTopK, 2412.06410, within a picture)."""
+    positive = pre_activations.relu().flatten(-2)
+    values, indices = positive.topk(min(count, positive.shape[-1]), dim=-1)
+    return torch.zeros_like(positive).scatter(-1, indices, values).view_as(pre_activations)
+
+
 def jump_relu(pre_activations: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
     """Keep what exceeds `threshold`, zero the rest; a tie with the threshold is off (JumpReLU, 2407.14435)."""
     return torch.where(pre_activations > threshold, pre_activations, 0.0).relu()

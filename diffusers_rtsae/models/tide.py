@@ -18,8 +18,12 @@ class TIDE(SparseAutoencoder):
     the timestep, whose last layer is zero to begin with.
 
     Args:
-        site, in_channels, anchors, num_latents, k, activation, sparsity: as of [`SparseAutoencoder`].
+        site, in_channels, anchors, num_latents, k, activation, sparsity, centred, input_norm: as of
+            [`SparseAutoencoder`].
         time_channels (`int`, defaults to 256): of the embedding and of the MLP.
+        undone (`bool`, defaults to `True`): whether what is decoded is brought back.
+        time_scale (`float`, defaults to 1.0): of the timestep that is embedded, from 1000 at pure noise to 0 at 1.0.
+        flip_sin_to_cos, downscale_freq_shift: of the embedding, as diffusers' `get_timestep_embedding` takes them.
 
     Example:
         ```py
@@ -37,12 +41,20 @@ class TIDE(SparseAutoencoder):
     @register_to_config
     def __init__(
         self, site: str, in_channels: int, anchors: list[int], num_latents: int, k: int, activation: str = "output",
-        sparsity: str = "threshold", time_channels: int = 256,
+        sparsity: str = "threshold", time_channels: int = 256, centred: bool = True, input_norm: str | None = None,
+        undone: bool = True, time_scale: float = 1.0, flip_sin_to_cos: bool = True, downscale_freq_shift: float = 0.0,
     ):  # fmt: skip
-        super().__init__(site, in_channels, anchors, num_latents, k, activation, sparsity)
+        super().__init__(site, in_channels, anchors, num_latents, k, activation, sparsity, centred, input_norm)
+        width = time_channels
         if not isinstance(time_channels, int) or time_channels < 2 or time_channels % 2:
             raise ValueError(f"`time_channels` must be an even number, got {time_channels!r}.")
-        width = time_channels
+        flags, numbers = (undone, flip_sin_to_cos), (time_scale, downscale_freq_shift)
+        finite = all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers)
+        if not finite or not all(isinstance(flag, bool) for flag in flags) or downscale_freq_shift == width // 2:
+            raise ValueError(
+                "Expected bools `undone` and `flip_sin_to_cos`, and numbers `time_scale` and `downscale_freq_shift`, "
+                f"got {undone!r}, {flip_sin_to_cos!r}, {time_scale!r} and {downscale_freq_shift!r}."
+            )
         self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.modulation = nn.Linear(width, 2 * in_channels)
         nn.init.zeros_(self.modulation.weight)
@@ -50,7 +62,10 @@ class TIDE(SparseAutoencoder):
 
     def modulate(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """1 + scale and shift `(timesteps, d)`."""
-        embedding = get_timestep_embedding(timesteps, self.config.time_channels, True, 0.0)
+        c = self.config
+        embedding = get_timestep_embedding(
+            timesteps * c.time_scale, c.time_channels, c.flip_sin_to_cos, c.downscale_freq_shift
+        )
         scale, shift = self.modulation(self.time_mlp(embedding)).chunk(2, dim=-1)
         return 1 + scale, shift
 
@@ -60,14 +75,17 @@ class TIDE(SparseAutoencoder):
 
     def shown(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
         factor, shift = self._modulate(timestep, tokens.device)
-        return tokens * factor + shift
+        return super().shown(tokens, timestep) * factor + shift
 
-    def hidden(self, shown: torch.Tensor, timestep: float) -> torch.Tensor:
-        factor, shift = self._modulate(timestep, shown.device)
-        return (shown - shift) / factor
+    def hidden(self, shown: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        if self.config.undone:
+            factor, shift = self._modulate(timestep, shown.device)
+            shown = (shown - shift) / factor
+        return super().hidden(shown, timestep, tokens)
 
     def directions(self, latents: list[int] | torch.Tensor, injection: str = "trajectory") -> Directions:
-        return _ModulatedDirections(super().directions(latents).paths, self)
+        directions = super().directions(latents)
+        return _ModulatedDirections(directions.paths, self) if self.config.undone else directions
 
 
 class _ModulatedDirections(Directions):

@@ -14,7 +14,16 @@ from torch import nn
 from .clock import Clock, call_arguments
 from .edits import Edit
 from .plan import PlanState, SitePlan
-from .sites import from_tokens, get_site, read_output, replace_output, spatial_size, to_tokens, token_grid
+from .sites import (
+    from_tokens,
+    get_site,
+    read_activation,
+    read_output,
+    replace_output,
+    spatial_size,
+    to_tokens,
+    token_grid,
+)
 
 # A change ten times as large as the activation leaves that less than 1 % of the energy: whatever follows reads the
 # edit and no picture any more.
@@ -141,16 +150,17 @@ class Controller:
                 changes = []
                 for plan, state in zip(plans, states, strict=True):
                     tokens = _activation(plan, block_input, hidden_states, part)
+                    written = to_tokens(hidden_states[part]) if plan.sae.config.activation == "input" else tokens
                     _check_channels(site, plan.sae.config.in_channels, tokens.shape[-1])
                     masked = any(edit.mask is not None for edit in plan.edits)
-                    size = (spatial_size if masked else token_grid)(hidden_states.shape, clock.latent_size)
+                    size = (spatial_size if masked else token_grid)(site, hidden_states.shape, clock.latent_size)
                     if role == "cond":
                         told = len(state.counts)
-                        change = plan.conditional(state, tokens, clock.timestep, size)
+                        change = plan.conditional(state, tokens, clock.timestep, size, written)
                         changes.append(change)
-                        self._tell_size(plan, change, tokens, state.counts[told:])
+                        self._tell_size(plan, change, written, state.counts[told:])
                     elif role == "uncond":
-                        changes.append(plan.unconditional(state, stream, tokens, clock.timestep, size))
+                        changes.append(plan.unconditional(state, stream, tokens, clock.timestep, size, written))
                     else:
                         changes.append(plan.perturbed(state, clock.timestep))
                 changes = [change for change in changes if change is not None]
@@ -205,10 +215,8 @@ def _check_batch(edit: Edit, clock: Clock) -> None:
 
 
 def _activation(plan: SitePlan, block_input: torch.Tensor, hidden_states: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The activation the plan's dictionary is about, `(B, N, d)`: a block's output, or its update."""
-    if plan.sae.config.activation == "update":
-        return to_tokens(hidden_states[rows]) - to_tokens(block_input[rows])
-    return to_tokens(hidden_states[rows])
+    """The activation the plan's dictionary is about, `(B, N, d)`."""
+    return read_activation(plan.sae.config.activation, block_input[rows], hidden_states[rows])
 
 
 def check_width(denoiser: nn.Module, site: str, channels: int) -> None:

@@ -86,7 +86,7 @@ class _Fold:
     """
 
     def __init__(self, edits: list[Edit], sae: SparseDictionary, rows: list[int], device: torch.device):
-        self.edits, self.options, self.device = edits, edits[0], device
+        self.edits, self.options, self.device, self.gain = edits, edits[0], device, sae.gain
         self._strengths: dict[int, torch.Tensor] = {}
         self._masks: dict[tuple[int, int], torch.Tensor] = {}
         if self.options.where is not None:
@@ -159,6 +159,9 @@ class _Fold:
                 outside = self._any((wanted - allowed).abs() > 1e-6 * self.highest) & edited
                 outside = outside.float().mean((0, 1)) / share.clamp(min=1e-9)
             counts.append(_Counts(step.timestep, self.edits, share, outside))
+        gain = self.gain(tokens.float()) if self.options.map is None else None
+        if gain is not None:
+            here = gain if here is None else here * gain
         vectors = (self.directions if self.options.map is None else self.map.directions).at(step)
         if present is None:  # the same on all tokens: one vector an image
             return torch.ones_like(change[..., :1]) if here is None else here, change @ vectors
@@ -262,8 +265,8 @@ class SitePlan:
         if self.reader is not None and self.reader.computes is not None:
             config = self.sae.config
             warnings.warn(
-                f"To read some latents of {config.site} all {self.reader.computes:,} are computed, as the {config.k} "
-                f"largest of a token are active: {self.reader.computes * config.in_channels / 1e6:.3g} million "
+                f"To read some latents of {config.site} all {self.reader.computes:,} are computed, as only the "
+                f"largest are active: {self.reader.computes * config.in_channels / 1e6:.3g} million "
                 "multiplications a token and step. What is added with clip=False and without `where` reads none.",
                 stacklevel=2,
             )
@@ -278,7 +281,12 @@ class SitePlan:
         return PlanState(TimeGrid(self.sae.config.anchors, alphas_cumprod), guidance)
 
     def conditional(
-        self, state: PlanState, tokens: torch.Tensor, timestep: float, size: tuple[int, int] | None
+        self,
+        state: PlanState,
+        tokens: torch.Tensor,
+        timestep: float,
+        size: tuple[int, int] | None,
+        written: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """
         What to add to the conditional rows at this step.
@@ -288,6 +296,7 @@ class SitePlan:
             tokens (`torch.Tensor`): their activations `(B, N, d)`.
             timestep (`float`): in training units.
             size (`tuple[int, int]`, *optional*): token grid, needed for masks; some kinds read it.
+            written (`torch.Tensor`, *optional*): what the change is of, if that is not what is read.
 
         Returns:
             the change `(B, N or 1, d)` float32, or `None`.
@@ -297,11 +306,17 @@ class SitePlan:
         state.contrast = _sum([change for fold, change in changes if fold.options.apply_to == "contrast"], tokens)
         others = _sum([change for fold, change in changes if fold.options.apply_to != "contrast"], tokens)
         parts = [part for part in (state.contrast, others) if part is not None]
-        state.on_conditional = self._renormalised(sum(parts[1:], parts[0]), tokens) if parts else None
+        state.on_conditional = self._renormalised(sum(parts[1:], parts[0]), tokens, written) if parts else None
         return state.on_conditional
 
     def unconditional(
-        self, state: PlanState, stream: int, tokens: torch.Tensor, timestep: float, size: tuple[int, int] | None
+        self,
+        state: PlanState,
+        stream: int,
+        tokens: torch.Tensor,
+        timestep: float,
+        size: tuple[int, int] | None,
+        written: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """What to add to the rows of an unconditional stream, after `conditional` of the same step."""
         if any(edit.apply_to == "contrast" for edit in self.edits):
@@ -309,13 +324,13 @@ class SitePlan:
         changes = self._changes(state, stream, tokens, timestep, size, ("all",))
         own = _sum([change for _, change in changes], tokens)
         parts = [part for part in (own, None if state.contrast is None else -state.contrast) if part is not None]
-        return self._renormalised(sum(parts[1:], parts[0]), tokens) if parts else None
+        return self._renormalised(sum(parts[1:], parts[0]), tokens, written) if parts else None
 
-    def _renormalised(self, change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def _renormalised(self, change: torch.Tensor, tokens: torch.Tensor, written: torch.Tensor | None) -> torch.Tensor:
         """The change after which tokens have the length they had before, if an edit wants that."""
         if not any(edit.renormalise for edit in self.edits):
             return change
-        tokens = tokens.float()
+        tokens = (tokens if written is None else written).float()
         edited = tokens + change
         length = torch.linalg.vector_norm(edited, dim=-1, keepdim=True).clamp(min=1e-20)
         return edited * (torch.linalg.vector_norm(tokens, dim=-1, keepdim=True) / length) - tokens

@@ -77,6 +77,14 @@ def replace_output(output, hidden_states: torch.Tensor):
     return (hidden_states, *output[1:])
 
 
+def read_activation(kind: str, block_input: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What a dictionary reads at a site as tokens `(B, N, d)`: its `"output"`, its `"update"` (output − input), or its
+    `"input"`."""
+    if kind == "input":
+        return to_tokens(block_input)
+    return to_tokens(hidden_states) - to_tokens(block_input) if kind == "update" else to_tokens(hidden_states)
+
+
 def to_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
     """View `(B, C, H, W)` or `(B, N, C)` as tokens `(B, N, C)`."""
     return hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
@@ -90,9 +98,9 @@ def from_tokens(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:] if tokens.shape[1] > 1 else (1, 1))
 
 
-def spatial_size(shape: tuple[int, ...], latent_size: tuple[int, int]) -> tuple[int, int]:
+def spatial_size(site: str, shape: tuple[int, ...], latent_size: tuple[int, int]) -> tuple[int, int]:
     """As [`token_grid`]; raises `ValueError` if there is none."""
-    size, (height, width) = token_grid(shape, latent_size), latent_size
+    size, (height, width) = token_grid(site, shape, latent_size), latent_size
     if size is None:
         raise ValueError(
             f"Cannot lay {shape[1]} tokens out over a {height}x{width} latent; spatial masks need a grid."
@@ -100,9 +108,16 @@ def spatial_size(shape: tuple[int, ...], latent_size: tuple[int, int]) -> tuple[
     return size
 
 
-def token_grid(shape: tuple[int, ...], latent_size: tuple[int, int]) -> tuple[int, int] | None:
-    """Height and width of the token grid of an activation of `shape`, which has the proportions of `latent_size`;
-    `None` if tokens do not lie on one."""
+def is_text(site: str) -> bool:
+    """Whether the tokens of a site are those of the text, as diffusers names what is done to it beside the image."""
+    return site.endswith("_context")
+
+
+def token_grid(site: str, shape: tuple[int, ...], latent_size: tuple[int, int]) -> tuple[int, int] | None:
+    """Height and width of the token grid of an activation of `shape` at a site, which has the proportions of
+    `latent_size`; `None` if tokens do not lie on one, as those of text do not."""
+    if is_text(site):
+        return None
     if len(shape) == 4:
         return shape[2], shape[3]
     (height, width), tokens = latent_size, shape[1]

@@ -1,0 +1,624 @@
+"""Autoencoders in the layouts of others: written with random weights, and read, encoded, decoded and steered as the
+formulas of their publishers say."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+from hub_server import Repository
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from test_pipelines import FLUX_TEXT, XL_TEXT, flux, sd3
+
+from diffusers_rtsae import TIDE, Dictionary, Edit, SparseAutoencoder, cli, load_dictionary, published
+from diffusers_rtsae.analysis.effect import Intervention, Part, States, first_order
+from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae.analysis.statistics import measure
+from diffusers_rtsae.hub import convertible
+from diffusers_rtsae.steering import PlanState, SitePlan
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SITE, D, M, K = "up_blocks.1.attentions.1", 6, 24, 3
+pytestmark = pytest.mark.filterwarnings("ignore:.*how active its latents are", "ignore:To read some latents")
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(shape) / math.sqrt(shape[-1])
+
+
+def topk(values: torch.Tensor, k: int) -> torch.Tensor:
+    kept = values.topk(k, dim=-1)
+    return torch.zeros_like(values).scatter(-1, kept.indices, kept.values)
+
+
+def of_picture(values: torch.Tensor, k: int) -> torch.Tensor:
+    return topk(values.flatten(), k).view_as(values)
+
+
+class Case:
+    """What to write, and the formulas: `encode(x, t)` and `decode(z, x)` of tokens `(N, d)`."""
+
+    activation, kind = "output", "SparseAutoencoder"
+
+    def __init__(self, files: dict, encode, decode, **more):
+        self.files, self.encode, self.decode = files, encode, decode
+        for name, value in more.items():
+            setattr(self, name, value)
+
+    def write(self, folder: Path) -> Path:
+        for name, content in self.files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".json"):
+                path.write_text(json.dumps(content))
+            elif name.endswith(".safetensors"):
+                save_file(content, path)
+            else:
+                torch.save(content, path)
+        return folder
+
+
+def sdlens(suffix: str = "pth") -> Case:
+    t = {"encoder.weight": rand(M, D), "decoder.weight": rand(D, M), "pre_bias": rand(D), "latent_bias": rand(M)}
+    t["stats_last_nonzero"] = torch.zeros(M, dtype=torch.long)
+    config = {"n_dirs_local": M, "d_model": D, "k": K, "auxk": 4, "dead_steps_threshold": 100}
+    mean, std = torch.rand(M), torch.rand(M)
+    inside = f"unet.{SITE}_k{K}_hidden{M}_auxk4_bs4096_lr0.0001/final"
+    files = {f"{inside}/config.json": config}
+    if suffix == "pth":
+        files |= {f"{inside}/state_dict.pth": {"state_dict": t}, f"{inside}/mean.pt": mean, f"{inside}/std.pt": std}
+    else:
+        files[f"{inside}/state_dict.safetensors"] = t
+    return Case(
+        files,
+        lambda x, _: topk((x - t["pre_bias"]) @ t["encoder.weight"].T + t["latent_bias"], K).relu(),
+        lambda z, x: z @ t["decoder.weight"].T + t["pre_bias"],
+        activation="update", directions=t["decoder.weight"].T, typical=mean + 2.326 * std,
+    )  # fmt: skip
+
+
+def sparsify(**config) -> Case:
+    t = {"encoder.weight": rand(M, D), "encoder.bias": rand(M), "W_dec": rand(M, D), "b_dec": rand(D)}
+    base = {"expansion_factor": M // D, "normalize_decoder": True, "num_latents": 0, "k": K, "batch_topk": False}
+    config = base | {"sample_topk": False, "input_unit_norm": False, "multi_topk": False, "d_in": D} | config
+    unit, transcode = config["input_unit_norm"], config.get("transcode", False)
+
+    def moments(x):
+        centred = x - x.mean(-1, keepdim=True)
+        return (x.mean(-1, keepdim=True), centred.std(-1, keepdim=True)) if unit else (torch.zeros(1), torch.ones(1))
+
+    def encode(x, _):
+        mean, std = moments(x)
+        seen = (x - mean) / (std + 1e-5) if unit else x
+        values = ((seen if transcode else seen - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]).relu()
+        if config["batch_topk"]:
+            return of_picture(values, K * len(x))
+        return of_picture(values, K) if config["sample_topk"] else topk(values, K)
+
+    def decode(z, x):
+        mean, std = moments(x)
+        return (z @ t["W_dec"] + t["b_dec"]) * std + mean
+
+    files = {f"unet.{SITE}/cfg.json": config, f"unet.{SITE}/sae.safetensors": t}
+    return Case(files, encode, decode, activation="input" if transcode else "output", directions=t["W_dec"])
+
+
+def saelens(architecture: str, **config) -> Case:
+    t = {"W_enc": rand(D, M), "W_dec": rand(M, D), "b_dec": rand(D)}
+    names = ["b_gate", "b_mag", "r_mag"] if architecture == "gated" else ["b_enc"]
+    t |= {name: rand(M) for name in names}
+    if "jumprelu" in architecture or "batchtopk" in architecture:
+        t["threshold"] = torch.rand(M) / 4
+    base = {"d_in": D, "d_sae": M, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True}
+    base |= {"normalize_activations": "none", "reshape_activations": "none", "architecture": architecture}
+    config = base | ({"k": K} if architecture == "topk" else {}) | config
+    norm, transcode = config["normalize_activations"], "transcoder" in architecture
+    rescaled = config.get("rescale_acts_by_decoder_norm", False)
+    length = t["W_dec"].norm(dim=1) if rescaled else torch.ones(M)
+
+    def encode(x, _):
+        if norm == "layer_norm":
+            x = x - x.mean(-1, keepdim=True)
+            x = x / (x.std(-1, keepdim=True) + 1e-5)
+        if norm == "constant_norm_rescale":
+            x = x * D**0.5 / x.norm(dim=-1, keepdim=True)
+        x = x - t["b_dec"] if config["apply_b_dec_to_input"] and not transcode else x
+        if architecture == "gated":
+            magnitude = x @ (t["W_enc"] * t["r_mag"].exp()) + t["b_mag"]
+            return (x @ t["W_enc"] + t["b_gate"] > 0) * magnitude.relu()
+        values = (x @ t["W_enc"] + t["b_enc"]) * length
+        if architecture == "topk":
+            return topk(values, K).relu()
+        return values.relu() * (values > t.get("threshold", torch.zeros(M)))
+
+    def decode(z, x):
+        y = (z / length) @ t["W_dec"] + t["b_dec"]
+        if norm == "layer_norm":
+            return y * (x - x.mean(-1, keepdim=True)).std(-1, keepdim=True) + x.mean(-1, keepdim=True)
+        return y * x.norm(dim=-1, keepdim=True) / D**0.5 if norm == "constant_norm_rescale" else y
+
+    files = {f"{SITE}/cfg.json": config, f"{SITE}/sae_weights.safetensors": t}
+    directions = t["W_dec"] / length[:, None]
+    return Case(files, encode, decode, activation="input" if transcode else "output", directions=directions)
+
+
+def dictionary_learning(name: str) -> Case:
+    t = {"encoder.weight": rand(M, D), "encoder.bias": rand(M), "decoder.weight": rand(D, M)}
+    bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
+    bias, trainer = bias.get(name, "b_dec"), {"dict_class": name, "dict_size": M, "activation_dim": D}
+    t[bias] = rand(D)
+    if name == "GatedAutoEncoder":
+        del t["encoder.bias"]
+        t |= {part: rand(M) for part in ("r_mag", "gate_bias", "mag_bias")}
+    if name in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
+        t = {"W_enc": rand(D, M), "b_enc": rand(M), "W_dec": rand(M, D), "b_dec": rand(D)}
+    if "BatchTopK" in name or name == "JumpReluAutoEncoder":
+        t["threshold"] = torch.tensor(0.2) if "BatchTopK" in name else torch.rand(M) / 4
+    if "TopK" in name:
+        t["k"], trainer["k"] = torch.tensor(K), K
+    encoder = t["encoder.weight"] if "encoder.weight" in t else t["W_enc"].T
+    decoder = t["decoder.weight"].T if "decoder.weight" in t else t["W_dec"]
+
+    def encode(x, _):
+        x = x if name in ("AutoEncoderNew", "JumpReluAutoEncoder") else x - t[bias]
+        if name == "GatedAutoEncoder":
+            values = x @ encoder.T
+            return (values + t["gate_bias"] > 0) * (t["r_mag"].exp() * values + t["mag_bias"]).relu()
+        values = x @ encoder.T + t["encoder.bias" if "encoder.bias" in t else "b_enc"]
+        if name == "AutoEncoderTopK":
+            return topk(values.relu(), K)
+        if name == "JumpReluAutoEncoder":
+            return (values * (values > t["threshold"])).relu()
+        return values.relu() * (values > t.get("threshold", torch.zeros(())))
+
+    files = {f"{SITE}/config.json": {"trainer": trainer}, f"{SITE}/ae.pt": t}
+    return Case(files, encode, lambda z, x: z @ decoder + t[bias], directions=decoder)
+
+
+def diffract(name: str) -> Case:
+    t = {"encoder.weight": rand(M, D), "encoder.bias": rand(M), "decoder.weight": rand(D, M), "decoder.bias": rand(D)}
+    t |= {f"time_mlp.{i}.weight": rand(8, 8) for i in (0, 2)} | {f"time_mlp.{i}.bias": rand(8) for i in (0, 2)}
+    t |= {"mod_linear.weight": rand(2 * D, 8), "mod_linear.bias": rand(2 * D)}
+
+    def encode(x, timestep):
+        seen = get_timestep_embedding(torch.tensor([timestep]), 8)
+        for i in (0, 2):
+            seen = F.silu(seen @ t[f"time_mlp.{i}.weight"].T + t[f"time_mlp.{i}.bias"])
+        scale, shift = (seen @ t["mod_linear.weight"].T + t["mod_linear.bias"]).chunk(2, dim=-1)
+        return ((x * (1 + scale) + shift) @ t["encoder.weight"].T + t["encoder.bias"]).relu()
+
+    return Case(
+        {name: t}, encode, lambda z, x: z @ t["decoder.weight"].T + t["decoder.bias"], kind="TIDE",
+        activation="input" if "transcoder" in name else "output", directions=t["decoder.weight"].T,
+        site="transformer_blocks.6.ff" + ("_context" if "txt" in name else ""),
+    )  # fmt: skip
+
+
+CASES = {
+    "SDLens": sdlens,
+    "SDLens, safetensors": lambda: sdlens("safetensors"),
+    "sparsify": sparsify,
+    "sparsify, num_latents": lambda: sparsify(num_latents=M, expansion_factor=99),
+    "sparsify, BatchTopK": lambda: sparsify(batch_topk=True),
+    "sparsify, SampleTopK": lambda: sparsify(sample_topk=True),
+    "sparsify, unit norm": lambda: sparsify(input_unit_norm=True),
+    "sparsify, transcoder": lambda: sparsify(transcode=True, activation="topk"),
+    "SAELens, standard": lambda: saelens("standard"),
+    "SAELens, not centred": lambda: saelens("standard", apply_b_dec_to_input=False),
+    "SAELens, topk": lambda: saelens("topk"),
+    "SAELens, topk rescaled": lambda: saelens("topk", rescale_acts_by_decoder_norm=True),
+    "SAELens, jumprelu": lambda: saelens("jumprelu"),
+    "SAELens, matryoshka": lambda: saelens("matryoshka_batchtopk"),
+    "SAELens, gated": lambda: saelens("gated"),
+    "SAELens, layer norm": lambda: saelens("jumprelu", normalize_activations="layer_norm"),
+    "SAELens, constant norm": lambda: saelens("jumprelu", normalize_activations="constant_norm_rescale"),
+    "SAELens, transcoder": lambda: saelens("transcoder", apply_b_dec_to_input=False, d_out=D),
+    "SAELens, jumprelu transcoder": lambda: saelens("jumprelu_transcoder", apply_b_dec_to_input=False, d_out=D),
+    **{f"dictionary_learning, {name}": (lambda name=name: dictionary_learning(name)) for name in (
+        "AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
+        "MatryoshkaBatchTopKSAE",
+    )},
+    **{f"DifFRACT, {name}": (lambda name=name: diffract(f"temporal-aware/{name}")) for name in (
+        "sae_img_6.pt", "sae_txt_6.safetensors", "transcoder_img_6.pt",
+    )},
+}  # fmt: skip
+
+
+@pytest.fixture(params=CASES)
+def case(request, tmp_path):
+    torch.manual_seed(0)
+    case = CASES[request.param]()
+    case.write(tmp_path / "theirs")
+    return case
+
+
+def opened(case: Case, folder: Path) -> Dictionary:
+    pickled = any(name.endswith((".pt", ".pth")) for name in case.files)
+    return (convertible if pickled else load_dictionary)(folder / "theirs")
+
+
+def test_it_is_read_as_its_publisher_says(case, tmp_path):
+    dictionary = opened(case, tmp_path)
+    (site, sae), x, t = next(iter(dictionary.sites.items())), torch.randn(12, D), 481.0
+    assert site == getattr(case, "site", SITE) and type(sae).__name__ == case.kind
+    assert sae.config.activation == case.activation and sae.config.num_latents == M
+    z = case.encode(x, t)
+    assert 0 < (z > 0).float().mean() < 0.9
+    torch.testing.assert_close(sae.encode_step(x, t), z, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sae.decode_step(z, t, x), case.decode(z, x), atol=1e-5, rtol=1e-4)
+    at = list(sae.config.anchors).index(481)
+    whole = sae.reconstruct(x[:, None].expand(-1, at + 1, -1))[:, at]
+    torch.testing.assert_close(whole, case.decode(z, x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("operation, strength", [("add", 0.7), ("scale", 2.0), ("ablate", 1.0), ("set", 0.5)])
+def test_it_is_steered_as_its_publisher_says(case, tmp_path, operation, strength):
+    """Δ = decode(z′) − decode(z), with the error of the autoencoder kept."""
+    sae = next(iter(opened(case, tmp_path).sites.values()))
+    x, rows, t = torch.randn(1, 12, D), [4, 7], 481.0
+    unit = sae.typical_activation[rows]
+    edit = Edit(latents=tuple(rows), weights=(1.0, 1.0), strength=strength, operation=operation)
+    change = SitePlan(sae, [edit], None).conditional(PlanState(), x, t, None)
+    z = case.encode(x[0], t)
+    wanted = z.clone()
+    wanted[:, rows] = {
+        "add": z[:, rows] + strength * unit, "scale": strength * z[:, rows], "ablate": 0 * z[:, rows],
+        "set": (strength * unit).expand(12, 2),
+    }[operation]  # fmt: skip
+    expected = case.decode(wanted, x[0]) - case.decode(z, x[0])
+    torch.testing.assert_close(change[0].expand(12, D), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_it_is_the_same_once_saved(case, tmp_path):
+    """What is converted is one of ours, and loads as such."""
+    before = opened(case, tmp_path)
+    before.save(tmp_path / "ours")
+    after, site = load_dictionary(tmp_path / "ours"), next(iter(before.sites))
+    x = torch.randn(12, D)
+    old, new = before.sites[site], after.sites[site]
+    said = [{name: value for name, value in sae.config.items() if name[0] != "_"} for sae in (old, new)]
+    assert said[0] == said[1]
+    torch.testing.assert_close(old.decoder.half(), new.decoder)
+    assert (new.gain(x) is None) == (old.gain(x) is None)
+    assert (old.encode_step(x, 481.0) - new.encode_step(x, 481.0)).abs().median() < 1e-3
+
+
+def test_statistics_that_a_file_has_are_taken(tmp_path):
+    case = sdlens()
+    sae = convertible(case.write(tmp_path)).sites[SITE]
+    torch.testing.assert_close(sae.typical_activation, case.typical)
+    assert sae.max_activation.min() > 1e30 and sae.density[0] == pytest.approx(K / M)
+
+
+def test_a_folder_says_the_site():
+    names = {
+        "unet.down_blocks.2.attentions.1_k10_hidden5120_auxk256_bs4096_lr0.0001/final": "down_blocks.2.attentions.1",
+        "unet.mid_block_k10_hidden5120": "mid_block", "unet.conv_in": "conv_in", "mid_block": "mid_block",
+        "transformer.transformer_blocks.18": "transformer_blocks.18",
+        "transformer_blocks.3/run 1": "transformer_blocks.3",
+        "saes": None, "run 1": None, "..": None,
+    }  # fmt: skip
+    for folder, site in names.items():
+        assert published._site_of(folder.split("/")) == site
+
+
+def test_the_nearest_of_a_site_is_taken_and_subfolders_choose(tmp_path):
+    sparsify().write(tmp_path)
+    sparsify(k=1).write(tmp_path / "coco")
+    assert load_dictionary(tmp_path).sites[SITE].config.k == K
+    assert load_dictionary(tmp_path, subfolder="coco").sites[SITE].config.k == 1
+    assert load_dictionary(tmp_path / "coco" / f"unet.{SITE}").sites[SITE].config.k == 1  # by its own name
+    assert load_dictionary(tmp_path, subfolder=f"coco/unet.{SITE}", layers=[SITE]).sites[SITE].config.k == 1
+    sparsify(k=2).write(tmp_path / "laion")
+    (tmp_path / f"unet.{SITE}" / "cfg.json").unlink()
+    with pytest.raises(ValueError, match=rf"has several of {SITE}: choose one of \['coco', 'laion'\] by `subfolder`."):
+        load_dictionary(tmp_path)
+
+
+def test_a_site_that_no_name_says_is_told(tmp_path):
+    folder = sparsify().write(tmp_path) / f"unet.{SITE}"
+    folder.rename(tmp_path / "my sae")
+    with pytest.raises(ValueError, match="No name in .* says which site it is of: name the site by `layers`"):
+        load_dictionary(tmp_path / "my sae")
+    assert list(load_dictionary(tmp_path / "my sae", layers=["mid_block"]).sites) == ["mid_block"]
+
+
+def on_hub(hub, folder: Path, name: str = "org/saes") -> None:
+    hub.repositories[name] = Repository()
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    hub.repositories[name].commit(files | {"README.md": b"x", "more.pkl": b"y"})
+
+
+def test_a_repository_is_read_by_what_is_asked_for(hub, tmp_path, monkeypatch):
+    """As `load_rtsae("bcywinski/SAeUron", layers=[…])` reads it."""
+    sparsify(batch_topk=True).write(tmp_path)
+    (tmp_path / f"unet.{SITE}").rename(tmp_path / "unet.up_blocks.1.attentions.2")
+    case = sparsify(batch_topk=True)
+    case.write(tmp_path)
+    sparsify(k=1).write(tmp_path / "coco")
+    on_hub(hub, tmp_path, "bcywinski/SAeUron")
+    with pytest.warns(UserWarning, match="does not say how active its latents are"):
+        dictionary = load_dictionary("bcywinski/SAeUron", layers=[SITE])
+    assert sorted(hub.downloads()) == [f"unet.{SITE}/cfg.json", f"unet.{SITE}/sae.safetensors"]
+    x = torch.randn(12, D)
+    torch.testing.assert_close(dictionary.sites[SITE].encode_step(x, 1.0), case.encode(x, 1.0), atol=1e-5, rtol=1e-4)
+    assert dictionary.config == {
+        "base_model": "CompVis/stable-diffusion-v1-4", "license": "apache-2.0", "layout": "sparsify",
+        "source": "bcywinski/SAeUron",
+    }  # fmt: skip
+    assert list(load_dictionary("bcywinski/SAeUron").sites) == [SITE, "up_blocks.1.attentions.2"]
+    assert load_dictionary("bcywinski/SAeUron", subfolder="coco").sites[SITE].config.k == 1
+    with pytest.raises(ValueError, match="The dictionary has no site 'mid_block'"):
+        load_dictionary("bcywinski/SAeUron", layers=["mid_block"])
+    count = len(hub.downloads())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    load_dictionary("bcywinski/SAeUron", layers=[SITE])
+    load_dictionary("bcywinski/SAeUron", layers=[SITE], local_files_only=True)
+    assert len(hub.downloads()) == count
+
+
+def test_pickles_are_left_on_the_hub_and_converted(hub, tmp_path, capsys):
+    on_hub(hub, sdlens().write(tmp_path / "theirs"))
+    message = (
+        "org/saes has pickles, '.*state_dict.pth', which are not loaded; .*: diffusers-rtsae convert org/saes OUT"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_dictionary("org/saes")
+    with pytest.raises(ValueError, match="has pickles"):
+        load_dictionary(tmp_path / "theirs")
+    assert hub.downloads() == []
+    cli.convert("org/saes", tmp_path / "ours", as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["sites"] == [SITE] and told["statistics"] == "as the files say, or left at 1"
+    assert load_dictionary(tmp_path / "ours").config["source"] == "org/saes"
+    assert not list((tmp_path / "ours").rglob("*.pt*"))
+
+
+def test_the_command_line_measures_what_it_converts(tmp_path, monkeypatch, pipe, capsys):
+    monkeypatch.setitem(globals(), "D", 160)
+    (tmp_path / "prompts.txt").write_text("a star\n\na heart\n")
+    source, prompts = sparsify(num_latents=M).write(tmp_path / "theirs"), tmp_path / "prompts.txt"
+    cli.convert(str(source), tmp_path / "ours", [SITE], pipeline=str(EXAMPLES / "shapes-sd"), prompts=prompts, steps=2)
+    assert "statistics: measured on 2 prompts" in capsys.readouterr().out
+    sae = load_dictionary(tmp_path / "ours").sites[SITE]
+    assert (sae.typical_activation != 1).any() and sae.max_activation.max() < 1e6 and sae.density.sum() <= K + 1e-3
+    assert "Converted from files of sparsify, trained by others." in (tmp_path / "ours" / "README.md").read_text()
+    pipe.load_rtsae(tmp_path / "ours")
+
+
+class Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.mkdir, (self.path,)
+
+
+def test_a_converted_pickle_runs_nothing(tmp_path):
+    case = dictionary_learning("AutoEncoder")
+    case.write(tmp_path)
+    torch.save(case.files[f"{SITE}/ae.pt"] | {"more": Evil(tmp_path / "evil")}, tmp_path / SITE / "ae.pt")
+    with pytest.raises(OSError, match="ae.pt is damaged, or holds more than tensors"):
+        convertible(tmp_path)
+    assert not (tmp_path / "evil").exists()
+
+
+def small(kind: str, site: str = SITE, width: int = 160, **options):
+    sae = TIDE if kind == "TIDE" else SparseAutoencoder
+    sae = sae(site, width, [961, 481, 1], 32, 4, **options).requires_grad_(False).eval()
+    sae.encoder_bias.normal_()
+    sae.typical_activation.fill_(5.0)
+    sae.max_activation.fill_(50.0)
+    return sae
+
+
+OPTIONS = {
+    "a transcoder": {"activation": "input", "centred": False},
+    "an input norm": {"input_norm": "layer"},
+    "BatchTopK": {"sparsity": "batch_topk"},
+}
+
+
+class Keep:
+    """A forward hook that keeps the input and the output of the first call."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.first, self.handle = None, module.register_forward_hook(self)
+
+    def __call__(self, module, args, output) -> None:
+        if self.first is None:
+            self.first = args[0].clone(), (output if torch.is_tensor(output) else output[0]).clone()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_acts_in_a_pipeline(pipe, draw, name):
+    sae, module = small("SparseAutoencoder", **OPTIONS[name]), pipe.unet.get_submodule(SITE)
+    plainly = Keep(module)
+    plain = draw(pipe, steps=2)
+    plainly.handle.remove()
+    pipe.load_rtsae({SITE: sae})
+    assert (draw(pipe, steps=2) == plain).all()
+    pipe.set_rtsae_features({3: 1.0}, apply_to="cond")
+    steered = Keep(module)
+    assert (draw(pipe, steps=2) != plain).any()
+    steered.handle.remove()
+    (before, out), (_, moved) = plainly.first, steered.first
+    assert torch.equal(out[:2], moved[:2])  # the unconditional half
+    x = (before if name == "a transcoder" else out)[2:].flatten(2).mT
+    z = sae.encode_step(x, 999.0)
+    changed = z.clone()
+    changed[..., 3] += 5.0
+    delta = sae.decode_step(changed, 999.0, x) - sae.decode_step(z, 999.0, x)
+    torch.testing.assert_close((moved - out)[2:].flatten(2).mT, delta, atol=1e-4, rtol=1e-3)
+
+
+TEXT_STREAM = {
+    "SD3": (sd3, XL_TEXT | {"height": 16, "width": 16}),
+    "Flux": (flux, FLUX_TEXT),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_STREAM)
+@pytest.mark.parametrize("kind", ["sae", "transcoder"])
+def test_text_streams_and_the_timestep_as_the_transformer_is_called_with_it(tmp_path, monkeypatch, name, kind):
+    build, call = TEXT_STREAM[name]
+    pipeline, _, width = build(None)
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(published, "_FLUX_WIDTH", width if name == "Flux" else 0)
+    monkeypatch.setitem(globals(), "D", width)
+    case = diffract(f"{kind}_txt_0.pt")
+    case.write(tmp_path)
+    dictionary = convertible(tmp_path)
+    site, times = "transformer_blocks.0.ff_context", []
+    block = pipeline.transformer.get_submodule(site)
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return pipeline(num_inference_steps=2, generator=generator, output_type="latent", **call).images
+
+    def tick(module, args, kwargs) -> None:
+        times.append(float(kwargs["timestep"].flatten()[0]))
+
+    pipeline.transformer.register_forward_pre_hook(tick, with_kwargs=True)
+    plainly = Keep(block)
+    plain = draw()
+    pipeline.load_rtsae(dictionary)
+    assert torch.equal(draw(), plain)
+    inputs, output = plainly.first
+    z = case.encode((inputs if kind == "transcoder" else output)[-2:], times[0])
+    latent = int(z.sum((0, 1)).argmax())
+    pipeline.set_rtsae_features({latent: 3.0}, operation="scale", apply_to="cond", clip=False)
+    steered = Keep(block)
+    assert not torch.equal(draw(), plain)
+    _, moved = steered.first
+    delta = 2.0 * z[..., [latent]] * case.directions[latent]
+    torch.testing.assert_close((moved - output)[-2:], delta, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="Cannot lay 7 tokens out"):
+        pipeline.set_rtsae_features({2: 1.0}, mask=torch.ones(4, 4))
+        draw()
+    with Recorder(pipeline, [site], activation=dictionary.sites[site].config.activation) as recorder:
+        pipeline.unload_rtsae()
+        draw()
+    assert recorder.trajectories(site).shape == (2, 7, 2, width) and recorder.size(site) == (1, 7)
+
+
+def test_statistics_are_measured_on_prompts(pipe):
+    for sparsity in ("threshold", "batch_topk"):
+        sae = small("SparseAutoencoder", sparsity=sparsity)
+        dictionary = Dictionary({SITE: sae})
+        measure(pipe, dictionary, ["a star", "a heart"], num_inference_steps=2)
+        with Recorder(pipe, [SITE]) as recorder:
+            pipe(["a star", "a heart"], num_inference_steps=2,
+                 generator=[torch.Generator().manual_seed(i) for i in range(2)])  # fmt: skip
+        h = recorder.trajectories(SITE)
+        codes = torch.stack([sae.encode_step(h[:, :, i].half().float(), t) for i, t in enumerate(recorder.timesteps)])
+        codes = codes.flatten(0, 2)
+        torch.testing.assert_close(sae.density, (codes > 0).float().mean(0), atol=2e-3, rtol=0)
+        torch.testing.assert_close(sae.mean_activation, codes.mean(0), atol=1e-2, rtol=1e-2)
+        alive = sae.density > 0
+        torch.testing.assert_close(sae.max_activation[alive], codes.amax(0)[alive], atol=1e-2, rtol=1e-2)
+        assert (sae.typical_activation <= sae.max_activation).all() and (sae.scale > 0.1).all()
+        assert dictionary.config["signature"]["class"] == "UNet2DConditionModel"
+        assert sae.config.k == (4 if sparsity != "threshold" else max(1, round(float(sae.density.sum()))))
+
+
+@pytest.mark.parametrize("name", ["a transcoder", "an input norm"])
+def test_fitting_predicts_what_steering_does(pipe, name):
+    sae = small("SparseAutoencoder", **OPTIONS[name])
+    pipe.load_rtsae({SITE: sae})
+    states = States(pipe, [("a blue star", "a red star")], seed=3, num_inference_steps=1, guidance_scale=3.0)
+    state, plan = next(iter(states.all())), SitePlan(sae, EDITS, None)
+    part = Part(added=[3], weights=torch.tensor([1.5]), removed=[5], shares=torch.tensor([0.7]))
+    model = Intervention({SITE: part}, states)
+    model.read()
+    change = plan.conditional(PlanState(), state.present[SITE][:1], state.timestep, None)
+    torch.testing.assert_close(model(state, [0])[SITE], change, atol=1e-4, rtol=1e-4)
+    assert first_order(model, {SITE: [5]}, 1, torch.Generator())[SITE].added.isfinite().all()
+
+
+EDITS = [
+    Edit(latents=(3,), weights=(1.5,), strength=1.0, clip=False),
+    Edit(latents=(5,), weights=(0.7,), strength=1.0, operation="ablate", clip=False),
+]
+
+
+EXPORTED = {
+    "ReLU": ({}, "standard"),
+    "JumpReLU": ({"sparsity": "threshold", "centred": False}, "jumprelu"),
+    "TopK": ({"sparsity": "topk"}, "topk"),
+    "a layer norm": ({"input_norm": "layer"}, "jumprelu"),
+    "a length": ({"input_norm": "length"}, "standard"),
+    "a transcoder": ({"activation": "input", "centred": False}, "transcoder"),
+    "a JumpReLU transcoder": ({"activation": "input", "centred": False}, "jumprelu_transcoder"),
+}
+
+
+def exported(name: str, folder: Path):
+    options, architecture = EXPORTED[name]
+    sae = small("SparseAutoencoder", width=D, **options)
+    sae.decoder_bias.normal_()
+    if "jumprelu" in architecture:
+        sae.threshold.uniform_(0, 0.5)
+    Dictionary({SITE: sae}, config={"base_model": "org/base"}).export("saelens", folder)
+    return sae
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_what_is_exported_is_read_again(tmp_path, name):
+    sae, x = exported(name, tmp_path), torch.randn(12, D)
+    config = json.loads((tmp_path / SITE / "cfg.json").read_text())
+    assert config["architecture"] == EXPORTED[name][1] and config["metadata"]["hook_name"] == SITE
+    again = load_dictionary(tmp_path).sites[SITE]
+    z = sae.encode_step(x, 1.0)
+    torch.testing.assert_close(again.encode_step(x, 1.0), z)
+    torch.testing.assert_close(again.decode_step(z, 1.0, x), sae.decode_step(z, 1.0, x))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_saelens_reads_what_is_exported(tmp_path, name):
+    lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
+    sae, x = exported(name, tmp_path), torch.randn(12, D)
+    theirs = (lens.Transcoder if "transcoder" in name else lens.SAE).load_from_disk(tmp_path / SITE)
+    assert theirs.cfg.metadata.hook_name == SITE
+    z = theirs.encode(x)
+    torch.testing.assert_close(sae.encode_step(x, 1.0), z, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sae.decode_step(z, 1.0, x), theirs.decode(z), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("SAELens")])
+def test_saelens_says_the_same(tmp_path, name):
+    lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
+    torch.manual_seed(0)
+    case, x = CASES[name](), torch.randn(12, D)
+    if "matryoshka" in name:  # it is jumprelu there once it is trained
+        case.files[f"{SITE}/cfg.json"]["architecture"] = "jumprelu"
+    case.write(tmp_path)
+    theirs = (lens.Transcoder if "transcoder" in name else lens.SAE).load_from_disk(tmp_path / SITE)
+    sae = load_dictionary(tmp_path).sites[SITE]
+    z = theirs.encode(x)
+    torch.testing.assert_close(sae.encode_step(x, 1.0), z, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sae.decode_step(z, 1.0, x), theirs.decode(z), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("dictionary_learning")])
+def test_dictionary_learning_says_the_same(tmp_path, name):
+    theirs = pytest.importorskip("dictionary_learning.dictionary", reason="dictionary_learning is not installed")
+    name = name.split(", ")[1]
+    if name == "AutoEncoderTopK":
+        theirs = pytest.importorskip("dictionary_learning.trainers.top_k")
+    if not hasattr(theirs, name):
+        pytest.skip(f"this version has no {name}")
+    torch.manual_seed(0)
+    case, x = dictionary_learning(name), torch.randn(12, D)
+    case.write(tmp_path)
+    weights = case.files[f"{SITE}/ae.pt"]
+    ae = getattr(theirs, name)(D, M, K) if name == "AutoEncoderTopK" else getattr(theirs, name)(D, M)
+    ae.load_state_dict({n: weights[n] for n in ae.state_dict() if n in weights}, strict=False)
+    sae, z = convertible(tmp_path).sites[SITE], ae.encode(x)
+    torch.testing.assert_close(sae.encode_step(x, 1.0), z, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sae.decode_step(z, 1.0, x), ae.decode(z), atol=1e-5, rtol=1e-4)
