@@ -332,7 +332,7 @@ def load_dictionary(
         return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets, dictionary.maps)
     options = {"subfolder": subfolder, "revision": revision, "token": token, "cache_dir": cache_dir}
     options |= {"force_download": force_download, "local_files_only": local_files_only}
-    return _open(source, locate(source, layers, **options), layers, dtype)
+    return _open(source, locate(source, layers, **options), subfolder, layers, dtype)
 
 
 def convertible(
@@ -348,20 +348,24 @@ def convertible(
     `diffusers-rtsae convert`, and for nothing else.
     """
     folder = locate(source, layers, pickles=True, subfolder=subfolder, revision=revision, token=token)
-    return _open(source, folder, layers, None, pickles=True)
+    return _open(source, folder, subfolder, layers, None, pickles=True)
 
 
 def _open(
-    source: str | os.PathLike, folder: Path, layers: list[str] | None, dtype: torch.dtype | None, pickles: bool = False
+    source: str | os.PathLike,
+    folder: Path,
+    subfolder: str | None,
+    layers: list[str] | None,
+    dtype: torch.dtype | None,
+    pickles: bool = False,
 ) -> Dictionary:
     """Read a folder, of ours or of what others published."""
     if (folder / CONFIG_NAME).is_file() or not folder.is_dir():
         return _read(folder, layers, dtype)
-    local, folder = Path(source).is_dir(), folder.absolute()
-    around = folder.parts[-2:]
-    if not local:  # the cache's own names say nothing
-        at = folder.parts.index("snapshots") if "snapshots" in folder.parts else len(folder.parts)
-        around = folder.parts[at + 2 :]
+    local = Path(source).is_dir()
+    around = (
+        folder.absolute().parts[-2:] if local else Path(subfolder or "").parts
+    )  # the cache's own names say nothing
     found = find(walk(folder), around)
     if not found:
         return _read(folder, layers, dtype)

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from test_pipelines import FLUX_TEXT, XL_TEXT, flux, sd3
 
-from diffusers_rtsae import TIDE, Dictionary, Edit, SparseAutoencoder, cli, load_dictionary, published
+from diffusers_rtsae import TIDE, Dictionary, Edit, SparseAutoencoder, cli, layouts, load_dictionary, published
 from diffusers_rtsae.analysis.effect import Intervention, Part, States, first_order
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.statistics import measure
@@ -303,7 +303,7 @@ def test_a_folder_says_the_site():
         "saes": None, "run 1": None, "..": None,
     }  # fmt: skip
     for folder, site in names.items():
-        assert published._site_of(folder.split("/")) == site
+        assert layouts._site_of(folder.split("/")) == site
 
 
 def test_the_nearest_of_a_site_is_taken_and_subfolders_choose(tmp_path):
