@@ -1,6 +1,12 @@
 """Shared fixtures: the bundled pipeline, dictionary and scorer, which are real and trained."""
 
 import os
+
+# Several workers share the cores; threads that wait for each other would take most of the time. Read as torch loads.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+)
+
 import random
 import shutil
 from pathlib import Path
@@ -15,11 +21,6 @@ from huggingface_hub import constants
 import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
 from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
-
-# Several workers share the cores; threads that wait for each other would take most of the time.
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of the commands that tests start
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
