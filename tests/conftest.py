@@ -2,10 +2,8 @@
 
 import os
 
-# Several workers share the cores; threads that wait for each other would take most of the time. Read as torch loads.
-os.environ.setdefault(
-    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
-)
+# Workers share the cores, and threads that wait for each other would take most of the time. Read as torch loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 import shutil
