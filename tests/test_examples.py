@@ -36,5 +36,5 @@ def test_the_notebook_runs_and_is_stored_with_what_it_shows(monkeypatch):
     assert sum("image/png" in o.data for cell in cells for o in cell.outputs) == 8
     for cell in cells:
         cell.source = cell.source.replace("steps = 25", "steps = 3")
-    nbclient.NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
     assert [[o.output_type for o in cell.outputs if o.output_type != "stream"] for cell in cells] == stored
