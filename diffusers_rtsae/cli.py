@@ -237,6 +237,7 @@ def steer(
         contents.preset(preset)
     pipe = _pipeline(pipeline, folder)
     import torch
+    from PIL import Image
 
     from .files import whole
     from .pipeline import own_size, resting
@@ -255,7 +256,7 @@ def steer(
     out.parent.mkdir(parents=True, exist_ok=True)
     for image, path in ((plain, beside), (steered, out)):
         with whole(path) as partial:
-            image.save(partial)
+            image.save(partial, Image.registered_extensions()[path.suffix.lower()])
     report = pipe.rtsae_report()
     if as_json:
         print(json.dumps({"steered": str(out), "plain": str(beside), "report": report}))
@@ -305,7 +306,7 @@ def find(
 
         strip.parent.mkdir(parents=True, exist_ok=True)
         with whole(strip) as partial:
-            plot_strip(table).savefig(partial, dpi=130)
+            plot_strip(table).savefig(partial, format=strip.suffix[1:].lower(), dpi=130)
     print(json.dumps([feature.told() for feature in table]) if as_json else table)
 
 

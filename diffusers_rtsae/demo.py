@@ -121,7 +121,7 @@ def demonstrate(
     figures["heat_maps.png"] = plot_heat_maps(recording, traced)
     for name, figure in figures.items():
         with whole(out / name) as partial:
-            figure.savefig(partial, dpi=130)
+            figure.savefig(partial, format="png", dpi=130)
     write_json(out / "measured.json", results)
     console.print(table)
     told = f"{out}/steering.png, trajectories.png, heat_maps.png, measured.json in {time.monotonic() - started:.0f} s"

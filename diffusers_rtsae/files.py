@@ -46,10 +46,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A new name beside `path` to write to, which takes its place if that went well, and of which nothing is left
-    otherwise."""
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+def whole(path: Path, writer: int | None = None) -> Iterator[Path]:
+    """
+    A new name beside `path` to write to, which takes its place if that went well, and of which nothing is left
+    otherwise.
+
+    Args:
+        writer (`int`, *optional*): tells apart those that may write the same file at once.
+    """
+    partial = path.with_name(f"{path.name}.partial" if writer is None else f"{path.name}.{writer}.partial")
     partial.unlink(missing_ok=True)
     try:
         yield partial

@@ -243,12 +243,12 @@ def test_paths_can_be_copied_and_nothing_in_them_is_markup(tmp_path, monkeypatch
 
 def test_a_full_disk_leaves_nothing(tmp_path):
     picture = Image.effect_noise((64, 64), 60)
-    for write in (picture.save, lambda path: files.write_text(path.with_suffix(".html"), "a" * 5000)):
+    for write in (lambda path: picture.save(path, "PNG"), lambda path: files.write_text(path, "a" * 5000)):
         with full_disk(1000), pytest.raises(OSError), files.whole(tmp_path / "star.png") as partial:
             write(partial)
     assert not list(tmp_path.iterdir())
     with files.whole(tmp_path / "star.png") as partial:
-        picture.save(partial)
+        picture.save(partial, "PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["star.png"] and Image.open(tmp_path / "star.png").size
 
 

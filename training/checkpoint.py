@@ -5,12 +5,13 @@ Batches are drawn from a generator seeded by (seed, step), so the step number is
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from diffusers_rtsae.files import whole
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -27,9 +28,8 @@ def save_checkpoint(
         for name, value in state.items():
             flat[f"optimizer.{i}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(flat, partial, metadata={"step": str(step), "fingerprint": fingerprint})
-    os.replace(partial, path)
+    with whole(path) as partial:
+        save_file(flat, partial, metadata={"step": str(step), "fingerprint": fingerprint})
 
 
 def load_checkpoint(

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from diffusers_rtsae.files import whole
+
 
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:
     """Raise `ValueError` if a site's trajectories cannot be trained on."""
@@ -85,17 +87,15 @@ class TrajectoryStore:
     def write(self, index: int, tensors: dict[str, torch.Tensor], readings: list[dict] | None = None) -> None:
         check_finite(tensors)
         path = self.path(index)
-        partial = path.with_suffix(".partial")
         metadata = {"fingerprint": self.fingerprint, "readings": json.dumps(readings or [])}
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-            os.replace(partial, path)
+            with whole(path) as partial:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
             if self.remote is not None:
                 there = f"{self.root}/{path.name}"
                 self.remote.put_file(str(path), there + ".partial")
                 self.remote.mv(there + ".partial", there)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise OSError(
                 f"{path} could not be written ({error}). Make room or choose another folder, then run the same "
                 "command again: the shards before it are kept."
@@ -103,9 +103,8 @@ class TrajectoryStore:
 
     def _open(self, path: Path):
         if self.remote is not None and not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}.partial")  # every process may fetch it
-            self.remote.get_file(f"{self.root}/{path.name}", str(partial))
-            os.replace(partial, path)
+            with whole(path, os.getpid()) as partial:  # every process may fetch it
+                self.remote.get_file(f"{self.root}/{path.name}", str(partial))
         try:
             file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from diffusers_rtsae.files import whole
 
 from .collect import Sample, batches, trajectories
 from .recipe import Recipe
@@ -79,16 +80,15 @@ class Stream:
         kept = [self.generate(i) for i in range(self.held_out)]
         halves = [{s: torch.cat([rows[s] for rows in kept[side::2]]) for s in self.recipe.sites} for side in range(2)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         tensors = {f"{side}/{site}": rows for side, half in enumerate(halves) for site, rows in half.items()}
-        save_file(tensors, partial, metadata={"made_with": made_with})
-        os.replace(partial, path)
+        with whole(path) as partial:
+            save_file(tensors, partial, metadata={"made_with": made_with})
         return halves
 
     def save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        save_file(self.buffer, partial, metadata={"renewed": str(self.renewed), "written": json.dumps(self.written)})
-        os.replace(partial, path)
+        told = {"renewed": str(self.renewed), "written": json.dumps(self.written)}
+        with whole(path) as partial:
+            save_file(self.buffer, partial, metadata=told)
 
     def load(self, path: Path) -> None:
         with safe_open(path, "pt") as file:

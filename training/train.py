@@ -25,11 +25,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.files import whole, write_text
 from diffusers_rtsae.hub import CONFIG_NAME, signature, write_json
 from diffusers_rtsae.models import LinearDynamics
 from diffusers_rtsae.pipeline import get_denoiser
@@ -104,9 +106,8 @@ def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) 
     dynamics, found = fit_dynamics(train, validation, **recipe.fit.model_dump())
     told = json.dumps({"mark": mark, "fitted": found}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # every process may fit
-    save_file(dynamics.state_dict() | {"told": torch.tensor(list(told), dtype=torch.uint8)}, partial)
-    os.replace(partial, path)
+    with whole(path, os.getpid()) as partial:  # every process may fit
+        save_file(dynamics.state_dict() | {"told": torch.tensor(list(told), dtype=torch.uint8)}, partial)
     print(f"{site}: R² of the predictors {found['r2']}", flush=True)
     return dynamics, found
 
@@ -140,11 +141,18 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.processes.wait()
-        for name, trainer in trainers.items():
-            file = partial / self._share(name)
-            save_checkpoint(file, trainer.done, trainer.state, trainer.optimizer, marks[name])
-        if stream is not None:
-            stream.save(partial / "stream.safetensors")
+        try:
+            for name, trainer in trainers.items():
+                file = partial / self._share(name)
+                save_checkpoint(file, trainer.done, trainer.state, trainer.optimizer, marks[name])
+            if stream is not None:
+                stream.save(partial / "stream.safetensors")
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"{path} could not be written ({error}). Make room, then run the same command again: it continues "
+                "from the checkpoint before."
+            ) from None
         self.processes.wait()
         if self.processes.rank > 0:
             return
@@ -283,9 +291,7 @@ class Watch:
             lines = self.path.read_text().splitlines(keepends=True)
             if lines and not lines[-1].endswith("\n"):  # it was killed while it wrote
                 lines.pop()
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= done))
-            os.replace(partial, self.path)
+            write_text(self.path, "".join(line for line in lines if json.loads(line)["step"] <= done))
 
     def __call__(
         self, step: int, name: str, trainer: DictionaryTrainer, train: dict, validation: torch.Tensor, rate: float

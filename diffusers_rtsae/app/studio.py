@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..files import whole
 from ..pipeline import get_dictionary
 
 AGE = 3600  # seconds for which a picture's file is kept
@@ -127,7 +128,6 @@ class Studio:
         if path.exists():
             os.utime(path)
         else:
-            partial = path.with_suffix(f".{threading.get_ident()}.partial")
-            image.save(partial, "PNG")
-            os.replace(partial, path)
+            with whole(path, threading.get_ident()) as partial:
+                image.save(partial, "PNG")
         return str(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from disk import full_disk
 
 from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.models import LinearDynamics
@@ -163,6 +164,15 @@ def test_a_half_written_checkpoint_is_not_read_and_old_ones_go(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000030", "step-00000040"]
     shutil.copytree(tmp_path / "checkpoints/step-00000030", tmp_path / "checkpoints/step-00000050.partial")
     assert same(whole, train(tmp_path, recipe(checkpoints=2))[0])
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
+    whole = train(tmp_path / "whole", recipe())[0]
+    size = max(path.stat().st_size for path in (tmp_path / "whole").rglob("*.safetensors"))
+    with full_disk(size // 2), pytest.raises(OSError, match=r"step-00000010 could not be written .* Make room"):
+        train(tmp_path / "full", recipe())
+    assert not list((tmp_path / "full/checkpoints").iterdir())
+    assert same(whole, train(tmp_path / "full", recipe())[0])
 
 
 def test_several_dictionaries_share_a_pass_and_are_those_of_runs_of_their_own(tmp_path):

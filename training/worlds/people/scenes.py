@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import tarfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +24,8 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+from diffusers_rtsae.files import whole, write_text
 
 IMAGE_SIZE = 64
 
@@ -266,16 +267,14 @@ def build(folder: Path, out: Path, packages: dict[str, Package] = PACKAGES) -> i
         if not (path.exists() and _mark(path) == package.sha256):
             stored = {"images": read_pictures(opened[style], [package.pictures.format(file) for file in files])}
             stored |= {f.name: getattr(of_style, f.name) for f in fields(People)}
-            save_file(stored, path.with_suffix(".partial"), metadata={"sha256": package.sha256})
-            os.replace(path.with_suffix(".partial"), path)
+            with whole(path) as partial:
+                save_file(stored, partial, metadata={"sha256": package.sha256})
         held_out = is_held_out(of_style).tolist()
         index += [
             {"style": style, "picture": file} | of_style.values(i) | {"held_out": held_out[i]}
             for i, file in enumerate(files)
         ]
-    partial = out / "index.partial"
-    partial.write_text(json.dumps(index, indent=1) + "\n")
-    os.replace(partial, out / "index.json")
+    write_text(out / "index.json", json.dumps(index, indent=1) + "\n")
     return len(index)
 
 

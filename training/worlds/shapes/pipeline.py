@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers_rtsae.files import whole
 
 from ...checkpoint import load_checkpoint, save_checkpoint, step_generator
 from .captions import captions
@@ -159,8 +160,8 @@ def encode_scenes(
     stored = {
         name: torch.cat(x).contiguous() for name, x in (("latents", latents), ("tokens", tokens), ("cells", cells))
     }
-    save_file(stored, path.with_suffix(".partial"), metadata={"fingerprint": mark})
-    os.replace(path.with_suffix(".partial"), path)
+    with whole(path) as partial:
+        save_file(stored, partial, metadata={"fingerprint": mark})
     return stored
 
 
