@@ -473,15 +473,18 @@ def app_(
     """
     _check_extras("app", "analysis")
     _check_prompts(prompts or [], "--prompt")
+    from concurrent.futures import ThreadPoolExecutor
+
     _, folder = _contents(dictionary)
     from .app import build, launch
     from .demo import SCENES
 
     if not prompts and pipeline is None:
         prompts = [scenes[0] for scenes in SCENES.values()][:3]
-    pipe = _pipeline(pipeline, folder)
+    thread = ThreadPoolExecutor(1)
+    pipe = thread.submit(_pipeline, pipeline, folder).result()
     names = [str(source or _bundled(name)) for source, name in ((pipeline, "shapes-sd"), (dictionary, "shapes-rtsae"))]
-    launch(build(pipe, *names, prompts or GENERAL_PROMPTS, steps, guidance), port, share)
+    launch(build(pipe, *names, prompts or GENERAL_PROMPTS, steps, guidance, thread=thread), port, share)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import re
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +42,12 @@ class App:
 
     def images(self, features, prompt=PROMPT, seed=0, call=None, **options) -> list[Image.Image]:
         """What the pipeline draws; nothing that the page remembers."""
-        with self.studio.busy, self.pipe.rtsae_steering(features, **options):
-            return self.pipe(prompt, generator=torch.Generator().manual_seed(seed), **CALL | (call or {})).images
+
+        def drawn():
+            with self.pipe.rtsae_steering(features, **options):
+                return self.pipe(prompt, generator=torch.Generator().manual_seed(seed), **CALL | (call or {})).images
+
+        return self.studio.run(drawn)
 
     def file(self, *arguments, **options) -> str:
         """The name of the file in which the page shows it."""
@@ -261,13 +266,17 @@ def test_what_is_missing_is_said(tab):
 
 
 def test_stop_stops(tab, app):
-    with app.studio.busy:  # somebody else's picture is being drawn
+    done = threading.Event()
+    app.studio.thread.submit(done.wait)  # somebody else's picture is being drawn
+    try:
         before = sum(app.studio.wishes.values())
         tab.fill("#prompt textarea", "a circle")
         tab.click("#generate")
         until(lambda: sum(app.studio.wishes.values()) == before + 1)
         tab.click("#stop")
         until(lambda: sum(app.studio.wishes.values()) == before + 2)
+    finally:
+        done.set()
     tab.wait_for_selector("#status:has-text('Stopped.')")
 
 
@@ -422,7 +431,6 @@ def test_a_written_preset_can_be_loaded(tab, app):
         tab.get_by_text("Download presets.json").click()
     presets = json.loads(Path(download.value.path()).read_text())
     assert presets == {"preset": {"features": [["red", 1], ["heart", 1]], "options": {}}}
-    with app.studio.busy:
-        app.pipe.load_rtsae(replace(load_dictionary(EXAMPLES / "shapes-rtsae"), presets=presets), "with_presets")
-        app.pipe.set_rtsae_preset("preset", "with_presets")
-        app.pipe.delete_rtsae("with_presets")
+    app.studio.run(app.pipe.load_rtsae, replace(app.studio.dictionary, presets=presets), "with_presets")
+    app.studio.run(app.pipe.set_rtsae_preset, "preset", "with_presets")
+    app.studio.run(app.pipe.delete_rtsae, "with_presets")

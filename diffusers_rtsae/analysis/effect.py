@@ -397,20 +397,29 @@ class States:
         scale = self.scale[[state.pairs[row] for row in rows]].to(missed.device)
         return missed.square().flatten(1).sum(1) / scale
 
-    @torch.no_grad()
     def effects(self, changes: Callable[[State, Sequence[int]], Changes], batch_size: int = 16) -> torch.Tensor:
         """
         E of the edit that `changes` gives for each state and rows of it, for each pair, `(pairs,)`. Where the prompts
         are the same: minus the change, in units of the median distance of the pairs that differ.
         """
-        missed, count = torch.zeros(len(self.pairs)), torch.zeros(len(self.pairs))
+        return sum(self.gains(changes, batch_size).values())
+
+    @torch.no_grad()
+    def gains(
+        self, changes: Callable[[State, Sequence[int]], Changes], batch_size: int = 16
+    ) -> dict[float, torch.Tensor]:
+        """What the steps contribute to the effects of an edit, by timestep, each `(pairs,)`: an edit changes the
+        prediction of its own step alone."""
+        gained, count = {}, torch.zeros(len(self.pairs))
         for state in self.all():
+            own = gained.setdefault(state.timestep, torch.zeros(len(self.pairs)))
             for start in range(0, len(state), batch_size):
                 rows = range(len(state))[start : start + batch_size]
                 pairs = torch.tensor([state.pairs[row] for row in rows])
-                missed.index_add_(0, pairs, self.errors(state, rows, changes(state, rows)).cpu())
+                there = state.distance[list(rows)].cpu() / self.scale[pairs]
+                own.index_add_(0, pairs, there - self.errors(state, rows, changes(state, rows)).cpu())
                 count.index_add_(0, pairs, torch.ones(len(rows)))
-        return self.told.float() - missed / count.clamp(min=1)
+        return {timestep: own / count.clamp(min=1) for timestep, own in gained.items()}
 
     def draw(self, count: int, rows: int, generator: torch.Generator) -> Iterator[tuple[State, list[int], float]]:
         """Random rows of random states, with the weight that makes their average that of all; states that the prompts

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from tqdm.auto import tqdm
@@ -33,6 +34,7 @@ _REMOVED = 256  # candidates, the most active ones, for being taken away by thei
 _PICTURES, _CAPTURE = 24, 200  # pairs that are drawn to fit, and what that counts for on the bar
 _AWAY = 8  # latents at most that take the concept away at negative strengths
 _REACHED = 0.9  # share of it that a strength beyond 1 must keep
+_PAYS = 0.01  # of the effect, that leaving out steps must gain
 _RANK = 8  # of the map that tells what the site can do
 _RIDGE = 0.003  # of a map's least squares, in units of their mean square
 _THERE = 0.5  # how much it counts that a map leaves alone what is as it should be
@@ -276,6 +278,30 @@ def _used(latents: list[int], weights: torch.Tensor) -> tuple[list[int], torch.T
     return [latents[i] for i in kept], weights[kept]
 
 
+def _window(gains: dict[float, float]) -> dict[str, float]:
+    """The steps in a row that gain most together, as the options `start` and `end` of an edit; what would gain but
+    little by being left out stays."""
+    timesteps = sorted(gains, reverse=True)
+    spans = [(i, j) for i in range(len(timesteps)) for j in range(i, len(timesteps))]
+    total = {(i, j): sum(gains[t] for t in timesteps[i : j + 1]) for i, j in spans}
+    whole = (0, len(timesteps) - 1)
+    first, last = max(spans, key=total.get)
+    if total[first, last] < total[whole] + _PAYS:
+        return {}
+    between = [round(1 - (a + b) / 2000, 4) for a, b in pairwise(timesteps)]
+    return ({"start": between[first - 1]} if first else {}) | ({"end": between[last]} if last < whole[1] else {})
+
+
+def _during(model: Callable[..., Changes], window: dict[str, float]) -> Callable[..., Changes]:
+    """A model that acts in a window of denoising time alone."""
+
+    def changes(state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
+        inside = window.get("start", 0.0) <= 1 - state.timestep / 1000 <= window.get("end", 1.0)
+        return model(state, rows, added) if inside else {}
+
+    return changes if window else model
+
+
 def _effect(judges: States, model: Callable[..., Changes], strength: float = 1.0) -> torch.Tensor:
     """E of a model for each held-out pair, at a strength of its additions."""
     return judges.effects(lambda state, rows: model(state, rows, added=strength))
@@ -315,8 +341,8 @@ def fit_feature(
         call: passed to the pipeline, e.g. `num_inference_steps` and `guidance_scale`.
 
     Returns:
-        [`FittedFeature`]: for `pipe.add_rtsae_label(name, fitted)`. The effect is that on the conditional prediction,
-        and so is the half of guidance that it steers.
+        [`FittedFeature`]: for `pipe.add_rtsae_label(name, fitted)`. It acts on the conditional half of guidance, as
+        another prompt does, and at all steps but those at which it does harm on the held-out pairs.
 
     Raises:
         `ValueError`: the prompts are no pairs, or the denoiser gives no gradient, without which latents cannot be
@@ -355,7 +381,9 @@ def fit_feature(
         bar.set_description("towards")
         surveys = {site: _survey(states, site) for site in states.dictionary.sites}
         model = fitted(states, judges, surveys, latents)
-        limit, effects = _reach(judges, model), _effect(judges, model)
+        gains = {t: float(own[judges.told].mean()) for t, own in judges.gains(model).items()}
+        window = _window(gains)
+        limit, effects = _reach(judges, _during(model, window)), _effect(judges, _during(model, window))
         own = effects if rank is not None else _effect(judges, _fit_maps(states, _RANK))
         ceiling = judges.effects(
             lambda state, rows: {s: (state.goal[s] - state.present[s])[list(rows)] for s in state.goal}
@@ -364,7 +392,7 @@ def fit_feature(
         backwards = [group.reversed() for group in (states, judges)]
         surveys_away = {site: _survey(backwards[0], site) for site in surveys} if rank is None else {}
         away = fitted(*backwards, surveys_away, min(_AWAY, latents))
-        effect_away = _effect(backwards[1], away)
+        limit_away, effect_away = (find(backwards[1], _during(away, window)) for find in (_reach, _effect))
         bar.update(total - bar.n)
     told = judges.told
     measured = {
@@ -378,7 +406,7 @@ def fit_feature(
         "rank": rank,
         "pairs": int(told.sum()),
     }
-    entries = [model.entries(1, limit), away.entries(-1, _reach(backwards[1], away))]
+    entries = [model.entries(1, limit), away.entries(-1, limit_away)]
     seen = [
         {"site": site, "latents": latents, "weights": [1.0] * len(latents), "where": None}
         for site, latents in ((site, survey.seen) for site, survey in surveys.items())
@@ -387,7 +415,7 @@ def fit_feature(
     label = {
         "features": [entry for part, _ in entries for entry in part],
         "seen": seen,
-        "edit": {"apply_to": "cond"},
+        "edit": {"apply_to": "cond"} | window,
         "measured": {name: value for name, value in measured.items() if value is not None},
     }
     if not label["features"]:

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def _numbers(measured: dict) -> str:
 
 def build(
     pipe, pipeline: str, dictionary: str, prompts: Sequence[str], steps: int = 25, guidance: float = 3.0,
-    feature: str | None = None,
+    feature: str | None = None, thread: ThreadPoolExecutor | None = None,
 ) -> gr.Blocks:  # fmt: skip
     """
     The app's page.
@@ -149,8 +150,9 @@ def build(
         prompts (`Sequence[str]`): to begin with the first, and to choose from.
         steps (`int`), guidance (`float`): to begin with.
         feature (`str`, *optional*): to begin with; the label that was measured to have most effect by default.
+        thread (`ThreadPoolExecutor`, *optional*): of one thread, that loaded the pipeline: no other draws then.
     """
-    studio = Studio(pipe)
+    studio = Studio(pipe, thread)
     loaded, folder = studio.dictionary, Path(studio.folder.name)
     measured = {name: label.get("measured", {}).get("effect", 0) for name, label in loaded.labels.items()}
     first = [feature] if feature else sorted(measured, key=measured.get, reverse=True)[:1]
@@ -305,8 +307,12 @@ def build(
             raise ValueError("Choose a feature first, then see where it is active.")
         wish = one_picture(data)
         generator, call = torch.Generator().manual_seed(wish.seed), dict(wish.call)
-        with studio.busy, pipe.rtsae_steering({}):
-            seen = record(pipe, call.pop("prompt"), generator=generator, **call)
+
+        def recorded():
+            with pipe.rtsae_steering({}):
+                return record(pipe, call.pop("prompt"), generator=generator, **call)
+
+        seen = studio.run(recorded)
         features = list(wish_of(data).features)
         absent = [str(f) for f, of in zip(features, seen.maps(features)[0], strict=True) if not of.any()]
         told = [f"{name} is nowhere active in this picture, so it cannot be scaled or taken away." for name in absent]
@@ -317,8 +323,12 @@ def build(
         with_it, without = _lines(positive), _lines(negative)
         by = "effect" if len(with_it) == len(without) else "presence"
         call = {"num_inference_steps": int(steps), "guidance_scale": guidance}
-        with studio.busy, pipe.rtsae_steering({}):
-            table = find_features(pipe, with_it, without, by=by, progress=True, **call)
+
+        def found():
+            with pipe.rtsae_steering({}):
+                return find_features(pipe, with_it, without, by=by, progress=True, **call)
+
+        table = studio.run(found)
         names = [f"{f.site}:{f.index}" if len(loaded.sites) > 1 else str(f.index) for f in table]
         rows = [
             [name, ", ".join(f.labels), *(None if v is None else round(v, 3) for v in (f.effect, f.present))]
@@ -366,9 +376,8 @@ def build(
             raise ValueError(f"Expected as many prompts with it as without, got {len(after)} and {len(before)}.")
         call = {"num_inference_steps": int(data[count]), "guidance_scale": data[scale]}
         pairs, unchanged = list(zip(before, after, strict=True)), _lines(data[same_lines])
-        with studio.busy:
-            fitted = fit_feature(pipe, pairs, unchanged=unchanged, rank=_RANK, **call)
-            pipe.add_rtsae_label(name, fitted)
+        fitted = studio.run(fit_feature, pipe, pairs, unchanged=unchanged, rank=_RANK, **call)
+        studio.run(pipe.add_rtsae_label, name, fitted)
         own.add(name)
         studio.forget()
         chosen = [*(n for n in data[names] if n != name), name]
@@ -379,10 +388,11 @@ def build(
 
     @_told()
     def save():
-        with studio.busy:
+        def saved() -> str:
             loaded.save(folder / "dictionary")
-            path = shutil.make_archive(str(folder / "dictionary"), "zip", folder / "dictionary")
-        return gr.update(value=path, visible=True)
+            return shutil.make_archive(str(folder / "dictionary"), "zip", folder / "dictionary")
+
+        return gr.update(value=studio.run(saved), visible=True)
 
     has = studio.parameters
     with gr.Blocks(title="diffusers-rtsae", analytics_enabled=False, delete_cache=(AGE, AGE)) as page:

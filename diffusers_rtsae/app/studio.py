@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import inspect
 import math
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,16 +73,27 @@ class Studio:
 
     Args:
         pipe (`DiffusionPipeline`): with a dictionary loaded.
+        thread (`ThreadPoolExecutor`, *optional*): of one thread, which loaded it; a new one by default.
     """
 
-    def __init__(self, pipe):
+    def __init__(self, pipe, thread: ThreadPoolExecutor | None = None):
         self.pipe, self.dictionary = pipe, get_dictionary(pipe)
         self.parameters = inspect.signature(pipe.__call__).parameters
         self.folder = tempfile.TemporaryDirectory(prefix="diffusers-rtsae-app-")  # lives as long as the page does
-        self.busy = threading.Lock()  # one pipeline, however many people
+        self.thread = thread or ThreadPoolExecutor(1)  # one, however many people
         self.wishes: Counter[str] = Counter()  # how many each person had
         self._drawn: OrderedDict[str, tuple[list[Image.Image], float | None]] = OrderedDict()
         pipe.set_progress_bar_config(disable=True)
+
+    def run(self, work: Callable, *arguments, **options):
+        """
+        Call `work` in the thread that does all with the pipeline, and wait for it.
+
+        Pictures must not be drawn at the same time, and not by turns in several threads either: each would have
+        OpenMP threads of its own, together more than there are cores, which made a picture take thrice as long.
+        """
+        context = contextvars.copy_context()  # by which gradio knows whose progress it is
+        return self.thread.submit(context.run, work, *arguments, **options).result()
 
     def forget(self) -> None:
         """A label means something else now."""
@@ -97,26 +110,29 @@ class Studio:
             on_step (`Callable`): is told how many steps are done, and of how many.
             wanted (`Callable`): asked at each step.
         """
+        return self.run(self._draw, wish, on_step, wanted)
 
+    def _draw(
+        self, wish: Wish, on_step: Callable[[int, int], None], wanted: Callable[[], bool]
+    ) -> tuple[list[Image.Image], float | None] | None:
         def after_step(pipe, step, timestep, tensors):
             on_step(step + 1, wish.call["num_inference_steps"])
             pipe._interrupt = not wanted()  # as diffusers wants it to be stopped
             return tensors
 
-        with self.busy:
-            if wish.key not in self._drawn and wanted():
-                generator = torch.Generator().manual_seed(wish.seed)
-                with self.pipe.rtsae_steering(wish.features, mask=wish.mask, **wish.options):
-                    images = self.pipe(generator=generator, callback_on_step_end=after_step, **wish.call).images
-                    edited = [row["edited"] for rows in self.pipe.rtsae_report().values() for row in rows]
-                if wanted():
-                    self._drawn[wish.key] = list(images), max(edited, default=0.0) if wish.features else None
-            if wish.key not in self._drawn:
-                return None
-            self._drawn.move_to_end(wish.key)
-            while len(self._drawn) > _KEPT:
-                self._drawn.popitem(last=False)
-            return self._drawn[wish.key]
+        if wish.key not in self._drawn and wanted():
+            generator = torch.Generator().manual_seed(wish.seed)
+            with self.pipe.rtsae_steering(wish.features, mask=wish.mask, **wish.options):
+                images = self.pipe(generator=generator, callback_on_step_end=after_step, **wish.call).images
+                edited = [row["edited"] for rows in self.pipe.rtsae_report().values() for row in rows]
+            if wanted():
+                self._drawn[wish.key] = list(images), max(edited, default=0.0) if wish.features else None
+        if wish.key not in self._drawn:
+            return None
+        self._drawn.move_to_end(wish.key)
+        while len(self._drawn) > _KEPT:
+            self._drawn.popitem(last=False)
+        return self._drawn[wish.key]
 
     def file(self, image: Image.Image) -> str:
         """A file with a picture, enlarged. It is never written again: the browser may be reading it."""

@@ -93,6 +93,33 @@ def test_strengths_beyond_the_bounds_are_kept_inside_unless_clip_is_lifted(fitte
     assert (at(0.0) == draw(pipe, steps=2)).all()
 
 
+def test_a_feature_acts_at_the_steps_at_which_it_helps():
+    """Where it would do harm it is left out; what little can be gained by that does not count."""
+    assert fit._window({900.0: 0.3, 500.0: 0.2, 100.0: 0.1}) == {}
+    assert fit._window({900.0: -0.2, 500.0: 0.4, 100.0: 0.3}) == {"start": 0.3}
+    assert fit._window({900.0: 0.2, 500.0: 0.4, 100.0: -0.3}) == {"end": 0.7}
+    assert fit._window({900.0: -0.2, 700.0: 0.4, 500.0: -0.1, 300.0: 0.3, 100.0: -0.1}) == {"start": 0.2, "end": 0.8}
+    assert fit._window({900.0: 0.4, 500.0: 0.4, 100.0: -0.005}) == {}
+
+
+def test_a_window_leaves_out_what_does_harm(_pipeline, dictionary, quick, monkeypatch):
+    """Fitted wrongly at the first step: that step is left out, and the effect told is that of the others."""
+    right = fit._Maps.__call__
+
+    def wrong(self, state, rows, added=1.0):
+        changes = right(self, state, rows, added)
+        return {site: -3 * change for site, change in changes.items()} if state.timestep > 700 else changes
+
+    monkeypatch.setattr(fit._Maps, "__call__", wrong)
+    _pipeline.load_rtsae(dictionary)
+    try:
+        one = fit_feature(_pipeline, PAIRS, 6, UNCHANGED, 4, progress=False, **CALL)
+    finally:
+        _pipeline.unload_rtsae()
+    assert 0 < one.label["edit"]["start"] < 0.5 and "end" not in one.label["edit"]
+    assert one.measured["effect"] > 0
+
+
 def test_what_cannot_be_fitted_is_one_sentence(steered):
     with pytest.raises(ValueError, match="must differ"):
         fit_feature(steered, [("a star", "a star")], **CALL)

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.all                    # writes tests/benchmarks/results.json and .md
     python -m tests.benchmarks.all --only overhead --minutes 3 --out runs/mine
+    python -m tests.benchmarks.all --only app --out tests/benchmarks/app            # in Chromium, by the clock
     python -m tests.benchmarks.training --peers peers                   # a training step beside other packages
 
 Every figure is a ratio to a baseline of the same run, taken in turns, or a size. On a CPU times are the processor's.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import collection, memory, overhead, startup, training
+from . import app, collection, memory, overhead, startup, training
 from .timing import CUDA
 
 PARTS = {
@@ -26,7 +27,9 @@ PARTS = {
     "collection": (collection, 0.15),
     "memory": (memory, 0),
     "startup": (startup, 0),
+    "app": (app, 0),
 }
+USUAL = [part for part in PARTS if part != "app"]  # which needs a browser
 
 
 def device_name() -> str:
@@ -55,7 +58,7 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=USUAL)
     parser.add_argument("--minutes", type=float, default=7.0, help="to spend; a slow device may take longer")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="without its ending")
     a = parser.parse_args()

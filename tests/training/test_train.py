@@ -342,7 +342,10 @@ def launch(script: Path, text: str, *arguments) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     command += ["--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1", script, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
