@@ -26,6 +26,7 @@ from .files import (
     open_tensors,
     read_json,
 )
+from .layouts import find, walk
 
 FORMAT_VERSION = 1
 
@@ -170,6 +171,12 @@ def read_contents(folder: Path, layers: list[str] | None = None) -> Contents:
     since caches are made of them, but only to regular files; nothing is ever written."""
     for name in (CONFIG_NAME, LABELS_NAME):
         if not (folder / name).is_file():
+            others = sorted({one.layout for one in find(walk(folder))}) if folder.is_dir() else []
+            if others:
+                raise OSError(
+                    f"{folder} holds files of {', '.join(others)}, which say neither labels nor how active latents "
+                    f"are; this makes a dictionary of them: diffusers-rtsae convert {folder} OUT"
+                )
             found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "nothing"
             near = [str(path.parent) for path in _near(folder)]
             meant = f" Did you mean {near}?" if near else ""

@@ -33,7 +33,7 @@ from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.analysis.statistics import measure
-from diffusers_rtsae.contents import search_labels
+from diffusers_rtsae.contents import read_contents, search_labels
 from diffusers_rtsae.files import MAPS_NAME, read_lines, read_pairs
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, convertible
 from diffusers_rtsae.steering import Edit
@@ -689,7 +689,7 @@ MISUSE = {
     "an unknown activation": (
         lambda world: RTSAE(SMALL, 8, [900, 1], 8, 2, activation="middle"),
         ValueError,
-        "`activation` must be one of ['output', 'update', 'input'], got 'middle'.",
+        "`activation` of RTSAE must be one of ['output', 'update'], got 'middle'.",
     ),
     "an unknown sparsity": (
         lambda world: SparseAutoencoder(SMALL, 8, [900, 1], 8, 2, sparsity="relu"),
@@ -770,6 +770,12 @@ MISUSE = {
         lambda world: load_dictionary(world.empty),
         OSError,
         "… is no dictionary: expected rtsae_config.json in it, found ['small']. Did you mean ['…small']?",
+    ),
+    "a folder of somebody else's": (
+        lambda world: read_contents(sdlens().write(world.empty / "theirs")),
+        OSError,
+        "… holds files of SDLens, which say neither labels nor how active latents are; this makes a dictionary of "
+        "them: diffusers-rtsae convert …theirs OUT",
     ),
     "a folder without labels": (
         replaced(LABELS_NAME, None),

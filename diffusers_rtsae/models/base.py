@@ -11,8 +11,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
-from ..files import ACTIVATIONS
-
 
 class Step(NamedTuple):
     """
@@ -113,8 +111,8 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
 
     The configuration of every kind has `site` (path of the module in the denoiser), `in_channels` (d, its width),
     `anchors` (G training timesteps, descending, of the trajectories it was trained on), `num_latents` (m), `k` (active
-    latents) and `activation` (what is read at the site: its `"output"`, its `"update"`, output − input, or its
-    `"input"`, as a transcoder does, whose latents stand for the output all the same).
+    latents) and `activation` (what is read at the site: its `"output"`, its `"update"`, output − input, or, of kinds
+    that may be transcoders, whose latents stand for the output all the same, its `"input"`).
 
     Statistics of the latents over the training data are buffers: `typical_activation` and `max_activation`, the 99th
     percentile and the largest where a latent is active, and `mean_activation` and `density`, mean and share of active
@@ -122,14 +120,16 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
     """
 
     matrices = ("encoder", "decoder")  # stored in half precision; all else stays float32
+    activations = ("output", "update")  # what of a site it can be of
     summary = ""  # what the model card says of the kind
 
     def __init__(self, anchors: list[int], num_latents: int, activation: str):
         super().__init__()
         if not anchors or list(anchors) != sorted(set(anchors), reverse=True):
             raise ValueError(f"`anchors` must be strictly descending timesteps, got {anchors}.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {activation!r}.")
+        if activation not in self.activations:
+            kind = type(self).__name__
+            raise ValueError(f"`activation` of {kind} must be one of {list(self.activations)}, got {activation!r}.")
         self.register_buffer("typical_activation", torch.ones(num_latents))
         self.register_buffer("max_activation", torch.ones(num_latents))
         self.register_buffer("mean_activation", torch.zeros(num_latents))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..files import ACTIVATIONS
 from .base import Directions, Memory, Reader, SparseDictionary, Step
 from .sparsity import jump_relu, picture_topk, topk
 
@@ -49,6 +50,7 @@ class SparseAutoencoder(SparseDictionary):
         ```
     """
 
+    activations = ACTIVATIONS
     summary = (
         "A sparse autoencoder of the activation at any one step, the same for all steps; its features have one "
         "direction each. `k` latents are active on a token at a step."
