@@ -31,6 +31,7 @@ class BatchTopK:
 
     name = "batch_topk"
     shares_budget = True  # of the batch: on unseen data one threshold must stand for it
+    draws = False  # something at random
 
     def __init__(self, settings: Train, device: torch.device | str, processes: Processes):
         self.k, self.processes = settings.k, processes
@@ -47,7 +48,7 @@ class BatchTopK:
         """What else a checkpoint must hold."""
         return {}
 
-    def encode(self, centred, centre, weight, bias, gates: Gates | None) -> Code:
+    def encode(self, centred, centre, weight, bias, gates: Gates | None, training: bool) -> Code:
         code = batch_topk(centred, weight, bias, self.k, self.dtype, self.processes, gates)
         return encode(centred, centre, weight, bias, code, gates)
 
@@ -70,7 +71,7 @@ class TopK(BatchTopK):
     name = "topk"
     shares_budget = False
 
-    def encode(self, centred, centre, weight, bias, gates) -> Code:
+    def encode(self, centred, centre, weight, bias, gates, training) -> Code:
         code = topk(centred, weight, bias, self.k, self.dtype, self.processes, gates)
         return encode(centred, centre, weight, bias, code, gates)
 
@@ -136,7 +137,7 @@ class JumpReLU(BatchTopK):
     def state(self):
         return {"bandwidth": self.bandwidth}
 
-    def encode(self, centred, centre, weight, bias, gates):
+    def encode(self, centred, centre, weight, bias, gates, training):
         threshold = self.log_threshold.exp()
         near = above(centred, weight, bias, threshold.detach() - self.bandwidth / 2, self.dtype, gates)
         if gates is not None:
@@ -157,6 +158,76 @@ class JumpReLU(BatchTopK):
         sae.encoder.flatten(1).div_(unit[:, None])
         sae.encoder_bias.div_(unit)
         sae.decoder.flatten(1).mul_(unit[:, None])
+
+
+@register
+class AdaptiveMasking(BatchTopK):
+    """
+    BatchTopK among latents that take part by how important they are (adaptive temporal masking, 2510.08855; the time
+    is that of training). Running means of a latent's magnitude, frequency and contribution to the reconstruction make
+    its importance; below θ = mean + `mask_above` · std of all it is left out of a step with the chance
+    1 − exp(−`mask_rate` (θ − importance) / θ).
+
+    How the three make the importance is ours: `importance: mean` of them, each in units of its mean over the latents,
+    or their `product`, its cube root.
+    """
+
+    name = "atm"
+    draws = True
+
+    def __init__(self, settings: Train, device: torch.device | str, processes: Processes):
+        super().__init__(settings, device, processes)
+        self.settings, self.noting = settings, False
+        # magnitude where active, frequency, and by how much it lessens the squared error
+        self.running = processes.share(torch.zeros(settings.num_latents, 3, device=device)).clone()
+        self.seen = torch.zeros(1, device=device)  # batches
+
+    def state(self):
+        return {"running": self.running, "seen": self.seen}
+
+    def chance(self) -> torch.Tensor:
+        """Of each of this process' latents, to be left out."""
+        count, least = self.settings.num_latents, torch.finfo(torch.float32).tiny
+        mean = self.processes.sum(self.running.sum(0)) / count
+        parts = self.running / mean.clamp(min=least)
+        importance = parts.mean(1) if self.settings.importance == "mean" else parts.prod(1).pow(1 / 3)
+        moments = torch.stack([importance.sum(), importance.square().sum()])
+        first, second = self.processes.sum(moments) / count
+        threshold = first + self.settings.mask_above * (second - first.square()).clamp(min=0).sqrt()
+        below = (threshold - importance).clamp(min=0) / threshold.clamp(min=least)
+        return 1 - torch.exp(-self.settings.mask_rate * below)
+
+    def encode(self, centred, centre, weight, bias, gates, training):
+        self.noting, taking_part = training, bias
+        if training and self.seen >= _MEMORY:
+            drawn = torch.rand(self.settings.num_latents, device=bias.device)
+            masked = self.processes.share(drawn) < self.chance()
+            taking_part = bias.detach().masked_fill(masked, torch.finfo(self.dtype).min / 2)
+        code = batch_topk(centred, weight, taking_part, self.k, self.dtype, self.processes, gates)
+        return encode(centred, centre, weight, bias, code, gates)
+
+    def loss(self, target, code, weight, centre, unit):
+        loss, error, reconstruction = super().loss(target, code, weight, centre, unit)
+        if self.noting:
+            self._note(code, weight, target - reconstruction)
+        return loss, error, reconstruction
+
+    @torch.no_grad()
+    def _note(self, code: Code, weight: torch.Tensor, left: torch.Tensor) -> None:
+        """Take note of a batch and of the error `(rows, d)` that is left."""
+        active = code.where(code.values > 0)
+        size = max(1, 2**24 // left.shape[1])
+        pieces = zip(active.rows.split(size), active.latents.split(size), strict=True)
+        along = torch.cat([(left[rows] * weight[latents]).sum(1) for rows, latents in pieces])
+        lessened = active.values * (2 * along + active.values)  # decoder rows have length 1
+        ones = torch.ones_like(active.values)
+        sums = torch.zeros_like(self.running)
+        sums.index_add_(0, active.latents, torch.stack([active.values, ones, lessened], 1))
+        fired, share = sums[:, 1:2], 1 / min(self.seen.item() + 1, _MEMORY)
+        there = torch.cat([sums[:, :1] / fired.clamp(min=1), sums[:, 1:] / len(left)], 1)
+        there[:, :1] = torch.where(fired > 0, there[:, :1], self.running[:, :1])
+        self.running.lerp_(there.clamp(min=0), share)
+        self.seen += 1
 
 
 def geometric_median(points: torch.Tensor, iterations: int = 20) -> torch.Tensor:
@@ -277,6 +348,7 @@ class RoutedSteps(Steps):
 
 
 _BALANCE, _UNMASKED = 0.5, 0.1  # weights of the loss
+_MEMORY = 100  # batches that running means go back; before that nothing is masked
 KINDS = {
     "rtsae": (RTSAE, Residuals),
     "static": (SparseAutoencoder, Steps),
@@ -392,8 +464,9 @@ class DictionaryTrainer:
             `dict`: FVU of the inputs (per unit of their normalised variance) and L0.
         """
         sae, prefix = self.sae.train(), prefix if self.view.prefixes else None
-        with torch.random.fork_rng(enabled=self.view.draws):  # what is drawn depends on the step alone
-            if self.view.draws:
+        draws = self.view.draws or self.architecture.draws
+        with torch.random.fork_rng(enabled=draws):  # what is drawn depends on the step alone
+            if draws:
                 torch.manual_seed(1_000_003 * self.done + self.parts)
             target, unit, code, centred, other = self._encode(inputs, prefix)
         self.parts += 1
@@ -432,7 +505,9 @@ class DictionaryTrainer:
         gates, other = self.view.gates(target)
         if self.sae.training:
             centred, unit = self.view.hide(centred, unit)
-        code = self.architecture.encode(centred, centre[shown], weight, self.sae.encoder_bias, gates)
+        code = self.architecture.encode(
+            centred, centre[shown], weight, self.sae.encoder_bias, gates, self.sae.training
+        )
         return target, unit, code, centred, other
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ class Train(Section):
     """The dictionary."""
 
     kind: Literal["rtsae", "static", "tide", "mixture"] = "rtsae"
-    architecture: Literal["batch_topk", "topk", "matryoshka", "jump_relu"] = "batch_topk"
+    architecture: Literal["batch_topk", "topk", "matryoshka", "jump_relu", "atm"] = "batch_topk"
     layout: Literal["concatenated", "per_step"] = "concatenated"
     num_latents: Positive
     k: Positive
@@ -70,6 +70,9 @@ class Train(Section):
     metadata: list[Literal["time"]] = ["time"]  # what the router of a mixture is told
     masked: Annotated[float, Field(ge=0, lt=1)] = 0.25  # of the channels that a mixture must reconstruct unseen
     penalty: float = Field(0.3, ge=0)  # of jump_relu: for L0 being another than k
+    importance: Literal["mean", "product"] = "mean"  # of atm: what a latent's three running means make
+    mask_above: float = 0.0  # of atm: standard deviations over the mean importance, below which latents are masked
+    mask_rate: float = Field(1.0, gt=0)  # of atm: how soon
 
     @model_validator(mode="after")
     def _check(self):
