@@ -31,7 +31,7 @@ from diffusers_rtsae.analysis.scorer import FactorScorer
 from ..evaluate import recovered, stability
 from ..worlds import Probe, World
 from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
-from .results import Results, table
+from .results import Results, spread, table
 from .rivals import mean_change
 from .samplers import SAMPLERS
 from .steering import as_dictionary, mean, measure, run, score, tokens_on
@@ -197,12 +197,6 @@ def markdown(rows: list[dict]) -> str:
     heads = ["dictionary", "by", "strength", *STEERING, f"success, {there}", f"efficiency, {there}"]
     describing = table(["dictionary", "seeds", *FIGURES.values(), "same in another seed"], described)
     return describing + "\n" + table(heads, steered)
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def main() -> None:

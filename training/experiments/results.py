@@ -6,6 +6,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -93,3 +94,9 @@ def best(rows: Iterable[dict]) -> dict:
 def figures(row: dict) -> str:
     """Success / leakage / valid."""
     return f"{row['success']:.2f} / {row['leakage']:.2f} / {row['valid']:.2f}"
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
