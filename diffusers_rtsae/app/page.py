@@ -210,32 +210,20 @@ def build(
     def hurry(request: gr.Request):
         studio.wishes[request.session_hash] += 1
 
+    @_told()
     def generate(data, request: gr.Request, progress=gr.Progress()):  # noqa: B008 - how gradio hands it over
-        with _told():
-            yield from pictures_of(data, request, progress)
-
-    def pictures_of(data, request: gr.Request, progress):
-        """The picture without steering, as soon as it is drawn, and all that is shown of the two."""
         number, wish = studio.wishes[request.session_hash], wish_of(data)
+        drawn = []
+        for what, one in (("without steering", Wish(wish.call, wish.seed)), ("steered", wish)):
 
-        def drawn(one: Wish, what: str) -> tuple[list[Image.Image], float | None] | None:
-            def on_step(step, steps):
+            def on_step(step, steps, what=what):
                 progress((step, steps), desc=what, unit="steps")
 
-            return studio.draw(one, on_step, lambda: studio.wishes[request.session_hash] == number)
-
-        stopped = [gr.skip()] * 5 + ["Stopped."]
-        if (found := drawn(Wish(wish.call, wish.seed), "without steering")) is None:
-            yield stopped
-            return
-        plain, _ = found
-        without = studio.file(side_by_side(plain))
-        yield [without] + [gr.skip()] * 5
-        if (found := drawn(wish, "steered")) is None:
-            yield stopped
-            return
-        steered, share = found
-        with_it = studio.file(side_by_side(steered))
+            drawn.append(studio.draw(one, on_step, lambda: studio.wishes[request.session_hash] == number))
+            if drawn[-1] is None:
+                return [gr.skip()] * 5 + ["Stopped."]
+        (plain, _), (steered, share) = drawn
+        without, with_it = studio.file(side_by_side(plain)), studio.file(side_by_side(steered))
         told = "Choose a feature to see what it does." if share is None else f"Steered on {share:.0%} of the picture."
         if share == 0:
             told = "Nothing changed: at strength 0 nothing does, and a feature that only acts where it is active is "
@@ -245,7 +233,7 @@ def build(
         entry |= {"names": list(data[shown]), "strengths": [data[slider] for slider in strengths]}
         history = [old for old in data[past] if old["file"] != with_it and Path(old["file"]).exists()]
         below = studio.file(plain[0])
-        yield without, with_it, (without, with_it), [entry, *history][:_HISTORY], below, told
+        return without, with_it, (without, with_it), [entry, *history][:_HISTORY], below, told
 
     def sliders_of(names: list[str], values: Sequence[float]) -> list:
         moved = [gr.update(visible=True, label=n, value=v) for n, v in zip(names, values, strict=False)]
