@@ -1,17 +1,26 @@
-"""Checkpoints as one safetensors file, written atomically, enough to continue bit for bit.
+"""Checkpoints as safetensors files, written atomically, enough to continue bit for bit.
 
 Batches are drawn from a generator seeded by (seed, step), so the step number is all there is to know about the data.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffusers_rtsae.files import whole
+
+from .processes import ALONE, Processes
+
+if TYPE_CHECKING:  # a stream draws prompts of worlds, whose own trainings keep checkpoints
+    from .dictionary import DictionaryTrainer
+    from .stream import Stream
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -62,3 +71,69 @@ def load_checkpoint(
                 state.setdefault(int(i), {})[name] = file.get_tensor(key)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(metadata["step"])
+
+
+class Checkpoints:
+    """
+    Everything at one step in one folder, which appears whole or not at all; the latest few are kept.
+
+    Args:
+        folder (`Path`): where they lie.
+        kept (`int`): how many.
+        processes (`Processes`): that each write and read their share.
+    """
+
+    def __init__(self, folder: Path, kept: int, processes: Processes = ALONE):
+        self.folder, self.kept, self.processes = folder, kept, processes
+
+    def _whole(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if not path.name.endswith(".partial"))
+
+    def latest(self) -> Path | None:
+        return self._whole()[-1] if self._whole() else None
+
+    def _share(self, name: str) -> str:
+        return f"{name}-{self.processes.rank + 1}-of-{self.processes.count}.safetensors"
+
+    def save(self, step: int, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None):
+        path = self.folder / f"step-{step:08d}"
+        partial = path.with_name(path.name + ".partial")
+        if self.processes.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.processes.wait()
+        try:
+            for name, trainer in trainers.items():
+                file = partial / self._share(name)
+                save_checkpoint(file, trainer.done, trainer.state, trainer.optimizer, marks[name])
+            if stream is not None:
+                stream.save(partial / "stream.safetensors")
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"{path} could not be written ({error}). Make room, then run the same command again: it continues "
+                "from the checkpoint before."
+            ) from None
+        self.processes.wait()
+        if self.processes.rank > 0:
+            return
+        os.replace(partial, path)
+        for old in self._whole()[: -self.kept]:
+            shutil.rmtree(old)
+
+    def load(self, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None) -> int:
+        """The number of steps done, 0 if there is no checkpoint."""
+        path = self.latest()
+        if path is None:
+            return 0
+        for name, trainer in trainers.items():
+            file = path / self._share(name)
+            if not file.exists():
+                raise ValueError(
+                    f"{path} holds no {file.name}: this run was started without it, or on another number of "
+                    "processes. Use another --work."
+                )
+            trainer.done = load_checkpoint(file, trainer.state, trainer.optimizer, marks[name])
+        if stream is not None:
+            stream.load(path / "stream.safetensors")
+        return int(path.name.removeprefix("step-"))

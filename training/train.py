@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,18 +24,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.files import whole, write_text
+from diffusers_rtsae.files import whole
 from diffusers_rtsae.hub import CONFIG_NAME, signature, write_json
 from diffusers_rtsae.models import LinearDynamics
 from diffusers_rtsae.pipeline import get_denoiser
 
-from .checkpoint import load_checkpoint, save_checkpoint, step_generator
+from .checkpoint import Checkpoints, step_generator
 from .collect import Sample, anchor_timesteps, collect, read_samples
 from .dictionary import DictionaryTrainer, calibrate, measure_activations, new_dictionary
 from .evaluate import evaluate
@@ -46,6 +44,7 @@ from .processes import ALONE, Processes
 from .recipe import Recipe, bundled
 from .store import Rows, TrajectoryStore
 from .stream import Stream
+from .watch import Watch
 
 STATISTICS_TOKENS = 200_000  # whose activations make the statistics of the latents
 MEASURED_TOKENS = 16_384  # that set thresholds, and that figures are measured on
@@ -110,72 +109,6 @@ def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) 
         save_file(dynamics.state_dict() | {"told": torch.tensor(list(told), dtype=torch.uint8)}, partial)
     print(f"{site}: R² of the predictors {found['r2']}", flush=True)
     return dynamics, found
-
-
-class Checkpoints:
-    """
-    Everything at one step in one folder, which appears whole or not at all; the latest few are kept.
-
-    Args:
-        folder (`Path`): where they lie.
-        kept (`int`): how many.
-        processes (`Processes`): that each write and read their share.
-    """
-
-    def __init__(self, folder: Path, kept: int, processes: Processes = ALONE):
-        self.folder, self.kept, self.processes = folder, kept, processes
-
-    def _whole(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if not path.name.endswith(".partial"))
-
-    def latest(self) -> Path | None:
-        return self._whole()[-1] if self._whole() else None
-
-    def _share(self, name: str) -> str:
-        return f"{name}-{self.processes.rank + 1}-of-{self.processes.count}.safetensors"
-
-    def save(self, step: int, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None):
-        path = self.folder / f"step-{step:08d}"
-        partial = path.with_name(path.name + ".partial")
-        if self.processes.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.processes.wait()
-        try:
-            for name, trainer in trainers.items():
-                file = partial / self._share(name)
-                save_checkpoint(file, trainer.done, trainer.state, trainer.optimizer, marks[name])
-            if stream is not None:
-                stream.save(partial / "stream.safetensors")
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"{path} could not be written ({error}). Make room, then run the same command again: it continues "
-                "from the checkpoint before."
-            ) from None
-        self.processes.wait()
-        if self.processes.rank > 0:
-            return
-        os.replace(partial, path)
-        for old in self._whole()[: -self.kept]:
-            shutil.rmtree(old)
-
-    def load(self, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None) -> int:
-        """The number of steps done, 0 if there is no checkpoint."""
-        path = self.latest()
-        if path is None:
-            return 0
-        for name, trainer in trainers.items():
-            file = path / self._share(name)
-            if not file.exists():
-                raise ValueError(
-                    f"{path} holds no {file.name}: this run was started without it, or on another number of "
-                    "processes. Use another --work."
-                )
-            trainer.done = load_checkpoint(file, trainer.state, trainer.optimizer, marks[name])
-        if stream is not None:
-            stream.load(path / "stream.safetensors")
-        return int(path.name.removeprefix("step-"))
 
 
 def keep_freed_memory() -> None:
@@ -273,57 +206,6 @@ def train_dictionaries(
         measure_activations(rtsae, (rows[part].float() for part in measured.split(size)))
         finished[name] = rtsae.cpu()
     return finished
-
-
-class Watch:
-    """
-    Validation while training: a line in `log.jsonl`, the recipe's trackers, and early warnings.
-
-    Args:
-        done (`int`): steps that are done already; lines of later ones, from a run that was stopped, are dropped.
-    """
-
-    def __init__(self, accelerator: Accelerator, work: Path, done: int):
-        self.accelerator, self.path = accelerator, work / "log.jsonl"
-        self.best: dict[str, float] = {}
-        self.warned: set[tuple[str, str]] = set()
-        if accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            if lines and not lines[-1].endswith("\n"):  # it was killed while it wrote
-                lines.pop()
-            write_text(self.path, "".join(line for line in lines if json.loads(line)["step"] <= done))
-
-    def __call__(
-        self, step: int, name: str, trainer: DictionaryTrainer, train: dict, validation: torch.Tensor, rate: float
-    ) -> dict:
-        seen = {f"{key}_train": value for key, value in train.items()}
-        seen |= trainer.measure(trainer.inputs(validation))
-        seen |= {"trajectories_per_second": round(rate)}
-        self._warn(name, "dead", seen["dead"] > 0.2, f"{seen['dead']:.0%} of the latents are dead")
-        settled, k, l0 = step > trainer.settings.steps / 2, trainer.settings.k, seen["l0_validation"]
-        self._warn(
-            name,
-            "gap",
-            settled and abs(l0 / k - 1) > 0.25,
-            f"{l0:.1f} latents are active on held-out data, {k} wanted",
-        )
-        best = self.best.setdefault(name, seen["fvu_validation"])
-        self.best[name] = min(best, seen["fvu_validation"])
-        exploding = seen["fvu_validation"] > 3 * best
-        self._warn(
-            name, "loss", exploding, f"FVU on held-out data rose from {best:.3f} to {seen['fvu_validation']:.3f}"
-        )
-        if self.accelerator.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, "dictionary": name} | seen) + "\n")
-        self.accelerator.log({f"{name}/{key}": value for key, value in seen.items()}, step=step)
-        return seen
-
-    def _warn(self, name: str, kind: str, happened: bool, message: str) -> None:
-        if happened and (name, kind) not in self.warned:
-            self.warned.add((name, kind))
-            warnings.warn(f"{name}: {message}.", stacklevel=3)
 
 
 def announce(recipe: Recipe, samples: int, store: TrajectoryStore) -> None:

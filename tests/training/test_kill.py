@@ -10,9 +10,10 @@ import torch
 import yaml
 
 from diffusers_rtsae import load_dictionary
+from training.checkpoint import Checkpoints
 from training.recipe import Recipe
 from training.stream import Stream
-from training.train import Checkpoints, load_pipeline, run
+from training.train import load_pipeline, run
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {

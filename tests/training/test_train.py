@@ -18,7 +18,7 @@ from disk import full_disk
 from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.models import LinearDynamics
 from training import dictionary
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from training.dictionary import (
     ARCHITECTURES,
     DictionaryTrainer,
@@ -32,7 +32,7 @@ from training.processes import Processes
 from training.recipe import Recipe
 from training.sparse import decode
 from training.store import Rows
-from training.train import Checkpoints, Data, train_dictionaries
+from training.train import Data, train_dictionaries
 
 D, ANCHORS = 16, [900, 500, 1]
 
