@@ -71,9 +71,9 @@ SECTIONS = {  # by the name of the file
         any choice, read by a judge that had none either: a second scorer of another architecture and training
         (`examples/shapes-judge`). A cell is success / leakage / valid at strength 1. Labels are linear maps fitted
         to what changing the prompt does, without a scorer (`python -m training.experiments.label`, 24 pairs of
-        prompts and rank 8, of styles 16). Ten of the weaker ones, by their effect on held-out pairs or by an earlier
-        table of the same kind, were fitted again on 48 pairs: circle, star, striped, outline, gradient, navy, yellow,
-        cyan, small and large.
+        prompts and rank 8, of styles 16). Weaker ones, by their effect on held-out pairs or by an earlier table of
+        the same kind, were fitted again on 48 pairs: all shapes, striped, outline, gradient, navy, yellow, cyan,
+        small and large. Black, brown, green and pink were too, without gain, and keep their first fit.
         """,
     ),
     "ranking": Section(
