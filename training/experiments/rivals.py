@@ -10,7 +10,7 @@ Writes a dictionary for each rival, whose labels have the names of the values th
 - `latents`: few latents of the dictionary with signed weights, chosen by pursuit (`fit_feature`).
 - `random latents`: the same fit, given as many latents of the dictionary at random.
 
-Latents take minutes a label, so they are fitted for every --every-th. What is fitted is kept; the same command
+They take up to some minutes a label, so they are fitted for every --every-th. What is fitted is kept; the same command
 continues.
 """
 
@@ -71,7 +71,7 @@ def main() -> None:
     add_models(parser, "pipeline", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/rivals"))
     parser.add_argument("--latents", type=int, default=16)
-    parser.add_argument("--every", type=int, default=3, help="of the values, that latents are fitted for")
+    parser.add_argument("--every", type=int, default=3, help="of the values, that rivals are fitted for")
     parser.add_argument("--only", nargs="*", choices=RIVALS, default=list(RIVALS))
     a, world = parse(parser)
     pipe = load_pipeline(a.pipeline, a.device, a.dtype)
@@ -82,7 +82,8 @@ def main() -> None:
     call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
     work = a.out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    for i, (factor, value) in enumerate(world.targets):
+    targets = world.targets[:: a.every]
+    for i, (factor, value) in enumerate(targets):
         told = {"factor": factor, "value": value}
         different, same = pairs(world, factor, value, contradicted=16, leave_open=8, already=8, seed=0)
         if "direction" in a.only and not (work / f"direction-{value}.safetensors").exists():
@@ -92,7 +93,7 @@ def main() -> None:
         chosen = torch.randperm(sae.config.num_latents, generator=generator)[: a.latents].tolist()
         for rival in ("latents", "random latents"):
             path = work / f"{rival}-{value}.json"
-            if i % a.every or rival not in a.only or path.exists():
+            if rival not in a.only or path.exists():
                 continue
             if rival == "random latents":
                 pipe.load_rtsae(Dictionary({site: subset(sae, chosen)}), rival)
@@ -106,19 +107,17 @@ def main() -> None:
             write_json(path, told | fitted.label | {"features": entries, "seen": []})
             print(f"{rival}, {factor} {value}: {fitted}", flush=True)
     if "direction" in a.only:
-        rows = [load_file(work / f"direction-{value}.safetensors")["direction"] for _, value in world.targets]
+        rows = [load_file(work / f"direction-{value}.safetensors")["direction"] for _, value in targets]
         labels = {
             value: {"factor": factor, "value": value, "edit": {"apply_to": "cond"}}
             | {"features": [{"site": site, "latents": [row], "weights": [1.0], "where": None}]}
-            for row, (factor, value) in enumerate(world.targets)
+            for row, (factor, value) in enumerate(targets)
         }
         Dictionary({site: as_dictionary(site, list(sae.config.anchors), torch.stack(rows))}, labels).save(
             a.out / "direction"
         )
     for rival in ("latents", "random latents"):
-        labels = {
-            value: read_json(path) for _, value in world.targets if (path := work / f"{rival}-{value}.json").exists()
-        }
+        labels = {value: read_json(path) for _, value in targets if (path := work / f"{rival}-{value}.json").exists()}
         if rival in a.only and labels:
             replace(dictionary, labels=labels).save(a.out / rival)
 
