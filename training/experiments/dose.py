@@ -1,5 +1,8 @@
 """Dose and response: each label at each strength on prompts that leave it open, and at −1 where they name it.
 
+Beside the share of pictures that show a value, its *margin*: how far the scorer's logit of it is above the largest of
+another value, where the prompt has the object.
+
     python -m training.experiments.dose --out training/results/dose.json
 
 Rows are added to the JSON as they are measured; the same command continues where it was stopped.
@@ -14,7 +17,9 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.analysis.scorer import FactorScorer
 
+from ..worlds import Probe, World
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .results import Results, table
 from .steering import measure, run, score
@@ -22,24 +27,45 @@ from .steering import measure, run, score
 STRENGTHS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
+@torch.no_grad()
+def margin(world: World, scorer: FactorScorer, images: torch.Tensor, probe: Probe) -> float:
+    """The mean margin of a probe's value in the pictures of its prompts."""
+    logits, margins = scorer(images.to(scorer.device)), []
+    for i, scene in enumerate(probe.scenes):
+        name = world.read_as(probe.factor, scene)
+        code = scorer.factors[name].index(probe.value)
+        own = logits[name][i]
+        margins.append(float(own[code] - torch.cat([own[:code], own[code + 1 :]]).max()))
+    return sum(margins) / len(margins)
+
+
 def markdown(rows: list[dict]) -> str:
-    """The share of pictures that show a value at each strength, how monotone that is, and what −1 takes away."""
+    """The share of pictures that show a value at each strength, how monotone that and its margin are, and what is
+    taken away by −1."""
     lines, rising, gone, valid = [], 0, 0, 0
     for label in dict.fromkeys(row["label"] for row in rows):
         own = {row["strength"]: row for row in rows if row["label"] == label and not row["named"]}
         named = next(row for row in rows if row["label"] == label and row["named"])
         shares = [own[s]["success"] for s in STRENGTHS]
-        order = float(spearmanr(STRENGTHS, shares).statistic)
+        orders = [float(spearmanr(STRENGTHS, v).statistic) for v in (shares, [own[s]["margin"] for s in STRENGTHS])]
         rising, gone, valid = (
-            rising + (order >= 0.9),
+            rising + (orders[1] >= 0.9),
             gone + (named["gone"] >= 0.8),
             valid + (own[2.0]["valid"] >= 0.95),
         )
         away = f"{named['gone']:.2f} / {named['valid']:.2f}"
-        lines.append([label, *(f"{share:.2f}" for share in shares), f"{order:.2f}", f"{own[2.0]['valid']:.2f}", away])
-    heads = ["label", *(f"{s:g}" for s in STRENGTHS), "Spearman", "valid at 2", "named, −1: gone / valid"]
+        lines.append([label, *(f"{v:.2f}" for v in (*shares, *orders)), f"{own[2.0]['valid']:.2f}", away])
+    heads = [
+        "label",
+        *(f"{s:g}" for s in STRENGTHS),
+        "Spearman",
+        "of the margin",
+        "valid at 2",
+        "named, −1: gone / valid",
+    ]
     count = len(lines)
-    summary = f"Of {count}: Spearman ≥ 0.9 for {rising}, valid at 2 ≥ 0.95 for {valid}, gone at −1 ≥ 0.8 for {gone}.\n"
+    summary = f"Of {count}: Spearman of the margin ≥ 0.9 for {rising}, valid at 2 ≥ 0.95 for {valid}, "
+    summary += f"gone at −1 ≥ 0.8 for {gone}.\n"
     return table(heads, lines) + "\n" + summary
 
 
@@ -59,17 +85,18 @@ def main() -> None:
         factor, value = label["factor"], label["value"]
         probe = world.probe(factor, value, "open", a.prompts, seed=600)
 
-        def seen(strength: float, prompts=None, probe=probe, name=name) -> list[dict]:
+        def seen(strength: float, prompts=None, probe=probe, name=name) -> tuple[list[dict], float]:
             strengths = [{name: strength}] if strength else None
             how = {"masks": False, "prompts": prompts}
             images = run(pipe, [probe], strengths, a.steps, a.guidance, a.batch_size, **how)
-            return score(world, scorer, images, [probe])[0]
+            return score(world, scorer, images, [probe])[0], margin(world, scorer, images, probe)
 
-        plain, rows = seen(0.0), []
-        for strength in STRENGTHS:
-            now = plain if strength == 0 else seen(strength)
-            rows.append({"label": name, "named": False, "strength": strength} | measure(now, plain, factor, value))
-        named, away = seen(0.0, [probe.prompted]), seen(-1.0, [probe.prompted])
+        found = {strength: seen(strength) for strength in STRENGTHS}
+        plain, rows = found[0.0][0], []
+        for strength, (now, above) in found.items():
+            row = {"label": name, "named": False, "strength": strength, "margin": round(above, 3)}
+            rows.append(row | measure(now, plain, factor, value))
+        (named, _), (away, _) = seen(0.0, [probe.prompted]), seen(-1.0, [probe.prompted])
         showed = [i for i, one in enumerate(named) if one[factor] == value]
         rows.append(
             {"label": name, "named": True, "strength": -1.0}

@@ -90,8 +90,9 @@ SECTIONS = {  # by the name of the file
         "How does it depend on the strength?",
         """
         Each label at each strength on {prompts} prompts that leave its factor open: the share that shows it, and
-        how steadily that rises (Spearman's rank correlation). Last, prompts that name the value, at strength −1:
-        the share of those that showed it and no longer do.
+        how steadily that and its margin rise (Spearman's rank correlation; the margin is how far the scorer's logit
+        of the value is above that of any other). Last, prompts that name the value, at strength −1: the share of
+        those that showed it and no longer do.
         """,
     ),
     "together": Section(

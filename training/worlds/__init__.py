@@ -67,6 +67,10 @@ class World(ABC):
     def objects(self, reading: dict[str, str | None]) -> list[Scene]:
         """The objects in a scorer's reading of a picture, each with its `local` factors."""
 
+    def read_as(self, factor: str, scene: Scene) -> str:
+        """The name that a scorer has for a factor of the object of a scene."""
+        return factor
+
     def two(self, count: int, seed: int) -> tuple[list[tuple[Scene, Scene]], list[str]]:
         """Pictures of two objects, of combinations that are never trained on: the objects, and prompts that name all
         factors of both. None in a world whose pictures have one."""

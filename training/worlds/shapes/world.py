@@ -42,6 +42,9 @@ class Shapes(World):
     def describe(self, scenes: list[Scene], seed: int, leave_open: str | None = None) -> list[str]:
         return captions(_encode(scenes), seed, {name: float(name != leave_open) for name in FACTORS})
 
+    def read_as(self, factor: str, scene: Scene) -> str:
+        return f"{scene['place']}.{factor}" if factor in self.local else factor
+
     def two(self, count: int, seed: int) -> tuple[list[tuple[Scene, Scene]], list[str]]:
         scenes = sample_scenes(count, seed, held_out=True, objects=2)
         codes = {name: getattr(scenes, name) for name in FACTORS}
