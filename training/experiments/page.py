@@ -144,8 +144,9 @@ SECTIONS = {  # by the name of the file
         how far pictures moved relative to the edited prompt's, *efficiency* gain over distance; the paper has
         efficiencies of .691 for the method (`method`), .449 for `per-step`, .447 for `raw` and .206 for
         `matryoshka` on Stable Diffusion 1.5, of other pictures and another judge. Mean ± standard deviation over
-        seeds. This world's factors were made linearly readable at the steered site, which may be why any
-        dictionary steers it.
+        seeds. Here the method is not ahead: by activation it is behind the others, by effect the kinds are within
+        each other's spread. This world's factors were made linearly readable at the steered site, which may be why
+        any dictionary steers it.
         """,
     ),
     "absorption": Section(
