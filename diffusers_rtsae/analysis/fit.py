@@ -292,12 +292,15 @@ def _window(gains: dict[float, float]) -> dict[str, float]:
     return ({"start": between[first - 1]} if first else {}) | ({"end": between[last]} if last < whole[1] else {})
 
 
+def _acts(window: dict[str, float], timestep: float) -> bool:
+    return window.get("start", 0.0) <= 1 - timestep / 1000 <= window.get("end", 1.0)
+
+
 def _during(model: Callable[..., Changes], window: dict[str, float]) -> Callable[..., Changes]:
     """A model that acts in a window of denoising time alone."""
 
     def changes(state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
-        inside = window.get("start", 0.0) <= 1 - state.timestep / 1000 <= window.get("end", 1.0)
-        return model(state, rows, added) if inside else {}
+        return model(state, rows, added) if _acts(window, state.timestep) else {}
 
     return changes if window else model
 
@@ -381,9 +384,10 @@ def fit_feature(
         bar.set_description("towards")
         surveys = {site: _survey(states, site) for site in states.dictionary.sites}
         model = fitted(states, judges, surveys, latents)
-        gains = {t: float(own[judges.told].mean()) for t, own in judges.gains(model).items()}
-        window = _window(gains)
-        limit, effects = _reach(judges, _during(model, window)), _effect(judges, _during(model, window))
+        gains = judges.gains(model)
+        window = _window({timestep: float(own[judges.told].mean()) for timestep, own in gains.items()})
+        effects = sum(own for timestep, own in gains.items() if _acts(window, timestep))
+        limit = _reach(judges, _during(model, window))
         own = effects if rank is not None else _effect(judges, _fit_maps(states, _RANK))
         ceiling = judges.effects(
             lambda state, rows: {s: (state.goal[s] - state.present[s])[list(rows)] for s in state.goal}
