@@ -15,12 +15,13 @@ from tqdm import tqdm
 from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.files import read_lines
+from diffusers_rtsae.models import places, share_of_guidance
 from diffusers_rtsae.pipeline import get_denoiser, own_size
 from diffusers_rtsae.steering import noise_schedule
 
 from .checkpoint import step_generator
 from .recipe import Collect, Recipe, bundled
-from .store import TrajectoryStore
+from .store import TrajectoryStore, told_of
 from .worlds import load_world, worlds
 
 
@@ -43,7 +44,7 @@ def anchor_timesteps(pipe: DiffusionPipeline, settings: Collect, anchors: int | 
         timesteps = [int(t) for t in pipe.scheduler.timesteps]
     else:  # the timesteps may depend on the size of the picture: generate one
         with Recorder(pipe, list_sites(get_denoiser(pipe))[:1]) as recorder:
-            call = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+            call = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance(0)}
             pipe("", output_type="latent", **call, **own_size(pipe))
         timesteps = [round(t) for t in recorder.timesteps]
     if isinstance(anchors, int):
@@ -114,11 +115,12 @@ def trajectories(
         the tensors of a shard (see `TrajectoryStore`), and the pictures `(batch, 3, height, width)` in [0, 1].
     """
     settings, streams = recipe.collect, ("cond",) if recipe.collect.streams == "cond" else ("cond", "uncond")
+    guidance = settings.guidance(first)
     generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
     with Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, streams) as recorder:
         images = pipe(
             [sample.prompt for sample in samples], generator=generators, num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale, output_type="pt" if pictures else "latent", **own_size(pipe),
+            guidance_scale=guidance, output_type="pt" if pictures else "latent", **own_size(pipe),
         ).images  # fmt: skip
     tensors = {}
     for site in recipe.sites:
@@ -131,6 +133,8 @@ def trajectories(
         tensors[site] = torch.stack([t[c] for t, c in zip(whole, chosen, strict=True)]).flatten(0, 1)
         tensors[f"{site}/token"] = chosen.flatten().to(torch.int32)
         tensors[f"{site}/image"] = of.repeat_interleave(kept)
+        scale = share_of_guidance(guidance).expand(chosen.numel(), 1)
+        tensors[told_of(site)] = torch.cat([places(recorder.size(site))[chosen.flatten()], scale], 1)
     return tensors, images.float().clamp(0, 1) if pictures else None
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusers_rtsae import RTSAE, TIDE, MixtureSAE, SparseAutoencoder, SparseDictionary
 from diffusers_rtsae.analysis.statistics import set_statistics
-from diffusers_rtsae.models import LinearDynamics, Step
+from diffusers_rtsae.models import METADATA, LinearDynamics, Step
 
 from .processes import ALONE, Processes
 from .recipe import Recipe, Train
@@ -263,8 +263,13 @@ class Residuals:
         """What is encoded `(rows, width)`, and by what its error is divided, if by anything."""
         return inputs.flatten(1), None
 
-    def gates(self, rows: torch.Tensor) -> tuple[Gates | None, torch.Tensor | float]:
-        """What pre-activations of `rows` are multiplied by, and what is minimised besides."""
+    def gates(self, rows: torch.Tensor, told: torch.Tensor | None = None) -> tuple[Gates | None, torch.Tensor | float]:
+        """
+        What pre-activations of `rows` are multiplied by, and what is minimised besides.
+
+        Args:
+            told (`torch.Tensor`, *optional*): row, column and guidance of each trajectory, `(batch, 3)` from 0 to 1.
+        """
         return None, 0.0
 
     def hide(self, centred: torch.Tensor, unit: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -322,10 +327,16 @@ class RoutedSteps(Steps):
 
     draws = True
 
-    def gates(self, rows):
-        sae = self.sae
-        times = torch.cat([sae.metadata(Step(t, 0.0), 1) for t in sae.config.anchors]).to(rows)
-        shares, imbalance = sae.gates(rows, times.repeat(len(rows) // len(times), 1))
+    def gates(self, rows, told=None):
+        sae, anchors = self.sae, torch.tensor(self.sae.config.anchors, device=rows.device)
+        known = {"time": (anchors / 1000).repeat(len(rows) // len(anchors))}
+        if told is not None:
+            known |= dict(zip(METADATA[1:], told.repeat_interleave(len(anchors), 0).T, strict=True))
+        metadata = sae.told(known).to(rows)
+        if sae.training:  # the router must do with less
+            kept = torch.rand(len(rows), 1 + len(sae.config.metadata), device=rows.device) >= _UNKNOWN
+            metadata = metadata * (kept[:, :1] & kept[:, 1:]).repeat_interleave(2, 1)
+        shares, imbalance = sae.gates(rows, metadata)
         owner = sae.experts(torch.arange(sae.config.num_latents, device=rows.device))
         return Gates(shares, self.processes.share(owner)), 0.0 if imbalance is None else _BALANCE * imbalance
 
@@ -348,6 +359,7 @@ class RoutedSteps(Steps):
 
 
 _BALANCE, _UNMASKED = 0.5, 0.1  # weights of the loss
+_UNKNOWN = 0.1  # chance that the router is not told a value, and that it is told nothing
 _MEMORY = 100  # batches that running means go back; before that nothing is masked
 KINDS = {
     "rtsae": (RTSAE, Residuals),
@@ -453,12 +465,15 @@ class DictionaryTrainer:
         for rows in _pieces(self.sae.decoder):
             rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
-    def backward(self, inputs: torch.Tensor, prefix: int | None, share: float = 1.0) -> dict[str, float]:
+    def backward(
+        self, inputs: torch.Tensor, prefix: int | None, share: float = 1.0, told: torch.Tensor | None = None
+    ) -> dict[str, float]:
         """
         Add the gradients of `inputs (rows, G, d)`, of which the encoder of an RTSAE sees the first `prefix` anchors.
 
         Args:
             share (`float`): of the batch that these rows are.
+            told (`torch.Tensor`, *optional*): row, column and guidance of each, `(rows, 3)` from 0 to 1.
 
         Returns:
             `dict`: FVU of the inputs (per unit of their normalised variance) and L0.
@@ -468,7 +483,7 @@ class DictionaryTrainer:
         with torch.random.fork_rng(enabled=draws):  # what is drawn depends on the step alone
             if draws:
                 torch.manual_seed(1_000_003 * self.done + self.parts)
-            target, unit, code, centred, other = self._encode(inputs, prefix)
+            target, unit, code, centred, other = self._encode(inputs, prefix, told)
         self.parts += 1
         wanted, centre = target, sae.decoder_bias.flatten()
         if self.processes.rank > 0:  # the first one's gradients count: `update` sums them
@@ -494,7 +509,7 @@ class DictionaryTrainer:
         return {"loss": loss.item(), "fvu": fvu.item(), "l0": l0}
 
     def _encode(
-        self, inputs: torch.Tensor, prefix: int | None
+        self, inputs: torch.Tensor, prefix: int | None, told: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, Code, torch.Tensor, torch.Tensor | float]:
         """The target, the unit of its error, its code, what the encoder was shown of it, centred, and what is
         minimised besides its error."""
@@ -502,7 +517,7 @@ class DictionaryTrainer:
         shown = slice(None) if prefix is None else slice(prefix * inputs.shape[2])
         centre, weight = self.sae.decoder_bias.flatten(), self.sae.encoder.flatten(1)[:, shown]
         centred = target[:, shown] - centre[shown].detach()
-        gates, other = self.view.gates(target)
+        gates, other = self.view.gates(target, told)
         if self.sae.training:
             centred, unit = self.view.hide(centred, unit)
         code = self.architecture.encode(

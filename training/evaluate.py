@@ -19,7 +19,7 @@ from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.hub import write_json
 from diffusers_rtsae.pipeline import get_denoiser, own_size
 from diffusers_rtsae.steering import Clock, call_arguments, get_site
-from diffusers_rtsae.steering.sites import from_tokens, read_output, replace_output, to_tokens
+from diffusers_rtsae.steering.sites import from_tokens, read_activation, read_output, replace_output, to_tokens
 
 from .collect import anchor_timesteps, read_samples, trajectories
 from .dictionary import residual_code
@@ -60,14 +60,14 @@ def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
         divided by its spread): `online` rolls the reconstruction out from the first anchor, `teacher_forced` predicts
         each anchor from the true one before; of a kind that predicts nothing the two are the same. L0 of a trajectory
         or, of a kind that has a code for each step, of a step; share of latents that never fired when their statistics
-        were measured. Of an RTSAE also the FVU of the residuals, L0 with BatchTopK, and how well the code of each
-        prefix agrees with the whole: cosine of the codes, and the share of the whole code's active latents that the
-        prefix finds.
+        were measured; cosine of the online reconstruction, of the whole and per anchor. Of an RTSAE also the FVU of
+        the residuals, L0 with BatchTopK, and how well the code of each prefix agrees with the whole: cosine of the
+        codes, and the share of the whole code's active latents that the prefix finds.
     """
     anchors, spread, is_whole = len(sae.config.anchors), sae.spread[:, None], isinstance(sae, RTSAE)
     unexplained = {name: Unexplained() for name in ("residual", "online", "teacher_forced")}
     sums, topk_l0 = torch.zeros(3, anchors), 0.0
-    cosine, length = 0.0, max(256, 2**23 // sae.config.num_latents)
+    cosine, cosines, length = 0.0, torch.zeros(anchors), max(256, 2**23 // sae.config.num_latents)
     for part in trajectories.split(length):
         part = part.float()
         codes = [sae.encode(part[:, : g + 1]) for g in range(anchors)]
@@ -75,6 +75,7 @@ def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
         unexplained["online"].add(online / spread, part / spread)
         unexplained["teacher_forced"].add(forced / spread, part / spread)
         cosine += torch.cosine_similarity((online / spread).flatten(1), (part / spread).flatten(1)).sum().item()
+        cosines += torch.cosine_similarity(online, part, dim=2).sum(0)
         if is_whole:
             residuals = sae.dynamics.residuals(part)
             unexplained["residual"].add(sae.decode_residuals(codes[-1]), residuals)
@@ -90,6 +91,7 @@ def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
             result[f"fvu_{name}_per_anchor"], result[f"fvu_{name}"] = of.result()
     result |= {
         "cosine_online": round(cosine / count, 4),
+        "cosine_online_per_anchor": [round(v, 4) for v in (cosines / count).tolist()],
         "l0_threshold": round((l0[-1] if is_whole else l0.mean()).item(), 2),
         "dead": round((sae.density == 0).float().mean().item(), 4),
     }
@@ -163,11 +165,53 @@ class _Replaced:
         self._hook.remove()
 
     def _replace(self, module, args, kwargs, output):
-        hidden_states, new = read_output(output).clone(), self.new
-        if self.activation == "update":
-            new = new + to_tokens((args[0] if args else kwargs["hidden_states"])[self.rows])
-        hidden_states[self.rows] = from_tokens(new, hidden_states[self.rows])
-        return replace_output(output, hidden_states)
+        return _with(output, args[0] if args else kwargs["hidden_states"], self.rows, self.new, self.activation)
+
+
+def _with(output, block_input: torch.Tensor, rows: slice, new: torch.Tensor, activation: str):
+    """What a block returns with another activation `(rows, tokens, d)` on some rows of the batch."""
+    hidden_states = read_output(output).clone()
+    if activation == "update":
+        new = new + to_tokens(block_input[rows])
+    hidden_states[rows] = from_tokens(new, hidden_states[rows])
+    return replace_output(output, hidden_states)
+
+
+class Reconstructing:
+    """At a dictionary's anchors a site's conditional activation is its reconstruction from what it was until then,
+    while a pipeline runs inside the `with` block."""
+
+    def __init__(self, pipe: DiffusionPipeline, sae: SparseDictionary):
+        self.sae, self.denoiser, self.clock = sae, get_denoiser(pipe), Clock()
+        self.site, self.seen, self.is_anchor = get_site(self.denoiser, sae.config.site), [], False
+
+    def __enter__(self):
+        self._hooks = [
+            self.denoiser.register_forward_pre_hook(self._tick, with_kwargs=True),
+            self.site.register_forward_hook(self._reconstruct, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(self, *error):
+        for hook in self._hooks:
+            hook.remove()
+
+    def _tick(self, module, args, kwargs):
+        self.clock.tick(*call_arguments(args, kwargs))
+        timestep, anchors = round(self.clock.timestep), list(self.sae.config.anchors)
+        self.is_anchor = timestep in anchors and "cond" in self.clock.streams
+        if timestep == anchors[0]:
+            self.seen = []
+
+    def _reconstruct(self, module, args, kwargs, output):
+        if not self.is_anchor:
+            return None
+        block_input, hidden_states = args[0] if args else kwargs["hidden_states"], read_output(output)
+        rows, activation = dict(self.clock.rows(len(hidden_states)))["cond"], self.sae.config.activation
+        self.seen.append(read_activation(activation, block_input, hidden_states)[rows].float())
+        known = torch.stack(self.seen, 2)
+        new = self.sae.reconstruct(known.flatten(0, 1))[:, -1].unflatten(0, known.shape[:2])
+        return _with(output, block_input, rows, new, activation)
 
 
 @torch.no_grad()
@@ -262,7 +306,7 @@ def evaluate_pipeline(pipe: DiffusionPipeline, sae: SparseDictionary, collect: C
         if len(shares) * collect.batch_size < 32:  # three more calls an anchor each
             generators = [torch.Generator().manual_seed(sample.seed) for sample in part]
             prompts = [sample.prompt for sample in part]
-            call = {"num_inference_steps": collect.steps, "guidance_scale": collect.guidance_scale}
+            call = {"num_inference_steps": collect.steps, "guidance_scale": collect.guidance(start)}
             shares.append(recovered(pipe, sae, prompts, generators, **call))
     found = evaluate(sae, torch.cat(rows).float(), sae.config.k)
     for key in shares[0]:

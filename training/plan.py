@@ -82,7 +82,7 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
         denoiser(**_inputs(config))
     for hook in hooks:
         hook.remove()
-    rows = (2 if collect.guidance_scale > 1 else 1) * collect.count * collect.steps
+    rows = (2 if collect.guidance(0) > 1 else 1) * collect.count * collect.steps
     generating = counter.get_total_flops() * rows
     sites, training = {}, 0
     for site, (tokens, channels) in shapes.items():

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from diffusers_rtsae.models import METADATA
+
 ROOT = Path(__file__).parents[1]  # of a clone, or of what an installed package has of one
 INDEX = "model_index.json"  # what every pipeline has
 Positive = Annotated[int, Field(gt=0)]
@@ -27,12 +29,17 @@ class Collect(Section):
     column: str = "prompt"  # of everything that has columns; a column "seed" is used if there is one
     count: Positive
     steps: Positive
-    guidance_scale: float
+    guidance_scale: float | Annotated[list[float], Field(min_length=1)]  # several: the shards take turns
     batch_size: Positive  # prompts a shard
     tokens_per_image: Positive
     streams: Literal["cond", "both"] = "cond"  # halves of guidance
     buffer: Positive | None = None  # stream through so many trajectories in memory, nothing on disk
     reuse: float = Field(4.0, gt=0)  # while streaming: how often a trajectory is trained on, on average
+
+    def guidance(self, first: int) -> float:
+        """The scale of the shard whose first picture has this index."""
+        scales = self.guidance_scale if isinstance(self.guidance_scale, list) else [self.guidance_scale]
+        return scales[first // self.batch_size % len(scales)]
 
 
 class Fit(Section):
@@ -67,7 +74,7 @@ class Train(Section):
     bandwidth: float = Field(0.25, gt=0)  # of jump_relu: how near, in first thresholds, moves a threshold
     experts: Annotated[int, Field(ge=2)] = 8  # of a mixture
     shared: Share = 0.25  # of the latents of a mixture: of no expert
-    metadata: list[Literal["time"]] = ["time"]  # what the router of a mixture is told
+    metadata: list[Literal["time", "row", "column", "guidance"]] = [*METADATA]  # what the router of a mixture is told
     masked: Annotated[float, Field(ge=0, lt=1)] = 0.25  # of the channels that a mixture must reconstruct unseen
     penalty: float = Field(0.3, ge=0)  # of jump_relu: for L0 being another than k
     importance: Literal["mean", "product"] = "mean"  # of atm: what a latent's three running means make

@@ -15,6 +15,11 @@ from safetensors.torch import save_file
 from diffusers_rtsae.files import whole
 
 
+def told_of(site: str) -> str:
+    """The name under which what is known of the trajectories of a site lies: row, column, guidance."""
+    return f"{site}/told"
+
+
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:
     """Raise `ValueError` if a site's trajectories cannot be trained on."""
     for name, tensor in tensors.items():
@@ -52,8 +57,8 @@ class TrajectoryStore:
     Shards of trajectories of one or more sites.
 
     A shard holds, for each site, `(tokens, G, d)` float16; `<site>/image (tokens,)`, the index of the prompt each
-    token comes from; `<site>/token (tokens,)`, its place in the site's grid, row by row; and what a scorer read in the
-    shard's images, if one was used.
+    token comes from; `<site>/token (tokens,)`, its place in the site's grid, row by row; `<site>/told (tokens, 3)`,
+    its row, column and guidance, each from 0 to 1; and what a scorer read in the shard's images, if one was used.
 
     Args:
         folder (`Path | str`): where the shards lie; a folder, or any URL that fsspec knows.

@@ -15,7 +15,7 @@ from diffusers_rtsae.files import whole
 
 from .collect import Sample, batches, trajectories
 from .recipe import Recipe
-from .store import check_finite
+from .store import check_finite, told_of
 
 
 class Stream:
@@ -51,7 +51,7 @@ class Stream:
         start, part = self.batches[index]
         part = [sample._replace(seed=sample.seed + turn * 7_000_003) for sample in part]
         tensors, _ = trajectories(self.pipe, part, start + turn * len(self.batches), self.recipe, self.anchors)
-        kept = {site: tensors[site] for site in self.recipe.sites}
+        kept = {name: tensors[name] for site in self.recipe.sites for name in (site, told_of(site))}
         check_finite(kept)
         return kept
 

@@ -42,7 +42,7 @@ from .fit import fit_dynamics
 from .plan import plan
 from .processes import ALONE, Processes
 from .recipe import Recipe, bundled
-from .store import Rows, TrajectoryStore
+from .store import Rows, TrajectoryStore, told_of
 from .stream import Stream
 from .watch import Watch
 
@@ -52,8 +52,8 @@ MEASURED_TOKENS = 16_384  # that set thresholds, and that figures are measured o
 
 class Data:
     """
-    Trajectories of each site: to train on, and from other pictures to set thresholds on (`calibration`) and to
-    measure on (`validation`).
+    Trajectories of each site: to train on, with what is told of them, and from other pictures to set thresholds on
+    (`calibration`) and to measure on (`validation`).
     """
 
     def __init__(
@@ -64,10 +64,12 @@ class Data:
     ):
         self.train, self.calibration, self.validation = train, calibration, validation
 
-    def sample(self, site: str, count: int, generator: torch.Generator, processes: Processes = ALONE) -> torch.Tensor:
-        """A process' share of `count` random trajectories."""
-        rows = self.train[site]
-        return rows[processes.share(torch.randint(len(rows), (count,), generator=generator))].float()
+    def sample(
+        self, site: str, count: int, generator: torch.Generator, processes: Processes = ALONE
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A process' share of `count` random trajectories, with row, column and guidance `(rows, 3)` of each."""
+        chosen = processes.share(torch.randint(len(self.train[site]), (count,), generator=generator))
+        return self.train[site][chosen].float(), self.train[told_of(site)][chosen]
 
 
 def stored_data(recipe: Recipe, store: TrajectoryStore) -> tuple[Data, list[Path], list[Path]]:
@@ -78,7 +80,7 @@ def stored_data(recipe: Recipe, store: TrajectoryStore) -> tuple[Data, list[Path
         raise ValueError(
             f"{store.folder} holds {len(shards)} shards: two are needed, one to train on and one held out."
         )
-    train = {site: store.rows(shards[:-held], site) for site in recipe.sites}
+    train = {name: store.rows(shards[:-held], name) for site in recipe.sites for name in (site, told_of(site))}
     generator, halves = torch.Generator().manual_seed(recipe.seed), ({}, {})
     for site in recipe.sites:
         rows = store.rows(shards[-held:], site)
@@ -97,16 +99,16 @@ def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) 
     """The dynamics of a site: those in `path` if they belong to this run, else fitted and written there."""
     if path.exists():
         tensors = load_file(path)
-        told = json.loads(bytes(tensors.pop("told").tolist()))
-        if told["mark"] == mark:
+        facts = json.loads(bytes(tensors.pop("told").tolist()))
+        if facts["mark"] == mark:
             dynamics = LinearDynamics(*tensors["mean"].shape)
             dynamics.load_state_dict(tensors)
-            return dynamics, told["fitted"]
+            return dynamics, facts["fitted"]
     dynamics, found = fit_dynamics(train, validation, **recipe.fit.model_dump())
-    told = json.dumps({"mark": mark, "fitted": found}).encode()
+    facts = json.dumps({"mark": mark, "fitted": found}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path, os.getpid()) as partial:  # every process may fit
-        save_file(dynamics.state_dict() | {"told": torch.tensor(list(told), dtype=torch.uint8)}, partial)
+        save_file(dynamics.state_dict() | {"told": torch.tensor(list(facts), dtype=torch.uint8)}, partial)
     print(f"{site}: R² of the predictors {found['r2']}", flush=True)
     return dynamics, found
 
@@ -149,10 +151,10 @@ def train_dictionaries(
     marks, trainers = {}, {}
     for name, recipe in recipes.items():
         sae = new_dictionary(sites[name], anchors, recipe, dynamics[name])
-        sample = data.sample(sites[name], 8192, step_generator(recipe.seed, -1))
+        sample, _ = data.sample(sites[name], 8192, step_generator(recipe.seed, -1))
         trainers[name] = DictionaryTrainer(sae, recipe.train, dynamics[name], sample, device, processes)
-        told = recipe.train.model_dump(exclude={"checkpoints", "checkpoint_every", "validate_every", "log_with"})
-        marks[name] = json.dumps([collected, recipe.seed, recipe.fit.model_dump(), told], sort_keys=True)
+        own = recipe.train.model_dump(exclude={"checkpoints", "checkpoint_every", "validate_every", "log_with"})
+        marks[name] = json.dumps([collected, recipe.seed, recipe.fit.model_dump(), own], sort_keys=True)
     checkpoints = Checkpoints(work / "checkpoints", first.train.checkpoints, processes)
     done, steps = checkpoints.load(trainers, marks, stream), max(r.train.steps for r in recipes.values())
     renew_every = None
@@ -174,14 +176,16 @@ def train_dictionaries(
                 continue
             if site not in batches:
                 generator = step_generator(first.seed, step)
-                batches[site] = data.sample(site, first.train.batch_size, generator, processes).to(device)
+                batches[site] = data.sample(site, first.train.batch_size, generator, processes)
                 shown = int(torch.randint(1, len(anchors), (), generator=generator))
                 prefixed[site] = shown, torch.rand((), generator=generator).item()
             shown, draw = prefixed[site]
             prefix = shown if draw < settings.prefix else None
-            inputs = processes.whole(trainer.inputs(batches[site]), first.train.batch_size)
-            parts = inputs.chunk(settings.accumulate)
-            found = [trainer.backward(part, prefix, len(part) / len(inputs)) for part in parts]
+            trajectories, told = (tensor.to(device) for tensor in batches[site])
+            inputs = processes.whole(trainer.inputs(trajectories), first.train.batch_size)
+            told = processes.whole(told, first.train.batch_size)
+            parts = zip(inputs.chunk(settings.accumulate), told.chunk(settings.accumulate), strict=True)
+            found = [trainer.backward(part, prefix, len(part) / len(inputs), of) for part, of in parts]
             if not all(torch.isfinite(torch.tensor(f["loss"])) for f in found):
                 raise ValueError(
                     f"The loss of {name} is {found[-1]['loss']} at step {step}. Lower `learning_rate` and delete "

@@ -3,7 +3,7 @@
 from .base import Directions, FeatureTimes, Memory, Reader, SparseDictionary, Step, interpolate
 from .dynamics import LinearDynamics
 from .linear_map import LinearMap
-from .mixture import MixtureSAE
+from .mixture import METADATA, MixtureSAE, places, share_of_guidance
 from .rtsae import RTSAE, RTSAEOutput
 from .sae import SparseAutoencoder
 from .sparsity import batch_topk, jump_relu, topk
@@ -16,6 +16,7 @@ KINDS: dict[str, type[SparseDictionary]] = {
 
 __all__ = [
     "KINDS",
+    "METADATA",
     "RTSAE",
     "TIDE",
     "Directions",
@@ -32,5 +33,7 @@ __all__ = [
     "batch_topk",
     "interpolate",
     "jump_relu",
+    "places",
+    "share_of_guidance",
     "topk",
 ]

@@ -74,12 +74,15 @@ class MixtureSAE(SparseAutoencoder):
 
     def metadata(self, step: Step, tokens: int) -> torch.Tensor:
         """What the router is told at a step, `(N or 1, 2 · metadata)`."""
-        known: dict[str, torch.Tensor | None] = {"time": torch.tensor([step.timestep / 1000]), "guidance": None}
+        known = {"time": torch.tensor([step.timestep / 1000])}
         if step.guidance is not None:
-            known["guidance"] = torch.tensor([min(step.guidance, _GUIDANCE) / _GUIDANCE])
+            known["guidance"] = share_of_guidance(step.guidance)[None]
         if step.size is not None and step.size[0] * step.size[1] == tokens:
-            rows, columns = ((torch.arange(n) + 0.5) / n for n in step.size)
-            known |= {"row": rows.repeat_interleave(len(columns)), "column": columns.repeat(len(rows))}
+            known["row"], known["column"] = places(step.size).T
+        return self.told(known)
+
+    def told(self, known: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The same from values between 0 and 1 by name, `(N,)` or `(1,)` each; what is missing counts as zeros."""
         pairs = [cyclic(known.get(name)) for name in self.config.metadata]
         length = max([len(pair) for pair in pairs], default=1)
         return torch.cat([torch.zeros(length, 0), *(pair.expand(length, 2) for pair in pairs)], 1)
@@ -123,6 +126,16 @@ class MixtureSAE(SparseAutoencoder):
         shares, _ = self.gates(tokens, self.metadata(Step(timestep, 0.0), 1))
         owner = self.experts(torch.arange(self.config.num_latents, device=tokens.device))
         return jump_relu(pre_activations * shares[..., owner], self.threshold)
+
+
+def places(size: tuple[int, int]) -> torch.Tensor:
+    """Row and column of the tokens of a grid, from 0 to 1, `(tokens, 2)`."""
+    return torch.cartesian_prod(*((torch.arange(n) + 0.5) / n for n in size))
+
+
+def share_of_guidance(scale: float) -> torch.Tensor:
+    """A scale of guidance as a number from 0 to 1."""
+    return torch.tensor(min(scale, _GUIDANCE) / _GUIDANCE)
 
 
 def cyclic(values: torch.Tensor | None) -> torch.Tensor:

@@ -41,6 +41,18 @@ def test_shards_hold_the_trajectories_of_sampled_tokens(pipe, scorer, samples, t
     assert store.load(store.shards()[2], "mid_block").shape[0] == 10
 
 
+def test_shards_say_where_a_token_is_and_take_turns_with_guidance(pipe, samples, tmp_path):
+    mine = recipe(guidance_scale=[2.0, 30.0])
+    anchors, store = anchor_timesteps(pipe, mine.collect, 3), TrajectoryStore(tmp_path, "x")
+    collect(pipe, samples, mine, anchors, store)
+    for shard, guidance in zip(store.shards(), (0.1, 1.0, 0.1), strict=True):
+        (row, column, scale), token = store.load(shard, f"{SITE}/told").T, store.load_origin(shard, SITE)[1]
+        assert torch.equal((row * 8).int() * 8 + (column * 8).int(), token) and torch.all(scale == guidance)
+    again, first = TrajectoryStore(tmp_path / "again", "x"), store.shards()[0]
+    collect(pipe, samples[:2], recipe(guidance_scale=2.0), anchors, again)
+    assert torch.equal(store.load(first, SITE), again.load(again.shards()[0], SITE))
+
+
 def test_both_halves_of_guidance_and_the_update_of_a_site(pipe, samples, tmp_path):
     anchors, found = anchor_timesteps(pipe, recipe().collect, 3), {}
     for streams, activation in (("cond", "output"), ("both", "output"), ("cond", "update")):

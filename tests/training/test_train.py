@@ -15,20 +15,21 @@ import torch
 from accelerate import Accelerator
 from disk import full_disk
 
-from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.models import LinearDynamics
+from diffusers_rtsae import MixtureSAE, load_dictionary
+from diffusers_rtsae.models import LinearDynamics, Step, places, share_of_guidance
 from training import dictionary
 from training.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from training.dictionary import (
     ARCHITECTURES,
     DictionaryTrainer,
+    RoutedSteps,
     auxiliary_loss,
     calibrate,
     geometric_median,
     new_dictionary,
 )
 from training.evaluate import evaluate
-from training.processes import Processes
+from training.processes import ALONE, Processes
 from training.recipe import Recipe
 from training.sparse import decode
 from training.store import Rows
@@ -69,12 +70,16 @@ def dynamics_of(data: torch.Tensor) -> LinearDynamics:
     return dynamics
 
 
+def with_told(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"mid_block": rows, "mid_block/told": torch.rand(len(rows), 3, generator=torch.Generator().manual_seed(9))}
+
+
 def train(work: Path, *recipes: Recipe, data=sparse_data):
     """Train one dictionary for each recipe, on one pass over the same data."""
     made, data = data, data()
     named = {f"r{i}": one for i, one in enumerate(recipes)}
     trained = train_dictionaries(
-        named, Data({"mid_block": data}, *({"mid_block": made(500, seed=seed)} for seed in (2, 3))),
+        named, Data(with_told(data), *({"mid_block": made(500, seed=seed)} for seed in (2, 3))),
         dict.fromkeys(named, dynamics_of(data)), dict.fromkeys(named, "mid_block"), ANCHORS, work,
         Accelerator(cpu=True), "data",
     )  # fmt: skip
@@ -154,10 +159,12 @@ def test_a_process_reads_its_share_of_a_batch_only():
 
     stored = sparse_data(300)
     rows = Counted(stored.split(70))
-    data = Data({"mid_block": rows}, {}, {})
-    whole = data.sample("mid_block", 101, torch.Generator().manual_seed(3))
+    data = Data(with_told(rows), {}, {})
+    whole, told = data.sample("mid_block", 101, torch.Generator().manual_seed(3))
+    assert all((stored == row).all((1, 2)).any() for row in whole[:5].half()) and told.shape == (101, 3)
     for rank in range(4):
-        share = data.sample("mid_block", 101, torch.Generator().manual_seed(3), Processes(rank, 4))
+        share, its = data.sample("mid_block", 101, torch.Generator().manual_seed(3), Processes(rank, 4))
+        assert torch.equal(its, told[26 * rank :][:26])
         assert torch.equal(share, whole[26 * rank :][:26]) and rows.asked == len(share)
 
 
@@ -245,6 +252,25 @@ def test_known_features_of_single_steps_are_found(tmp_path, kind, architecture):
     report = evaluate(sae, step_data(500, seed=1).float(), k=3)
     assert report["fvu_online"] == report["fvu_teacher_forced"] < 0.3
     assert report["l0_threshold"] == pytest.approx(3, abs=0.3) and "prefix_recall" not in report
+
+
+def test_a_router_is_told_in_training_what_it_is_told_when_steering():
+    torch.manual_seed(0)
+    sae, size = MixtureSAE("mid_block", D, ANCHORS, 20, 2, shared_latents=4, num_experts=4), (2, 3)
+    view = RoutedSteps(sae, dynamics_of(sparse_data(100)), recipe(kind="mixture").train, ALONE)
+    tokens, told = torch.randn(6, 3, D), torch.cat([places(size), share_of_guidance(5.0).expand(6, 1)], 1)
+    sae.eval()
+    gates, _ = view.gates(tokens.flatten(0, 1), told)
+    for g, timestep in enumerate(ANCHORS):
+        expected, _ = sae.gates(tokens[:, g], sae.metadata(Step(timestep, g, size, 5.0), 6))
+        torch.testing.assert_close(gates.shares.view(6, 3, -1)[:, g], expected)
+    assert not torch.allclose(view.gates(tokens.flatten(0, 1))[0].shares, gates.shares)
+    sae.noise.bias.data.fill_(-50.0)  # no noise worth the name: what differs while training is what is left untold
+    rows, told = tokens[:1, :1].expand(4000, 3, D).flatten(0, 1), told[:1].expand(4000, 3)
+    expected = view.gates(rows, told)[0].shares
+    sae.train()
+    differs = (view.gates(rows, told)[0].shares - expected).abs().amax(1) > 0.05
+    assert 0.1 < differs.float().mean() < 0.45
 
 
 @pytest.mark.parametrize("kind", ["static", "tide", "mixture"])

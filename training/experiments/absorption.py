@@ -1,32 +1,18 @@
-"""Feature absorption: does a special latent speak for a general one, which should be active as well and is not?
-
-    python -m training.train training/recipes/kinds.yaml --out runs/kinds
-    python -m training.experiments.absorption --dictionaries runs/kinds --out training/results/absorption.json
-
-Pictures in which the scorer reads all that their prompts name; the tokens of the object, at every anchor. Each value
-of a world is measured with every dictionary; those of even pictures fit its probe and choose its latents, those of odd
-ones are counted. Rows are added to the JSON as they are measured; the same command continues where it was stopped.
-"""
+"""Feature absorption: does a special latent speak for a general one, which should be active as well and is not?"""
 
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae import SparseDictionary
 
 from ..worlds import World
-from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
-from .results import Results, spread, table
+from .probes import Seen
 from .steering import tokens_on
 
-FIGURES = {"absorption": "absorption", "f1": "F1 of the value's latents", "fvu_online": "FVU", "l0_threshold": "L0"}
-FIGURES |= {"dead": "dead"}
 _GAIN = 0.03  # of F1, for which a latent more stands for a value
 _MOST = 4  # latents that stand for a value
 _SHARE, _COSINE = 0.4, 0.1  # of the value's direction, that an absorbing latent carries, and its own with it
@@ -115,80 +101,17 @@ def absorption(
     return Absorption(int(absorbed.sum()) / count, main, f1, sorted(set(latent[absorbed].tolist())))
 
 
-class Seen(NamedTuple):
-    """
-    Tokens of the objects in pictures that show what their prompts name.
-
-    trajectories (`torch.Tensor`): `(tokens, G, d)`.
-    picture (`torch.Tensor`): which one each is of, `(tokens,)`.
-    scenes (`list[dict]`): of all pictures.
-    """
-
-    trajectories: torch.Tensor
-    picture: torch.Tensor
-    scenes: list[dict]
-
-
-def look(world: World, pipe, scorer, site: str, anchors: list[int], activation: str, a) -> Seen:
-    """The tokens that everything is measured on."""
-    scenes, found, of = world.sample(a.pictures, seed=80_000_000, held_out=False), [], []
-    for start in range(0, len(scenes), a.batch_size):
-        part = scenes[start : start + a.batch_size]
-        with Recorder(pipe, [site], anchors, activation) as recorder:
-            seeds = range(80_000_000 + start, 80_000_000 + start + len(part))
-            images = generate(pipe, world.describe(part, start), seeds, a.steps, a.guidance)
-        seen = [world.seen(reading) for reading in scorer.read(images)]
-        right = [
-            s["valid"] and all(s[name] == scene[name] for name in scene) for s, scene in zip(seen, part, strict=True)
-        ]
-        whole = recorder.trajectories(site)
-        where = tokens_on(world.masks(part, world.image_size), int(whole.shape[1] ** 0.5))
-        where &= torch.tensor(right)[:, None]
-        found.append(whole[where])
-        of.append(where.nonzero()[:, 0] + start)
-    return Seen(torch.cat(found), torch.cat(of), scenes)
-
-
-def markdown(rows: list[dict]) -> str:
-    """Mean ± standard deviation over the seeds of each kind."""
-    lines = []
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        own = [row for row in rows if row["kind"] == kind]
-        lines.append([kind, str(len(own)), *(spread([row[key] for row in own]) for key in FIGURES)])
-    return table(["dictionary", "seeds", *FIGURES.values()], lines)
-
-
-def main() -> None:
-    parser = new_parser(__doc__)
-    add_models(parser, "pipeline", "scorer")
-    parser.add_argument("--dictionaries", type=Path, default=Path("runs/kinds"), help="folder of `<kind>-<seed>` ones")
-    parser.add_argument("--out", type=Path, default=Path("runs/absorption.json"))
-    parser.add_argument("--pictures", type=int, default=512)
-    a, world = parse(parser)
-    pipe, scorer = load_models(a)
-    folders = sorted(path for path in a.dictionaries.iterdir() if path.is_dir())
-    results, seen = Results(a, [a.pipeline, a.dictionaries]), {}
-    for folder in tqdm(folders, unit="dictionary"):
-        if results.has(dictionary=folder.name):
-            continue
-        dictionary = load_dictionary(folder, dtype=torch.float32)
-        ((site, sae),) = dictionary.sites.items()
-        key = site, tuple(sae.config.anchors), sae.config.activation
-        if key not in seen:
-            seen[key] = look(world, pipe, scorer, site, list(sae.config.anchors), sae.config.activation, a)
-        tokens, picture, scenes = seen[key]
-        paths, found = sae.feature_trajectories().float(), []
-        for g, codes in enumerate(sae.codes(tokens)):
-            for factor, value in world.targets:
-                shows = torch.tensor([scenes[i][factor] == value for i in picture.tolist()])
-                found.append(absorption(tokens[:, g], codes, paths[:, g], shows, picture % 2 == 0))
-        row = {"dictionary": folder.name, "kind": folder.name.rpartition("-")[0]}
-        row |= {"absorption": round(statistics.mean(one.rate for one in found), 5)}
-        row |= {"f1": round(statistics.mean(one.f1 for one in found), 4), "tokens": len(tokens)}
-        metrics = dictionary.config["metrics"][site]
-        results.add(row | {name: metrics[name] for name in FIGURES if name in metrics})
-    results.tell(markdown(results.rows))
-
-
-if __name__ == "__main__":
-    main()
+@torch.no_grad()
+def mean_absorption(sae: SparseDictionary, seen: Seen, world: World) -> dict[str, float]:
+    """Over all values and anchors, on the tokens of the objects: the rate of absorption, and the F1 of the latents
+    that stand for a value. Even pictures fit and choose, odd ones are counted; of values that both have."""
+    where = tokens_on(world.masks(seen.scenes, world.image_size), seen.size[0])
+    tokens, picture, found = seen.trajectories[where].float(), where.nonzero()[:, 0], []
+    paths = sae.feature_trajectories().float()
+    for g, codes in enumerate(sae.codes(tokens)):
+        for factor, value in world.targets:
+            shows, chosen = torch.tensor([scene[factor] == value for scene in seen.scenes])[picture], picture % 2 == 0
+            if shows[chosen].any() and shows[~chosen].any():
+                found.append(absorption(tokens[:, g], codes, paths[:, g], shows, chosen))
+    rates, f1 = [one.rate for one in found], [one.f1 for one in found]
+    return {"absorption": round(statistics.mean(rates), 5), "f1": round(statistics.mean(f1), 4)}

@@ -1,0 +1,96 @@
+"""The table of kinds, from trained dictionaries to its rows, at a size that means nothing."""
+
+import json
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from training.evaluate import Reconstructing
+from training.experiments import kinds
+from training.experiments.kinds import perceptual_distance
+from training.recipe import Recipe
+from training.train import run
+
+SITE = "up_blocks.1.attentions.1"
+VARIANTS = {
+    "rtsae-0": {},
+    "topk-0": {"kind": "static", "architecture": "topk"},
+    "topk-1": {"kind": "static", "architecture": "topk", "seed": 1},
+    "mixture-0": {"kind": "mixture", "experts": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    recipe = Recipe(
+        pipeline="examples/shapes-sd", base_model="shapes-sd", sites=[SITE], anchors=3, variants=VARIANTS,
+        collect={
+            "prompts": "shapes", "count": 24, "steps": 6, "guidance_scale": [2.0, 4.0], "batch_size": 4,
+            "tokens_per_image": 16,
+        },
+        train={"num_latents": 64, "k": 4, "steps": 20, "batch_size": 64, "learning_rate": 1e-2},
+    )  # fmt: skip
+    run(recipe, folder / "out", folder / "work", Accelerator(cpu=True))
+    return folder / "out"
+
+
+def test_a_table_of_kinds_is_measured_and_continued(trained, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "kinds.json"
+    command = ["kinds", "--dictionaries", str(trained), "--steps", "6", "--batch-size", "16", "--out", str(out)]
+    command += ["--labelled", "32", "--judged", "16", "--absorbed", "32", "--replaced", "2", "--pairs", "2"]
+    command += ["--prompts", "1", "--every", "8", "--repeats", "1"]
+    monkeypatch.setattr(kinds, "ELSEWHERE", ("DPM++ 2M", 4))
+    monkeypatch.setattr(sys, "argv", [*command, "--measures", "costs", "replaced"])
+    kinds.main()
+    rows = {row["dictionary"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows.keys() == {kinds.RAW, *VARIANTS} and "effect" not in rows["topk-0"]
+    assert rows["topk-0"]["parameters"] < rows["rtsae-0"]["parameters"] and rows["topk-0"]["agreement"] <= 1
+    assert rows["topk-0"]["stability"] == rows["topk-1"]["stability"] and "stability" not in rows["rtsae-0"]
+
+    monkeypatch.setattr(kinds.Measures, "costs", None)  # was measured
+    monkeypatch.setattr(sys, "argv", command)
+    kinds.main()
+    rows = {row["dictionary"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["mixture-0"]["probes"].keys() == {"here", "elsewhere", "untold"}
+    assert rows["rtsae-0"]["probes"].keys() == rows[kinds.RAW]["probes"].keys() == {"here", "elsewhere"}
+    for name in VARIANTS:
+        assert rows[name]["has"] == ["costs", "replaced", "absorbed", "probed", "steered"]
+        assert 0 <= rows[name]["absorption"] <= 1 and -5 < rows[name]["effect"] < 1
+        assert rows[name]["open"].keys() == rows[name]["contradicted"].keys()
+    text = kinds.markdown(list(rows.values()))
+    assert text in capsys.readouterr().out and "| topk |" in text and f"| {kinds.RAW} |" in text
+
+
+def test_dictionaries_of_two_sites_make_no_table(trained, tmp_path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    monkeypatch.setattr(sys, "argv", ["kinds", "--dictionaries", str(tmp_path / "none"), "--out", str(tmp_path / "o")])
+    with pytest.raises(ValueError, match="holds no dictionaries: train"):
+        kinds.main()
+
+
+def test_pictures_of_reconstructions_are_those_of_the_activation_if_nothing_is_missed(pipe, dictionary, scorer):
+    ((_, sae),) = dictionary.sites.items()
+    call = {"num_inference_steps": 25, "guidance_scale": 3.0, "output_type": "pt"}
+
+    def drawn():
+        return pipe("a red star", generator=torch.Generator().manual_seed(0), **call).images.float().cpu()
+
+    class Exact:
+        config = sae.config
+
+        def reconstruct(self, known):
+            asked.append(known.shape[1])
+            return known * factor
+
+    plain, asked, factor = drawn(), [], 1.0
+    with Reconstructing(pipe, Exact()):
+        torch.testing.assert_close(drawn(), plain, rtol=0, atol=2e-3)
+    assert asked == [1, 2, 3]  # anchors, each with all that was before
+    factor = 0.0
+    with Reconstructing(pipe, Exact()):
+        changed = drawn()
+    assert torch.equal(drawn(), plain) and (changed - plain).abs().max() > 0.1
+    assert perceptual_distance(scorer, plain, plain) == 0 < perceptual_distance(scorer, plain, changed)

@@ -1,0 +1,46 @@
+"""Probes read what is linearly there, no more, and with few labels."""
+
+import torch
+
+from training.experiments.probes import DRAWS, accuracies, probe
+
+FACTORS = {"colour": ("red", "blue", "green"), "size": ("small", "large")}
+
+
+def pictures(count: int, seed: int, noise: float = 0.1):
+    """Codes `(count, 20)`, in which a latent stands for each value but those of sizes, and what they show."""
+    generator = torch.Generator().manual_seed(seed)
+    colour, size = (torch.randint(n, (count,), generator=generator) for n in (3, 2))
+    codes = noise * torch.randn(count, 20, generator=generator)
+    codes[torch.arange(count), colour] += 1
+    scenes = [{"colour": FACTORS["colour"][c], "size": FACTORS["size"][s]} for c, s in zip(colour, size, strict=True)]
+    return codes, scenes
+
+
+def test_a_probe_reads_a_colour_and_not_what_is_not_there():
+    (codes, scenes), (others, truth) = pictures(300, 0), pictures(500, 1)
+    found = accuracies(codes, scenes, {"here": (others, truth)}, {"colour": FACTORS["colour"]})["here"]
+    assert found[10] > 0.8 and found[30] > 0.97 and found[300] > 0.99
+    assert list(found) == [10, 30, 100, 300]  # of the numbers that there are enough pictures for
+    chance = accuracies(codes, scenes, {"here": (others, truth)}, {"size": FACTORS["size"]})["here"]
+    assert abs(chance[300] - 0.5) < 0.06 and DRAWS > 1
+
+
+def test_what_a_probe_is_judged_on_is_another_sampler_or_other_codes():
+    (codes, scenes), (others, truth) = pictures(100, 0), pictures(200, 1)
+    tests = {"here": (others, truth), "mirrored": (-others, truth)}
+    found = accuracies(codes, scenes, tests, {"colour": FACTORS["colour"]})
+    assert found["here"][100] > 0.97 > 0.2 > found["mirrored"][100]
+
+
+def test_the_penalty_is_what_serves_pictures_that_were_left_out():
+    """More latents than labelled pictures, most of them noise: without a penalty nothing would be read."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    codes = torch.randn(60, 400, generator=generator)
+    codes[:, 0] += 6 * labels
+    others = torch.randn(400, 400, generator=generator)
+    truth = torch.arange(400) % 2
+    others[:, 0] += 6 * truth
+    (said,) = probe(codes, labels, 2, [others])
+    assert (said == truth).float().mean() > 0.85

@@ -1,0 +1,370 @@
+"""One table of kinds: how well does each describe, stay itself, tell factors apart, and steer; what does it cost?
+
+    python -m training.train training/recipes/kinds.yaml --out runs/kinds
+    python -m training.experiments.kinds --dictionaries runs/kinds --out training/results/kinds.json
+
+Every measure is one of all dictionaries, of the same pictures: what the denoiser makes of reconstructions
+(`replaced`), absorption, probes, steering with the 16 latents of most effect, and time. They are added to the JSON as
+they are found; the same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import diffusers
+import torch
+from tqdm import tqdm
+
+from diffusers_rtsae import Dictionary, MixtureSAE, SparseDictionary, load_dictionary
+from diffusers_rtsae.analysis.effect import Intervention, Part, State, States, first_order, frozen
+from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.models import LinearDynamics, interpolate
+
+from ..dictionary import DictionaryTrainer, new_dictionary
+from ..evaluate import Reconstructing, recovered, stability
+from ..recipe import Recipe
+from ..worlds import KINDS, Probe, World
+from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
+from .absorption import mean_absorption
+from .arms import PASSES, Slope, effect_features
+from .probes import Seen, accuracies, activations, codes, look, pooled
+from .results import Results, spread, table
+from .rivals import mean_change
+from .samplers import SAMPLERS
+from .steering import as_dictionary, mean, measure, pairs, run, score
+
+LATENTS = 16  # that steer
+STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+ELSEWHERE = ("DPM++ 2M", 12)  # another sampler with its number of steps
+RAW = "raw activation"
+SEED = 502  # of the prompts that are steered
+DRAWN = 71_000_000  # of the pictures that are drawn from reconstructions
+
+
+class Measures:
+    """
+    All that is asked of a dictionary, with what all dictionaries are asked about.
+
+    Args:
+        like (`SparseDictionary`): any of them; all are of one site and its anchors.
+    """
+
+    def __init__(self, world: World, pipe, scorer: FactorScorer, like: SparseDictionary, a):
+        self.world, self.pipe, self.scorer, self.like, self.a = world, pipe, scorer, like, a
+        self.call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+
+    @cached_property
+    def seen(self) -> dict[str, Seen]:
+        """Pictures to label, and others to judge on, with two samplers."""
+        a, of = self.a, (self.world, self.pipe, self.scorer, self.like)
+        found = {"labelled": look(*of, a.labelled, False, a.steps, a), "here": look(*of, a.judged, True, a.steps, a)}
+        sampler, steps = ELSEWHERE
+        kind, options = SAMPLERS[sampler]
+        before = self.pipe.scheduler
+        self.pipe.scheduler = getattr(diffusers, kind).from_config(before.config, **options)
+        try:
+            return found | {"elsewhere": look(*of, a.judged, True, steps, a, anchors=False)}
+        finally:
+            self.pipe.scheduler = before
+
+    def _drawn(self) -> torch.Tensor:
+        """Pictures of held-out scenes."""
+        scenes = self.world.sample(self.a.replaced, seed=DRAWN, held_out=True)
+        seeds = range(DRAWN, DRAWN + len(scenes))
+        return generate(self.pipe, self.world.describe(scenes, 0), seeds, self.a.steps, self.a.guidance)
+
+    @cached_property
+    def drawn(self) -> torch.Tensor:
+        return self._drawn()
+
+    @torch.no_grad()
+    def replaced(self, sae: SparseDictionary) -> dict:
+        """What the denoiser makes of reconstructions: of single predictions, and of whole pictures, how many of whose
+        factors read alike and how far these are from what they were."""
+        plain = self.drawn
+        with Reconstructing(self.pipe, sae):
+            images = self._drawn()
+        read = [[self.world.seen(one) for one in self.scorer.read(some)] for some in (plain, images)]
+        same = [statistics.mean(a[factor] == b[factor] for factor in a) for a, b in zip(*read, strict=True)]
+        prompts = self.world.describe(self.world.sample(32, seed=DRAWN, held_out=True), 0)
+        generators = [torch.Generator().manual_seed(DRAWN + i) for i in range(len(prompts))]
+        return recovered(self.pipe, sae, prompts, generators, **self.call) | {
+            "agreement": round(statistics.mean(same), 4),
+            "distance": round(perceptual_distance(self.scorer, plain, images), 5),
+        }
+
+    def absorbed(self, sae: SparseDictionary) -> dict:
+        seen, count = self.seen["labelled"], self.a.absorbed
+        few = seen._replace(trajectories=seen.trajectories[:count], scenes=seen.scenes[:count])
+        return mean_absorption(sae, few, self.world)
+
+    def probed(self, sae: SparseDictionary | None) -> dict:
+        """Accuracies of probes of a dictionary's codes; without one of the raw activation."""
+
+        def with_codes(read, width: int, *judged: str) -> dict:
+            found = {name: (pooled(self.seen[name], read, width), self.seen[name].scenes) for name in judged}
+            labelled = pooled(self.seen["labelled"], read, width), self.seen["labelled"].scenes
+            return accuracies(*labelled, found, self.world.factors)
+
+        if sae is None:
+            return {"probes": with_codes(activations, self.like.config.in_channels, "here", "elsewhere")}
+        width = sae.config.num_latents
+        found = with_codes(codes(sae), width, "here", "elsewhere")
+        if isinstance(sae, MixtureSAE):
+            found["untold"] = with_codes(codes(sae, told=False), width, "here")["here"]
+        return {"probes": found}
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        config = self.like.config
+        shape = len(config.anchors), config.in_channels
+        axes = as_dictionary(config.site, config.anchors, torch.eye(shape[0] * shape[1]).unflatten(1, shape))
+        axes.density.fill_(1.0)
+        chosen = [t for t in self.world.targets if len(self.world.factors[t[0]]) > 2][:: self.a.every]
+        self.pipe.load_rtsae(Dictionary({config.site: axes}))
+        try:
+            return [Target(self, *one) for one in tqdm(chosen, desc="effect", unit="target")]
+        finally:
+            self.pipe.unload_rtsae()
+
+    @cached_property
+    def probes(self) -> dict[str, list[Probe]]:
+        return {
+            kind: [self.world.probe(t.factor, t.value, kind, self.a.prompts, seed=SEED) for t in self.targets]
+            for kind in KINDS
+        }
+
+    def _steered(self, kind: str, strengths: list[dict] | None) -> list[list[dict]]:
+        """What the scorer sees in the pictures of all targets' prompts of a kind."""
+        a, probes = self.a, self.probes[kind]
+        options = {} if strengths is None else {"clip": False}
+        images = run(self.pipe, probes, strengths, a.steps, a.guidance, a.batch_size, **options)
+        return score(self.world, self.scorer, images, probes)
+
+    @cached_property
+    def plain(self) -> dict[str, list[list[dict]]]:
+        return {kind: self._steered(kind, None) for kind in KINDS}
+
+    def steered(self, sae: SparseDictionary) -> dict:
+        """The effect of the latents chosen for each target on pairs that chose nothing, and what they do to pictures
+        of prompts that leave its factor open or contradict it."""
+        labels, effects, plain = {}, [], self.plain
+        for target in self.targets:
+            ((name, label),) = effect_features(sae, [target.slope], [target], LATENTS).items()
+            strength, effect = target.effect(sae, label)
+            (entry,) = label["features"]
+            entry["weights"] = [strength * weight for weight in entry["weights"]]
+            labels[name] = label
+            effects.append(effect)
+        found: dict = {"effect": round(statistics.mean(effects), 4)}
+        self.pipe.load_rtsae(Dictionary({sae.config.site: sae}, labels))
+        for kind, probes in self.probes.items():
+            steered = self._steered(kind, [{name: 1.0} for name in labels])
+            trios = zip(steered, plain[kind], probes, strict=True)
+            found[kind] = mean([measure(now, was, one.factor, one.value) for now, was, one in trios])
+        self.pipe.unload_rtsae()
+        return found
+
+    def costs(self, sae: SparseDictionary, recipe: Recipe) -> dict:
+        """Parameters, seconds of processor time for a step of training, and how many times as long as a plain picture
+        one takes with three busy latents that are read."""
+        busy = [(sae.config.site, latent) for latent in sae.density.topk(3).indices.tolist()]
+        self.pipe.load_rtsae(Dictionary({sae.config.site: sae}))
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _, is_steered in itertools.product(range(self.a.repeats), times):
+            self.pipe.set_rtsae_features(dict.fromkeys(busy, 0.5) if is_steered else {}, operation="scale")
+            begun = time.process_time()
+            generate(self.pipe, [""] * 4, range(4), self.a.steps, self.a.guidance)
+            times[is_steered].append(time.process_time() - begun)
+        self.pipe.unload_rtsae()
+        rows = self.seen["labelled"].trajectories.flatten(0, 1)[: recipe.train.batch_size].float()
+        dynamics = LinearDynamics(*rows.shape[1:])
+        fresh = new_dictionary(sae.config.site, list(sae.config.anchors), recipe, dynamics)
+        trainer, steps = DictionaryTrainer(fresh, recipe.train, dynamics, rows, "cpu"), []
+        for step in range(self.a.repeats):
+            begun = time.process_time()
+            trainer.backward(trainer.inputs(rows), None)
+            trainer.update(step)
+            steps.append(time.process_time() - begun)
+        return {
+            "parameters": sum(parameter.numel() for parameter in sae.parameters()),
+            "training_step": round(min(steps), 4),
+            "hook": round(min(times[True]) / min(times[False]), 4),
+        }
+
+
+class Target:
+    """A value to steer to: pairs that choose latents for it, and others that judge them."""
+
+    def __init__(self, measures: Measures, factor: str, value: str):
+        a, site = measures.a, measures.like.config.site
+        self.factor, self.value, self.site = factor, value, site
+        found, _ = pairs(measures.world, factor, value, a.pairs + a.pairs // 2, a.pairs // 2, 0, seed=13)
+        self.chooses = States(measures.pipe, found[: a.pairs], **measures.call)
+        self.judges = States(measures.pipe, found[a.pairs :], seed=1_000_000, **measures.call)
+        self.where = {}
+        for states in (self.chooses, self.judges):
+            self.where |= {id(s): own for s, own in zip(states.all(), states.concerned(site), strict=True)}
+        model = _Concerned({site: Part()}, self.chooses, self.where)
+        model.read()
+        with frozen(measures.pipe):
+            order = first_order(model, {}, PASSES, torch.Generator().manual_seed(0))[site]
+        shape = len(self.chooses.dictionary.sites[site].config.anchors), -1
+        size = order.added_length.square().view(shape)[:, 0]
+        self.slope = Slope(order.added.view(shape), size, float(mean_change(self.chooses, site).norm()))
+
+    def effect(self, sae: SparseDictionary, label: dict) -> tuple[float, float]:
+        """The strength at which the pairs that choose find a label's effect largest, and its effect there on those
+        that judge."""
+        (entry,) = label["features"]
+        amounts = torch.tensor(entry["weights"]) * sae.typical_activation[entry["latents"]]
+        path = torch.einsum("k,kgd->gd", amounts, sae.feature_trajectories(entry["latents"]))
+
+        def of(states: States, strength: float) -> float:
+            def changes(state: State, rows):
+                at = interpolate(path, states.grids[self.site].coordinate(state.timestep))
+                return {self.site: strength * at * self.where[id(state)][list(rows)][..., None]}
+
+            return float(states.effects(changes).mean())
+
+        best = max(STRENGTHS, key=lambda strength: of(self.chooses, strength))
+        return best, of(self.judges, best)
+
+
+class _Concerned(Intervention):
+    """That acts on the tokens on which the two prompts make a difference."""
+
+    def __init__(self, parts, states: States, where: dict[int, torch.Tensor]):
+        super().__init__(parts, states)
+        self.where = where
+
+    def gate(self, site, state, rows):
+        return self.where[id(state)][list(rows)][..., None].float()
+
+
+@torch.no_grad()
+def perceptual_distance(scorer: FactorScorer, a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean over layers of a scorer and places of the squared difference of its features, of length 1 at each place, of
+    pictures `(n, 3, h, w)` (after LPIPS, 1801.03924, without learned weights)."""
+    a, b, layers = a.to(scorer.device) * 2 - 1, b.to(scorer.device) * 2 - 1, []
+    for layer in scorer.features:
+        a, b = layer(a), layer(b)
+        if isinstance(layer, torch.nn.SiLU):
+            sides = [torch.nn.functional.normalize(side, dim=1) for side in (a, b)]
+            layers.append((sides[0] - sides[1]).square().sum(1).mean().item())
+    return statistics.mean(layers)
+
+
+MEASURES = ("replaced", "absorbed", "probed", "steered", "costs")
+
+
+def markdown(rows: list[dict]) -> str:
+    """Mean ± standard deviation over the seeds of each kind."""
+    kinds = list(dict.fromkeys(row["kind"] for row in rows if row["kind"] != RAW))
+
+    def cells(kind: str, read: Callable[[dict], float]) -> str:
+        values = []
+        for row in rows:
+            if row["kind"] == kind:
+                try:
+                    values.append(read(row))
+                except (KeyError, IndexError):
+                    continue
+        return spread(values) if values else "–"
+
+    describing = {
+        "FVU": lambda r: r["fvu_online"], "cosine": lambda r: r["cosine_online"], "L0": lambda r: r["l0_threshold"],
+        "dead": lambda r: r["dead"], "same in another seed": lambda r: r["stability"],
+        "noise prediction recovered": lambda r: r["recovered_online"], "factors read alike": lambda r: r["agreement"],
+        "distance of pictures": lambda r: r["distance"], "absorption": lambda r: r["absorption"],
+        "F1 of a value's latents": lambda r: r["f1"],
+    }  # fmt: skip
+    steering: dict[str, Callable] = {"effect of 16 latents": lambda r: r["effect"]}
+    for kind in KINDS:
+        for name in ("success", "leakage", "valid"):
+            steering[f"{kind}: {name}"] = lambda r, kind=kind, name=name: r[kind][name]
+    cost = {
+        "parameters": lambda r: r["parameters"], "CPU seconds a training step": lambda r: r["training_step"],
+        "time of a picture with three latents read": lambda r: r["hook"],
+    }  # fmt: skip
+    parts = []
+    for figures in (describing, steering, cost):
+        lines = [[kind, *(cells(kind, read) for read in figures.values())] for kind in kinds]
+        parts.append(table(["kind", *figures], lines))
+    anchors = max(len(row.get("fvu_online_per_anchor", ())) for row in rows)
+    for name, key in (("FVU", "fvu_online_per_anchor"), ("cosine", "cosine_online_per_anchor")):
+        lines = [[kind, *(cells(kind, lambda r, g=g, key=key: r[key][g]) for g in range(anchors))] for kind in kinds]
+        parts.append(table([f"{name} at anchor", *(str(g + 1) for g in range(anchors))], lines))
+    probed = [row for row in rows if "probes" in row]
+    counts = list(next(iter(probed))["probes"]["here"]) if probed else []
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in probed):
+        for where in ("here", "untold", "elsewhere"):
+            cell = [cells(kind, lambda r, where=where, n=n: r["probes"][where][n]) for n in counts]
+            if set(cell) != {"–"}:
+                lines.append([kind, where, *cell])
+    parts.append(table(["probe of", "judged", *(f"{n} labelled" for n in counts)], lines))
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    add_models(parser, "pipeline", "scorer")
+    parser.add_argument("--dictionaries", type=Path, default=Path("runs/kinds"), help="folder of `<kind>-<seed>` ones")
+    parser.add_argument("--out", type=Path, default=Path("runs/kinds.json"))
+    parser.add_argument(
+        "--measures", nargs="*", choices=MEASURES, default=list(MEASURES), help="that are still wanted"
+    )
+    parser.add_argument("--labelled", type=int, default=1000, help="pictures for probes to learn from")
+    parser.add_argument("--judged", type=int, default=400, help="pictures to judge probes on")
+    parser.add_argument("--absorbed", type=int, default=500, help="pictures to measure absorption on")
+    parser.add_argument("--replaced", type=int, default=64, help="pictures of reconstructed activations")
+    parser.add_argument(
+        "--pairs", type=int, default=6, help="that choose the latents of a target, and as many to judge"
+    )
+    parser.add_argument("--prompts", type=int, default=4, help="of each kind a target is steered on")
+    parser.add_argument("--every", type=int, default=1, help="of the targets")
+    parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
+    a, world = parse(parser)
+    pipe, scorer = load_models(a)
+    folders = sorted(path for path in a.dictionaries.iterdir() if path.is_dir())
+    if not folders:
+        raise ValueError(f"{a.dictionaries} holds no dictionaries: train `recipes/kinds.yaml` first.")
+    dictionaries = {folder.name: load_dictionary(folder, dtype=torch.float32) for folder in folders}
+    saes = {name: sae for name, dictionary in dictionaries.items() for sae in dictionary.sites.values()}
+    if len({(sae.config.site, tuple(sae.config.anchors), sae.config.activation) for sae in saes.values()}) > 1:
+        raise ValueError(f"The dictionaries in {a.dictionaries} must be of one site and its anchors.")
+    results = Results(a, [a.pipeline, a.dictionaries], ("measures",), elsewhere=str(ELSEWHERE))
+    measures = Measures(world, pipe, scorer, next(iter(saes.values())), a)
+    if not results.rows:
+        results.add({"dictionary": RAW, "kind": RAW, "has": []})
+        for name, dictionary in dictionaries.items():
+            (metrics,) = dictionary.config["metrics"].values()
+            results.add({"dictionary": name, "kind": name.rpartition("-")[0], "has": []} | metrics)
+    for wanted in a.measures:
+        for row in tqdm(results.rows, desc=wanted, unit="dictionary"):
+            name, is_raw = row["dictionary"], row["kind"] == RAW
+            if wanted in row["has"] or is_raw and wanted != "probed":
+                continue
+            told = [Recipe.model_validate(dictionaries[name].config["recipe"])] if wanted == "costs" else []
+            row |= getattr(measures, wanted)(None if is_raw else saes[name], *told)
+            row["has"] = [*row["has"], wanted]
+            results.add()
+    for kind in dict.fromkeys(row["kind"] for row in results.rows if row["kind"] != RAW):
+        own = [row for row in results.rows if row["kind"] == kind]
+        if len(own) > 1:
+            shared = stability([saes[row["dictionary"]] for row in own])
+            for row in own:
+                row["stability"] = shared
+    results.write()
+    results.tell(markdown(results.rows))
+
+
+if __name__ == "__main__":
+    main()
