@@ -10,6 +10,7 @@ they are found; the same command continues where it was stopped.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -110,7 +111,8 @@ class Measures:
         def with_codes(read, width: int, *judged: str) -> dict:
             found = {name: (pooled(self.seen[name], read, width), self.seen[name].scenes) for name in judged}
             labelled = pooled(self.seen["labelled"], read, width), self.seen["labelled"].scenes
-            return accuracies(*labelled, found, self.world.factors)
+            told = accuracies(*labelled, found, self.world.factors)
+            return {name: {str(n): value for n, value in by.items()} for name, by in told.items()}  # as JSON has it
 
         if sae is None:
             return {"probes": with_codes(activations, self.like.config.in_channels, "here", "elsewhere")}
@@ -268,14 +270,12 @@ def markdown(rows: list[dict]) -> str:
     """Mean ± standard deviation over the seeds of each kind."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows if row["kind"] != RAW))
 
-    def cells(kind: str, read: Callable[[dict], float]) -> str:
+    def cell(kind: str, read: Callable[[dict], float]) -> str:
         values = []
         for row in rows:
             if row["kind"] == kind:
-                try:
+                with contextlib.suppress(KeyError):  # not measured
                     values.append(read(row))
-                except (KeyError, IndexError):
-                    continue
         return spread(values) if values else "–"
 
     describing = {
@@ -290,25 +290,24 @@ def markdown(rows: list[dict]) -> str:
         for name in ("success", "leakage", "valid"):
             steering[f"{kind}: {name}"] = lambda r, kind=kind, name=name: r[kind][name]
     cost = {
-        "parameters": lambda r: r["parameters"], "CPU seconds a training step": lambda r: r["training_step"],
+        "million parameters": lambda r: r["parameters"] / 1e6,
+        "CPU seconds a training step": lambda r: r["training_step"],
         "time of a picture with three latents read": lambda r: r["hook"],
     }  # fmt: skip
     parts = []
     for figures in (describing, steering, cost):
-        lines = [[kind, *(cells(kind, read) for read in figures.values())] for kind in kinds]
+        lines = [[kind, *(cell(kind, read) for read in figures.values())] for kind in kinds]
         parts.append(table(["kind", *figures], lines))
     anchors = max(len(row.get("fvu_online_per_anchor", ())) for row in rows)
     for name, key in (("FVU", "fvu_online_per_anchor"), ("cosine", "cosine_online_per_anchor")):
-        lines = [[kind, *(cells(kind, lambda r, g=g, key=key: r[key][g]) for g in range(anchors))] for kind in kinds]
+        lines = [[kind, *(cell(kind, lambda r, g=g, key=key: r[key][g]) for g in range(anchors))] for kind in kinds]
         parts.append(table([f"{name} at anchor", *(str(g + 1) for g in range(anchors))], lines))
-    probed = [row for row in rows if "probes" in row]
-    counts = list(next(iter(probed))["probes"]["here"]) if probed else []
-    lines = []
-    for kind in dict.fromkeys(row["kind"] for row in probed):
+    counts, lines = list(dict.fromkeys(n for row in rows if "probes" in row for n in row["probes"]["here"])), []
+    for kind in [RAW, *kinds]:
         for where in ("here", "untold", "elsewhere"):
-            cell = [cells(kind, lambda r, where=where, n=n: r["probes"][where][n]) for n in counts]
-            if set(cell) != {"–"}:
-                lines.append([kind, where, *cell])
+            cells = [cell(kind, lambda r, where=where, n=n: r["probes"][where][n]) for n in counts]
+            if set(cells) != {"–"}:
+                lines.append([kind, where, *cells])
     parts.append(table(["probe of", "judged", *(f"{n} labelled" for n in counts)], lines))
     return "\n".join(parts)
 
