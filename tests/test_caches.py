@@ -3,9 +3,9 @@
 What a steered model with a cache should give is known: what the cache gives for a model whose block adds the same.
 """
 
-import contextlib
 import functools
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,6 +19,7 @@ from diffusers.hooks import (
     apply_faster_cache,
 )
 from diffusers.hooks.first_block_cache import FBCHeadBlockHook
+from packaging.version import Version
 from test_pipelines import FLUX_TEXT, PIXART_TEXT, TRUE_CFG, UNET_SITE, bundled, dictionary, flux, pixart
 
 from diffusers_rtsae import list_sites
@@ -46,7 +47,8 @@ CACHES = {
         2, 1, taylor_factors_dtype=torch.float32, use_lite_mode=True
     ),
 }  # fmt: skip
-with contextlib.suppress(ImportError):  # diffusers 0.40 has none
+IS_0_40 = Version(diffusers.__version__) < Version("0.41")
+if not IS_0_40:
     from diffusers.hooks.sea_cache import SeaCacheConfig
 
     CACHES["spectral"] = lambda: SeaCacheConfig(
@@ -77,12 +79,18 @@ def denoise(pipe: FluxPipeline) -> torch.Tensor:
         for i, sigma in enumerate(torch.linspace(1, 0.1, STEPS)):
             NOW["timestep"] = sigma.item()
             at = {"step_index": i, "sigma": sigma.item(), "num_inference_steps": STEPS}
-            with transformer.cache_context("cond", **at):
+            with transformer.cache_context("cond", **({} if IS_0_40 else at)):
                 output = transformer(hidden_states=hidden_states, timestep=sigma.expand(2), **still)[0]
             hidden_states = hidden_states - 0.5 * output
             outputs.append(output)
     transformer._reset_stateful_cache()
     return torch.stack(outputs)
+
+
+def context(hook) -> str:
+    """The half of guidance that a cache is asked for."""
+    manager = hook.state_manager
+    return manager._current_context if IS_0_40 else manager.context.name
 
 
 def follow(module, change=None) -> list[float]:
@@ -109,6 +117,8 @@ def direction(made: dict, site: str) -> torch.Tensor:
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_cached_model_is_edited_once_on_every_step(cache, site, order):
+    if order == "features first" and IS_0_40:
+        pytest.skip("diffusers 0.40 tells no context to a cache that is enabled after a run")
     reference, _, width = flux(None)
     made = steady(site, width)
     reference.load_rtsae(made)
@@ -150,7 +160,7 @@ def test_the_other_half_of_guidance_follows_a_conditional_half_that_was_left_out
     monkeypatch.setattr(
         FBCHeadBlockHook, "_should_compute_remaining_blocks",
         lambda hook, residual: hook.state_manager.get_state().head_block_residual is None
-        or hook.state_manager.context.name == "uncond",
+        or context(hook) == "uncond",
     )  # fmt: skip
     site, call = "transformer_blocks.1", FLUX_TEXT | TRUE_CFG | {"true_cfg_scale": 3.0}
     made = steady(site, 32)
@@ -162,8 +172,8 @@ def test_the_other_half_of_guidance_follows_a_conditional_half_that_was_left_out
         if edited_model:
 
             def change(rows, block=block):
-                context = block._diffusers_hook.hooks["fbc_block_hook"].state_manager.context
-                return direction(made, site) * (1 if context.name == "cond" else -1)
+                is_cond = context(block._diffusers_hook.hooks["fbc_block_hook"]) == "cond"
+                return direction(made, site) * (1 if is_cond else -1)
 
             follow(block, change)
         else:
