@@ -185,9 +185,10 @@ class Measures:
             generate(self.pipe, [""] * 4, range(4), self.a.steps, self.a.guidance)
             times[is_steered].append(time.process_time() - begun)
         self.pipe.unload_rtsae()
-        rows = self.seen["labelled"].trajectories.flatten(0, 1)[: recipe.train.batch_size].float()
+        anchors = list(sae.config.anchors)
+        rows = torch.randn(recipe.train.batch_size, len(anchors), sae.config.in_channels)
         dynamics = LinearDynamics(*rows.shape[1:])
-        fresh = new_dictionary(sae.config.site, list(sae.config.anchors), recipe, dynamics)
+        fresh = new_dictionary(sae.config.site, anchors, recipe, dynamics)
         trainer, steps = DictionaryTrainer(fresh, recipe.train, dynamics, rows, "cpu"), []
         for step in range(self.a.repeats):
             begun = time.process_time()

@@ -96,26 +96,34 @@ def pooled(seen: Seen, read: Read, width: int) -> torch.Tensor:
     return torch.cat(found)
 
 
-def probe(codes: torch.Tensor, labels: torch.Tensor, values: int, others: list[torch.Tensor]) -> list[torch.Tensor]:
+class Probe:
     """
-    What a linear probe of `codes (n, m)` with `labels (n,)` says of `others`, `(pictures, m)` each: ridge regression
-    on one column a value, whose penalty is the best of a grid when each labelled picture is left out in turn.
+    Linear probes of codes `(n, m)` of labelled pictures: ridge regressions on one column a value, whose penalty is the
+    best of a grid when each picture is left out in turn.
     """
-    codes = codes.double()
-    centre = codes.mean(0)
-    centred, wanted = codes - centre, torch.nn.functional.one_hot(labels, values).double()
-    mean = wanted.mean(0)
-    sizes, basis = torch.linalg.eigh(centred @ centred.T)
-    along, best = basis.T @ (wanted - mean), (-1.0, None)
-    for penalty in _PENALTIES * sizes.clamp(min=0).mean():
-        shrunk = 1 / (sizes.clamp(min=0) + penalty)
-        weight = basis @ (shrunk[:, None] * along)
-        # without one of them: its error is that of the whole fit over what the others leave to it
-        left_out = wanted - weight / (basis.square() @ shrunk)[:, None]
-        right = (left_out.argmax(1) == labels).double().mean().item()
-        if right >= best[0]:
-            best = right, weight
-    return [((other.double() - centre) @ (centred.T @ best[1]) + mean).argmax(1) for other in others]
+
+    def __init__(self, codes: torch.Tensor):
+        codes = codes.double()
+        self.centre = codes.mean(0)
+        self.centred = codes - self.centre
+        sizes, self.basis = torch.linalg.eigh(self.centred @ self.centred.T)
+        self.sizes = sizes.clamp(min=0)
+
+    def fit(self, labels: torch.Tensor, values: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What tells the labels of other codes, `(pictures, m)`, once it has seen `labels (n,)` of these."""
+        wanted = torch.nn.functional.one_hot(labels, values).double()
+        mean = wanted.mean(0)
+        along, best = self.basis.T @ (wanted - mean), (-1.0, wanted)
+        for penalty in _PENALTIES * self.sizes.mean():
+            shrunk = 1 / (self.sizes + penalty)
+            weight = self.basis @ (shrunk[:, None] * along)
+            # what the others say of a picture: its own part in the fit is taken out
+            left_out = wanted - weight / (self.basis.square() @ shrunk)[:, None]
+            right = (left_out.argmax(1) == labels).double().mean().item()
+            if right >= best[0]:
+                best = right, weight
+        directions = self.centred.T @ best[1]
+        return lambda others: ((others.double() - self.centre) @ directions + mean).argmax(1)
 
 
 def accuracies(
@@ -133,16 +141,19 @@ def accuracies(
         for each test, by number of labelled pictures.
     """
     scale = codes.std(0).clamp(min=1e-6 * codes.std(0).max())  # of latents, from pictures without labels
+
+    def labels(of: list[Scene], factor: str) -> torch.Tensor:
+        return torch.tensor([factors[factor].index(scene[factor]) for scene in of])
+
+    known = {factor: labels(scenes, factor) for factor in factors}
+    judged = {name: (given / scale, truth) for name, (given, truth) in tests.items()}
     found = {name: {n: [] for n in LABELLED if n <= len(scenes)} for name in tests}
-    others = [given / scale for given, _ in tests.values()]
-    for n in next(iter(found.values())):
+    for n in [n for n in LABELLED if n <= len(scenes)]:
         for draw in range(DRAWS):
             chosen = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(draw))[:n]
-            labelled = codes[chosen] / scale
+            probe = Probe(codes[chosen] / scale)
             for factor, values in factors.items():
-                labels = torch.tensor([values.index(scenes[i][factor]) for i in chosen.tolist()])
-                said = probe(labelled, labels, len(values), others)
-                for (name, (_, truth)), guess in zip(tests.items(), said, strict=True):
-                    true = torch.tensor([values.index(scene[factor]) for scene in truth])
-                    found[name][n].append((guess == true).double().mean().item())
+                tell = probe.fit(known[factor][chosen], len(values))
+                for name, (others, truth) in judged.items():
+                    found[name][n].append((tell(others) == labels(truth, factor)).double().mean().item())
     return {name: {n: round(sum(of) / len(of), 4) for n, of in by.items()} for name, by in found.items()}

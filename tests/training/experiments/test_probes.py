@@ -2,7 +2,7 @@
 
 import torch
 
-from training.experiments.probes import DRAWS, accuracies, probe
+from training.experiments.probes import DRAWS, Probe, accuracies
 
 FACTORS = {"colour": ("red", "blue", "green"), "size": ("small", "large")}
 
@@ -42,5 +42,4 @@ def test_the_penalty_is_what_serves_pictures_that_were_left_out():
     others = torch.randn(400, 400, generator=generator)
     truth = torch.arange(400) % 2
     others[:, 0] += 6 * truth
-    (said,) = probe(codes, labels, 2, [others])
-    assert (said == truth).float().mean() > 0.85
+    assert (Probe(codes).fit(labels, 2)(others) == truth).float().mean() > 0.85
