@@ -77,7 +77,6 @@ def main() -> None:
     pipe = load_pipeline(a.pipeline, a.device, a.dtype)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     dictionary = replace(dictionary, labels={}, maps={})
-    pipe.load_rtsae(dictionary, "latents")
     ((site, sae),) = dictionary.sites.items()
     call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
     work = a.out / "work"
@@ -87,7 +86,9 @@ def main() -> None:
         told = {"factor": factor, "value": value}
         different, same = pairs(world, factor, value, contradicted=16, leave_open=8, already=8, seed=0)
         if "direction" in a.only and not (work / f"direction-{value}.safetensors").exists():
-            states = States(pipe, different, "latents", **call)
+            pipe.load_rtsae(dictionary)
+            states = States(pipe, different, **call)
+            pipe.unload_rtsae()
             save_file({"direction": mean_change(states, site)}, work / f"direction-{value}.safetensors")
         generator = torch.Generator().manual_seed(i)
         chosen = torch.randperm(sae.config.num_latents, generator=generator)[: a.latents].tolist()
@@ -95,9 +96,9 @@ def main() -> None:
             path = work / f"{rival}-{value}.json"
             if rival not in a.only or path.exists():
                 continue
-            if rival == "random latents":
-                pipe.load_rtsae(Dictionary({site: subset(sae, chosen)}), rival)
-            fitted = fit_feature(pipe, different, a.latents, same, adapter_name=rival, **call)
+            pipe.load_rtsae(dictionary if rival == "latents" else Dictionary({site: subset(sae, chosen)}))
+            fitted = fit_feature(pipe, different, a.latents, same, **call)
+            pipe.unload_rtsae()
             entries = [entry for entry in fitted.label["features"] if entry["bounds"][1] > 0]
             if rival == "random latents":
                 entries = [

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.analysis.effect import States
 from diffusers_rtsae.models import interpolate
+from training.experiments import rivals
 from training.experiments.rivals import mean_change, subset
 from training.experiments.steering import difference_of_means, measure, tokens_on
 from training.worlds import load_world
@@ -123,6 +125,33 @@ def test_an_experiment_runs_and_continues(name, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(experiment, "run", never)
         experiment.main()
         assert json.loads(out.read_text()) == found
+
+
+COLOURS, GROUNDS = ("blue", "green"), ("black", "gray")
+PAIRS = [(f"a {colour} star on white", f"a red star on {ground}") for colour in COLOURS for ground in GROUNDS]
+
+
+def test_rivals_of_several_values_are_fitted_and_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for constant, value in {"_PICTURES": 2, "_STEPS": 2, "_LAST": 2, "_CHOICE": 2}.items():
+        monkeypatch.setattr(fit, constant, value)
+    monkeypatch.setattr(rivals, "pairs", lambda *given, **asked: (PAIRS, []))
+    command = ["rivals", "--steps", "2", "--every", "13", "--latents", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    rivals.main()
+    whole = load_dictionary("examples/shapes-rtsae").sites[SITE].config.num_latents
+    for name in rivals.RIVALS:
+        labels = load_dictionary(tmp_path / name).labels
+        assert labels.keys() == {"white", "green"}
+        latents = [latent for label in labels.values() for entry in label["features"] for latent in entry["latents"]]
+        assert latents and max(latents) < (2 if name == "direction" else whole)
+    random = load_dictionary(tmp_path / "random latents").labels
+    assert {j for entry in random["white"]["features"] for j in entry["latents"]} <= set(drawn(0, whole))
+    assert {j for entry in random["green"]["features"] for j in entry["latents"]} <= set(drawn(1, whole))
+
+
+def drawn(i: int, whole: int) -> list[int]:
+    return torch.randperm(whole, generator=torch.Generator().manual_seed(i))[:2].tolist()
 
 
 def test_an_unknown_world_is_refused(monkeypatch, capsys):
