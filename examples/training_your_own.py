@@ -2,7 +2,7 @@
 
     python examples/training_your_own.py
 
-Takes about five minutes on two cores. A real one takes more pictures and steps: see training/README.md.
+Takes some minutes on two cores. A real one takes more pictures and steps: see training/README.md.
 """
 
 import itertools
