@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary, own_size
 from ..steering import as_mask
-from .effect import FirstOrder, Intervention, Part, States, check_pairs, first_order, frozen
+from .effect import ROWS, FirstOrder, Intervention, Part, State, States, check_pairs, first_order, frozen
 from .record import Recorder, Recording, kind_of, record
 
 _EARLY = 0.35  # of denoising: what is present then steers
 _PASSES = 20  # backward passes that rank all latents
+_SHORTLIST, _STATES = 3, 8  # as many times the features asked for are then measured, each on so many batches of states
 _DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
 
 
@@ -27,10 +29,9 @@ class Feature:
 
     Args:
         site (`str`), index (`int`): which; `pipe.set_rtsae_features({(site, index): 1.0})` steers it.
-        score (`float`): what the table is sorted by: the effect for the size of what it adds, or
-            `present * specific`.
-        effect (`float`): how fast the effect on the prediction grows with its strength, of 1 that changing the prompt
-            has; `None` if it was ranked by presence.
+        score (`float`): what the table is sorted by: the effect of strength 1 on the prediction, of 1 that changing
+            the prompt has, or `present * specific`.
+        effect (`float`): how fast that effect grows from strength 0; `None` if it was ranked by presence.
         present (`float`): how much more present it is with the concept than without, at its best step, in units of its
             typical full activation.
         specific (`float`): from 0, as present without the concept (or everywhere in the training data), to 1, only
@@ -225,8 +226,8 @@ def find_features(
         until (`float`, *optional*): the beginning of denoising, 0 to 1, in which presence counts. By default 0.35 for
             prompts, as features that are there early steer and later ones mostly follow; all of it for pictures.
         by (`str`, *optional*): rank by `"effect"`, what adding a latent does to the prediction of the negative prompts
-            towards that of the positive ones, to first order (see [`analysis.effect`]), the default for prompts; or by
-            `"presence"`, the default for pictures.
+            towards that of the positive ones (see [`analysis.effect`]), of all latents to first order and of the first
+            30 or so as it is, the default for prompts; or by `"presence"`, the default for pictures.
         unchanged (`Sequence[str]`): prompts that have nothing to do with it, to tell the `harm` of verified features.
         progress (`bool`): show a bar.
         call: passed to the pipeline.
@@ -289,11 +290,29 @@ def _rank_by_effect(pipeline, pairs, count: int, adapter_name, until, progress: 
     model = Intervention({site: Part() for site in states.dictionary.sites}, states)
     model.read()
     table, generator = FeatureTable(), torch.Generator().manual_seed(0)
-    for site, order in first_order(model, {}, _PASSES, generator).items():
+    orders = first_order(model, {}, _PASSES, generator)
+    drawn = list(states.draw(_STATES, ROWS, generator))
+    for site, order in orders.items():
         steps, present, absent = states.presence(site)
         early = sum(1000 - t <= 1000 * (until or _EARLY) for t in steps) or 1
-        table += rank(states.dictionary, site, steps[:early], present[:early], absent[:early], count, order)
+        seen = steps[:early], present[:early], absent[:early]
+        shortlist = rank(states.dictionary, site, *seen, _SHORTLIST * count, order)
+        for feature in tqdm(shortlist, desc="measured", unit="latent", leave=False, disable=not progress):
+            added = Intervention({site: Part(added=[feature.index], weights=torch.ones(1))}, states)
+            feature.score = round(_on_average(added, drawn), 4)
+        table += sorted(shortlist, key=lambda f: -f.score)[:count]
     return table
+
+
+@torch.no_grad()
+def _on_average(model: Intervention, drawn: Sequence[tuple[State, list[int], float]]) -> float:
+    """The effect of an intervention, from some states with their weights."""
+    found = []
+    for state, rows, weight in drawn:
+        scale = model.states.scale[[state.pairs[row] for row in rows]]
+        gained = state.distance[rows].cpu() / scale - model.states.errors(state, rows, model(state, rows)).cpu()
+        found.append(weight * float(gained.mean()))
+    return sum(found) / len(found)
 
 
 def _rank_by_presence(

@@ -52,6 +52,12 @@ def test_the_latents_of_a_label_are_found_and_verified(found, dictionary):
     assert found[0].verified["gain"] >= found[1].verified["gain"]
 
 
+def test_the_score_is_what_strength_one_does_on_other_noise_too(found):
+    verified = [f for f in found if f.verified]
+    assert [f.score for f in verified] == pytest.approx([f.verified["effect"] for f in verified], abs=0.15)
+    assert max(f.score for f in verified) > 0.1
+
+
 def test_a_table_can_be_read_and_taken_elsewhere(found):
     lines = repr(found).splitlines()
     assert lines[0].split()[:3] == ["site", "index", "score"] and "gain" in lines[0] and len(lines) == len(found) + 1
