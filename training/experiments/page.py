@@ -74,8 +74,9 @@ SECTIONS = {  # by the name of the file
         prompts and rank 8, of styles 16). Weaker ones, by their effect on held-out pairs or by an earlier table of
         the same kind, were fitted again on 48 pairs: all shapes, striped, outline, gradient, navy, yellow, cyan,
         small and large. Black, brown, green and pink were too, without gain, and keep their first fit.
-        The rivals (`python -m training.experiments.rivals --every 6 --only direction`) have one direction for each
-        anchor, from the same pairs' mean change.
+        The rivals (`python -m training.experiments.rivals --every 6`) are fitted to five of the values from the
+        same pairs: `direction`, their mean change at each anchor; `latents`, sixteen of the dictionary, chosen by
+        their effect; `random latents`, as many at random. None of them holds against a prompt as the labels do.
         """,
     ),
     "ranking": Section(
