@@ -83,9 +83,9 @@ SECTIONS = {  # by the name of the file
         "ranking",
         "Does ranking by effect find the latent that does most?",
         """
-        For each value `find_features` ranks all latents on {pairs} pairs of prompts, by effect and by presence;
-        the first ten of each are then added at strength 1 on {others} other pairs and other noise. *Place* is
-        where a ranking puts the latent that does most there.
+        For each value `find_features` ranks all latents on {pairs} pairs of prompts, by effect (all to first order,
+        the best thirty as measured) and by presence; the first ten of each are then added at strength 1 on {others}
+        other pairs and other noise. *Place* is where a ranking puts the latent that does most there.
         """,
     ),
     "dose": Section(
