@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from diffusers_rtsae.models import METADATA
-
 ROOT = Path(__file__).parents[1]  # of a clone, or of what an installed package has of one
 INDEX = "model_index.json"  # what every pipeline has
 Positive = Annotated[int, Field(gt=0)]
@@ -74,7 +72,8 @@ class Train(Section):
     bandwidth: float = Field(0.25, gt=0)  # of jump_relu: how near, in first thresholds, moves a threshold
     experts: Annotated[int, Field(ge=2)] = 8  # of a mixture
     shared: Share = 0.25  # of the latents of a mixture: of no expert
-    metadata: list[Literal["time", "row", "column", "guidance"]] = [*METADATA]  # what the router of a mixture is told
+    # what the router of a mixture is told
+    metadata: list[Literal["time", "row", "column", "guidance"]] = ["time", "row", "column", "guidance"]
     masked: Annotated[float, Field(ge=0, lt=1)] = 0.25  # of the channels that a mixture must reconstruct unseen
     penalty: float = Field(0.3, ge=0)  # of jump_relu: for L0 being another than k
     importance: Literal["mean", "product"] = "mean"  # of atm: what a latent's three running means make
