@@ -49,6 +49,7 @@ Source = Annotated[str | None, typer.Option(help="Dictionary: a folder or Hub id
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(callback=_finite, help="Guidance scale.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once; fewer take less memory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -276,6 +277,7 @@ def find(
     until: Annotated[float, typer.Option(help="The beginning of denoising in which presence counts.")] = 0.35,
     steps: Steps = 25,
     guidance: Guidance = 3.0,
+    batch_size: BatchSize = 16,
     pipeline: Pipeline = None,
     dictionary: Source = None,
     as_json: AsJson = False,
@@ -299,8 +301,9 @@ def find(
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
     table = find_features(
-        pipe, positive, negative, count, seeds=seeds, verify=verify, until=until, by=by, progress=not as_json, **call
-    )
+        pipe, positive, negative, count, seeds=seeds, verify=verify, until=until, by=by, batch_size=batch_size,
+        progress=not as_json, **call,
+    )  # fmt: skip
     if strip:
         from .analysis.plots import plot_strip
 
@@ -325,6 +328,7 @@ def fit(
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     seed: Seed = 0,
+    batch_size: BatchSize = 16,
     pipeline: Pipeline = None,
     dictionary: Source = None,
     as_json: AsJson = False,
@@ -357,7 +361,7 @@ def fit(
     pipe = _pipeline(pipeline, folder)
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
-    fitted = fit_feature(pipe, chosen, latents, unchanged or [], rank, seed=seed, **call)
+    fitted = fit_feature(pipe, chosen, latents, unchanged or [], rank, seed=seed, batch_size=batch_size, **call)
     pipe.add_rtsae_label(name, fitted)
     get_dictionary(pipe).save(out)
     if as_json:
@@ -423,7 +427,7 @@ def report(
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once; fewer take less memory.")] = 16,
+    batch_size: BatchSize = 16,
     pipeline: Pipeline = None,
 ) -> None:
     """Explain a dictionary on one HTML page: its figures, and what each feature sees and does.

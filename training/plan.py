@@ -5,6 +5,7 @@ python -m training.train training/recipes/sd15.yaml --dry-run
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import diffusers
@@ -82,8 +83,8 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
         denoiser(**_inputs(config))
     for hook in hooks:
         hook.remove()
-    rows = (2 if collect.guidance(0) > 1 else 1) * collect.count * collect.steps
-    generating = counter.get_total_flops() * rows
+    halves = statistics.mean(1 + (scale > 1) for scale in collect.scales)
+    generating = counter.get_total_flops() * halves * collect.count * collect.steps
     sites, training = {}, 0
     for site, (tokens, channels) in shapes.items():
         kept = min(collect.tokens_per_image, tokens) * (2 if collect.streams == "both" else 1)

@@ -34,10 +34,13 @@ class Collect(Section):
     buffer: Positive | None = None  # stream through so many trajectories in memory, nothing on disk
     reuse: float = Field(4.0, gt=0)  # while streaming: how often a trajectory is trained on, on average
 
+    @property
+    def scales(self) -> list[float]:
+        return self.guidance_scale if isinstance(self.guidance_scale, list) else [self.guidance_scale]
+
     def guidance(self, first: int) -> float:
         """The scale of the shard whose first picture has this index."""
-        scales = self.guidance_scale if isinstance(self.guidance_scale, list) else [self.guidance_scale]
-        return scales[first // self.batch_size % len(scales)]
+        return self.scales[first // self.batch_size % len(self.scales)]
 
 
 class Fit(Section):

@@ -50,7 +50,8 @@ class Stream:
             index += self.held_out
         start, part = self.batches[index]
         part = [sample._replace(seed=sample.seed + turn * 7_000_003) for sample in part]
-        tensors, _ = trajectories(self.pipe, part, start + turn * len(self.batches), self.recipe, self.anchors)
+        start += turn * len(self.batches) * self.recipe.collect.batch_size
+        tensors, _ = trajectories(self.pipe, part, start, self.recipe, self.anchors)
         kept = {name: tensors[name] for site in self.recipe.sites for name in (site, told_of(site))}
         check_finite(kept)
         return kept

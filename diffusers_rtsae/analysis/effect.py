@@ -30,7 +30,7 @@ from ..steering.sites import from_tokens, read_activation, read_output, replace_
 
 Pair = tuple[str, str]
 Changes = dict[str, torch.Tensor]  # what to add to the tokens of each site, (rows, N or 1, d)
-ROWS = 8  # states of one gradient
+_ROWS = 8  # states of one gradient, at most
 CHUNK = 4096  # latents looked at together
 _STEPS = 13  # of a generation that are looked at, at most
 _NOT_BATCHED = ("img_ids", "txt_ids")  # positions, the same for all rows
@@ -237,7 +237,7 @@ class States:
         pairs (`Sequence[tuple[str, str]]`): (from, to). The two may be the same: nothing is to change then.
         adapter_name (`str`, *optional*): of the dictionary.
         seed (`int`): of the noise; both prompts of a pair start at the same, each pair at another.
-        batch_size (`int`): prompts drawn at once; what memory is needed goes with it.
+        batch_size (`int`): prompts shown to the denoiser at once; what memory is needed goes with it.
         progress (`bool`): show a bar.
         call: passed to the pipeline.
 
@@ -252,7 +252,7 @@ class States:
     ):  # fmt: skip
         self.pipeline, self.denoiser = pipeline, get_denoiser(pipeline)
         self.dictionary: Dictionary = get_dictionary(pipeline, adapter_name)
-        self.pairs, self._seed, self._call = list(pairs), seed, call
+        self.pairs, self._seed, self._call, self.batch_size = list(pairs), seed, call, batch_size
         check_prompts(pipeline, sorted({prompt for pair in self.pairs for prompt in pair}))
         self.grids = {
             site: TimeGrid(rtsae.config.anchors, noise_schedule(pipeline.scheduler))
@@ -397,34 +397,37 @@ class States:
         scale = self.scale[[state.pairs[row] for row in rows]].to(missed.device)
         return missed.square().flatten(1).sum(1) / scale
 
-    def effects(self, changes: Callable[[State, Sequence[int]], Changes], batch_size: int = 16) -> torch.Tensor:
+    def gained(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
+        """By how much `changes` bring the prediction of some of a state's rows nearer to that of the "to" prompt,
+        `(rows,)`, in units of `errors`: the average over these is E."""
+        scale = self.scale[[state.pairs[row] for row in rows]]
+        return state.distance[list(rows)].cpu() / scale - self.errors(state, rows, changes).cpu()
+
+    def effects(self, changes: Callable[[State, Sequence[int]], Changes]) -> torch.Tensor:
         """
         E of the edit that `changes` gives for each state and rows of it, for each pair, `(pairs,)`. Where the prompts
         are the same: minus the change, in units of the median distance of the pairs that differ.
         """
-        return sum(self.gains(changes, batch_size).values())
+        return sum(self.gains(changes).values())
 
     @torch.no_grad()
-    def gains(
-        self, changes: Callable[[State, Sequence[int]], Changes], batch_size: int = 16
-    ) -> dict[float, torch.Tensor]:
+    def gains(self, changes: Callable[[State, Sequence[int]], Changes]) -> dict[float, torch.Tensor]:
         """What the steps contribute to the effects of an edit, by timestep, each `(pairs,)`: an edit changes the
         prediction of its own step alone."""
         gained, count = {}, torch.zeros(len(self.pairs))
         for state in self.all():
             own = gained.setdefault(state.timestep, torch.zeros(len(self.pairs)))
-            for start in range(0, len(state), batch_size):
-                rows = range(len(state))[start : start + batch_size]
+            for start in range(0, len(state), self.batch_size):
+                rows = range(len(state))[start : start + self.batch_size]
                 pairs = torch.tensor([state.pairs[row] for row in rows])
-                there = state.distance[list(rows)].cpu() / self.scale[pairs]
-                own.index_add_(0, pairs, there - self.errors(state, rows, changes(state, rows)).cpu())
+                own.index_add_(0, pairs, self.gained(state, rows, changes(state, rows)))
                 count.index_add_(0, pairs, torch.ones(len(rows)))
         return {timestep: own / count.clamp(min=1) for timestep, own in gained.items()}
 
-    def draw(self, count: int, rows: int, generator: torch.Generator) -> Iterator[tuple[State, list[int], float]]:
+    def draw(self, count: int, generator: torch.Generator) -> Iterator[tuple[State, list[int], float]]:
         """Random rows of random states, with the weight that makes their average that of all; states that the prompts
         tell apart more come more often."""
-        states = list(self.all())
+        states, rows = list(self.all()), min(_ROWS, self.batch_size)
         size = torch.stack([(state.distance.cpu() / self.scale[state.pairs]).mean() for state in states])
         chance = 0.8 * size / size.sum().clamp(min=1e-20) + 0.2 / len(states)
         for pick in torch.multinomial(chance, count, replacement=True, generator=generator).tolist():
@@ -585,7 +588,7 @@ def first_order(
     sums = {site: torch.zeros(len(config.anchors), config.in_channels) for site, config in configs.items()}
     sizes = {site: torch.zeros(len(config.anchors)) for site, config in configs.items()}
     removed = {site: torch.zeros(2, len(latents)) for site, latents in candidates.items()}
-    for state, rows, weight in states.draw(count, ROWS, generator):
+    for state, rows, weight in states.draw(count, generator):
         there = model(state, rows)
         changes = {site: model.full(site, state, rows, there.get(site)).requires_grad_() for site in model.parts}
         loss = states.errors(state, rows, changes).mean() * weight

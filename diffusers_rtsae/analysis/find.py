@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from ..hub import Dictionary
 from ..pipeline import get_denoiser, get_dictionary, own_size
 from ..steering import as_mask
-from .effect import ROWS, FirstOrder, Intervention, Part, State, States, check_pairs, first_order, frozen
+from .effect import FirstOrder, Intervention, Part, States, check_pairs, first_order, frozen
 from .record import Recorder, Recording, kind_of, record
 
 _EARLY = 0.35  # of denoising: what is present then steers
@@ -205,6 +206,8 @@ def find_features(
     until: float | None = None,
     by: str | None = None,
     unchanged: Sequence[str] = (),
+    batch_size: int = 16,
+    checkpointing: bool = False,
     progress: bool = False,
     **call,
 ) -> FeatureTable:
@@ -229,6 +232,8 @@ def find_features(
             towards that of the positive ones (see [`analysis.effect`]), of all latents to first order and of the first
             30 or so as it is, the default for prompts; or by `"presence"`, the default for pictures.
         unchanged (`Sequence[str]`): prompts that have nothing to do with it, to tell the `harm` of verified features.
+        batch_size (`int`): pictures drawn at once by effect and to verify, and states of one gradient, up to eight.
+        checkpointing (`bool`): trade time for memory in the denoiser's gradients.
         progress (`bool`): show a bar.
         call: passed to the pipeline.
 
@@ -265,8 +270,9 @@ def find_features(
                 f"{len(negative)}. by='presence' takes any number."
             )
         pairs = check_pairs(list(zip(negative, positive, strict=True)))
-        with frozen(pipeline):
-            table = _rank_by_effect(pipeline, pairs * seeds, count, adapter_name, until, progress, **call)
+        shared = {"adapter_name": adapter_name, "batch_size": batch_size, "progress": progress, **call}
+        with frozen(pipeline, checkpointing):
+            table = _rank_by_effect(States(pipeline, pairs * seeds, **shared), count, until, progress)
     else:
         with torch.no_grad():
             table = _rank_by_presence(
@@ -275,23 +281,23 @@ def find_features(
     table.sort(key=lambda f: -f.score)
     if verify:
         best = table[: 5 if verify is True else verify]
-        table.plain = verify_features(pipeline, best, prompts, scorer, strength, adapter_name, seeds, **call)
+        table.plain = verify_features(
+            pipeline, best, prompts, scorer, strength, adapter_name, seeds, batch_size, **call
+        )
         if by == "effect":
             same = [(prompt, prompt) for prompt in unchanged]
-            options = {"adapter_name": adapter_name, "seed": 1_000_000, "progress": progress}
-            _judge(best, States(pipeline, pairs * seeds + same, **options, **call), strength)
+            _judge(best, States(pipeline, pairs * seeds + same, seed=1_000_000, **shared), strength)
         if scorer is not None:
             table.sort(key=lambda f: -f.verified.get("gain", float("-inf")))
     return table
 
 
-def _rank_by_effect(pipeline, pairs, count: int, adapter_name, until, progress: bool, **call) -> FeatureTable:
-    states = States(pipeline, pairs, adapter_name, progress=progress, **call)
+def _rank_by_effect(states: States, count: int, until: float | None, progress: bool) -> FeatureTable:
     model = Intervention({site: Part() for site in states.dictionary.sites}, states)
     model.read()
     table, generator = FeatureTable(), torch.Generator().manual_seed(0)
     orders = first_order(model, {}, _PASSES, generator)
-    drawn = list(states.draw(_STATES, ROWS, generator))
+    drawn = list(states.draw(_STATES, generator))
     for site, order in orders.items():
         steps, present, absent = states.presence(site)
         early = sum(1000 - t <= 1000 * (until or _EARLY) for t in steps) or 1
@@ -299,20 +305,11 @@ def _rank_by_effect(pipeline, pairs, count: int, adapter_name, until, progress: 
         shortlist = rank(states.dictionary, site, *seen, _SHORTLIST * count, order)
         for feature in tqdm(shortlist, desc="measured", unit="latent", leave=False, disable=not progress):
             added = Intervention({site: Part(added=[feature.index], weights=torch.ones(1))}, states)
-            feature.score = round(_on_average(added, drawn), 4)
+            with torch.no_grad():
+                found = [share * float(states.gained(at, rows, added(at, rows)).mean()) for at, rows, share in drawn]
+            feature.score = round(statistics.mean(found), 4)
         table += sorted(shortlist, key=lambda f: -f.score)[:count]
     return table
-
-
-@torch.no_grad()
-def _on_average(model: Intervention, drawn: Sequence[tuple[State, list[int], float]]) -> float:
-    """The effect of an intervention, from some states with their weights."""
-    found = []
-    for state, rows, weight in drawn:
-        scale = model.states.scale[[state.pairs[row] for row in rows]]
-        gained = state.distance[rows].cpu() / scale - model.states.errors(state, rows, model(state, rows)).cpu()
-        found.append(weight * float(gained.mean()))
-    return sum(found) / len(found)
 
 
 def _rank_by_presence(
@@ -371,15 +368,18 @@ class _Outputs:
 @torch.no_grad()
 def verify_features(
     pipeline, features: Sequence[Feature], prompts: Sequence[str], scorer=None, strength: float = 1.0,
-    adapter_name: str | None = None, seeds: int = 2, **call,
+    adapter_name: str | None = None, seeds: int = 2, batch_size: int = 16, **call,
 ) -> list:  # fmt: skip
     """Steer each feature alone on `prompts`, and write into its `verified` and `pictures` what that does; returns the
     plain pictures. See [`find_features`]."""
 
     def generate() -> tuple[list, torch.Tensor, list[torch.Tensor]]:
-        repeated = [prompt for prompt in prompts for _ in range(seeds)]
+        repeated, generators = [p for p in prompts for _ in range(seeds)], _generators(len(prompts), seeds)
+        options, images = own_size(pipeline) | call, []
         with _Outputs(get_denoiser(pipeline)) as outputs:
-            images = pipeline(repeated, generator=_generators(len(prompts), seeds), **own_size(pipeline) | call).images
+            for start in range(0, len(repeated), batch_size):
+                part = slice(start, start + batch_size)
+                images += pipeline(repeated[part], generator=generators[part], **options).images
         return images, _pixels(images), outputs.kept
 
     images, pixels, outputs = generate()

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from ..models import LinearMap, interpolate
 from .effect import (
     CHUNK,
-    ROWS,
     Changes,
     Intervention,
     Pair,
@@ -40,7 +39,7 @@ _RIDGE = 0.003  # of a map's least squares, in units of their mean square
 _THERE = 0.5  # how much it counts that a map leaves alone what is as it should be
 
 
-def _optimise(model: Intervention, states: States, steps: int, generator: torch.Generator, bar) -> None:
+def optimise(model: Intervention, states: States, steps: int, generator: torch.Generator, bar) -> None:
     """Fit the weights of a model by gradient on the effect (Adam, its rate falls to zero). Pairs of which more is left
     weigh more, so that one that is hard is not given up for many that are easy."""
     fitted = [p for part in model.parts.values() for p in part.fitted]
@@ -51,7 +50,7 @@ def _optimise(model: Intervention, states: States, steps: int, generator: torch.
     optimiser = torch.optim.Adam(fitted, lr=_RATE, betas=(0.9, 0.98))
     left = torch.ones(len(states.pairs))  # share of each pair's distance
     try:
-        for step, (state, rows, weight) in enumerate(states.draw(steps, ROWS, generator)):
+        for step, (state, rows, weight) in enumerate(states.draw(steps, generator)):
             optimiser.param_groups[0]["lr"] = _RATE * min(1.0, 2 * (1 - step / steps))
             errors, pairs = states.errors(state, rows, model(state, rows)), [state.pairs[row] for row in rows]
             harder = (left[pairs] / left[states.told].mean()).clamp(1 / 3, 3)
@@ -249,8 +248,8 @@ class _Fitter:
                     part.added, part.weights = [*part.added, latent], torch.cat([part.weights, torch.zeros(1)])
                 else:
                     part.removed, part.shares = [*part.removed, latent], torch.cat([part.shares, torch.zeros(1)])
-            _optimise(model, self.states, _STEPS, self.generator, self.bar)
-        _optimise(model, self.states, _LAST, self.generator, self.bar)
+            optimise(model, self.states, _STEPS, self.generator, self.bar)
+        optimise(model, self.states, _LAST, self.generator, self.bar)
         for part in model.parts.values():
             part.added, part.weights = _used(part.added, part.weights)
             part.removed, part.shares = _used(part.removed, part.shares)
@@ -338,7 +337,7 @@ def fit_feature(
         rank (`int`, *optional*): of a linear map at each site, instead of latents.
         adapter_name (`str`, *optional*): of the dictionary.
         seed (`int`): of the noise, and of all that is random here.
-        batch_size (`int`): pictures drawn at once.
+        batch_size (`int`): pictures drawn at once, and states of one gradient, up to eight.
         checkpointing (`bool`): trade time for memory in the denoiser's gradients.
         progress (`bool`): show a bar.
         call: passed to the pipeline, e.g. `num_inference_steps` and `guidance_scale`.

@@ -35,7 +35,7 @@ def found(_pipeline, dictionary, scorer):
 
     _pipeline.load_rtsae(dictionary)
     try:
-        return find_features(_pipeline, scenes("red"), scenes("blue"), seeds=1, verify=3, scorer=redness, **CALL)
+        return find_features(_pipeline, scenes("red"), scenes("blue"), 5, seeds=1, verify=3, scorer=redness, **CALL)
     finally:
         _pipeline.unload_rtsae()
 
@@ -56,6 +56,16 @@ def test_the_score_is_what_strength_one_does_on_other_noise_too(found):
     verified = [f for f in found if f.verified]
     assert [f.score for f in verified] == pytest.approx([f.verified["effect"] for f in verified], abs=0.15)
     assert max(f.score for f in verified) > 0.1
+
+
+def test_little_memory_will_do(steered):
+    seen = []
+    hook = steered.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    asked = {"seeds": 1, "verify": 1, "batch_size": 1, "checkpointing": True, "num_inference_steps": 3}
+    table = find_features(steered, scenes("red")[:2], scenes("blue")[:2], 1, **asked)
+    hook.remove()
+    assert table[0].verified["effect"] and not steered.unet.is_gradient_checkpointing
+    assert max(seen) == 4  # one pair with both halves of guidance
 
 
 def test_a_table_can_be_read_and_taken_elsewhere(found):

@@ -56,7 +56,7 @@ def test_features_are_found_and_verified(steered):
 def test_a_feature_is_fitted_kept_and_steers(steered, sae, draw, tmp_path, monkeypatch):
     for name, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2}.items():
         monkeypatch.setattr(fit, name, value)
-    fitted = fit_feature(steered, PAIRS[:1], 4, direction=type(sae) is TIDE, progress=False, **CALL)
+    fitted = fit_feature(steered, PAIRS[:1], 4, rank=4 if type(sae) is TIDE else None, progress=False, **CALL)
     steered.add_rtsae_label("mine", fitted)
     steered.save_rtsae(tmp_path)
     assert type(load_dictionary(tmp_path).sites[SITE]) is type(sae)

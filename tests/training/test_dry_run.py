@@ -59,6 +59,19 @@ def test_the_plan_of_the_bundled_world_is_what_it_takes(tmp_path):
     assert (site["tokens"], site["channels"], site["trajectories"]) == (64, 160, 64 * 1536)
 
 
+def test_a_picture_without_guidance_takes_half(tmp_path):
+    taken = {}
+    for scales in ("1.0", "3.0", "[1.0, 3.0]"):
+        given = [
+            f"pipeline={ROOT / 'examples/shapes-sd'}",
+            f"collect.guidance_scale={scales}",
+            "collect.count=1000000",
+        ]
+        taken[scales] = plan(load_recipe(RECIPES / "shapes.yaml", given), 1.0)["generation_petaflop"]
+    assert taken["1.0"] == pytest.approx(taken["3.0"] / 2, abs=0.1)
+    assert taken["[1.0, 3.0]"] == pytest.approx(0.75 * taken["3.0"], abs=0.1)
+
+
 def test_a_dry_run_prints_and_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(

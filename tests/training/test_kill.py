@@ -9,9 +9,11 @@ import pytest
 import torch
 import yaml
 
+import training.stream
 from diffusers_rtsae import load_dictionary
 from training.checkpoint import Checkpoints
 from training.recipe import Recipe
+from training.store import told_of
 from training.stream import Stream
 from training.train import load_pipeline, run
 
@@ -106,6 +108,24 @@ def test_the_buffer_of_a_stream_is_a_ring():
     assert stream.is_full and stream.buffer[site].data_ptr() == place
     kept = torch.arange(256)[-150:]
     assert torch.equal(stream.buffer[site][kept % 150], expected[kept])
+
+
+def test_every_turn_of_a_stream_draws_other_tokens_and_noise(monkeypatch):
+    settings, drawn = streaming(), []
+
+    def drawing(pipe, part, first, *told):
+        drawn.append((first, [sample.seed for sample in part]))
+        return dict.fromkeys((site, told_of(site)), torch.zeros(1)), None
+
+    site = RECIPE["sites"][0]
+    monkeypatch.setattr(training.stream, "trajectories", drawing)
+    pipe, samples, anchors = load_pipeline(settings, torch.device("cpu"))
+    stream = Stream(pipe, samples, settings, anchors, held_out=1)
+    for index in range(1, 11):
+        stream.generate(index)
+    first, seeds = zip(*drawn, strict=True)
+    assert first == (2, 4, 6, 8, 10, 14, 16, 18, 20, 22)  # of shards of two, which take turns with guidance
+    assert len({seed for some in seeds for seed in some}) == 20
 
 
 def test_variants_are_saved_each_in_its_folder(tmp_path):

@@ -17,24 +17,23 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import NamedTuple
 
 import diffusers
 import torch
 from tqdm import tqdm
 
-from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
-from diffusers_rtsae.analysis.effect import Intervention, Part, States, first_order, frozen
+from diffusers_rtsae import RTSAE, Dictionary, SparseDictionary, load_dictionary
+from diffusers_rtsae.analysis.effect import Intervention, Part, States, frozen
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
 from ..evaluate import recovered, stability
 from ..worlds import Probe, World
 from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
+from .constants import Slope, as_label, axes, effect_features
 from .results import Results, spread, table
-from .rivals import mean_change
 from .samplers import SAMPLERS
-from .steering import as_dictionary, mean, measure, run, score, tokens_on
+from .steering import mean, measure, run, score, tokens_on
 
 FIGURES = {
     "fvu_teacher_forced": "FVU teacher-forced",
@@ -46,7 +45,6 @@ FIGURES = {
 }
 STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
 CHOICES = ("activation", "effect")  # what features are chosen by
-PASSES = 20  # backward passes of a target
 ELSEWHERE = ("DPM++ 2M", 12)  # another sampler with its number of steps
 
 
@@ -80,60 +78,17 @@ def pair_features(rtsae: RTSAE, pairs: list[torch.Tensor], probes: list[Probe], 
     return labels
 
 
-class Slope(NamedTuple):
-    """
-    What the pairs of a target say of every dictionary with the same anchors.
-
-    Args:
-        slope (`torch.Tensor`): how the effect grows with a constant addition at each anchor, `(G, d)`.
-        size (`torch.Tensor`): what the square of such an addition counts at each anchor, `(G,)`.
-        length (`float`): of the mean change of the activation with the prompt, over all anchors.
-    """
-
-    slope: torch.Tensor
-    size: torch.Tensor
-    length: float
-
-
-def slopes(pipe, rtsae: RTSAE, probes: list[Probe], a) -> list[Slope]:
-    """For each probe, from `first_order` of a dictionary whose latents are the axes of the site at each anchor."""
-    site, shape = rtsae.config.site, (len(rtsae.config.anchors), rtsae.config.in_channels)
-    axes = as_dictionary(site, rtsae.config.anchors, torch.eye(shape[0] * shape[1]).unflatten(1, shape))
-    axes.density.fill_(1.0)
-    pipe.load_rtsae(Dictionary({site: axes}))
+def slopes(pipe, like: SparseDictionary, probes: list[Probe], a) -> list[Slope]:
+    """For each probe, of additions to all tokens."""
+    pipe.load_rtsae(axes(like))
     found = []
     for one in tqdm(probes, desc="effect", unit="target"):
         pairs = list(zip(one.prompts, one.prompted, strict=True))
         states = States(pipe, pairs, num_inference_steps=a.steps, guidance_scale=a.guidance)
-        model = Intervention({site: Part()}, states)
-        model.read()
         with frozen(pipe):
-            order = first_order(model, {}, PASSES, torch.Generator().manual_seed(0))[site]
-        size = order.added_length.square().view(shape)[:, 0]
-        found.append(Slope(order.added.view(shape), size, float(mean_change(states, site).norm())))
+            found.append(Slope.of(Intervention({like.config.site: Part()}, states)))
     pipe.unload_rtsae()
     return found
-
-
-@torch.no_grad()
-def effect_features(rtsae: RTSAE, found: list[Slope], probes: list[Probe], count: int) -> dict[str, dict]:
-    """Labels: for each target the `count` latents with most effect for the size of what they add, in proportion to
-    that; together as long as the mean change of the activation with the prompt."""
-    paths = rtsae.feature_trajectories() * rtsae.typical_activation[:, None, None]
-    labels = {}
-    for one, of in zip(probes, found, strict=True):
-        size = (paths.square().sum(2) @ of.size).sqrt()
-        score = torch.where(rtsae.density > 0, torch.einsum("mgd,gd->m", paths, of.slope) / size, 0.0).nan_to_num()
-        chosen = score.abs().topk(count).indices
-        weights = score[chosen] / size[chosen]
-        weights *= of.length / torch.einsum("k,kgd->gd", weights, paths[chosen]).norm()
-        labels[f"{one.factor}={one.value}"] = as_label(rtsae, one, chosen, weights)
-    return labels
-
-
-def as_label(rtsae: RTSAE, probe: Probe, latents: torch.Tensor, weights: torch.Tensor) -> dict:
-    entry = {"site": rtsae.config.site, "latents": latents.tolist(), "weights": weights.tolist(), "where": None}
-    return {"factor": probe.factor, "value": probe.value, "features": [entry], "edit": {}}
 
 
 class Trial:

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from diffusers_rtsae import Dictionary, MixtureSAE, SparseDictionary, load_dictionary
-from diffusers_rtsae.analysis.effect import Intervention, Part, State, States, first_order, frozen
+from diffusers_rtsae.analysis.effect import Part, State, States, frozen
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.models import LinearDynamics, interpolate
 
@@ -33,12 +33,11 @@ from ..recipe import Recipe
 from ..worlds import KINDS, Probe, World
 from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
 from .absorption import mean_absorption
-from .arms import PASSES, Slope, effect_features
+from .constants import Concerned, Slope, axes, concern, effect_features
 from .probes import Seen, accuracies, activations, codes, look, pooled
 from .results import Results, spread, table
-from .rivals import mean_change
 from .samplers import SAMPLERS
-from .steering import as_dictionary, mean, measure, pairs, run, score
+from .steering import mean, measure, pairs, run, score
 
 LATENTS = 16  # that steer
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)
@@ -74,7 +73,7 @@ class Measures:
         finally:
             self.pipe.scheduler = before
 
-    def _drawn(self) -> torch.Tensor:
+    def _draw(self) -> torch.Tensor:
         """Pictures of held-out scenes."""
         scenes = self.world.sample(self.a.replaced, seed=DRAWN, held_out=True)
         seeds = range(DRAWN, DRAWN + len(scenes))
@@ -82,7 +81,7 @@ class Measures:
 
     @cached_property
     def drawn(self) -> torch.Tensor:
-        return self._drawn()
+        return self._draw()
 
     @torch.no_grad()
     def replaced(self, sae: SparseDictionary) -> dict:
@@ -90,7 +89,7 @@ class Measures:
         factors read alike and how far these are from what they were."""
         plain = self.drawn
         with Reconstructing(self.pipe, sae):
-            images = self._drawn()
+            images = self._draw()
         read = [[self.world.seen(one) for one in self.scorer.read(some)] for some in (plain, images)]
         same = [statistics.mean(a[factor] == b[factor] for factor in a) for a, b in zip(*read, strict=True)]
         prompts = self.world.describe(self.world.sample(32, seed=DRAWN, held_out=True), 0)
@@ -124,12 +123,8 @@ class Measures:
 
     @cached_property
     def targets(self) -> list[Target]:
-        config = self.like.config
-        shape = len(config.anchors), config.in_channels
-        axes = as_dictionary(config.site, config.anchors, torch.eye(shape[0] * shape[1]).unflatten(1, shape))
-        axes.density.fill_(1.0)
         chosen = [t for t in self.world.targets if len(self.world.factors[t[0]]) > 2][:: self.a.every]
-        self.pipe.load_rtsae(Dictionary({config.site: axes}))
+        self.pipe.load_rtsae(axes(self.like))
         try:
             return [Target(self, *one) for one in tqdm(chosen, desc="effect", unit="target")]
         finally:
@@ -211,16 +206,9 @@ class Target:
         found, _ = pairs(measures.world, factor, value, a.pairs + a.pairs // 2, a.pairs // 2, 0, seed=13)
         self.chooses = States(measures.pipe, found[: a.pairs], **measures.call)
         self.judges = States(measures.pipe, found[a.pairs :], seed=1_000_000, **measures.call)
-        self.where = {}
-        for states in (self.chooses, self.judges):
-            self.where |= {id(s): own for s, own in zip(states.all(), states.concerned(site), strict=True)}
-        model = _Concerned({site: Part()}, self.chooses, self.where)
-        model.read()
+        self.where = concern(self.chooses, site) | concern(self.judges, site)
         with frozen(measures.pipe):
-            order = first_order(model, {}, PASSES, torch.Generator().manual_seed(0))[site]
-        shape = len(self.chooses.dictionary.sites[site].config.anchors), -1
-        size = order.added_length.square().view(shape)[:, 0]
-        self.slope = Slope(order.added.view(shape), size, float(mean_change(self.chooses, site).norm()))
+            self.slope = Slope.of(Concerned({site: Part()}, self.chooses))
 
     def effect(self, sae: SparseDictionary, label: dict) -> tuple[float, float]:
         """The strength at which the pairs that choose find a label's effect largest, and its effect there on those
@@ -238,17 +226,6 @@ class Target:
 
         best = max(STRENGTHS, key=lambda strength: of(self.chooses, strength))
         return best, of(self.judges, best)
-
-
-class _Concerned(Intervention):
-    """That acts on the tokens on which the two prompts make a difference."""
-
-    def __init__(self, parts, states: States, where: dict[int, torch.Tensor]):
-        super().__init__(parts, states)
-        self.where = where
-
-    def gate(self, site, state, rows):
-        return self.where[id(state)][list(rows)][..., None].float()
 
 
 @torch.no_grad()
@@ -318,9 +295,7 @@ def main() -> None:
     add_models(parser, "pipeline", "scorer")
     parser.add_argument("--dictionaries", type=Path, default=Path("runs/kinds"), help="folder of `<kind>-<seed>` ones")
     parser.add_argument("--out", type=Path, default=Path("runs/kinds.json"))
-    parser.add_argument(
-        "--measures", nargs="*", choices=MEASURES, default=list(MEASURES), help="that are still wanted"
-    )
+    parser.add_argument("--measures", nargs="*", choices=MEASURES, default=list(MEASURES), help="of these alone")
     parser.add_argument("--labelled", type=int, default=1000, help="pictures for probes to learn from")
     parser.add_argument("--judged", type=int, default=400, help="pictures to judge probes on")
     parser.add_argument("--absorbed", type=int, default=500, help="pictures to measure absorption on")

@@ -75,8 +75,9 @@ SECTIONS = {  # by the name of the file
         the same kind, were fitted again on 48 pairs: all shapes, striped, outline, gradient, navy, yellow, cyan,
         small and large. Black, brown, green and pink were too, without gain, and keep their first fit.
         The rivals (`python -m training.experiments.rivals --every 6`) are fitted to five of the values from the
-        same pairs: `direction`, their mean change at each anchor; `latents`, sixteen of the dictionary, chosen by
-        their effect; `random latents`, as many at random. None of them holds against a prompt as the labels do.
+        same pairs: `direction`, their mean change at each anchor (which is the difference of their means); `free
+        direction`, that with most effect, by gradient; `latents`, sixteen of the dictionary, chosen by their effect;
+        `random latents`, as many at random.
         """,
     ),
     "ranking": Section(

@@ -5,8 +5,9 @@
 
 Writes a dictionary for each rival, whose labels have the names of the values they are for:
 
-- `direction`: one direction for each anchor, the regression of the change of the activation on nothing, over the
-  tokens that the two prompts make a difference on.
+- `direction`: one direction for each anchor, the mean change of the activation over the tokens that the two prompts
+  make a difference on.
+- `free direction`: one direction for each anchor, that with most effect there, fitted by gradient.
 - `latents`: few latents of the dictionary with signed weights, chosen by pursuit (`fit_feature`).
 - `random latents`: the same fit, given as many latents of the dictionary at random.
 
@@ -23,16 +24,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_rtsae import Dictionary, load_dictionary
-from diffusers_rtsae.analysis.effect import States
+from diffusers_rtsae.analysis.effect import States, frozen
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.files import read_json
 from diffusers_rtsae.hub import write_json
-from diffusers_rtsae.models import SparseDictionary, interpolate
+from diffusers_rtsae.models import SparseDictionary
 
 from ..worlds.pictures import add_models, load_pipeline, new_parser, parse
+from .constants import axes, free_direction, mean_change
 from .steering import as_dictionary, pairs
 
-RIVALS = ("direction", "latents", "random latents")
+CONSTANT = ("direction", "free direction")
+LATENTS = ("latents", "random latents")
+RIVALS = CONSTANT + LATENTS
+STEPS = 400  # of gradient, for a free direction
 
 
 def subset(sae: SparseDictionary, latents: list[int]) -> SparseDictionary:
@@ -44,26 +49,6 @@ def subset(sae: SparseDictionary, latents: list[int]) -> SparseDictionary:
         {name: value[latents] if value.shape[:1] == (count,) else value for name, value in sae.state_dict().items()}
     )
     return made
-
-
-@torch.no_grad()
-def mean_change(states: States, site: str) -> torch.Tensor:
-    """
-    `(G, d)`: the constant at each anchor that, interpolated, comes nearest to the change of the activation from one
-    prompt to the other on the tokens it concerns; states count as in `fit_feature`.
-    """
-    sae = states.dictionary.sites[site]
-    anchors = len(sae.config.anchors)
-    square, product = torch.zeros(anchors, anchors), torch.zeros(anchors, sae.config.in_channels)
-    for state, where in zip(states.all(), states.concerned(site), strict=True):
-        there = interpolate(torch.eye(anchors), states.grids[site].coordinate(state.timestep))
-        change = state.goal[site] - state.present[site]
-        told = states.told[state.pairs]
-        weight = float((change[told].square().sum((1, 2)).mean() / sae.spread.mean() ** 2).clamp(min=1e-6)) ** -0.5
-        kept = where & told[:, None]
-        square += weight * float(kept.sum()) * there[:, None] * there
-        product += weight * there[:, None] * change[kept].sum(0)
-    return torch.linalg.solve(square, product).contiguous()
 
 
 def main() -> None:
@@ -85,14 +70,22 @@ def main() -> None:
     for i, (factor, value) in enumerate(targets):
         told = {"factor": factor, "value": value}
         different, same = pairs(world, factor, value, contradicted=16, leave_open=8, already=8, seed=0)
-        if "direction" in a.only and not (work / f"direction-{value}.safetensors").exists():
-            pipe.load_rtsae(dictionary)
+        for rival in CONSTANT:
+            path = work / f"{rival}-{value}.safetensors"
+            if rival not in a.only or path.exists():
+                continue
+            pipe.load_rtsae(axes(sae))
             states = States(pipe, different, **call)
+            if rival == "direction":
+                found = mean_change(states, site)
+            else:
+                with frozen(pipe):
+                    found = free_direction(states, STEPS)
             pipe.unload_rtsae()
-            save_file({"direction": mean_change(states, site)}, work / f"direction-{value}.safetensors")
+            save_file({"direction": found}, path)
         generator = torch.Generator().manual_seed(i)
         chosen = torch.randperm(sae.config.num_latents, generator=generator)[: a.latents].tolist()
-        for rival in ("latents", "random latents"):
+        for rival in LATENTS:
             path = work / f"{rival}-{value}.json"
             if rival not in a.only or path.exists():
                 continue
@@ -107,17 +100,16 @@ def main() -> None:
                 ]
             write_json(path, told | fitted.label | {"features": entries, "seen": []})
             print(f"{rival}, {factor} {value}: {fitted}", flush=True)
-    if "direction" in a.only:
-        rows = [load_file(work / f"direction-{value}.safetensors")["direction"] for _, value in targets]
+    for rival in set(CONSTANT) & set(a.only):
+        rows = [load_file(work / f"{rival}-{value}.safetensors")["direction"] for _, value in targets]
         labels = {
             value: {"factor": factor, "value": value, "edit": {"apply_to": "cond"}}
             | {"features": [{"site": site, "latents": [row], "weights": [1.0], "where": None}]}
             for row, (factor, value) in enumerate(targets)
         }
-        Dictionary({site: as_dictionary(site, list(sae.config.anchors), torch.stack(rows))}, labels).save(
-            a.out / "direction"
-        )
-    for rival in ("latents", "random latents"):
+        made = as_dictionary(site, list(sae.config.anchors), torch.stack(rows))
+        Dictionary({site: made}, labels).save(a.out / rival)
+    for rival in LATENTS:
         labels = {value: read_json(path) for _, value in targets if (path := work / f"{rival}-{value}.json").exists()}
         if rival in a.only and labels:
             replace(dictionary, labels=labels).save(a.out / rival)

@@ -27,7 +27,7 @@ from diffusers_rtsae.models import LinearMap
 from ..worlds import KINDS, Probe, World
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .results import Results, best, contents, figures, folded, table
-from .rivals import RIVALS
+from .rivals import CONSTANT, RIVALS
 from .steering import difference_of_means, mean, measure, run, score
 
 METHODS = {  # and the strengths at which each is measured
@@ -35,6 +35,7 @@ METHODS = {  # and the strengths at which each is measured
     "feature": (1.0,),
     "latents": (1.0,),
     "random latents": (1.0,),
+    "free direction": (1.0,),
     "direction": (1.0,),
     "means": (1.0, 2.0, 0.5),
     "random": (1.0,),
@@ -45,13 +46,14 @@ HEADS = {
     "feature": "label",
     "latents": "latents, same fit",
     "random latents": "random latents, same fit",
-    "direction": "direction, same fit",
+    "free direction": "free direction, same pairs",
+    "direction": "mean change, same pairs",
     "means": "difference of means",
     "random": "random map",
     "prompt": "edited prompt",
 }
 SUCCESS, LEAKAGE = 0.9, 0.1  # the goal of a label
-CONSTANT = ("direction", "means")  # told where the object is, and no latents that have a range to be kept in
+TOLD = (*CONSTANT, "means")  # told where the object is, and no latents that have a range to be kept in
 
 
 def with_labels(sites: dict[str, RTSAE], labels: dict[str, dict], rows: list[int]) -> Dictionary:
@@ -144,7 +146,7 @@ def pictures(
         prompts = [one.prompted for one in probes]
     elif method != "plain":
         strengths = [{name: strength} for name, group in groups.items() for _ in group]
-        options = {"adapter_name": method, "clip": method not in CONSTANT, "masks": method in CONSTANT}
+        options = {"adapter_name": method, "clip": method not in TOLD, "masks": method in TOLD}
     images = run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, prompts, **options)
     readings = iter(score(world, scorer, images, probes))
     parts = iter(images.split([sum(len(one.prompts) for one in group) for group in groups.values()]))

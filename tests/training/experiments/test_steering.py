@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.analysis import fit
-from diffusers_rtsae.analysis.effect import States
+from diffusers_rtsae import Dictionary, load_dictionary
+from diffusers_rtsae.analysis import find, fit
+from diffusers_rtsae.analysis.effect import States, frozen
 from diffusers_rtsae.models import interpolate
 from training.experiments import rivals
-from training.experiments.rivals import mean_change, subset
+from training.experiments.constants import axes, concern, free_direction, mean_change
+from training.experiments.rivals import subset
 from training.experiments.steering import difference_of_means, measure, tokens_on
 from training.worlds import load_world
 
@@ -54,19 +55,26 @@ def test_differences_of_means_add_up_to_nothing(pipe):
         assert own.abs().max() > 0.1 and own.sum(0).abs().max() < 1e-3 * own.abs().max() * len(own)
 
 
-def test_the_mean_change_of_a_pair_does_some_of_what_its_prompt_does(steered):
+def test_constants_of_a_pair_do_some_of_what_its_prompt_does_and_the_fitted_one_most(pipe, dictionary):
     pairs = [("a blue star in the centre, flat, on white", "a red star in the centre, flat, on white")]
-    states = States(steered, pairs, num_inference_steps=4, guidance_scale=3.0)
-    (site,) = states.dictionary.sites
-    found = mean_change(states, site)
-    assert found.shape == (3, 160)
+    ((site, sae),) = dictionary.sites.items()
+    pipe.load_rtsae(axes(sae))
+    states = States(pipe, pairs, num_inference_steps=4, guidance_scale=3.0)
+    where = concern(states, site)
+    with frozen(pipe):
+        fitted = free_direction(states, 80)
+    pipe.unload_rtsae()
 
-    def constant(state, rows):
-        at = interpolate(found, states.grids[site].coordinate(state.timestep))
-        return {site: at.expand(len(rows), 1, -1) * where[id(state)][list(rows)][..., None]}
+    def effect(found):
+        assert found.shape == (3, 160)
 
-    where = {id(state): own for state, own in zip(states.all(), states.concerned(site), strict=True)}
-    assert 0.1 < float(states.effects(constant)) < 1
+        def constant(state, rows):
+            at = interpolate(found, states.grids[site].coordinate(state.timestep))
+            return {site: at.expand(len(rows), 1, -1) * where[id(state)][list(rows)][..., None]}
+
+        return float(states.effects(constant))
+
+    assert 0.1 < effect(mean_change(states, site)) < effect(fitted) < 1
 
 
 def test_a_subset_reads_what_the_whole_reads(dictionary):
@@ -102,6 +110,8 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_experiment_runs_and_continues(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    for constant in ("_PASSES", "_STATES"):
+        monkeypatch.setattr(find, constant, 1)
     out, command = tmp_path / f"{name}.json", [name, *TINY, *COMMANDS[name]]
     if name in ("capacity", "table"):
         command += ["--samples", "32"]
@@ -127,24 +137,27 @@ def test_an_experiment_runs_and_continues(name, tmp_path, monkeypatch, capsys):
         assert json.loads(out.read_text()) == found
 
 
-COLOURS, GROUNDS = ("blue", "green"), ("black", "gray")
-PAIRS = [(f"a {colour} star on white", f"a red star on {ground}") for colour in COLOURS for ground in GROUNDS]
+PAIRS = [("a blue star on white", "a red star on gray"), ("a green star on white", "a red star on black")]
 
 
 def test_rivals_of_several_values_are_fitted_and_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for constant, value in {"_PICTURES": 2, "_STEPS": 2, "_LAST": 2, "_CHOICE": 2}.items():
         monkeypatch.setattr(fit, constant, value)
+    monkeypatch.setattr(rivals, "STEPS", 2)
     monkeypatch.setattr(rivals, "pairs", lambda *given, **asked: (PAIRS, []))
-    command = ["rivals", "--steps", "2", "--every", "13", "--latents", "2", "--out", str(tmp_path)]
+    whole = 64  # latents
+    few = subset(load_dictionary("examples/shapes-rtsae").sites[SITE], list(range(whole)))
+    Dictionary({SITE: few}).save(tmp_path / "few")
+    command = ["rivals", "--dictionary", str(tmp_path / "few"), "--steps", "2", "--every", "13", "--latents", "2"]
+    command += ["--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     rivals.main()
-    whole = load_dictionary("examples/shapes-rtsae").sites[SITE].config.num_latents
     for name in rivals.RIVALS:
         labels = load_dictionary(tmp_path / name).labels
         assert labels.keys() == {"white", "green"}
         latents = [latent for label in labels.values() for entry in label["features"] for latent in entry["latents"]]
-        assert latents and max(latents) < (2 if name == "direction" else whole)
+        assert latents and max(latents) < (2 if name in rivals.CONSTANT else whole)
     random = load_dictionary(tmp_path / "random latents").labels
     assert {j for entry in random["white"]["features"] for j in entry["latents"]} <= set(drawn(0, whole))
     assert {j for entry in random["green"]["features"] for j in entry["latents"]} <= set(drawn(1, whole))

@@ -1,6 +1,7 @@
 """The table of kinds, from trained dictionaries to its rows, at a size that means nothing."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -64,10 +65,15 @@ def test_a_table_of_kinds_is_measured_and_continued(trained, tmp_path, monkeypat
     assert text in capsys.readouterr().out and "| topk |" in text and f"| {kinds.RAW} |" in text
 
 
-def test_dictionaries_of_two_sites_make_no_table(trained, tmp_path, monkeypatch):
-    (tmp_path / "none").mkdir()
-    monkeypatch.setattr(sys, "argv", ["kinds", "--dictionaries", str(tmp_path / "none"), "--out", str(tmp_path / "o")])
+def test_what_cannot_be_compared_makes_no_table(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    monkeypatch.setattr(sys, "argv", ["kinds", "--dictionaries", str(folder), "--out", str(tmp_path / "o")])
     with pytest.raises(ValueError, match="holds no dictionaries: train"):
+        kinds.main()
+    shutil.copytree(trained / "topk-0", folder / "topk-0")
+    shutil.copytree("examples/shapes-rtsae", folder / "bundled-0")  # of the same site, with other anchors
+    with pytest.raises(ValueError, match="must be of one site and its anchors"):
         kinds.main()
 
 

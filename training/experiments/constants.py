@@ -1,0 +1,125 @@
+"""Constant additions at each anchor of a site: what they do to the prediction, the best of them, and the latents that
+come nearest."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from diffusers_rtsae import Dictionary, SparseDictionary
+from diffusers_rtsae.analysis.effect import Intervention, Part, State, States, first_order
+from diffusers_rtsae.analysis.fit import optimise
+from diffusers_rtsae.models import interpolate
+
+from ..worlds import Probe
+from .steering import as_dictionary
+
+PASSES = 20  # backward passes of a slope
+
+
+def axes(like: SparseDictionary) -> Dictionary:
+    """A dictionary each of whose latents adds 1 to one channel of a site at one anchor."""
+    site, shape = like.config.site, (len(like.config.anchors), like.config.in_channels)
+    found = as_dictionary(site, list(like.config.anchors), torch.eye(shape[0] * shape[1]).unflatten(1, shape))
+    found.density.fill_(1.0)
+    return Dictionary({site: found})
+
+
+def concern(states: States, site: str) -> dict[int, torch.Tensor]:
+    """The tokens `(states, N)` on which the two prompts make a difference, by the `id` of each state."""
+    return {id(state): where for state, where in zip(states.all(), states.concerned(site), strict=True)}
+
+
+class Concerned(Intervention):
+    """That acts on the tokens on which the two prompts make a difference."""
+
+    def __init__(self, parts: dict[str, Part], states: States):
+        super().__init__(parts, states)
+        self.where = {site: concern(states, site) for site in parts}
+
+    def gate(self, site: str, state: State, rows) -> torch.Tensor:
+        return self.where[site][id(state)][list(rows)][..., None].float()
+
+
+@torch.no_grad()
+def mean_change(states: States, site: str) -> torch.Tensor:
+    """
+    `(G, d)`: the constant at each anchor that, interpolated, comes nearest to the change of the activation from one
+    prompt to the other on the tokens it concerns; states count as in `fit_feature`.
+    """
+    sae = states.dictionary.sites[site]
+    anchors = len(sae.config.anchors)
+    square, product = torch.zeros(anchors, anchors), torch.zeros(anchors, sae.config.in_channels)
+    for state, where in zip(states.all(), states.concerned(site), strict=True):
+        there = interpolate(torch.eye(anchors), states.grids[site].coordinate(state.timestep))
+        change = state.goal[site] - state.present[site]
+        differ = states.told[state.pairs]
+        weight = float((change[differ].square().sum((1, 2)).mean() / sae.spread.mean() ** 2).clamp(min=1e-6)) ** -0.5
+        kept = where & differ[:, None]
+        square += weight * float(kept.sum()) * there[:, None] * there
+        product += weight * there[:, None] * change[kept].sum(0)
+    return torch.linalg.solve(square, product).contiguous()
+
+
+def free_direction(states: States, steps: int) -> torch.Tensor:
+    """`(G, d)`: the constant at each anchor with most effect on the tokens that the prompts make a difference on,
+    fitted by gradient through the frozen denoiser; the states are of a dictionary of `axes`."""
+    ((site, sae),) = states.dictionary.sites.items()
+    count, unit = sae.config.num_latents, mean_change(states, site).square().mean().sqrt()  # of the optimiser's steps
+    sae.typical_activation.fill_(unit)
+    model = Concerned({site: Part(added=list(range(count)), weights=torch.zeros(count))}, states)
+    model.read()
+    with tqdm(total=steps, desc="free direction", leave=False) as bar:
+        optimise(model, states, steps, torch.Generator().manual_seed(0), bar)
+    sae.typical_activation.fill_(1.0)
+    return unit * model.parts[site].weights.view(len(sae.config.anchors), -1)
+
+
+class Slope(NamedTuple):
+    """
+    What the pairs of a target say of every dictionary with the same anchors.
+
+    Args:
+        slope (`torch.Tensor`): how the effect grows with a constant addition at each anchor, `(G, d)`.
+        size (`torch.Tensor`): what the square of such an addition counts at each anchor, `(G,)`.
+        length (`float`): of the mean change of the activation with the prompt, over all anchors.
+    """
+
+    slope: torch.Tensor
+    size: torch.Tensor
+    length: float
+
+    @classmethod
+    def of(cls, model: Intervention) -> Slope:
+        """To first order where nothing is added, on the tokens that the model acts on; its states are of a dictionary
+        of `axes`."""
+        ((site, sae),) = model.dictionary.sites.items()
+        shape = len(sae.config.anchors), -1
+        model.read()
+        order = first_order(model, {}, PASSES, torch.Generator().manual_seed(0))[site]
+        size = order.added_length.square().view(shape)[:, 0]
+        return cls(order.added.view(shape), size, float(mean_change(model.states, site).norm()))
+
+
+@torch.no_grad()
+def effect_features(sae: SparseDictionary, found: list[Slope], probes: list[Probe], count: int) -> dict[str, dict]:
+    """Labels: for each target the `count` latents with most effect for the size of what they add, in proportion to
+    that; together as long as the mean change of the activation with the prompt."""
+    paths = sae.feature_trajectories() * sae.typical_activation[:, None, None]
+    labels = {}
+    for one, of in zip(probes, found, strict=True):
+        size = (paths.square().sum(2) @ of.size).sqrt()
+        score = torch.where(sae.density > 0, torch.einsum("mgd,gd->m", paths, of.slope) / size, 0.0).nan_to_num()
+        chosen = score.abs().topk(count).indices
+        weights = score[chosen] / size[chosen]
+        weights *= of.length / torch.einsum("k,kgd->gd", weights, paths[chosen]).norm()
+        labels[f"{one.factor}={one.value}"] = as_label(sae, one, chosen, weights)
+    return labels
+
+
+def as_label(sae: SparseDictionary, probe: Probe, latents: torch.Tensor, weights: torch.Tensor) -> dict:
+    """A label for the value of a probe."""
+    entry = {"site": sae.config.site, "latents": latents.tolist(), "weights": weights.tolist(), "where": None}
+    return {"factor": probe.factor, "value": probe.value, "features": [entry], "edit": {}}
