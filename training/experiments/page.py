@@ -131,9 +131,9 @@ SECTIONS = {  # by the name of the file
         "Can a concept be removed?",
         """
         UnlearnCanvas' protocol on shapes and styles, {prompts} prompts that name each concept and as many that
-        do not, unseen when the latents were chosen. The latents that are most present when prompts name it are
-        multiplied by the scale wherever they are active; 0 sets them to zero, and negative scales are what
-        SAeUron uses. No label and no strength is involved.
+        do not, unseen when the latents were chosen. Every edit acts on all of them. Either the bundled label of the
+        concept at strength −1; or the latents that are most present when prompts name it, multiplied wherever they
+        are active: by 0, which sets them to zero, or below, as SAeUron does.
         """,
     ),
     "arms": Section(

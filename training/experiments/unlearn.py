@@ -2,17 +2,20 @@
 
     python -m training.experiments.unlearn --out training/results/unlearn.json
 
-For each value of the two (of shapes: the styles and the shapes) the latents that are most present when prompts name
-it, against prompts that name another value, are multiplied by a scale (0: set to zero) wherever they are active; so
-SAeUron (2501.18052) does, with negative scales. *Unlearned*: the share of pictures that do not show the concept any
-more, though the prompt names it. *In-domain*: prompts that name another value of the same factor still show that.
-*Cross-domain*: the other of the two factors is still right. *Valid*: of the pictures whose concept was removed. Beside
-it the model without any edit. Rows are added to the JSON as they are measured; the same command continues where it was
-stopped.
+For each value of the two (of shapes: the styles and the shapes), two ways. The dictionary's own label of it at
+strength −1; and the latents that are most present when prompts name it, against prompts that name another value,
+multiplied by a scale (0: set to zero) wherever they are active, as SAeUron (2501.18052) does, with negative scales.
+Both act on every picture, also where there is nothing to remove. *Unlearned*: the share of pictures that do not show
+the concept any more, though the prompt names it. *In-domain*: prompts that name another value of the same factor still
+show that. *Cross-domain*: the other of the two factors is still right. *Valid*: of the pictures whose concept was
+removed. Beside it the model without any edit. Rows are added to the JSON as they are measured; the same command
+continues where it was stopped.
 """
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,14 +43,12 @@ def right(readings: list[dict], one: Probe, factor: str) -> float:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Means over the concepts of each factor, by number of latents and scale."""
+    """Means over the concepts of each factor, by edit."""
     lines = []
-    for factor, count, minus in sorted(dict.fromkeys((r["factor"], r["latents"], -r["scale"]) for r in rows)):
-        own = [r for r in rows if (r["factor"], r["latents"], -r["scale"]) == (factor, count, minus)]
-        means = [sum(r[name] for r in own) / len(own) for name in FIGURES]
-        edit = [f"{count}", f"{-minus:g}"] if count else ["no edit", ""]
-        lines.append([factor, *edit] + [f"{m:.2f}" for m in means])
-    return table(["factor", "latents", "scale", *FIGURES.values()], lines)
+    for factor, edit in sorted(dict.fromkeys((r["factor"], r["edit"]) for r in rows), key=lambda one: one[0]):
+        own = [r for r in rows if (r["factor"], r["edit"]) == (factor, edit)]
+        lines.append([factor, edit, *(f"{statistics.mean(r[name] for r in own):.2f}" for name in FIGURES)])
+    return table(["factor", "edit", *FIGURES.values()], lines)
 
 
 def main() -> None:
@@ -60,10 +61,11 @@ def main() -> None:
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     dictionary: Dictionary = load_dictionary(a.dictionary)
-    results = Results(a, [a.pipeline, a.dictionary], said_by_rows=("scales",))
+    results = Results(a, [a.pipeline, a.dictionary], said_by_rows=("features", "scales"))
     concepts = [(factor, value) for domain in world.domains for factor, value in world.targets if factor == domain]
     others = [world.probe(*concept, "contradicted", a.prompts, seed=600) for concept in concepts]
     named = [one.prompted for one in others]
+    names = {(label["factor"], label["value"]): name for name, label in dictionary.labels.items()}
 
     pipe.load_rtsae(dictionary)
     (site,) = dictionary.sites
@@ -71,25 +73,33 @@ def main() -> None:
     found = {}
     for concept in tqdm(concepts, desc="features", unit="concept"):
         choose = world.probe(*concept, "contradicted", a.prompts, seed=601)
-        ranked = find_features(pipe, choose.prompted, choose.prompts, max(a.features), seeds=1, **call)
+        ranked = find_features(pipe, choose.prompted, choose.prompts, max(a.features), seeds=1, by="presence", **call)
         found[concept] = [feature.index for feature in ranked]
     pipe.unload_rtsae()
 
-    for count, scale in [(0, 1.0), *((n, s) for n in a.features for s in a.scales)]:
-        if results.has(latents=count, scale=scale):
+    # how each edit steers: for every concept a label and its strength, and options
+    edits: dict[str, tuple[Dictionary | None, list[dict] | None, dict]] = {"no edit": (None, None, {})}
+    if all(concept in names for concept in concepts):
+        edits["label at −1"] = dictionary, [{names[concept]: -1.0} for concept in concepts], {}
+    for count, scale in itertools.product(a.features, a.scales):
+        entries = {value: found[factor, value][:count] for factor, value in concepts}
+        labels = {
+            value: {"features": [{"site": site, "latents": e, "weights": [1.0] * len(e), "where": None}]}
+            for value, e in entries.items()
+        }
+        few, scaling = (
+            Dictionary(dictionary.sites, labels, dictionary.config),
+            [{value: scale} for _, value in concepts],
+        )
+        edits[f"{count} latents × {scale:g}"] = few, scaling, {"operation": "scale", "clip": False, "neutral": 1.0}
+    for edit, (steering, strengths, options) in edits.items():
+        if results.has(edit=edit):
             continue
-        strengths = None
-        if count:
-            entries = {value: found[factor, value][:count] for factor, value in concepts}
-            labels = {
-                value: {"features": [{"site": site, "latents": e, "weights": [1.0] * len(e), "where": None}]}
-                for value, e in entries.items()
-            }
-            pipe.load_rtsae(Dictionary(dictionary.sites, labels, dictionary.config))
-            strengths = [{value: scale} for _, value in concepts]
+        if steering is not None:
+            pipe.load_rtsae(steering)
+            options = options | {"masks": False}
         sides = []
         for prompts in (named, None):
-            options = {"masks": False, "operation": "scale", "clip": False, "neutral": 1.0} if strengths else {}
             images = run(pipe, others, strengths, a.steps, a.guidance, a.batch_size, prompts, **options)
             sides.append(score(world, scorer, images, others))
         pipe.unload_rtsae()
@@ -99,8 +109,7 @@ def main() -> None:
             row = {
                 "factor": factor,
                 "concept": value,
-                "latents": count,
-                "scale": scale,
+                "edit": edit,
                 "n": n,
                 "unlearned": sum(r[factor] != value for r in removed) / n,
                 "in_domain": right(kept, one, factor),

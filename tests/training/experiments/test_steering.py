@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusers_rtsae import Dictionary, load_dictionary
-from diffusers_rtsae.analysis import find, fit
+from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.analysis.effect import States, frozen
 from diffusers_rtsae.models import interpolate
 from training.experiments import rivals
@@ -85,6 +85,7 @@ def test_a_subset_reads_what_the_whole_reads(dictionary):
     assert torch.equal(some.typical_activation, whole.typical_activation[[7, 3]])
 
 
+LABELS = ("red", "blue", "dotted")
 TINY = ["--steps", "2", "--batch-size", "32"]
 COMMANDS = {
     "capacity": ["--sites", SITE, "--strengths", "1", "--apply-to", "cond", "--kinds", "open", "--images", "3"],
@@ -110,14 +111,12 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_experiment_runs_and_continues(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    for constant in ("_PASSES", "_STATES"):
-        monkeypatch.setattr(find, constant, 1)
     out, command = tmp_path / f"{name}.json", [name, *TINY, *COMMANDS[name]]
     if name in ("capacity", "table"):
         command += ["--samples", "32"]
     if name != "capacity":
         few = load_dictionary("examples/shapes-rtsae")
-        few.labels = {label: few.labels[label] for label in ("red", "blue", "dotted")}
+        few.labels = {label: few.labels[label] for label in (few.labels if name == "unlearn" else LABELS)}
         few.save(tmp_path / "few")
         command += ["--dictionary", str(tmp_path / "few")]
     monkeypatch.setattr(sys, "argv", [*command, "--out", str(out)])
