@@ -126,6 +126,15 @@ SECTIONS = {  # by the name of the file
         cell is success / leakage / valid at the best strength, chosen on these prompts ({prompts} a label).
         """,
     ),
+    "even": Section(
+        "even",
+        "What is drawn by default, and can it be evened out?",
+        """
+        {prompts} prompts for each shape that name it and nothing else: as they are, and with each picture steered at
+        strength 1 to one value of another factor, all values as often as each other and without looking at the
+        picture. The prompts stay as they are. Shares are of valid pictures.
+        """,
+    ),
     "unlearn": Section(
         "unlearn",
         "Can a concept be removed?",

@@ -43,7 +43,7 @@ def pairs(
     found, rng = [], random.Random(seed)
     for i in range(contradicted + leave_open):
         scene, words = next(scenes), 1000 * (1 + seed) + i
-        is_open = factor if i >= contradicted else None
+        is_open = (factor,) if i >= contradicted else ()
         before = world.describe([scene], words, leave_open=is_open)[0]
         found.append((before, world.describe([scene | {factor: value}], words)[0]))
     rng.shuffle(found)

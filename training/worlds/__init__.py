@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,8 @@ class World(ABC):
         """Scenes of one object each, of combinations that are (not) trained on."""
 
     @abstractmethod
-    def describe(self, scenes: list[Scene], seed: int, leave_open: str | None = None) -> list[str]:
-        """Prompts that name all factors of each scene but the one that is left open."""
+    def describe(self, scenes: list[Scene], seed: int, leave_open: Collection[str] = ()) -> list[str]:
+        """Prompts that name all factors of each scene but those that are left open."""
 
     @abstractmethod
     def masks(self, scenes: list[Scene], size: int) -> torch.Tensor:
@@ -107,7 +108,7 @@ class World(ABC):
             factor,
             value,
             scenes,
-            prompts=self.describe(scenes, index + seed, leave_open=factor if kind == "open" else None),
+            prompts=self.describe(scenes, index + seed, leave_open=(factor,) if kind == "open" else ()),
             prompted=self.describe([scene | {factor: value} for scene in scenes], len(scenes)),
             seeds=[100_000 * (1 + seed) + 1000 * index + i for i in range(len(scenes))],
             mask=self.masks(scenes, self.image_size)

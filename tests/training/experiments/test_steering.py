@@ -12,7 +12,7 @@ from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.analysis.effect import States, frozen
 from diffusers_rtsae.models import interpolate
-from training.experiments import rivals
+from training.experiments import even, rivals
 from training.experiments.constants import axes, concern, free_direction, mean_change
 from training.experiments.rivals import subset
 from training.experiments.steering import difference_of_means, measure, tokens_on
@@ -89,6 +89,7 @@ LABELS = ("red", "blue", "dotted")
 TINY = ["--steps", "2", "--batch-size", "32"]
 COMMANDS = {
     "capacity": ["--sites", SITE, "--strengths", "1", "--apply-to", "cond", "--kinds", "open", "--images", "3"],
+    "even": ["--prompts", "1"],
     "hard": ["--prompts", "1", "--strengths", "1", "--methods", "swap", "transfer"],
     "samplers": ["--prompts", "1", "--step-counts", "3"],
     "table": [
@@ -116,7 +117,7 @@ def test_an_experiment_runs_and_continues(name, tmp_path, monkeypatch, capsys):
         command += ["--samples", "32"]
     if name != "capacity":
         few = load_dictionary("examples/shapes-rtsae")
-        few.labels = {label: few.labels[label] for label in (few.labels if name == "unlearn" else LABELS)}
+        few.labels = {label: few.labels[label] for label in (few.labels if name in ("even", "unlearn") else LABELS)}
         few.save(tmp_path / "few")
         command += ["--dictionary", str(tmp_path / "few")]
     monkeypatch.setattr(sys, "argv", [*command, "--out", str(out)])
@@ -164,6 +165,13 @@ def test_rivals_of_several_values_are_fitted_and_measured(tmp_path, monkeypatch,
 
 def drawn(i: int, whole: int) -> list[int]:
     return torch.randperm(whole, generator=torch.Generator().manual_seed(i))[:2].tolist()
+
+
+def test_shares_are_of_valid_pictures_and_uneven_if_one_is_missing():
+    seen = [{"valid": v, "colour": c} for v, c in ((True, "red"), (True, "red"), (True, "blue"), (False, "blue"))]
+    found = even.shares(seen, ["red", "blue"], "colour")
+    assert found == {"red": 0.6667, "blue": 0.3333} and even.ratio(found) == "2.00"
+    assert even.ratio(even.shares(seen, ["red", "green"], "colour")) == "∞"
 
 
 def test_an_unknown_world_is_refused(monkeypatch, capsys):

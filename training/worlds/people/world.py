@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -44,9 +45,9 @@ class Persons(World):
         drawn = _draw(everyone[(is_held_out(everyone) == held_out) & ~torch.isin(everyone.role, fixed)], count, seed)
         return [drawn.values(i) for i in range(count)]
 
-    def describe(self, scenes: list[Scene], seed: int, leave_open: str | None = None) -> list[str]:
+    def describe(self, scenes: list[Scene], seed: int, leave_open: Collection[str] = ()) -> list[str]:
         codes = [[FACTORS[name].index(scene[name]) for scene in scenes] for name in FACTORS]
-        return captions(People(*torch.tensor(codes)), seed, {name: float(name != leave_open) for name in FACTORS})
+        return captions(People(*torch.tensor(codes)), seed, {name: float(name not in leave_open) for name in FACTORS})
 
     def masks(self, scenes: list[Scene], size: int) -> torch.Tensor:
         return torch.ones(len(scenes), size, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -39,8 +40,8 @@ class Shapes(World):
         codes = {name: (code[:, 0] if code.ndim == 2 else code).tolist() for name, code in codes.items()}
         return [{name: FACTORS[name][code[i]] for name, code in codes.items()} for i in range(count)]
 
-    def describe(self, scenes: list[Scene], seed: int, leave_open: str | None = None) -> list[str]:
-        return captions(_encode(scenes), seed, {name: float(name != leave_open) for name in FACTORS})
+    def describe(self, scenes: list[Scene], seed: int, leave_open: Collection[str] = ()) -> list[str]:
+        return captions(_encode(scenes), seed, {name: float(name not in leave_open) for name in FACTORS})
 
     def read_as(self, factor: str, scene: Scene) -> str:
         return f"{scene['place']}.{factor}" if factor in self.local else factor
