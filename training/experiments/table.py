@@ -119,9 +119,27 @@ def markdown(rows: list[dict]) -> str:
         error = f"A label's standard error is at most {0.5 / fewest**0.5:.2f} ({fewest} pictures)."
         text += [f"- Labels below {SUCCESS} success: {', '.join(misses) or 'none'}."]
         text += [f"- Labels above {LEAKAGE} leakage: {', '.join(leaks) or 'none'}.", f"- {error}", ""]
+        if all("changed" in row for row in own.values()):
+            others = list(dict.fromkeys(f for row in own.values() for f in row["changed"]))
+            lines = []
+            for group, labels in groups.items():
+                read = {f: [own[la]["changed"][f] for la in labels if f in own[la]["changed"]] for f in others}
+                lines.append([group, *(f"{statistics.mean(of):.2f}" if of else "–" for of in read.values())])
+            text += [
+                "Which other factor a label changes, as a share of its pictures:",
+                "",
+                table(["", *others], lines),
+            ]
         lines = [[label, *(cell(m, label) for m in methods)] for label in factors]
         text.append(folded(f"{kind} prompts, each label", table(["", *(HEADS[m] for m in methods)], lines)))
     return "\n".join(text)
+
+
+def changed(steered: list[list[dict]], plain: list[list[dict]], factor: str) -> dict[str, float]:
+    """The share of pictures in which each factor but the steered one reads differently."""
+    both = [one for pair in zip(steered, plain, strict=True) for one in zip(*pair, strict=True)]
+    others = [name for name in both[0][0] if name not in (factor, "valid")]
+    return {name: round(statistics.mean(now[name] != was[name] for now, was in both), 4) for name in others}
 
 
 Pictures = tuple[torch.Tensor, list[list[dict]]]  # images (n, 3, height, width), and their readings by seed
@@ -211,7 +229,7 @@ def main() -> None:
                 cells = [measure(r, p, label["factor"], label["value"]) for r, p in zip(readings, was, strict=True)]
                 row = {"label": name, "factor": label["factor"]} | setting
                 row |= {"dictionary": digests[method]} if method in digests else {}
-                row |= mean(cells)
+                row |= mean(cells) | {"changed": changed(readings, was, label["factor"])}
                 row |= {"success_per_seed": [round(c["success"], 4) for c in cells], "n": len(images)}
                 row["image_distance"] = round((images - before).square().mean((1, 2, 3)).sqrt().mean().item(), 4)
                 rows.append(row)

@@ -16,6 +16,7 @@ from training.experiments import even, rivals
 from training.experiments.constants import axes, concern, free_direction, mean_change
 from training.experiments.rivals import subset
 from training.experiments.steering import difference_of_means, measure, tokens_on
+from training.experiments.table import changed
 from training.worlds import load_world
 
 ROOT = Path(__file__).parents[3]
@@ -36,6 +37,12 @@ def test_measure_counts_success_and_leakage():
     invalid = dict.fromkeys(plain) | {"valid": False}
     cell = measure([red, leaking, invalid, plain], [plain] * 4, "colour", "red")
     assert cell == {"success": 0.5, "leakage": 0.5, "leakage_mean": (0.2 + 1.0) / 4, "valid": 0.75}
+
+
+def test_what_a_label_changes_besides_is_told_by_factor():
+    was = [[{"shape": "star", "colour": "blue", "size": "small", "valid": True}] * 2]
+    now = [[was[0][0] | {"colour": "red"}, was[0][0] | {"colour": "red", "size": "large"}]]
+    assert changed(now, was, "colour") == {"shape": 0.0, "size": 0.5}
 
 
 def test_tokens_lie_on_what_a_mask_covers():
