@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict:
     if path.stat().st_size > _JSON_BYTES:
         raise ValueError(f"{path} is too large: expected at most {_JSON_BYTES >> 20} MB of JSON.")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

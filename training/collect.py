@@ -21,7 +21,7 @@ from diffusers_rtsae.steering import noise_schedule
 
 from .checkpoint import step_generator
 from .recipe import Collect, Recipe, bundled
-from .store import TrajectoryStore, told_of
+from .store import NOWHERE, TrajectoryStore, told_of
 from .worlds import load_world, worlds
 
 
@@ -133,8 +133,12 @@ def trajectories(
         tensors[site] = torch.stack([t[c] for t, c in zip(whole, chosen, strict=True)]).flatten(0, 1)
         tensors[f"{site}/token"] = chosen.flatten().to(torch.int32)
         tensors[f"{site}/image"] = of.repeat_interleave(kept)
+        try:
+            where = places(recorder.size(site))[chosen.flatten()]
+        except ValueError:  # its tokens lie on no grid
+            where = torch.full((chosen.numel(), 2), NOWHERE)
         scale = share_of_guidance(guidance).expand(chosen.numel(), 1)
-        tensors[told_of(site)] = torch.cat([places(recorder.size(site))[chosen.flatten()], scale], 1)
+        tensors[told_of(site)] = torch.cat([where, scale], 1)
     return tensors, images.float().clamp(0, 1) if pictures else None
 
 

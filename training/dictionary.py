@@ -15,6 +15,7 @@ from diffusers_rtsae.models import METADATA, LinearDynamics, Step
 from .processes import ALONE, Processes
 from .recipe import Recipe, Train
 from .sparse import Code, Gates, above, batch_topk, decode, encode, topk
+from .store import NOWHERE
 
 ARCHITECTURES: dict[str, type[BatchTopK]] = {}
 
@@ -331,10 +332,11 @@ class RoutedSteps(Steps):
         sae, anchors = self.sae, torch.tensor(self.sae.config.anchors, device=rows.device)
         known = {"time": (anchors / 1000).repeat(len(rows) // len(anchors))}
         if told is not None:
-            known |= dict(zip(METADATA[1:], told.repeat_interleave(len(anchors), 0).T, strict=True))
+            values = dict(zip(METADATA[1:], told.T, strict=True))
+            known |= {name: v.repeat_interleave(len(anchors)) for name, v in values.items() if (v != NOWHERE).all()}
         metadata = sae.told(known).to(rows)
         if sae.training:  # the router must do with less
-            kept = torch.rand(len(rows), 1 + len(sae.config.metadata), device=rows.device) >= _UNKNOWN
+            kept = torch.rand(len(rows), 1 + len(sae.config.metadata), device=rows.device) >= _UNTOLD
             metadata = metadata * (kept[:, :1] & kept[:, 1:]).repeat_interleave(2, 1)
         shares, imbalance = sae.gates(rows, metadata)
         owner = sae.experts(torch.arange(sae.config.num_latents, device=rows.device))
@@ -359,7 +361,7 @@ class RoutedSteps(Steps):
 
 
 _BALANCE, _UNMASKED = 0.5, 0.1  # weights of the loss
-_UNKNOWN = 0.1  # chance that the router is not told a value, and that it is told nothing
+_UNTOLD = 0.1  # chance that the router is not told a value, and that it is told nothing
 _MEMORY = 100  # batches that running means go back; before that nothing is masked
 KINDS = {
     "rtsae": (RTSAE, Residuals),

@@ -172,7 +172,7 @@ def _with(output, block_input: torch.Tensor, rows: slice, new: torch.Tensor, act
     """What a block returns with another activation `(rows, tokens, d)` on some rows of the batch."""
     hidden_states = read_output(output).clone()
     if activation == "update":
-        new = new + to_tokens(block_input[rows])
+        new = new.to(block_input) + to_tokens(block_input[rows])
     hidden_states[rows] = from_tokens(new, hidden_states[rows])
     return replace_output(output, hidden_states)
 
@@ -183,7 +183,7 @@ class Reconstructing:
 
     def __init__(self, pipe: DiffusionPipeline, sae: SparseDictionary):
         self.sae, self.denoiser, self.clock = sae, get_denoiser(pipe), Clock()
-        self.site, self.seen, self.is_anchor = get_site(self.denoiser, sae.config.site), [], False
+        self.site, self.seen, self.anchor = get_site(self.denoiser, sae.config.site), {}, None
 
     def __enter__(self):
         self._hooks = [
@@ -199,17 +199,18 @@ class Reconstructing:
     def _tick(self, module, args, kwargs):
         self.clock.tick(*call_arguments(args, kwargs))
         timestep, anchors = round(self.clock.timestep), list(self.sae.config.anchors)
-        self.is_anchor = timestep in anchors and "cond" in self.clock.streams
-        if timestep == anchors[0]:
-            self.seen = []
+        is_anchor = timestep in anchors and "cond" in self.clock.streams
+        self.anchor = anchors.index(timestep) if is_anchor else None
 
     def _reconstruct(self, module, args, kwargs, output):
-        if not self.is_anchor:
+        if self.anchor is None:
             return None
         block_input, hidden_states = args[0] if args else kwargs["hidden_states"], read_output(output)
         rows, activation = dict(self.clock.rows(len(hidden_states)))["cond"], self.sae.config.activation
-        self.seen.append(read_activation(activation, block_input, hidden_states)[rows].float())
-        known = torch.stack(self.seen, 2)
+        # a sampler may call twice at one step: the later call stands
+        self.seen = {g: own for g, own in self.seen.items() if g < self.anchor}
+        self.seen[self.anchor] = read_activation(activation, block_input, hidden_states)[rows].float().cpu()
+        known = torch.stack(list(self.seen.values()), 2)
         new = self.sae.reconstruct(known.flatten(0, 1))[:, -1].unflatten(0, known.shape[:2])
         return _with(output, block_input, rows, new, activation)
 

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from diffusers_rtsae.files import whole
 
+NOWHERE = -1.0  # row and column of a token that lies on no grid
+
 
 def told_of(site: str) -> str:
     """The name under which what is known of the trajectories of a site lies: row, column, guidance."""
@@ -58,7 +60,8 @@ class TrajectoryStore:
 
     A shard holds, for each site, `(tokens, G, d)` float16; `<site>/image (tokens,)`, the index of the prompt each
     token comes from; `<site>/token (tokens,)`, its place in the site's grid, row by row; `<site>/told (tokens, 3)`,
-    its row, column and guidance, each from 0 to 1; and what a scorer read in the shard's images, if one was used.
+    its row, column and guidance, each from 0 to 1, or `NOWHERE`; and what a scorer read in the shard's images, if one
+    was used.
 
     Args:
         folder (`Path | str`): where the shards lie; a folder, or any URL that fsspec knows.

@@ -300,14 +300,14 @@ class States:
                     there = again.kept[-1][2]
                     for site in sites:
                         apart = self._activation(site, told[site]) - self._activation(site, there[site])
-                        concern[site] += apart.float().norm(dim=-1)
+                        concern[site] += apart.float().norm(dim=-1).cpu()
                     distance = (before - wanted).square().flatten(1).sum(1)
                     state = State(call, samples, texts, wants, [first + i for i in order], before, wanted, distance)
                 states.append(state)
                 for site in sites:
-                    present[site].append(self._activation(site, told[site]))
-                    goal[site].append(self._activation(site, there[site]))
-                    past[site].append(self._activation(site, tokens[site]))
+                    present[site].append(self._activation(site, told[site]).cpu())
+                    goal[site].append(self._activation(site, there[site]).cpu())
+                    past[site].append(self._activation(site, tokens[site]).cpu())
         stacked = [{site: torch.stack(kind[site], 2) for site in sites} for kind in (present, goal, past)]
         for step, state in enumerate(states):
             if state is not None:
@@ -438,7 +438,7 @@ class States:
 def _adds(change: torch.Tensor):
     def hook(module, args, output):
         hidden_states = read_output(output)
-        return replace_output(output, hidden_states + from_tokens(change, hidden_states))
+        return replace_output(output, hidden_states + from_tokens(change.to(hidden_states.device), hidden_states))
 
     return hook
 

@@ -32,7 +32,7 @@ class Feature:
         site (`str`), index (`int`): which; `pipe.set_rtsae_features({(site, index): 1.0})` steers it.
         score (`float`): what the table is sorted by: the effect of strength 1 on the prediction, of 1 that changing
             the prompt has, or `present * specific`.
-        effect (`float`): how fast that effect grows from strength 0; `None` if it was ranked by presence.
+        slope (`float`): how fast that effect grows from strength 0; `None` if it was ranked by presence.
         present (`float`): how much more present it is with the concept than without, at its best step, in units of its
             typical full activation.
         specific (`float`): from 0, as present without the concept (or everywhere in the training data), to 1, only
@@ -53,7 +53,7 @@ class Feature:
     labels: list[str] = field(default_factory=list)
     duplicates: list[int] = field(default_factory=list)
     verified: dict[str, float] = field(default_factory=dict)
-    effect: float | None = None
+    slope: float | None = None
     pictures: list = field(default_factory=list, repr=False)
 
     def told(self) -> dict:
@@ -77,11 +77,11 @@ class FeatureTable(list):
         if not self:
             return "no features"
         measured = list(dict.fromkeys(key for f in self for key in f.verified))
-        by_effect = [] if self[0].effect is None else ["first order" if "effect" in measured else "effect"]
+        by_effect = [] if self[0].slope is None else ["slope"]
         head = ["site", "index", "score", *by_effect, "present", "specific", "timestep", *measured, "labels"]
         rows = [
             [
-                f.site, str(f.index), f"{f.score:.3f}", *(f"{f.effect:.3f}" for _ in by_effect),
+                f.site, str(f.index), f"{f.score:.3f}", *(f"{f.slope:.3f}" for _ in by_effect),
                 f"{f.present:.3f}", f"{f.specific:.2f}", f"{f.timestep:g}",
                 *(f"{f.verified[key]:.3f}" if key in f.verified else "" for key in measured), ", ".join(f.labels),
             ]
@@ -141,7 +141,7 @@ def rank(
             Feature(
                 site, index, round(score[index].item(), 4), round(difference[index].item(), 4),
                 round(specific[index].item(), 4), timesteps[when[index]], labels_of(dictionary, site, index),
-                effect=None if order is None else round(order.added[index].item(), 4),
+                slope=None if order is None else round(order.added[index].item(), 4),
             )
         )  # fmt: skip
     return table

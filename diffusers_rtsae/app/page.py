@@ -331,7 +331,7 @@ def build(
         table = studio.run(found)
         names = [f"{f.site}:{f.index}" if len(loaded.sites) > 1 else str(f.index) for f in table]
         rows = [
-            [name, ", ".join(f.labels), *(None if v is None else round(v, 3) for v in (f.effect, f.present))]
+            [name, ", ".join(f.labels), None if f.slope is None else round(f.score, 3), round(f.present, 3)]
             for name, f in zip(names, table, strict=True)
         ]
         return gr.update(value=rows, visible=True)

@@ -82,10 +82,12 @@ class MixtureSAE(SparseAutoencoder):
         return self.told(known)
 
     def told(self, known: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The same from values between 0 and 1 by name, `(N,)` or `(1,)` each; what is missing counts as zeros."""
-        pairs = [cyclic(known.get(name)) for name in self.config.metadata]
+        """The same from values between 0 and 1 by name, `(N,)` or `(1,)`; what is missing counts as zeros."""
+        found = {name: cyclic(values) for name, values in known.items()}
+        like = next(iter(found.values()))
+        pairs = [found.get(name, like.new_zeros(1, 2)) for name in self.config.metadata]
         length = max([len(pair) for pair in pairs], default=1)
-        return torch.cat([torch.zeros(length, 0), *(pair.expand(length, 2) for pair in pairs)], 1)
+        return torch.cat([like.new_zeros(length, 0), *(pair.expand(length, 2) for pair in pairs)], 1)
 
     def gates(self, tokens: torch.Tensor, metadata: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -138,10 +140,8 @@ def share_of_guidance(scale: float) -> torch.Tensor:
     return torch.tensor(min(scale, _GUIDANCE) / _GUIDANCE)
 
 
-def cyclic(values: torch.Tensor | None) -> torch.Tensor:
-    """Values from 0 to 1 as (sin, cos) of half a turn, `(n, 2)`; zeros if they are not known."""
-    if values is None:
-        return torch.zeros(1, 2)
+def cyclic(values: torch.Tensor) -> torch.Tensor:
+    """Values from 0 to 1 as (sin, cos) of half a turn, `(n, 2)`."""
     return torch.stack([(math.pi * values).sin(), (math.pi * values).cos()], -1)
 
 

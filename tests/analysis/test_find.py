@@ -43,7 +43,7 @@ def found(_pipeline, dictionary, scorer):
 def test_the_latents_of_a_label_are_found_and_verified(found, dictionary):
     labelled = set(dictionary.seen("red")[0]["latents"])
     assert labelled & {f.index for f in found[:3]} and any("red" in f.labels for f in found[:3])
-    assert all(f.effect > 0 and f.score > 0 and f.specific <= 1 for f in found)
+    assert all(f.slope > 0 and f.score > 0 and f.specific <= 1 for f in found)
     assert [f.score for f in found[3:]] == sorted((f.score for f in found[3:]), reverse=True)
     verified = [f for f in found if f.verified]
     assert len(verified) == 3 and all(
@@ -59,12 +59,14 @@ def test_the_score_is_what_strength_one_does_on_other_noise_too(found):
 
 
 def test_little_memory_will_do(steered):
-    seen = []
+    seen, saving = [], set()
     hook = steered.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    kept = steered.unet.register_forward_pre_hook(lambda module, args: saving.add(module.is_gradient_checkpointing))
     asked = {"seeds": 1, "verify": 1, "batch_size": 1, "checkpointing": True, "num_inference_steps": 3}
     table = find_features(steered, scenes("red")[:2], scenes("blue")[:2], 1, **asked)
     hook.remove()
-    assert table[0].verified["effect"] and not steered.unet.is_gradient_checkpointing
+    kept.remove()
+    assert table[0].verified["effect"] and saving == {True, False} and not steered.unet.is_gradient_checkpointing
     assert max(seen) == 4  # one pair with both halves of guidance
 
 
@@ -74,6 +76,7 @@ def test_a_table_can_be_read_and_taken_elsewhere(found):
     pandas = pytest.importorskip("pandas")
     frame = found.to_pandas()
     assert isinstance(frame, pandas.DataFrame) and list(frame["index"]) == [f.index for f in found]
+    assert list(frame["slope"]) == [f.slope for f in found] != list(frame["effect"])
 
 
 def test_duplicates_are_left_out_and_named(dictionary, latent):

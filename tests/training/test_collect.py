@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from diffusers_rtsae.analysis.record import Recorder
 from tests.test_pipelines import sd3
-from training.collect import Sample, anchor_timesteps, collect, read_samples
+from training.collect import Sample, anchor_timesteps, collect, read_samples, trajectories
 from training.recipe import Collect, Recipe
-from training.store import TrajectoryStore
+from training.store import NOWHERE, TrajectoryStore, told_of
 
 SITE = "up_blocks.1.attentions.1"
 COLLECT = {
@@ -39,6 +40,17 @@ def test_shards_hold_the_trajectories_of_sampled_tokens(pipe, scorer, samples, t
     values = store.load(store.shards()[1], SITE)
     assert values.shape == (20, 3, 160) and values.dtype == torch.float16 and values.float().std() > 0
     assert store.load(store.shards()[2], "mid_block").shape[0] == 10
+
+
+def test_tokens_that_lie_on_no_grid_are_nowhere(pipe, samples, monkeypatch):
+    def none(*asked):
+        raise ValueError("no grid")
+
+    monkeypatch.setattr(Recorder, "size", none)
+    anchors = anchor_timesteps(pipe, recipe().collect, 3)
+    tensors, _ = trajectories(pipe, samples[:1], 0, recipe(), anchors)
+    told = tensors[told_of(SITE)]
+    assert (told[:, :2] == NOWHERE).all() and (told[:, 2] > 0).all()
 
 
 def test_shards_say_where_a_token_is_and_take_turns_with_guidance(pipe, samples, tmp_path):

@@ -32,7 +32,7 @@ from training.evaluate import evaluate
 from training.processes import ALONE, Processes
 from training.recipe import Recipe
 from training.sparse import decode
-from training.store import Rows
+from training.store import NOWHERE, Rows
 from training.train import Data, train_dictionaries
 
 D, ANCHORS = 16, [900, 500, 1]
@@ -265,6 +265,11 @@ def test_a_router_is_told_in_training_what_it_is_told_when_steering():
         expected, _ = sae.gates(tokens[:, g], sae.metadata(Step(timestep, g, size, 5.0), 6))
         torch.testing.assert_close(gates.shares.view(6, 3, -1)[:, g], expected)
     assert not torch.allclose(view.gates(tokens.flatten(0, 1))[0].shares, gates.shares)
+    nowhere = told.clone()
+    nowhere[:, :2] = NOWHERE
+    gates, _ = view.gates(tokens.flatten(0, 1), nowhere)
+    expected, _ = sae.gates(tokens[:, 0], sae.metadata(Step(ANCHORS[0], 0.0, None, 5.0), 6))
+    torch.testing.assert_close(gates.shares.view(6, 3, -1)[:, 0], expected)
     sae.noise.bias.data.fill_(-50.0)  # no noise worth the name: what differs while training is what is left untold
     rows, told = tokens[:1, :1].expand(4000, 3, D).flatten(0, 1), told[:1].expand(4000, 3)
     expected = view.gates(rows, told)[0].shares

@@ -23,7 +23,7 @@ class Absorption(NamedTuple):
     """
     rate (`float`): the share of a value's tokens on which it is absorbed.
     main (`list[int]`): the latents that stand for the value.
-    f1 (`float`): how well these tell it.
+    f1 (`float`): how well these tell it, on the tokens that are counted.
     absorbing (`list[int]`): the latents that spoke for them.
     """
 
@@ -33,13 +33,13 @@ class Absorption(NamedTuple):
     absorbing: list[int]
 
 
-def _f1(said: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """F1 of what each of some latents says, `(tokens, latents)`, of what is true, `(tokens,)`."""
-    right = (said & true[:, None]).sum(0)
-    return 2 * right / (said.sum(0) + true.sum()).clamp(min=1)
+def _counts(active: torch.Tensor, shows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """On how many tokens each latent is active, `active (tokens, m)` float, and on how many of these `shows` holds."""
+    both = torch.stack([torch.ones(len(shows)), shows.float()]) @ active
+    return both[0], both[1]
 
 
-def probe(tokens: torch.Tensor, shows: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
+def value_direction(tokens: torch.Tensor, shows: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
     """The direction `(d,)` of length 1 that tells tokens that show a value from others: ridge regression, both sides
     counting alike."""
     tokens, signs = tokens.double(), shows.double()
@@ -79,36 +79,42 @@ def absorption(
         if not 0 < int((side & shows).sum()) < int(side.sum()):
             raise ValueError("Expected tokens that show the value and others that do not, to choose and to count.")
     active = codes > 0
-    direction = probe(tokens[chosen], shows[chosen])
+    here, true = active[chosen].float(), shows[chosen]
+    direction = value_direction(tokens[chosen], true)
     main: list[int] = []
-    said, f1 = torch.zeros(int(chosen.sum()), 1, dtype=torch.bool), 0.0
+    said, f1 = torch.zeros(len(true), dtype=torch.bool), 0.0
     while len(main) < _MOST:
-        scores = _f1(said | active[chosen], shows[chosen])
+        fired, right = _counts(here[~said], true[~said])  # besides those that were chosen before
+        scores = 2 * (right + (said & true).sum()) / (fired + said.sum() + true.sum())
         best = int(scores.argmax())
         if float(scores[best]) < f1 + (_GAIN if main else 0.0) or best in main:
             break
         main, f1 = [*main, best], float(scores[best])
-        said |= active[chosen][:, best : best + 1]
-    right, fired = (active & shows[:, None])[chosen].sum(0), active[chosen].sum(0)
-    special = (right >= _PRECISION * fired) & (right < _RECALL * shows[chosen].sum()) & (fired > 0)
+        said |= here[:, best] > 0
+    fired, right = _counts(here, true)
+    special = (right >= _PRECISION * fired) & (right < _RECALL * true.sum()) & (fired > 0)
     along = directions @ direction
     special &= along >= _COSINE * directions.norm(dim=1)
     silent = shows & ~chosen & ~active[:, main].any(1)
     has = (tokens - tokens[chosen & ~shows].mean(0)) @ direction
     carried, latent = (codes[silent] * along).max(1)
     absorbed = special[latent] & (carried >= _SHARE * has[silent]) & (has[silent] > 0)
-    count = int((shows & ~chosen).sum())
-    return Absorption(int(absorbed.sum()) / count, main, f1, sorted(set(latent[absorbed].tolist())))
+    told, true = active[~chosen][:, main].any(1), shows[~chosen]
+    f1 = 2 * int((told & true).sum()) / int(told.sum() + true.sum())
+    return Absorption(int(absorbed.sum()) / int(true.sum()), main, f1, sorted(set(latent[absorbed].tolist())))
 
 
 @torch.no_grad()
 def mean_absorption(sae: SparseDictionary, seen: Seen, world: World) -> dict[str, float]:
     """Over all values and anchors, on the tokens of the objects: the rate of absorption, and the F1 of the latents
-    that stand for a value. Even pictures fit and choose, odd ones are counted; of values that both have."""
+    that stand for a value. Even pictures fit and choose, odd ones are counted; of values that both have. The code of
+    a whole trajectory, where a kind has one, counts at every anchor."""
     where = tokens_on(world.masks(seen.scenes, world.image_size), seen.size[0])
     tokens, picture, found = seen.trajectories[where].float(), where.nonzero()[:, 0], []
-    paths = sae.feature_trajectories().float()
-    for g, codes in enumerate(sae.codes(tokens)):
+    paths, codes = sae.feature_trajectories().float(), None
+    reading = sae.codes(tokens)
+    for g in range(tokens.shape[1]):
+        codes = next(reading, codes)
         for factor, value in world.targets:
             shows, chosen = torch.tensor([scene[factor] == value for scene in seen.scenes])[picture], picture % 2 == 0
             if shows[chosen].any() and shows[~chosen].any():

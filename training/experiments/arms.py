@@ -27,12 +27,12 @@ from diffusers_rtsae.analysis.effect import Intervention, Part, States, frozen
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
-from ..evaluate import recovered, stability
+from ..evaluate import recovered
 from ..worlds import Probe, World
 from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
 from .constants import Slope, as_label, axes, effect_features
-from .results import Results, spread, table
-from .samplers import SAMPLERS
+from .results import Results, add_stability, dictionaries_in, spread, table
+from .samplers import ELSEWHERE, SAMPLERS
 from .steering import mean, measure, run, score, tokens_on
 
 FIGURES = {
@@ -45,7 +45,6 @@ FIGURES = {
 }
 STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
 CHOICES = ("activation", "effect")  # what features are chosen by
-ELSEWHERE = ("DPM++ 2M", 12)  # another sampler with its number of steps
 
 
 @torch.no_grad()
@@ -74,7 +73,7 @@ def pair_features(rtsae: RTSAE, pairs: list[torch.Tensor], probes: list[Probe], 
         difference = after - before
         chosen = (difference.abs() * length).topk(count).indices
         weights = difference[chosen] / rtsae.typical_activation[chosen]
-        labels[f"{one.factor}={one.value}"] = as_label(rtsae, one, chosen, weights)
+        labels[f"{one.factor}={one.value}"] = as_label(rtsae, one.factor, one.value, chosen, weights)
     return labels
 
 
@@ -166,14 +165,11 @@ def main() -> None:
     parser.add_argument("--strengths", nargs="*", type=float, default=[0.5, 1.0, 2.0, 3.0])
     a, world = parse(parser)
     pipe, scorer = load_models(a)
-    folders = sorted(path for path in a.dictionaries.iterdir() if path.is_dir())
-    if not folders:
-        raise ValueError(f"{a.dictionaries} holds no dictionaries: train `recipes/arms.yaml` first.")
-    results = Results(a, [a.pipeline, a.dictionaries], elsewhere=str(ELSEWHERE))
+    folders = dictionaries_in(a.dictionaries, "arms")
+    results = Results(a, [a.pipeline, *folders], elsewhere=str(ELSEWHERE))
     rows = results.rows
-    targets = [t for t in world.targets if len(world.factors[t[0]]) > 2]  # one of two is soon right by chance
-    choose = [world.probe(*target, "contradicted", a.pairs, seed=500) for target in targets]
-    steer = [world.probe(*target, "contradicted", a.pairs, seed=501) for target in targets]
+    choose = [world.probe(*target, "contradicted", a.pairs, seed=500) for target in world.many_valued]
+    steer = [world.probe(*target, "contradicted", a.pairs, seed=501) for target in world.many_valued]
     sampler, steps = ELSEWHERE
     kind, options = SAMPLERS[sampler]
     scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
@@ -200,7 +196,7 @@ def main() -> None:
             if choice == "activation":
                 labels = pair_features(rtsae, pairs[anchors], choose, a.features)
             else:
-                labels = effect_features(rtsae, gradients[anchors], choose, a.features)
+                labels = effect_features(rtsae, gradients[anchors], world.many_valued, a.features)
             pipe.load_rtsae(Dictionary({site: rtsae}, labels, dictionary.config))
             steering = [here.figures(labels, strength) for strength in a.strengths]
             best = max(steering, key=lambda figures: figures["efficiency"])["strength"]
@@ -208,13 +204,7 @@ def main() -> None:
             pipe.unload_rtsae()
             results.add(row | told)
             print(folder.name, choice, steering, flush=True)
-    for kind in dict.fromkeys(r["kind"] for r in rows):
-        own = [r for r in rows if r["kind"] == kind]
-        names = dict.fromkeys(r["dictionary"] for r in own)
-        if len(names) > 1:
-            shared = stability([found[name] for name in names])
-            for r in own:
-                r["stability"] = shared
+    add_stability(rows, found)
     results.write()
     results.tell(markdown(rows))
 

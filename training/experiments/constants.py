@@ -13,7 +13,6 @@ from diffusers_rtsae.analysis.effect import Intervention, Part, State, States, f
 from diffusers_rtsae.analysis.fit import optimise
 from diffusers_rtsae.models import interpolate
 
-from ..worlds import Probe
 from .steering import as_dictionary
 
 PASSES = 20  # backward passes of a slope
@@ -104,22 +103,24 @@ class Slope(NamedTuple):
 
 
 @torch.no_grad()
-def effect_features(sae: SparseDictionary, found: list[Slope], probes: list[Probe], count: int) -> dict[str, dict]:
-    """Labels: for each target the `count` latents with most effect for the size of what they add, in proportion to
-    that; together as long as the mean change of the activation with the prompt."""
+def effect_features(
+    sae: SparseDictionary, found: list[Slope], targets: list[tuple[str, str]], count: int
+) -> dict[str, dict]:
+    """Labels: for each (factor, value) the `count` latents with most effect for the size of what they add, in
+    proportion to that; together as long as the mean change of the activation with the prompt."""
     paths = sae.feature_trajectories() * sae.typical_activation[:, None, None]
     labels = {}
-    for one, of in zip(probes, found, strict=True):
+    for (factor, value), of in zip(targets, found, strict=True):
         size = (paths.square().sum(2) @ of.size).sqrt()
         score = torch.where(sae.density > 0, torch.einsum("mgd,gd->m", paths, of.slope) / size, 0.0).nan_to_num()
         chosen = score.abs().topk(count).indices
         weights = score[chosen] / size[chosen]
         weights *= of.length / torch.einsum("k,kgd->gd", weights, paths[chosen]).norm()
-        labels[f"{one.factor}={one.value}"] = as_label(sae, one, chosen, weights)
+        labels[f"{factor}={value}"] = as_label(sae, factor, value, chosen, weights)
     return labels
 
 
-def as_label(sae: SparseDictionary, probe: Probe, latents: torch.Tensor, weights: torch.Tensor) -> dict:
-    """A label for the value of a probe."""
+def as_label(sae: SparseDictionary, factor: str, value: str, latents: torch.Tensor, weights: torch.Tensor) -> dict:
+    """A label of some latents, with no options of its own."""
     entry = {"site": sae.config.site, "latents": latents.tolist(), "weights": weights.tolist(), "where": None}
-    return {"factor": probe.factor, "value": probe.value, "features": [entry], "edit": {}}
+    return {"factor": factor, "value": value, "features": [entry], "edit": {}}

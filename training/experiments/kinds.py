@@ -28,21 +28,21 @@ from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.models import LinearDynamics, interpolate
 
 from ..dictionary import DictionaryTrainer, new_dictionary
-from ..evaluate import Reconstructing, recovered, stability
+from ..evaluate import Reconstructing, recovered
 from ..recipe import Recipe
 from ..worlds import KINDS, Probe, World
 from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
 from .absorption import mean_absorption
 from .constants import Concerned, Slope, axes, concern, effect_features
 from .probes import Seen, accuracies, activations, codes, look, pooled
-from .results import Results, spread, table
-from .samplers import SAMPLERS
+from .results import Results, add_stability, dictionaries_in, spread, table
+from .samplers import ELSEWHERE, SAMPLERS
 from .steering import mean, measure, pairs, run, score
 
 LATENTS = 16  # that steer
-STRENGTHS = (0.25, 0.5, 1.0, 2.0)
-ELSEWHERE = ("DPM++ 2M", 12)  # another sampler with its number of steps
+STRENGTHS = (0.12, 0.25, 0.5, 1.0, 2.0)
 RAW = "raw activation"
+SHARED = "same in another seed"  # one figure for all seeds of a kind
 SEED = 502  # of the prompts that are steered
 DRAWN = 71_000_000  # of the pictures that are drawn from reconstructions
 
@@ -123,7 +123,7 @@ class Measures:
 
     @cached_property
     def targets(self) -> list[Target]:
-        chosen = [t for t in self.world.targets if len(self.world.factors[t[0]]) > 2][:: self.a.every]
+        chosen = self.world.many_valued[:: self.a.every]
         self.pipe.load_rtsae(axes(self.like))
         try:
             return [Target(self, *one) for one in tqdm(chosen, desc="effect", unit="target")]
@@ -153,11 +153,11 @@ class Measures:
         of prompts that leave its factor open or contradict it."""
         labels, effects, plain = {}, [], self.plain
         for target in self.targets:
-            ((name, label),) = effect_features(sae, [target.slope], [target], LATENTS).items()
+            ((name, label),) = effect_features(sae, [target.slope], [(target.factor, target.value)], LATENTS).items()
             strength, effect = target.effect(sae, label)
             (entry,) = label["features"]
             entry["weights"] = [strength * weight for weight in entry["weights"]]
-            labels[name] = label
+            labels[name] = label | {"edit": {"apply_to": "cond"}}  # as its effect was measured
             effects.append(effect)
         found: dict = {"effect": round(statistics.mean(effects), 4)}
         self.pipe.load_rtsae(Dictionary({sae.config.site: sae}, labels))
@@ -248,17 +248,17 @@ def markdown(rows: list[dict]) -> str:
     """Mean ± standard deviation over the seeds of each kind."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows if row["kind"] != RAW))
 
-    def cell(kind: str, read: Callable[[dict], float]) -> str:
+    def cell(kind: str, read: Callable[[dict], float], shared: bool = False) -> str:
         values = []
         for row in rows:
             if row["kind"] == kind:
                 with contextlib.suppress(KeyError):  # not measured
                     values.append(read(row))
-        return spread(values) if values else "–"
+        return spread(values[:1] if shared else values) if values else "–"
 
     describing = {
         "FVU": lambda r: r["fvu_online"], "cosine": lambda r: r["cosine_online"], "L0": lambda r: r["l0_threshold"],
-        "dead": lambda r: r["dead"], "same in another seed": lambda r: r["stability"],
+        "dead": lambda r: r["dead"], SHARED: lambda r: r["stability"],
         "noise prediction recovered": lambda r: r["recovered_online"], "factors read alike": lambda r: r["agreement"],
         "distance of pictures": lambda r: r["distance"], "absorption": lambda r: r["absorption"],
         "F1 of a value's latents": lambda r: r["f1"],
@@ -274,7 +274,7 @@ def markdown(rows: list[dict]) -> str:
     }  # fmt: skip
     parts = []
     for figures in (describing, steering, cost):
-        lines = [[kind, *(cell(kind, read) for read in figures.values())] for kind in kinds]
+        lines = [[kind, *(cell(kind, read, name == SHARED) for name, read in figures.items())] for kind in kinds]
         parts.append(table(["kind", *figures], lines))
     anchors = max(len(row.get("fvu_online_per_anchor", ())) for row in rows)
     for name, key in (("FVU", "fvu_online_per_anchor"), ("cosine", "cosine_online_per_anchor")):
@@ -308,20 +308,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
     a, world = parse(parser)
     pipe, scorer = load_models(a)
-    folders = sorted(path for path in a.dictionaries.iterdir() if path.is_dir())
-    if not folders:
-        raise ValueError(f"{a.dictionaries} holds no dictionaries: train `recipes/kinds.yaml` first.")
+    folders = dictionaries_in(a.dictionaries, "kinds")
     dictionaries = {folder.name: load_dictionary(folder, dtype=torch.float32) for folder in folders}
     saes = {name: sae for name, dictionary in dictionaries.items() for sae in dictionary.sites.values()}
     if len({(sae.config.site, tuple(sae.config.anchors), sae.config.activation) for sae in saes.values()}) > 1:
         raise ValueError(f"The dictionaries in {a.dictionaries} must be of one site and its anchors.")
-    results = Results(a, [a.pipeline, a.dictionaries], ("measures",), elsewhere=str(ELSEWHERE))
+    results = Results(a, [a.pipeline, *folders], ("measures",), elsewhere=str(ELSEWHERE))
     measures = Measures(world, pipe, scorer, next(iter(saes.values())), a)
     if not results.rows:
-        results.add({"dictionary": RAW, "kind": RAW, "has": []})
+        rows = [{"dictionary": RAW, "kind": RAW, "has": []}]
         for name, dictionary in dictionaries.items():
             (metrics,) = dictionary.config["metrics"].values()
-            results.add({"dictionary": name, "kind": name.rpartition("-")[0], "has": []} | metrics)
+            rows.append({"dictionary": name, "kind": name.rpartition("-")[0], "has": []} | metrics)
+        results.add(*rows)
     for wanted in a.measures:
         for row in tqdm(results.rows, desc=wanted, unit="dictionary"):
             name, is_raw = row["dictionary"], row["kind"] == RAW
@@ -331,12 +330,7 @@ def main() -> None:
             row |= getattr(measures, wanted)(None if is_raw else saes[name], *told)
             row["has"] = [*row["has"], wanted]
             results.add()
-    for kind in dict.fromkeys(row["kind"] for row in results.rows if row["kind"] != RAW):
-        own = [row for row in results.rows if row["kind"] == kind]
-        if len(own) > 1:
-            shared = stability([saes[row["dictionary"]] for row in own])
-            for row in own:
-                row["stability"] = shared
+    add_stability([row for row in results.rows if row["kind"] != RAW], saes)
     results.write()
     results.tell(markdown(results.rows))
 

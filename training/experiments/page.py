@@ -142,7 +142,7 @@ SECTIONS = {  # by the name of the file
         UnlearnCanvas' protocol on shapes and styles, {prompts} prompts that name each concept and as many that
         do not, unseen when the latents were chosen. Every edit acts on all of them. Either the bundled label of the
         concept at strength −1; or the latents that are most present when prompts name it, multiplied wherever they
-        are active: by 0, which sets them to zero, or below, as SAeUron does.
+        are active, in both halves of guidance: by 0, which sets them to zero, or below, as SAeUron does.
         """,
     ),
     "arms": Section(
@@ -169,13 +169,14 @@ SECTIONS = {  # by the name of the file
         All kinds, trained alike on one pass over the same trajectories (`python -m training.train
         training/recipes/kinds.yaml --out runs/kinds`) and asked alike. `rtsae` and `per-step` have one code for a
         whole trajectory, of as many active latents as the others have at each of its five steps; `plain` is as large
-        as `mixture`. *Recovered* is the share of a mean replacement's error in the noise prediction; for *factors read
+        as `mixture`, and `large` ten times that, which had 300 of the 1,000 steps. *Recovered* is the share of a mean replacement's error in the noise prediction; for *factors read
         alike* and *distance* {replaced} pictures are drawn with the site's activation replaced by its reconstruction
         at all anchors. *Absorption* (after SAEBench, 2503.09532) is the share of a value's tokens on which the latents
         that stand for it are silent while another one, special and along the value's direction, is active instead; the
         paper of `atm` has .0068 for it, .0114 for JumpReLU and .140 for TopK, of a language model. *Effect* is that of
-        the 16 latents with most first-order effect on {pairs} pairs of prompts, on other pairs (1: what changing the
-        prompt does); the same latents then steer {prompts} held-out prompts of each kind for each value. Probes are
+        the 16 latents with most first-order effect on {pairs} pairs of prompts, at the best of five strengths there, on
+        as many other pairs (1: what changing the prompt does); so they then steer {prompts} held-out prompts of each
+        kind, for one in {every} of the values of factors with more than two. Probes are
         ridge regressions of the mean code of a picture, mean over all factors, on {judged} held-out pictures: *here*
         those of the sampler that was trained on, *elsewhere* those of another; *untold* without place and guidance for
         the router. Mean ± standard deviation over seeds.

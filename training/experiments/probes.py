@@ -96,7 +96,7 @@ def pooled(seen: Seen, read: Read, width: int) -> torch.Tensor:
     return torch.cat(found)
 
 
-class Probe:
+class LinearProbe:
     """
     Linear probes of codes `(n, m)` of labelled pictures: ridge regressions on one column a value, whose penalty is the
     best of a grid when each picture is left out in turn.
@@ -109,16 +109,21 @@ class Probe:
         sizes, self.basis = torch.linalg.eigh(self.centred @ self.centred.T)
         self.sizes = sizes.clamp(min=0)
 
+    def ridge(self, wanted: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight of each picture in the regression on columns `wanted (n, values)`, and what a regression on the
+        others says of it: its own part in the fit, and in the mean, is taken out. Both `(n, values)`."""
+        shrunk = 1 / (self.sizes + penalty)
+        weight = self.basis @ (shrunk[:, None] * (self.basis.T @ (wanted - wanted.mean(0))))
+        own = self.basis.square() @ shrunk - 1 / (len(wanted) * penalty)
+        return weight, wanted - weight / own[:, None]
+
     def fit(self, labels: torch.Tensor, values: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """What tells the labels of other codes, `(pictures, m)`, once it has seen `labels (n,)` of these."""
         wanted = torch.nn.functional.one_hot(labels, values).double()
         mean = wanted.mean(0)
-        along, best = self.basis.T @ (wanted - mean), (-1.0, wanted)
+        best = -1.0, wanted
         for penalty in _PENALTIES * self.sizes.mean():
-            shrunk = 1 / (self.sizes + penalty)
-            weight = self.basis @ (shrunk[:, None] * along)
-            # what the others say of a picture: its own part in the fit is taken out
-            left_out = wanted - weight / (self.basis.square() @ shrunk)[:, None]
+            weight, left_out = self.ridge(wanted, penalty)
             right = (left_out.argmax(1) == labels).double().mean().item()
             if right >= best[0]:
                 best = right, weight
@@ -151,7 +156,7 @@ def accuracies(
     for n in [n for n in LABELLED if n <= len(scenes)]:
         for draw in range(DRAWS):
             chosen = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(draw))[:n]
-            probe = Probe(codes[chosen] / scale)
+            probe = LinearProbe(codes[chosen] / scale)
             for factor, values in factors.items():
                 tell = probe.fit(known[factor][chosen], len(values))
                 for name, (others, truth) in judged.items():

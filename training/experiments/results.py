@@ -10,7 +10,10 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffusers_rtsae.hub import write_json
+from diffusers_rtsae import SparseDictionary
+from diffusers_rtsae.files import CONFIG_NAME, write_json
+
+from ..evaluate import stability
 
 
 def contents(*folders: Path) -> str:
@@ -22,6 +25,26 @@ def contents(*folders: Path) -> str:
         ):
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def dictionaries_in(folder: Path, recipe: str) -> list[Path]:
+    """The folders of dictionaries in what a training wrote, where its pictures may lie too; raises `ValueError` if
+    there are none."""
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if not found:
+        raise ValueError(f"{folder} holds no dictionaries: train `recipes/{recipe}.yaml` first.")
+    return found
+
+
+def add_stability(rows: list[dict], saes: dict[str, SparseDictionary]) -> None:
+    """Write the `stability` of each kind of which there are several dictionaries into their rows."""
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        names = dict.fromkeys(row["dictionary"] for row in own)
+        if len(names) > 1:
+            shared = stability([saes[name] for name in names])
+            for row in own:
+                row["stability"] = shared
 
 
 class Results:

@@ -11,8 +11,8 @@ Writes a dictionary for each rival, whose labels have the names of the values th
 - `latents`: few latents of the dictionary with signed weights, chosen by pursuit (`fit_feature`).
 - `random latents`: the same fit, given as many latents of the dictionary at random.
 
-They take up to some minutes a label, so they are fitted for every --every-th. What is fitted is kept; the same command
-continues.
+They take up to some minutes a label, so they are fitted for every --every-th. What is fitted is kept, apart for each
+dictionary and each choice of settings; the same command continues.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from diffusers_rtsae.models import SparseDictionary
 
 from ..worlds.pictures import add_models, load_pipeline, new_parser, parse
 from .constants import axes, free_direction, mean_change
+from .results import contents
 from .steering import as_dictionary, pairs
 
 CONSTANT = ("direction", "free direction")
@@ -64,7 +65,8 @@ def main() -> None:
     dictionary = replace(dictionary, labels={}, maps={})
     ((site, sae),) = dictionary.sites.items()
     call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
-    work = a.out / "work"
+    settings = f"{a.steps}-{a.guidance:g}-{a.latents}-{STEPS}"
+    work = a.out / "work" / f"{contents(a.pipeline, a.dictionary)}-{settings}"
     work.mkdir(parents=True, exist_ok=True)
     targets = world.targets[:: a.every]
     for i, (factor, value) in enumerate(targets):

@@ -34,6 +34,7 @@ SAMPLERS = {
     "DEIS": ("DEISMultistepScheduler", {"algorithm_type": "deis"}),
 }
 REFERENCE = ("DDIM", 25)  # what the dictionary was trained on
+ELSEWHERE = ("DPM++ 2M", 12)  # a sampler and a number of steps that no dictionary was trained on
 
 
 def markdown(rows: list[dict]) -> str:

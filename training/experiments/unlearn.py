@@ -4,7 +4,8 @@
 
 For each value of the two (of shapes: the styles and the shapes), two ways. The dictionary's own label of it at
 strength −1; and the latents that are most present when prompts name it, against prompts that name another value,
-multiplied by a scale (0: set to zero) wherever they are active, as SAeUron (2501.18052) does, with negative scales.
+multiplied by a scale (0: set to zero) wherever they are active, in both halves of guidance, as SAeUron (2501.18052)
+does, with negative scales.
 Both act on every picture, also where there is nothing to remove. *Unlearned*: the share of pictures that do not show
 the concept any more, though the prompt names it. *In-domain*: prompts that name another value of the same factor still
 show that. *Cross-domain*: the other of the two factors is still right. *Valid*: of the pictures whose concept was
@@ -91,7 +92,8 @@ def main() -> None:
             Dictionary(dictionary.sites, labels, dictionary.config),
             [{value: scale} for _, value in concepts],
         )
-        edits[f"{count} latents × {scale:g}"] = few, scaling, {"operation": "scale", "clip": False, "neutral": 1.0}
+        scaled = {"operation": "scale", "apply_to": "all", "clip": False, "neutral": 1.0}
+        edits[f"{count} latents × {scale:g}"] = few, scaling, scaled
     for edit, (steering, strengths, options) in edits.items():
         if results.has(edit=edit):
             continue

@@ -82,6 +82,11 @@ class World(ABC):
         """The factors of which values can be steered to."""
         return list(dict.fromkeys(factor for factor, _ in self.targets))
 
+    @property
+    def many_valued(self) -> list[tuple[str, str]]:
+        """The targets of factors with more than two values: one of two is soon right by chance."""
+        return [(factor, value) for factor, value in self.targets if len(self.factors[factor]) > 2]
+
     def seen(self, reading: dict[str, str | None]) -> dict[str, str | bool | None]:
         """All factors in a scorer's reading of a picture; those of an object are `None` if there is not exactly one.
         `valid`, as bool: one object, in a picture of this world."""

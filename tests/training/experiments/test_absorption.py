@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.experiments.absorption import absorption, probe
+from training.experiments.absorption import absorption, value_direction
 
 D, HEART, RED, BLUE, SMALL = 12, 0, 1, 2, 3
 
@@ -50,7 +50,7 @@ def test_small_red_hearts_that_silence_red_are_absorption():
 def test_the_probe_is_the_direction_of_the_value():
     tokens, red, *_ = scenes()
     expected = torch.nn.functional.normalize(torch.eye(D)[RED] - torch.eye(D)[BLUE], dim=0)
-    assert probe(tokens, red) @ expected > 0.99
+    assert value_direction(tokens, red) @ expected > 0.99
 
 
 def test_a_value_that_is_on_one_side_only_is_said():
