@@ -169,17 +169,17 @@ SECTIONS = {  # by the name of the file
         All kinds, trained alike on one pass over the same trajectories (`python -m training.train
         training/recipes/kinds.yaml --out runs/kinds`) and asked alike. `rtsae` and `per-step` have one code for a
         whole trajectory, of as many active latents as the others have at each of its five steps; `plain` is as large
-        as `mixture`, and `large` ten times that, which had 300 of the 1,000 steps. *Recovered* is the share of a mean replacement's error in the noise prediction; for *factors read
-        alike* and *distance* {replaced} pictures are drawn with the site's activation replaced by its reconstruction
-        at all anchors. *Absorption* (after SAEBench, 2503.09532) is the share of a value's tokens on which the latents
-        that stand for it are silent while another one, special and along the value's direction, is active instead; the
-        paper of `atm` has .0068 for it, .0114 for JumpReLU and .140 for TopK, of a language model. *Effect* is that of
-        the 16 latents with most first-order effect on {pairs} pairs of prompts, at the best of five strengths there, on
-        as many other pairs (1: what changing the prompt does); so they then steer {prompts} held-out prompts of each
-        kind, for one in {every} of the values of factors with more than two. Probes are
-        ridge regressions of the mean code of a picture, mean over all factors, on {judged} held-out pictures: *here*
-        those of the sampler that was trained on, *elsewhere* those of another; *untold* without place and guidance for
-        the router. Mean ± standard deviation over seeds.
+        as `mixture`, and `large` ten times that, which had 300 of the 1,000 steps. *Recovered* is the share of a mean
+        replacement's error in the noise prediction; for *factors read alike* and *distance* {replaced} pictures are
+        drawn with the site's activation replaced by its reconstruction at all anchors. *Absorption* (after SAEBench,
+        2503.09532) is the share of a value's tokens on which the latents that stand for it are silent while another
+        one, special and along the value's direction, is active instead; the paper of `atm` has .0068 for it, .0114
+        for JumpReLU and .140 for TopK, of a language model. *Effect* is that of the 16 latents with most first-order
+        effect on {pairs} pairs of prompts, at the best of five strengths there, on as many other pairs (1: what
+        changing the prompt does); so they then steer {prompts} held-out prompts of each kind, for one in {every} of
+        the values of factors with more than two. Probes are ridge regressions of the mean code of a picture, mean
+        over all factors, on {judged} held-out pictures: *here* those of the sampler that was trained on, *elsewhere*
+        those of another; *untold* without place and guidance for the router. Mean ± standard deviation over seeds.
         """,
     ),
     "anchors": Section(
