@@ -260,7 +260,7 @@ def markdown(rows: list[dict]) -> str:
         "FVU": lambda r: r["fvu_online"], "cosine": lambda r: r["cosine_online"], "L0": lambda r: r["l0_threshold"],
         "dead": lambda r: r["dead"], SHARED: lambda r: r["stability"],
         "noise prediction recovered": lambda r: r["recovered_online"], "factors read alike": lambda r: r["agreement"],
-        "distance of pictures": lambda r: r["distance"], "absorption": lambda r: r["absorption"],
+        "distance of pictures, in ‰": lambda r: 1000 * r["distance"], "absorption": lambda r: r["absorption"],
         "F1 of a value's latents": lambda r: r["f1"],
     }  # fmt: skip
     steering: dict[str, Callable] = {"effect of 16 latents": lambda r: r["effect"]}
