@@ -181,18 +181,20 @@ SECTIONS = {  # by the name of the file
         over all factors, on {judged} held-out pictures: *here* those of the sampler that was trained on, *elsewhere*
         those of another; *untold* without place and guidance for the router. Mean ± standard deviation over seeds.
         What of the papers' claims holds here: *the method's*, that few latents of a trajectory steer more: yes, by
-        effect and on open prompts, where `rtsae` does most with sixteen latents and leaks least but for `per-step`,
-        which hardly acts; it is also the one that reconstructs least, as one code must do for five steps, and each of
-        its latents has a direction of its own at each of them. Against prompts that name another value no sixteen
-        constants hold, of any kind, which is why the bundled labels are maps. *TIDE's*, against the static `topk`
-        that it extends: no, cosine, FVU, pictures and effect are the same within the spread. *ATM's*, least
-        absorption: it has no more than TopK and BatchTopK, and JumpReLU has most of the kinds of single steps; all
-        are small, and the two formulas of its importance are alike. *Experts* with few labels: they are read better
-        than a plain dictionary of their size up to a hundred labels, and worse beyond; better than one ten times as
-        large, which was trained for less, up to three hundred; and much as a plain one of a quarter of their latents.
-        No kind is read as well as the raw activation, which this pipeline's training made easy to read. Most latents
-        of a mixture are never active on whole activations: they learned from hidden parts. What the router is told
-        helps a little. The code of a trajectory is read less well elsewhere, where its anchors are not met.
+        effect, and on open prompts by success, where `rtsae` does most with sixteen latents and leaks less than the
+        kinds of single steps. It is also the one that reconstructs least, as one code must do for five steps; and
+        each of its latents has a direction of its own at each of them. Those of `per-step` act at one anchor each: at
+        every strength that was tried they overshoot there, so that their effect is below nothing, and still steer
+        open prompts, without leaking. Against prompts that name another value no sixteen constants hold, of any kind,
+        which is why the bundled labels are maps. *TIDE's*, against the static `topk` that it extends: no, cosine,
+        FVU, pictures and effect are the same within the spread. *ATM's*, least absorption: it has no more than TopK
+        and BatchTopK, and JumpReLU has most of the kinds of single steps; all are small, and the two formulas of its
+        importance are alike. *Experts* with few labels: they are read better than a plain dictionary of their size up
+        to a hundred labels, and worse beyond; better than one ten times as large, which was trained for less, up to
+        three hundred; and much as a plain one of a quarter of their latents. No kind is read as well as the raw
+        activation, which this pipeline's training made easy to read. Most latents of a mixture are never active on
+        whole activations: they learned from hidden parts. What the router is told helps a little. The code of a
+        trajectory is read less well elsewhere, where its anchors are not met.
         """,
     ),
     "anchors": Section(
