@@ -35,7 +35,9 @@ def found(_pipeline, dictionary, scorer):
 
     _pipeline.load_rtsae(dictionary)
     try:
-        return find_features(_pipeline, scenes("red"), scenes("blue"), 5, seeds=1, verify=3, scorer=redness, **CALL)
+        return find_features(
+            _pipeline, scenes("red")[::2], scenes("blue")[::2], 5, seeds=1, verify=3, scorer=redness, **CALL
+        )
     finally:
         _pipeline.unload_rtsae()
 

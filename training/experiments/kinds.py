@@ -43,6 +43,7 @@ LATENTS = 16  # that steer
 STRENGTHS = (0.12, 0.25, 0.5, 1.0, 2.0)
 RAW = "raw activation"
 SHARED = "same in another seed"  # one figure for all seeds of a kind
+PREDICTED = 32  # prompts on which single predictions are made from reconstructions
 SEED = 502  # of the prompts that are steered
 DRAWN = 71_000_000  # of the pictures that are drawn from reconstructions
 
@@ -92,7 +93,7 @@ class Measures:
             images = self._draw()
         read = [[self.world.seen(one) for one in self.scorer.read(some)] for some in (plain, images)]
         same = [statistics.mean(a[factor] == b[factor] for factor in a) for a, b in zip(*read, strict=True)]
-        prompts = self.world.describe(self.world.sample(32, seed=DRAWN, held_out=True), 0)
+        prompts = self.world.describe(self.world.sample(PREDICTED, seed=DRAWN, held_out=True), 0)
         generators = [torch.Generator().manual_seed(DRAWN + i) for i in range(len(prompts))]
         return recovered(self.pipe, sae, prompts, generators, **self.call) | {
             "agreement": round(statistics.mean(same), 4),

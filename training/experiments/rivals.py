@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.analysis.effect import States, frozen
 from diffusers_rtsae.analysis.fit import fit_feature
-from diffusers_rtsae.files import read_json
+from diffusers_rtsae.files import read_json, whole
 from diffusers_rtsae.hub import write_json
 from diffusers_rtsae.models import SparseDictionary
 
@@ -84,7 +84,8 @@ def main() -> None:
                 with frozen(pipe):
                     found = free_direction(states, STEPS)
             pipe.unload_rtsae()
-            save_file({"direction": found}, path)
+            with whole(path) as partial:
+                save_file({"direction": found}, partial)
         generator = torch.Generator().manual_seed(i)
         chosen = torch.randperm(sae.config.num_latents, generator=generator)[: a.latents].tolist()
         for rival in LATENTS:

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from training.evaluate import Reconstructing
-from training.experiments import kinds
+from training.experiments import constants, kinds
 from training.experiments.kinds import perceptual_distance
 from training.recipe import Recipe
 from training.train import run
@@ -43,12 +43,14 @@ def test_a_table_of_kinds_is_measured_and_continued(trained, tmp_path, monkeypat
     command = ["kinds", "--dictionaries", str(trained), "--steps", "6", "--batch-size", "16", "--out", str(out)]
     command += ["--labelled", "32", "--judged", "16", "--absorbed", "32", "--replaced", "2", "--pairs", "2"]
     command += ["--prompts", "1", "--every", "8", "--repeats", "1"]
-    monkeypatch.setattr(kinds, "ELSEWHERE", ("DPM++ 2M", 4))
+    for name, value in {"ELSEWHERE": ("DPM++ 2M", 4), "STRENGTHS": (0.5,), "PREDICTED": 2}.items():
+        monkeypatch.setattr(kinds, name, value)
+    monkeypatch.setattr(constants, "PASSES", 1)
     monkeypatch.setattr(sys, "argv", [*command, "--measures", "costs", "replaced"])
     kinds.main()
     rows = {row["dictionary"]: row for row in json.loads(out.read_text())["rows"]}
     assert rows.keys() == {kinds.RAW, *VARIANTS} and "effect" not in rows["topk-0"]
-    assert rows["topk-0"]["parameters"] < rows["rtsae-0"]["parameters"] and rows["topk-0"]["agreement"] <= 1
+    assert rows["topk-0"]["parameters"] < rows["rtsae-0"]["parameters"] and 0 <= rows["topk-0"]["agreement"] <= 1
     assert rows["topk-0"]["stability"] == rows["topk-1"]["stability"] and "stability" not in rows["rtsae-0"]
 
     monkeypatch.setattr(kinds.Measures, "costs", None)  # was measured
