@@ -50,7 +50,7 @@ def test_a_table_of_kinds_is_measured_and_continued(trained, tmp_path, monkeypat
     kinds.main()
     rows = {row["dictionary"]: row for row in json.loads(out.read_text())["rows"]}
     assert rows.keys() == {kinds.RAW, *VARIANTS} and "effect" not in rows["topk-0"]
-    assert rows["topk-0"]["parameters"] < rows["rtsae-0"]["parameters"] and 0 <= rows["topk-0"]["agreement"] <= 1
+    assert rows["topk-0"]["parameters"] < rows["rtsae-0"]["parameters"] and rows["topk-0"]["distance"] > 0
     assert rows["topk-0"]["stability"] == rows["topk-1"]["stability"] and "stability" not in rows["rtsae-0"]
 
     monkeypatch.setattr(kinds.Measures, "costs", None)  # was measured
