@@ -31,6 +31,18 @@ def test_schedules():
     assert edit(strength=torch.zeros(3)).is_idle
 
 
+def test_a_strength_that_fades_begins_late_and_is_then_whole():
+    fading = edit(strength=(0.0, 0.5, 1.0, 2.0, -0.25), fade=(0.2, 0.4))
+    assert fading.strength_at(1000) == (0.0, 0.0, 1.0, 2.0, 0.0)
+    assert fading.strength_at(725) == pytest.approx((0.0, 0.5, 1.0, 2.0, 0.0))  # half of the quarter before .3
+    assert fading.strength_at(700) == pytest.approx((0.0, 1.0, 1.0, 2.0, 0.0))
+    assert fading.strength_at(600) == pytest.approx((0.0, 1.0, 1.0, 2.0, -1.0))
+    assert edit(strength=0.0, fade=(0.2, 0.4)).is_idle and not fading.is_idle
+    assert not fading.is_constant and edit(strength=0.5).is_constant
+    kept = edit(strength=0.5, fade=(0.2, 0.4), bounds=(-1.0, 0.0))
+    assert kept.strength_at(0) == (0.0,)
+
+
 def test_masks_of_all_kinds():
     picture = Image.new("L", (8, 4), 255)
     for mask in (picture, np.ones((4, 8)), torch.ones(4, 8), torch.ones(1, 1, 4, 8)):

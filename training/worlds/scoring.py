@@ -20,6 +20,7 @@ from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.hub import write_json
 
 from ..checkpoint import load_checkpoint, save_checkpoint, step_generator
+from ..muon import Muon, split
 from . import World
 from .pictures import generate, load_pipeline
 
@@ -31,12 +32,14 @@ class Kind(NamedTuple):
 
     architecture: str
     channels: int
-    learning_rate: float
+    learning_rate: float  # of hidden layers' matrices
     seed: int
 
 
-SCORER = Kind("convolution", 32, 2e-3, seed=0)
-JUDGE = Kind("attention", 96, 1e-3, seed=1)
+SCORER = Kind("convolution", 32, 4e-3, seed=0)
+JUDGE = Kind("attention", 96, 2e-3, seed=1)
+#: parts of the names of weights that are no matrices of hidden layers
+OUTER = ("features.0.", "cells.0.", "positions", "features.factors", "head.3.", "head.heads")
 CHECKPOINT_EVERY = 250  # steps
 
 
@@ -114,13 +117,10 @@ def train(
     torch.manual_seed(kind.seed)
     device = pictures.device
     scorer = FactorScorer(factors, channels=kind.channels, architecture=kind.architecture).to(device)
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=kind.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, kind.learning_rate, total_steps=steps)
+    optimizer = Muon(*split(scorer, OUTER), kind.learning_rate, lr_others=1e-3)
     checkpoint, state = work / "scorer.safetensors", dict(scorer.named_parameters())
     mark = f"{kind}, steps {steps}, batch size {batch_size}"
     done = load_checkpoint(checkpoint, state, optimizer, mark)
-    for _ in range(done):
-        schedule.step()
     work.mkdir(parents=True, exist_ok=True)
     half = device.type == "cuda"  # many CPUs are slower in bfloat16
     losses = []
@@ -139,10 +139,10 @@ def train(
         )
         valid = torch.cat([truth["valid"][chosen], torch.zeros(len(bad), dtype=torch.long, device=device)])
         loss = loss + F.cross_entropy(logits["valid"].float(), valid)
+        optimizer.set_rate(min(1, 10 * (step + 1) / steps) * (1 - step / steps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
         losses.append(loss.item())
         if (step + 1) % 100 == 0:
             mean = round(sum(losses) / len(losses), 4)

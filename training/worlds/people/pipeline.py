@@ -4,7 +4,8 @@
 
 A `PixArtAlphaPipeline` with rectified flow (arXiv 2209.03003): the transformer predicts noise minus picture on the
 straight line between them. Checkpoints go to `--work`; the same command continues a run that was stopped, and with
-`--max-minutes 0` it saves the pipeline of the last checkpoint, also of a run that is under way.
+`--max-minutes 0` it saves the pipeline of the last checkpoint, also of a run that is under way. `--start` begins with
+the weights of a pipeline that was saved, where no checkpoints are left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,9 +29,20 @@ from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from ...checkpoint import load_checkpoint, save_checkpoint, step_generator
+from ...muon import Muon, split
 from .captions import caption, subject
 from .scenes import FACTORS, PACKAGES, ROLES, People, load
 
+#: parts of the names of weights that are no matrices of hidden layers
+OUTER = (
+    "pos_embed",
+    "adaln_single",
+    "scale_shift_table",
+    "proj_out",
+    "shared",
+    "embed_tokens",
+    "relative_attention_bias",
+)
 MAX_LENGTH = 120  # tokens to which the pipeline pads a prompt
 CARD = """---
 library_name: diffusers
@@ -95,13 +109,12 @@ def train_autoencoder(recipe: dict, images: torch.Tensor, work: Path, device: st
     torch.manual_seed(recipe["seed"])
     vae = AutoencoderKL(**settings["config"]).to(device)
     steps, size = settings["steps"], settings["batch_size"]
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
+    optimizer = Muon(*split(vae, ("conv_in", "conv_out")), settings["learning_rate"], lr_others=2e-3, weight_decay=0.0)
     checkpoint, state = work / "vae.safetensors", dict(vae.state_dict())
     done = load_checkpoint(checkpoint, state, optimizer, mark)
     progress = tqdm(range(done, steps), initial=done, total=steps, desc="autoencoder", unit="step", mininterval=5)
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = settings["learning_rate"] * min(1, (step + 1) / 100) * (1 - step / steps)
+        optimizer.set_rate(min(1, (step + 1) / 50) * (1 - step / steps))
         generator = step_generator(recipe["seed"], step, device)
         chosen = torch.randint(len(images), (size,), generator=generator, device=device)
         pictures = images[chosen].float() / 127.5 - 1
@@ -156,30 +169,66 @@ def batch_of_text(people: People, chosen: list[int], tokenizer: T5Tokenizer, set
     return tokens.input_ids, tokens.attention_mask
 
 
-def train_denoiser(recipe: dict, pictures: Path, work: Path, out: Path, device: str, max_minutes: float) -> bool:
-    """Train transformer and text encoder jointly; returns whether all steps are done."""
+@contextmanager
+def routed(transformer: PixArtTransformer2DModel, share: float, generator: torch.Generator) -> Iterator[None]:
+    """
+    Let a `share` of a picture's tokens, others in each picture, skip all blocks but the first and the last
+    (TREAD, arXiv 2501.04765), which saves their time; the outer blocks see all of them.
+    """
+    blocks = transformer.transformer_blocks
+    if share == 0:
+        yield
+        return
+
+    def leave(block: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        tokens = args[0]
+        order = torch.rand(tokens.shape[:2], generator=generator, device=tokens.device).argsort(1)
+        kept = order[:, round(share * tokens.shape[1]) :, None].expand(-1, -1, tokens.shape[2])
+        on_the_way.append((tokens, kept))
+        return tokens.gather(1, kept), *args[1:]
+
+    def come_back(block: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        tokens, kept = on_the_way.pop()
+        return tokens.scatter(1, kept, output)
+
+    on_the_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = blocks[1].register_forward_pre_hook(leave), blocks[-2].register_forward_hook(come_back)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def train_denoiser(
+    recipe: dict, pictures: Path, work: Path, out: Path, device: str, max_minutes: float, start: Path | None = None
+) -> bool:
+    """Train transformer and text encoder jointly, from nothing or from those of the pipeline `start`; returns whether
+    all steps are done."""
     settings, seed = recipe["denoiser"], recipe["seed"]
     started, on_cuda = time.monotonic(), torch.device(device).type == "cuda"
     images, people = load(pictures, held_out=False)
     images = images.to(device)
-    vae = train_autoencoder(recipe, images, work, device)
     tokenizer = build_tokenizer()
-    torch.manual_seed(seed)
-    text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **recipe["text_encoder"])).to(device)
-    transformer = PixArtTransformer2DModel(**settings["transformer"]).to(device)
+    if start is None:
+        vae = train_autoencoder(recipe, images, work, device)
+        torch.manual_seed(seed)
+        text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **recipe["text_encoder"])).to(device)
+        transformer = PixArtTransformer2DModel(**settings["transformer"]).to(device)
+    else:
+        begun = PixArtAlphaPipeline.from_pretrained(start).to(device)
+        vae, text_encoder, transformer = begun.vae, begun.text_encoder, begun.transformer
     if not on_cuda:  # the backward pass of fused attention is slow on a CPU
         transformer.set_attn_processor(AttnProcessor())
         text_encoder.set_attn_implementation("eager")
     scheduler = DPMSolverMultistepScheduler(**recipe["scheduler"])
-    trained_parts = {"transformer": transformer, "text": text_encoder}
-    names, parameters = zip(
-        *[(f"{part}.{n}", p) for part, m in trained_parts.items() for n, p in m.named_parameters()], strict=True
-    )
+    trained = torch.nn.ModuleDict({"transformer": transformer, "text": text_encoder})
+    names, parameters = zip(*trained.named_parameters(), strict=True)
     ema = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=settings["learning_rate"], weight_decay=0.01, fused=on_cuda)
+    optimizer = Muon(*split(trained, OUTER), settings["learning_rate"], lr_others=settings["learning_rate_others"])
     state = dict(zip(names, parameters, strict=True)) | {f"ema.{n}": e for n, e in zip(names, ema, strict=True)}
     checkpoint, steps = work / "denoiser.safetensors", settings["steps"]
-    mark = fingerprint(recipe | {"denoiser": {k: v for k, v in settings.items() if k != "steps"}})
+    mark = fingerprint(recipe | {"denoiser": {k: v for k, v in settings.items() if k != "steps"}, "start": str(start)})
     done = load_checkpoint(checkpoint, state, optimizer, mark)
 
     latents = encode(vae, images) if max_minutes > 0 and done < steps else None
@@ -192,9 +241,7 @@ def train_denoiser(recipe: dict, pictures: Path, work: Path, out: Path, device: 
                 save_checkpoint(checkpoint, done, state, optimizer, mark)
             break
         generator = step_generator(seed, step, device)
-        rate = min((step + 1) / settings["warmup"], 1, (steps - step) / settings["cooldown"])
-        for group in optimizer.param_groups:
-            group["lr"] = settings["learning_rate"] * rate
+        optimizer.set_rate(min((step + 1) / settings["warmup"], 1, (steps - step) / settings["cooldown"]))
         size = settings["batch_size"]
         chosen = torch.randint(len(people), (size,), generator=generator, device=device)
         text, mask = batch_of_text(people, chosen.tolist(), tokenizer, settings, random.Random(f"{seed}-{step}"))
@@ -202,7 +249,8 @@ def train_denoiser(recipe: dict, pictures: Path, work: Path, out: Path, device: 
         noise = torch.randn(clean.shape, generator=generator, device=device)
         timesteps = (1000 * torch.sigmoid(torch.randn(size, generator=generator, device=device))).round()
         sigma = timesteps[:, None, None, None] / 1000
-        with precision(recipe, device):
+        share = settings["routed"] if steps - step > settings["cooldown"] else 0.0
+        with precision(recipe, device), routed(transformer, share, generator):
             hidden = text_encoder(text.to(device), attention_mask=mask.to(device)).last_hidden_state
             prediction = transformer(
                 (1 - sigma) * clean + sigma * noise,
@@ -250,15 +298,14 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=Path("runs/people"), help="what `scenes` built")
     parser.add_argument("--out", type=Path, default=Path("examples/people-dit"))
     parser.add_argument("--work", type=Path, default=Path("runs/people-dit"))
+    parser.add_argument("--start", type=Path, help="pipeline whose weights to begin with; none by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="checkpoint and stop after this long")
-    arguments = parser.parse_args()
-    recipe = yaml.safe_load(arguments.recipe.read_text())
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    finished = train_denoiser(
-        recipe, arguments.pictures, arguments.work, arguments.out, arguments.device, arguments.max_minutes
-    )
-    print(f"saved to {arguments.out}" + ("" if finished else "; run the same command again to train further"))
+    a = parser.parse_args()
+    recipe = yaml.safe_load(a.recipe.read_text())
+    a.work.mkdir(parents=True, exist_ok=True)
+    finished = train_denoiser(recipe, a.pictures, a.work, a.out, a.device, a.max_minutes, a.start)
+    print(f"saved to {a.out}" + ("" if finished else "; run the same command again to train further"))
 
 
 if __name__ == "__main__":

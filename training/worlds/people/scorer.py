@@ -40,7 +40,7 @@ def flaws(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = new_parser(__doc__, steps=2500)
+    parser = new_parser(__doc__, steps=800)
     parser.add_argument("--pictures", type=Path, default=Path("runs/people"), help="what `scenes` built")
     a = parser.parse_args()
 

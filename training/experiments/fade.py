@@ -1,0 +1,87 @@
+"""Does a picture move gradually between the strengths 0 and 1?
+
+    python -m training.experiments.fade --out training/results/fade.json
+
+Every label that fades, on prompts that name another value, at nine strengths. The *place* of a picture is how far it
+is on the straight way from that at strength 0 to that at 1; its *jump*, the largest change of place between two
+strengths: an eighth were perfectly even, 1 all at once. Beside it the same label without its `fade`. Rows are added to
+the JSON as they are measured; the same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from diffusers_rtsae import load_dictionary
+
+from ..worlds.pictures import add_models, load_pipeline, new_parser, parse
+from .results import Results, table
+from .steering import run
+
+STRENGTHS = tuple(i / 8 for i in range(9))
+SHOWN = (0.25, 0.5, 0.75)
+
+
+def places(images: torch.Tensor) -> torch.Tensor:
+    """Of pictures `(strengths, prompts, ...)`, the place `(prompts, strengths)` of each between the first strength and
+    the last."""
+    moved = (images - images[0]).flatten(2)
+    return ((moved * moved[-1]).sum(2) / moved[-1].square().sum(1).clamp(min=1e-9)).T
+
+
+def markdown(rows: list[dict]) -> str:
+    """Places and jumps by factor, with and without fading."""
+    lines = []
+    for factor in dict.fromkeys(row["factor"] for row in rows):
+        for fades in (True, False):
+            own = [row for row in rows if row["factor"] == factor and row["fades"] == fades]
+            jumps = [jump for row in own for jump in row["jumps"]]
+            even = sum(jump < 0.5 for jump in jumps) / len(jumps)
+            means = [statistics.mean(row["places"][str(s)] for row in own) for s in SHOWN]
+            cells = (f"{value:.2f}" for value in (*means, statistics.median(jumps), even))
+            lines.append([f"{len({row['label'] for row in own})} {factor}", "yes" if fades else "no", *cells])
+    heads = [*(f"place at {s:g}" for s in SHOWN), "median jump", "share of pictures that never jump half the way"]
+    return table(["labels", "fades", *heads], lines)
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    add_models(parser, "pipeline", "dictionary")
+    parser.add_argument("--out", type=Path, default=Path("runs/fade.json"))
+    parser.add_argument("--prompts", type=int, default=4, help="for each label")
+    a, world = parse(parser)
+    pipe = load_pipeline(a.pipeline, a.device, a.dtype)
+    fading = load_dictionary(a.dictionary, dtype=torch.float32)
+    plain = copy.copy(fading)
+    plain.labels = copy.deepcopy(fading.labels)
+    own = [name for name, label in fading.labels.items() if "fade" in label["edit"]]
+    for name in own:
+        del plain.labels[name]["edit"]["fade"]
+    pipe.load_rtsae(fading, "fading")
+    pipe.load_rtsae(plain, "plain")
+    results = Results(a, [a.pipeline, a.dictionary])
+    for name in tqdm(own, unit="label"):
+        if results.has(label=name):
+            continue
+        factor, value = fading.labels[name]["factor"], fading.labels[name]["value"]
+        probe, rows = world.probe(factor, value, "contradicted", a.prompts, seed=1200), []
+        for adapter in ("fading", "plain"):
+            many = [{name: strength} for strength in STRENGTHS]
+            options = {"masks": False, "adapter_name": adapter}
+            images = run(pipe, [probe] * len(many), many, a.steps, a.guidance, a.batch_size, **options)
+            found = places(images.unflatten(0, (len(many), -1)))
+            row = {"label": name, "factor": factor, "fades": adapter == "fading"}
+            row["places"] = {str(s): round(float(found[:, STRENGTHS.index(s)].mean()), 4) for s in SHOWN}
+            row["jumps"] = [round(jump, 4) for jump in found.diff(dim=1).abs().amax(1).tolist()]
+            rows.append(row)
+        results.add(*rows)
+    results.tell(markdown(results.rows))
+
+
+if __name__ == "__main__":
+    main()
