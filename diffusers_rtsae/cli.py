@@ -23,6 +23,7 @@ except ImportError as error:
     raise SystemExit(f'The command line needs {error.name}: pip install "diffusers-rtsae[analysis]"') from None
 
 from . import __version__
+from .worlds import WORLDS, World
 
 # what is imported below is imported by the command that needs it: torch alone takes a second or two
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -44,8 +45,17 @@ def _finite(value: float) -> float:
     return value
 
 
-Pipeline = Annotated[str | None, typer.Option(help="Pipeline: a folder or Hub id; the bundled one by default.")]
-Source = Annotated[str | None, typer.Option(help="Dictionary: a folder or Hub id; the bundled one by default.")]
+Pipeline = Annotated[str | None, typer.Option(help="Pipeline: a folder or Hub id; the world's by default.")]
+Source = Annotated[str | None, typer.Option(help="Dictionary: a folder or Hub id; the world's by default.")]
+
+
+def _world(name: str) -> World:
+    if name not in WORLDS:
+        raise typer.BadParameter(f"expected one of {list(WORLDS)}, got {name!r}.")
+    return WORLDS[name]
+
+
+Bundled = Annotated[World, typer.Option("--world", parser=_world, metavar="shapes|people", help="Of those bundled.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(callback=_finite, help="Guidance scale.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
@@ -90,15 +100,15 @@ def _bundled(name: str, folder: str = "examples") -> Path:
     return path
 
 
-def _contents(dictionary: str | None, weights: bool = True):
+def _contents(dictionary: str | None, weights: bool = True, world: World = WORLDS["shapes"]):
     """What a dictionary says besides its tensors, and the folder in which it lies; they are fetched too."""
     from .contents import locate, read_contents
 
-    folder = locate(dictionary or _bundled("shapes-rtsae"), weights=weights)
+    folder = locate(dictionary or _bundled(world.dictionary), weights=weights)
     return read_contents(folder), folder
 
 
-def _pipeline(pipeline: str | None, dictionary: str | Path | None):
+def _pipeline(pipeline: str | None, dictionary: str | Path, world: World):
     """A text-to-image pipeline with a dictionary loaded, on a GPU if there is one."""
     import torch
     import transformers
@@ -112,9 +122,9 @@ def _pipeline(pipeline: str | None, dictionary: str | Path | None):
         transformers.utils.logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
     dtype = torch.float16 if on_gpu else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(pipeline or _bundled("shapes-sd"), dtype=dtype)
+    pipe = DiffusionPipeline.from_pretrained(pipeline or _bundled(world.pipeline), dtype=dtype)
     pipe.set_progress_bar_config(file=sys.stderr, leave=False)
-    pipe.load_rtsae(dictionary or _bundled("shapes-rtsae"))
+    pipe.load_rtsae(dictionary)
     return pipe.to("cuda") if on_gpu else pipe
 
 
@@ -177,24 +187,25 @@ def _check_extras(*extras: str) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("rtsae-demo"),
+    world: Bundled = "shapes",
     pipeline: Pipeline = None,
     dictionary: Source = None,
     steps: Steps = 20,
     prompts: Annotated[int, typer.Option(min=1, help="Pictures each feature is measured on.")] = 10,
 ) -> None:
-    """Steer the bundled pipeline, draw what happens, and measure it. Needs no network.
+    """Steer a bundled pipeline, draw what happens, and measure it. Needs no network.
 
-    Example: diffusers-rtsae demo --out rtsae-demo
+    Example: diffusers-rtsae demo --world people --out rtsae-demo
     """
     _check_extras("analysis")
     _check_output(out, is_folder=True)
-    _contents(dictionary)
+    _, folder = _contents(dictionary, world=world)
     from .analysis.scorer import FactorScorer
     from .demo import demonstrate
 
-    pipe, scorer = _pipeline(pipeline, dictionary), FactorScorer.from_pretrained(_bundled("shapes-scorer"))
+    pipe, scorer = _pipeline(pipeline, folder, world), FactorScorer.from_pretrained(_bundled(world.scorer))
     pipe.set_progress_bar_config(disable=True)
-    demonstrate(pipe, scorer, out, steps, prompts, console)
+    demonstrate(pipe, world, scorer, out, steps, prompts, console)
 
 
 @app.command()
@@ -210,6 +221,7 @@ def steer(
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     seed: Seed = 0,
+    world: Bundled = "shapes",
     pipeline: Pipeline = None,
     dictionary: Source = None,
     as_json: AsJson = False,
@@ -228,7 +240,7 @@ def steer(
     for path in (out, beside):
         _check_output(path, PICTURES)
     painted = _picture(mask)
-    contents, folder = _contents(dictionary)
+    contents, folder = _contents(dictionary, world=world)
     from .contents import parse_feature
 
     named = {parse_feature(name, contents): strength for name, strength in strengths.items()}
@@ -236,7 +248,7 @@ def steer(
         contents.features(feature)
     if preset:
         contents.preset(preset)
-    pipe = _pipeline(pipeline, folder)
+    pipe = _pipeline(pipeline, folder, world)
     import torch
     from PIL import Image
 
@@ -278,6 +290,7 @@ def find(
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     batch_size: BatchSize = 16,
+    world: Bundled = "shapes",
     pipeline: Pipeline = None,
     dictionary: Source = None,
     as_json: AsJson = False,
@@ -293,8 +306,8 @@ def find(
         _check_output(strip, PICTURES)
     _check_prompts(positive, "--with")
     _check_prompts(negative, "--without")
-    _, folder = _contents(dictionary)
-    pipe = _pipeline(pipeline, folder)
+    _, folder = _contents(dictionary, world=world)
+    pipe = _pipeline(pipeline, folder, world)
     from .analysis.find import find_features
     from .files import whole
 
@@ -329,6 +342,7 @@ def fit(
     guidance: Guidance = 3.0,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
+    world: Bundled = "shapes",
     pipeline: Pipeline = None,
     dictionary: Source = None,
     as_json: AsJson = False,
@@ -352,13 +366,13 @@ def fit(
             _say(f"{out} has a label {name} already.")
             return
         dictionary = dictionary or str(out)
-    _, folder = _contents(dictionary)
+    _, folder = _contents(dictionary, world=world)
     from .analysis.effect import check_pairs
     from .analysis.fit import fit_feature
     from .pipeline import get_dictionary
 
     chosen = check_pairs(chosen)
-    pipe = _pipeline(pipeline, folder)
+    pipe = _pipeline(pipeline, folder, world)
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
     fitted = fit_feature(pipe, chosen, latents, unchanged or [], rank, seed=seed, batch_size=batch_size, **call)
@@ -368,13 +382,16 @@ def fit(
         print(json.dumps({"label": name, "out": str(out), "measured": fitted.measured}))
     else:
         _say(f"{name}: {fitted}")
-        command = shlex.join(["diffusers-rtsae", "steer", "a star", f"{name}=1", "--dictionary", str(out)])
+        of = ["--pipeline", pipeline] if pipeline else ["--world", next(n for n, w in WORLDS.items() if w == world)]
+        of += ["--dictionary", str(out)]
+        command = shlex.join(["diffusers-rtsae", "steer", chosen[0][0], f"{name}=1", *of])
         _say(f"{out} holds it: {command}")
 
 
 @app.command()
 def inspect(
-    dictionary: Annotated[str | None, typer.Argument(help="Folder or Hub id; the bundled one by default.")] = None,
+    dictionary: Annotated[str | None, typer.Argument(help="Folder or Hub id; the world's by default.")] = None,
+    world: Bundled = "shapes",
     label: Annotated[str | None, typer.Option(help="Only labels that contain this.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -382,7 +399,7 @@ def inspect(
 
     Example: diffusers-rtsae inspect org/sd15-rtsae --label red
     """
-    contents, _ = _contents(dictionary, weights=False)
+    contents, _ = _contents(dictionary, weights=False, world=world)
     from .contents import search_labels
 
     labels = search_labels(contents, label) if label else list(contents.labels)
@@ -417,7 +434,8 @@ def inspect(
 
 @app.command()
 def report(
-    dictionary: Annotated[str | None, typer.Argument(help="Folder or Hub id; the bundled one by default.")] = None,
+    dictionary: Annotated[str | None, typer.Argument(help="Folder or Hub id; the world's by default.")] = None,
+    world: Bundled = "shapes",
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line: where to look.")] = None,
     steer_prompts: Annotated[list[str] | None, typer.Option("--steer", help="Prompt to steer; repeatable.")] = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
@@ -440,16 +458,14 @@ def report(
     if prompts is None:
         if pipeline is not None:
             raise ValueError("A report on another pipeline needs --prompts, a text file with one prompt a line.")
-        from .demo import SCENES
-
-        prompts, most = _bundled("shapes-prompts.txt"), None if full else 64
-        steer_prompts = steer_prompts or [scenes[0] for scenes in SCENES.values()][: None if full else 1]
+        prompts, most = _bundled(world.prompts), None if full else 64
+        steer_prompts = steer_prompts or [scenes[0][0] for scenes in world.scenes.values()][: None if full else 1]
     from .files import read_lines
 
     texts = read_lines(prompts)[:most]
     count, steered = (2048, 128) if full else (count, steered)
-    _, folder = _contents(dictionary)
-    pipe = _pipeline(pipeline, folder)
+    _, folder = _contents(dictionary, world=world)
+    pipe = _pipeline(pipeline, folder, world)
     from .analysis.report import write_report
 
     pipe.set_progress_bar_config(disable=True)
@@ -468,6 +484,7 @@ def app_(
     guidance: Guidance = 3.0,
     port: Annotated[int | None, typer.Option(help="On which to listen; the first free one from 7860 on.")] = None,
     share: Annotated[bool, typer.Option(help="Make a public address for it, through gradio's servers.")] = False,
+    world: Bundled = "shapes",
     pipeline: Pipeline = None,
     dictionary: Source = None,
 ) -> None:
@@ -479,15 +496,14 @@ def app_(
     _check_prompts(prompts or [], "--prompt")
     from concurrent.futures import ThreadPoolExecutor
 
-    _, folder = _contents(dictionary)
+    _, folder = _contents(dictionary, world=world)
     from .app import build, launch
-    from .demo import SCENES
 
     if not prompts and pipeline is None:
-        prompts = [scenes[0] for scenes in SCENES.values()][:3]
+        prompts = [scenes[0][0] for scenes in world.scenes.values()][:3]
     thread = ThreadPoolExecutor(1)
-    pipe = thread.submit(_pipeline, pipeline, folder).result()
-    names = [str(source or _bundled(name)) for source, name in ((pipeline, "shapes-sd"), (dictionary, "shapes-rtsae"))]
+    pipe = thread.submit(_pipeline, pipeline, folder, world).result()
+    names = [str(pipeline or _bundled(world.pipeline)), str(dictionary or _bundled(world.dictionary))]
     launch(build(pipe, *names, prompts or GENERAL_PROMPTS, steps, guidance, thread=thread), port, share)
 
 

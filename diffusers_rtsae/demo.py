@@ -1,4 +1,4 @@
-"""The quickstart: steer the bundled pipeline with one feature of each kind, draw what happens, and measure it."""
+"""The quickstart: steer a bundled pipeline with one feature of each kind, draw what happens, and measure it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -16,37 +16,28 @@ from .analysis.plots import plot_feature_trajectories, plot_heat_maps, plot_stre
 from .analysis.record import record
 from .analysis.scorer import FactorScorer, shows
 from .files import whole, write_json
-from .pipeline import get_dictionary
-
-# prompts that say everything but the factor that is steered
-SCENES = {
-    "colour": [
-        "a large heart on the left, flat, on a gray background",
-        "a small star at the top, striped, on white",
-    ],
-    "shape": [
-        "a large blue object in the centre, flat, on a white background",
-        "a large pink thing on the right, dotted, on navy",
-    ],
-    "background": ["a large red star in the centre, flat", "a small cyan heart on the right, dotted"],
-    "style": [
-        "a large green circle in the centre, on a white background",
-        "a large orange star at the bottom, on black",
-    ],
-}
+from .pipeline import get_dictionary, own_size
+from .worlds import World
 
 
 def demonstrate(
-    pipe: StableDiffusionPipeline, scorer: FactorScorer, out: Path, steps: int, prompts: int, console: Console
+    pipe: DiffusionPipeline,
+    world: World,
+    scorer: FactorScorer,
+    out: Path,
+    steps: int,
+    prompts: int,
+    console: Console,
 ) -> None:
     """
     Write `steering.png`, `trajectories.png`, `heat_maps.png` and `measured.json`.
 
     Args:
-        pipe (`StableDiffusionPipeline`): of the bundled world, with a dictionary loaded.
+        pipe (`DiffusionPipeline`): of a bundled world, with a dictionary loaded.
+        world (`World`): whose it is.
         scorer (`FactorScorer`): reads the factors back from its pictures.
         steps (`int`): of denoising.
-        prompts (`int`): pictures each feature is measured on.
+        prompts (`int`): pictures each feature is measured on, of each kind of prompt.
 
     Raises:
         `ValueError`: the dictionary has no labels.
@@ -55,7 +46,7 @@ def demonstrate(
     labels = get_dictionary(pipe).labels
 
     chosen: dict[str, str] = {}  # the first label of each kind
-    for kind in ("colour", "shape", "background", "style"):
+    for kind in world.scenes:
         known = [name for name, label in labels.items() if label.get("factor") == kind]
         if known:
             chosen[kind] = known[0]
@@ -63,42 +54,48 @@ def demonstrate(
         raise ValueError("The dictionary has no labels to steer with.")
 
     strengths, rows = [-1.0, 0.0, 0.5, 1.0, 2.0], []
+    call = {"num_inference_steps": steps, "guidance_scale": 3.0} | own_size(pipe)
 
-    def generate(prompts: list[str], first_seed: int):
-        seeds = [torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))]
-        images = pipe(prompts, generator=seeds, num_inference_steps=steps, guidance_scale=3.0, output_type="pt").images
-        return images.clamp(0, 1)
+    def read(prompts: list[str]) -> list[dict]:
+        seeds = [torch.Generator().manual_seed(100 + i) for i in range(len(prompts))]
+        return scorer.read(pipe(prompts, generator=seeds, output_type="pt", **call).images.clamp(0, 1))
 
-    table = Table(title="Steering with one feature, prompts that leave the factor open", title_justify="left")
-    for name in ("feature", "latents", "without", "strength 1", "strength 2", "valid pictures"):
+    table = Table(
+        title="Steering with one feature at strength 1: share of pictures that show it", title_justify="left"
+    )
+    heads = ("feature", "latents", "left open", "steered", "prompt says another", "steered", "valid when steered")
+    for name in heads:
         table.add_column(name)
     results = {}
     for kind, label in track(chosen.items(), description="steering", console=console):
-        for prompt in SCENES[kind]:
+        for prompt, _ in world.scenes[kind]:
             seeds = [torch.Generator().manual_seed(0) for _ in strengths]
             with pipe.rtsae_steering({label: strengths}):
-                images = pipe(
-                    [prompt] * len(strengths), generator=seeds, num_inference_steps=steps, guidance_scale=3.0
-                ).images
+                images = pipe([prompt] * len(strengths), generator=seeds, **call).images
             rows.append((f"{kind}: {label}", prompt, images))
-        many = (SCENES[kind] * prompts)[:prompts]
-        readings = {0.0: scorer.read(generate(many, 100))}
-        for strength in (1.0, 2.0):
-            with pipe.rtsae_steering({label: strength}):
-                readings[strength] = scorer.read(generate(many, 100))
         value = labels[label]["value"]
-        hits = {s: sum(shows(r, kind, value) for r in read) / prompts for s, read in readings.items()}
-        valid = sum(r["valid"] == "yes" for s in (1.0, 2.0) for r in readings[s]) / (2 * prompts)
+        other = next(own["value"] for own in labels.values() if own.get("factor") == kind and own["value"] != value)
+        told = {
+            "open": [is_open for is_open, _ in world.scenes[kind]],
+            "contradicted": [naming.format(other) for _, naming in world.scenes[kind]],
+        }
+        hits, valid = {}, []
+        for which, few in told.items():
+            many = (few * prompts)[:prompts]
+            plain = read(many)
+            with pipe.rtsae_steering({label: 1.0}):
+                steered = read(many)
+            hits[which] = [sum(shows(r, kind, value) for r in readings) / prompts for readings in (plain, steered)]
+            valid += [one["valid"] == "yes" for one in steered]
         parts = labels[label]["features"]
         latents = len({row for part in parts for row in part["latents"]})
         moved = [str(latents)] * (latents > 0) + ["a map"] * any("map" in part for part in parts)
-        table.add_row(
-            escape(f"{kind}: {label}"), " and ".join(moved), *(f"{h:.0%}" for h in hits.values()), f"{valid:.0%}"
-        )
+        shares = [f"{share:.0%}" for both in hits.values() for share in both]
+        table.add_row(escape(f"{kind}: {label}"), " and ".join(moved), *shares, f"{sum(valid) / len(valid):.0%}")
         results[label] = {
             "factor": kind,
-            "success": {str(s): h for s, h in hits.items()},
-            "valid": valid,
+            "success": {which: {"0.0": plain, "1.0": steered} for which, (plain, steered) in hits.items()},
+            "valid": sum(valid) / len(valid),
             "pictures": prompts,
         }
 
@@ -109,14 +106,11 @@ def demonstrate(
     }
     seen = {label: get_dictionary(pipe).seen(label)[0]["site"] for label in chosen.values()}
     traced = [label for label, site in seen.items() if site == next(iter(seen.values()))]
-    prompt = "a large {} {} on the left, {}, on a {} background".format(
-        *(
-            chosen.get(k, d)
-            for k, d in (("colour", "red"), ("shape", "star"), ("style", "flat"), ("background", "white"))
-        )
-    )
     recording = record(
-        pipe, prompt, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, guidance_scale=3.0
+        pipe,
+        world.sentence.format(**world.usual | {kind: labels[label]["value"] for kind, label in chosen.items()}),
+        generator=torch.Generator().manual_seed(0),
+        **call,
     )
     figures["heat_maps.png"] = plot_heat_maps(recording, traced)
     for name, figure in figures.items():

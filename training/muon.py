@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(matrices: torch.Tensor, steps: int = 3) -> torch.Tensor:
     """
     Bring all singular values of `matrices` `(n, rows, columns)` near 1, by Newton and Schulz's iteration with Jordan's
     coefficients.

@@ -1,9 +1,10 @@
-"""All that was measured, on one page: `training/results/README.md`, from the rows that lie beside it.
+"""All that was measured, on a page for each world, from the rows that lie beside it: `training/results/README.md`, and
+`training/results/people/README.md`.
 
     python -m training.experiments.page
 
 The texts here say what was done; every figure comes from a JSON file, by the `markdown` of the experiment that wrote
-it. A test fails if the committed page is not what this command writes.
+it. A test fails if a committed page is not what this command writes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import textwrap
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +20,6 @@ from typing import NamedTuple
 from .results import contents, table
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "training" / "results"
-PAGE = FOLDER / "README.md"
 APART = ("pipeline", "scorer", "dictionary", "dictionaries", "contents", "elsewhere")  # settings told by other words
 
 INTRODUCTION = """# Measurements
@@ -37,7 +37,8 @@ steered; **contradicted** ones name another value of it.
 - **Valid**: the share that are scenes of this world at all.
 - **Edited prompt**: what naming the value in the prompt does, instead of steering.
 
-How quick it is, and how much memory it takes: [tests/benchmarks](../../tests/benchmarks).
+How quick it is, and how much memory it takes: [tests/benchmarks](../../tests/benchmarks). The same on pictures that
+nobody made easy: [the world of people](people/README.md).
 """
 DRAWN = """## What these figures stand on
 
@@ -97,6 +98,16 @@ SECTIONS = {  # by the name of the file
         how steadily that and its margin rise (Spearman's rank correlation; the margin is how far the scorer's logit
         of the value is above that of any other). Last, prompts that name the value, at strength −1: the share of
         those that showed it and no longer do.
+        """,
+    ),
+    "fade": Section(
+        "fade",
+        "Does a colour move gradually?",
+        """
+        The labels of colours `fade`: between strengths 0 and 1 they act as at 1, but begin late. {prompts} prompts for
+        each, which name another colour, at nine strengths. The *place* of a picture is how far it is on the straight
+        way from that at strength 0 to that at 1; its *jump* is the largest change of place between two neighbouring
+        strengths, of which .12 were even and 1 all at once. Beside it the same labels acting more weakly instead.
         """,
     ),
     "together": Section(
@@ -219,36 +230,73 @@ SECTIONS = {  # by the name of the file
 }
 
 
+PEOPLE_INTRODUCTION = """# Measurements on the world of people
+
+Written by `python -m training.experiments.page` from the JSON files in this folder, the newest first. Each command
+continues a file that was begun.
+
+Emoji of one person each by three foundries, drawn by a transformer that was trained without any probe: what holds for
+[rendered shapes](../README.md) is tested here. Factors are the style (which foundry), the skin tone, who is drawn
+(woman, man, person) and the role. Prompts are of combinations that none of the models was trained on; **open** prompts
+name every factor but the one that is steered, **contradicted** ones name another value of it. Success, leakage and
+validity are as there.
+"""
+PEOPLE_SECTIONS: dict[str, Section] = {}
+
+
+def _drawn_people() -> str:
+    return ""
+
+
+class Page(NamedTuple):
+    """
+    folder (`Path`): where the rows lie, and the page.
+    options (`str`): what a command is told to measure this world.
+    dictionary (`str`): the bundled one.
+    introduction (`str`): the beginning of the page.
+    sections (`dict[str, Section]`): by the name of the file of rows.
+    drawn (`Callable[[], str]`): writes what the pipeline draws of what it is told.
+    """
+
+    folder: Path
+    options: str
+    dictionary: str
+    introduction: str
+    sections: dict[str, Section]
+    drawn: Callable[[], str]
+
+
 @functools.cache
 def _contents(*folders: str) -> str:
     return contents(*(ROOT / folder for folder in folders))
 
 
-def is_bundled(settings: dict, rows: list[dict]) -> bool:
+def is_bundled(page: Page, settings: dict, rows: list[dict]) -> bool:
     """Whether what was measured is what is bundled now; dictionaries of a measurement's own are not looked for."""
     named = [settings[name] for name in ("pipeline", "dictionary") if name in settings]
     if "dictionaries" not in settings and settings["contents"] != _contents(*named):
         return False
     digests = {row["dictionary"] for row in rows if row.get("method") == "feature" and "dictionary" in row}
-    return digests <= {_contents("examples/shapes-rtsae")}
+    return digests <= {_contents(page.dictionary)}
 
 
 def wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 119, break_long_words=False, break_on_hyphens=False)
 
 
-def section(path: Path) -> tuple[str, str]:
+def section(page: Page, path: Path) -> tuple[str, str]:
     """The day of a measurement, and what the page says of it."""
     stored = json.loads(path.read_text())
     settings, rows = stored["settings"], stored["rows"]
-    experiment, title, text = SECTIONS[path.stem]
+    experiment, title, text = page.sections[path.stem]
     told = {name: value for name, value in settings.items() if name not in APART and value != "None"}
     how = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
-    command = f"`python -m training.experiments.{experiment} --out training/results/{path.name}`"
+    out = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    command = f"`python -m training.experiments.{experiment} {page.options}--out {out}`"
     facts = f"{stored['measured']}, {command}: {how}"
     facts += f"; read by `{Path(settings['scorer']).name}`." if "scorer" in settings else "."
     parts = [f"## {title}", wrapped(facts), wrapped(text.format(**settings))]
-    parts += [] if is_bundled(settings, rows) else [STALE]
+    parts += [] if is_bundled(page, settings, rows) else [STALE]
     shown = import_module(f"training.experiments.{experiment}").markdown(rows)
     return stored["measured"], "\n\n".join([*parts, shown.strip()]) + "\n"
 
@@ -262,16 +310,30 @@ def drawn() -> str:
     return DRAWN.format(**found) + "\n" + table(["scenes of", *factors], lines)
 
 
-def page() -> str:
+PAGES = {
+    "shapes": Page(ROOT / "training" / "results", "", "examples/shapes-rtsae", INTRODUCTION, SECTIONS, drawn),
+    "people": Page(
+        ROOT / "training" / "results" / "people",
+        "--world people ",
+        "examples/people-rtsae",
+        PEOPLE_INTRODUCTION,
+        PEOPLE_SECTIONS,
+        _drawn_people,
+    ),
+}
+
+
+def written(page: Page) -> str:
     """The whole page."""
-    unknown = sorted({path.stem for path in FOLDER.glob("*.json")} - SECTIONS.keys())
+    unknown = sorted({path.stem for path in page.folder.glob("*.json")} - page.sections.keys())
     if unknown:
         raise ValueError(f"Expected a section in {Path(__file__).name} for each of {unknown}.")
-    order = [path for stem in SECTIONS if (path := FOLDER / f"{stem}.json").exists()]
-    sections = sorted((section(path) for path in order), key=lambda one: one[0], reverse=True)
-    return "\n".join([INTRODUCTION, *(text for _, text in sections), drawn()])
+    order = [path for stem in page.sections if (path := page.folder / f"{stem}.json").exists()]
+    sections = sorted((section(page, path) for path in order), key=lambda one: one[0], reverse=True)
+    return "\n".join([page.introduction, *(text for _, text in sections), page.drawn()])
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    print(PAGE)
+    for one in PAGES.values():
+        (one.folder / "README.md").write_text(written(one))
+        print(one.folder / "README.md")

@@ -33,20 +33,23 @@ def test_a_table_has_a_line_a_row(tmp_path):
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
 
 
-def test_the_committed_page_is_that_of_the_committed_rows():
-    assert page.page() == page.PAGE.read_text(), "run `python -m training.experiments.page`"
+@pytest.mark.parametrize("world", page.PAGES)
+def test_the_committed_page_is_that_of_the_committed_rows(world):
+    one = page.PAGES[world]
+    assert page.written(one) == (one.folder / "README.md").read_text(), "run `python -m training.experiments.page`"
 
 
-def test_a_page_tells_every_file_and_which_are_of_other_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "FOLDER", tmp_path)
-    stored = json.loads((page.PAGE.parent / "together.json").read_text())
+def test_a_page_tells_every_file_and_which_are_of_other_weights(tmp_path):
+    committed = page.PAGES["shapes"]
+    stored = json.loads((committed.folder / "together.json").read_text())
     current = page.contents(*(page.ROOT / stored["settings"][name] for name in ("pipeline", "dictionary")))
     stored["settings"]["contents"] = current
     (tmp_path / "together.json").write_text(json.dumps(stored))
-    assert "| painted |" in page.page() and page.STALE not in page.page()
+    one = committed._replace(folder=tmp_path)
+    assert "| painted |" in page.written(one) and page.STALE not in page.written(one)
     stored["settings"]["contents"] = "others"
     (tmp_path / "together.json").write_text(json.dumps(stored))
-    assert page.STALE in page.page()
+    assert page.STALE in page.written(one)
     (tmp_path / "new.json").write_text("{}")
     with pytest.raises(ValueError, match="a section in page.py for each of .'new'"):
-        page.page()
+        page.written(one)

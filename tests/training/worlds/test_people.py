@@ -252,9 +252,9 @@ RECIPE = {
     "scheduler": {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
     "denoiser": {
         "steps": 3, "cooldown": 2, "batch_size": 4, "learning_rate": 1e-3, "learning_rate_others": 1e-3,
-        "routed": 0.5, "warmup": 1, "ema_decay": 0.9, "naming": 0.85, "caption_dropout": 0.1,
+        "warmup": 1, "ema_decay": 0.9, "naming": 0.85, "caption_dropout": 0.1,
         "checkpoint_every": 1, "transformer": {
-            "sample_size": 16, "patch_size": 2, "in_channels": 8, "out_channels": 8, "num_layers": 3,
+            "sample_size": 16, "patch_size": 2, "in_channels": 8, "out_channels": 8, "num_layers": 1,
             "num_attention_heads": 1, "attention_head_dim": 16, "cross_attention_dim": 16, "caption_channels": 16,
         },
     },

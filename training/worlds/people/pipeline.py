@@ -16,8 +16,6 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -169,37 +167,6 @@ def batch_of_text(people: People, chosen: list[int], tokenizer: T5Tokenizer, set
     return tokens.input_ids, tokens.attention_mask
 
 
-@contextmanager
-def routed(transformer: PixArtTransformer2DModel, share: float, generator: torch.Generator) -> Iterator[None]:
-    """
-    Let a `share` of a picture's tokens, others in each picture, skip all blocks but the first and the last
-    (TREAD, arXiv 2501.04765), which saves their time; the outer blocks see all of them.
-    """
-    blocks = transformer.transformer_blocks
-    if share == 0:
-        yield
-        return
-
-    def leave(block: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        tokens = args[0]
-        order = torch.rand(tokens.shape[:2], generator=generator, device=tokens.device).argsort(1)
-        kept = order[:, round(share * tokens.shape[1]) :, None].expand(-1, -1, tokens.shape[2])
-        on_the_way.append((tokens, kept))
-        return tokens.gather(1, kept), *args[1:]
-
-    def come_back(block: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        tokens, kept = on_the_way.pop()
-        return tokens.scatter(1, kept, output)
-
-    on_the_way: list[tuple[torch.Tensor, torch.Tensor]] = []
-    hooks = blocks[1].register_forward_pre_hook(leave), blocks[-2].register_forward_hook(come_back)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def train_denoiser(
     recipe: dict, pictures: Path, work: Path, out: Path, device: str, max_minutes: float, start: Path | None = None
 ) -> bool:
@@ -249,8 +216,7 @@ def train_denoiser(
         noise = torch.randn(clean.shape, generator=generator, device=device)
         timesteps = (1000 * torch.sigmoid(torch.randn(size, generator=generator, device=device))).round()
         sigma = timesteps[:, None, None, None] / 1000
-        share = settings["routed"] if steps - step > settings["cooldown"] else 0.0
-        with precision(recipe, device), routed(transformer, share, generator):
+        with precision(recipe, device):
             hidden = text_encoder(text.to(device), attention_mask=mask.to(device)).last_hidden_state
             prediction = transformer(
                 (1 - sigma) * clean + sigma * noise,

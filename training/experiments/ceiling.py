@@ -1,0 +1,78 @@
+"""Which block of a denoiser can be steered? What the other prompt's activation does there, and a map fitted to it.
+
+    python -m training.experiments.ceiling --world people --out training/results/people/ceiling.json
+
+At each block and for each value, on held-out pairs of prompts: the *ceiling*, which is the effect of putting the other
+prompt's activation itself there, and the effect of a linear map, with which labels are made. No dictionary, no scorer
+and no picture is looked at. Rows are added to the JSON as they are measured; the same command continues where it was
+stopped.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from tqdm import tqdm
+
+from diffusers_rtsae import RTSAE, Dictionary, list_sites
+from diffusers_rtsae.analysis.fit import fit_feature
+from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae.pipeline import get_denoiser
+
+from ..worlds.pictures import add_models, generate, load_pipeline, new_parser, parse
+from .capacity import is_block
+from .results import Results, table
+from .steering import pairs
+
+
+def markdown(rows: list[dict]) -> str:
+    """Mean effect of the map / ceiling of each factor at each block."""
+    factors = list(dict.fromkeys(row["factor"] for row in rows))
+    lines = []
+    for site in dict.fromkeys(row["site"] for row in rows):
+        own = [row for row in rows if row["site"] == site]
+        cells = []
+        for factor in (*factors, None):
+            of = [row for row in own if factor in (None, row["factor"])]
+            cells.append(" / ".join(f"{statistics.mean(row[name] for row in of):.2f}" for name in ("map", "ceiling")))
+        lines.append([site, *cells])
+    return table(["block", *factors, "all"], lines)
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    add_models(parser, "pipeline")
+    parser.add_argument("--out", type=Path, default=Path("runs/ceiling.json"))
+    parser.add_argument("--sites", nargs="*", help="every attention block by default")
+    parser.add_argument("--values", type=int, default=2, help="of each factor, the first ones")
+    parser.add_argument("--pairs", type=int, default=16, help="of prompts; a quarter of them leave the factor open")
+    parser.add_argument("--rank", type=int, default=8, help="of the map")
+    parser.add_argument("--anchors", type=int, default=3)
+    a, world = parse(parser)
+    pipe = load_pipeline(a.pipeline, a.device, a.dtype)
+    sites = a.sites or [site for site in list_sites(get_denoiser(pipe)) if is_block(site)]
+    with Recorder(pipe, sites) as recorder:
+        generate(pipe, [""], [0], a.steps, a.guidance)
+    timesteps = [round(t) for t in recorder.timesteps]
+    anchors = [timesteps[round(i * (len(timesteps) - 1) / (a.anchors - 1))] for i in range(a.anchors)]
+    widths = {site: recorder.trajectories(site).shape[-1] for site in sites}
+    results = Results(a, [a.pipeline], said_by_rows=("sites", "values"))
+    targets = [t for f in world.steered for t in [one for one in world.targets if one[0] == f][: a.values]]
+    call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "progress": False}
+    for site in tqdm(sites, unit="block"):
+        # a dictionary that knows nothing: what is fitted is a map of its own
+        pipe.load_rtsae(Dictionary({site: RTSAE(site, widths[site], anchors, num_latents=8, k=1)}))
+        for factor, value in targets:
+            if results.has(site=site, value=value):
+                continue
+            some, same = pairs(world, factor, value, a.pairs - a.pairs // 4, a.pairs // 4, already=4, seed=3)
+            found = fit_feature(pipe, some, 1, same, a.rank, batch_size=a.batch_size, **call).measured
+            row = {"site": site, "factor": factor, "value": value, "map": found["effect"]}
+            results.add(row | {name: found[name] for name in ("ceiling", "lowest", "harm")})
+        pipe.unload_rtsae()
+    results.tell(markdown(results.rows))
+
+
+if __name__ == "__main__":
+    main()
