@@ -22,18 +22,24 @@ from typer.testing import CliRunner
 from diffusers_rtsae import cli, files, load_dictionary
 from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.cli import app
+from diffusers_rtsae.worlds import WORLDS
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_demo_writes_its_pictures_and_measures(tmp_path):
-    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--steps", "8", "--prompts", "2"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_demo_writes_its_pictures_and_measures(world, tmp_path):
+    told = ["demo", "--world", world, "--out", str(tmp_path), "--steps", "8", "--prompts", "2"]
+    result = CliRunner().invoke(app, told)
     assert result.exit_code == 0, result.output
     for name in ("steering", "trajectories", "heat_maps"):
         picture = Image.open(tmp_path / f"{name}.png").convert("L")
         assert min(picture.size) > 200 and len(picture.getcolors(256)) > 20
     measured = json.loads((tmp_path / "measured.json").read_text())
-    assert measured and all(0 <= v <= 1 for row in measured.values() for v in row["success"].values())
+    assert measured and {row["factor"] for row in measured.values()} == {*WORLDS[world].scenes}
+    for row in measured.values():
+        assert {*row["success"]} == {"open", "contradicted"}
+        assert all(0 <= share <= 1 for shares in row["success"].values() for share in shares.values())
 
 
 COMMANDS = ("demo", "steer", "find", "fit", "inspect", "report", "app", "list", "push", "collect", "train", "evaluate")
@@ -208,7 +214,9 @@ def test_what_is_not_installed_is_one_sentence_with_its_extra(missing, extra, mo
     assert (code, told.err) == (1, f'error: This needs {missing}: pip install "diffusers-rtsae[{extra}]"\n')
 
 
-@pytest.mark.parametrize("option", [["--seed", "-1"], ["--seed", str(2**63)], ["--steps", "0"], ["--guidance", "nan"]])
+@pytest.mark.parametrize(
+    "option", [["--seed", "-1"], ["--seed", str(2**63)], ["--steps", "0"], ["--guidance", "nan"], ["--world", "mars"]]
+)
 def test_what_is_out_of_range_is_said_without_a_model(option):
     result = CliRunner().invoke(app, ["steer", "a star", "red=1", *option])
     assert result.exit_code == 2 and option[0] in result.output

@@ -38,6 +38,7 @@ from diffusers_rtsae.files import MAPS_NAME, read_lines, read_pairs
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, convertible
 from diffusers_rtsae.steering import Edit
 from diffusers_rtsae.weights import save_tensors
+from diffusers_rtsae.worlds import WORLDS
 
 SITE = "up_blocks.1.attentions.1"
 # 32 tokens of text, no grid; and a layer that does not tell its width
@@ -301,7 +302,7 @@ def recorded(world, **options):
 
 def demo_without_labels(world):
     Dictionary(world.dictionary.sites, {}, world.dictionary.config).save(world.empty / "unlabelled")
-    cli.demo(world.empty / "out", None, world.empty / "unlabelled", steps=1, prompts=1)
+    cli.demo(world.empty / "out", WORLDS["shapes"], None, world.empty / "unlabelled", steps=1, prompts=1)
 
 
 def train_without_the_trainer(world):

@@ -36,13 +36,17 @@ def packed() -> set[str]:
     return found
 
 
-def test_a_wheel_has_the_package_the_trainer_and_the_bundled_world():
+def test_a_wheel_has_the_package_the_trainer_and_the_bundled_worlds():
     wheel, training = packed(), tracked("training")
     assert {path for path in tracked("diffusers_rtsae") if not path.endswith(".md")} <= wheel
     left = {path for path in training if path.startswith(("training/experiments/", "training/results/"))}
     assert {path for path in training - left if not path.endswith("README.md")} <= wheel and not left & wheel
-    world = {path for path in tracked("examples") if re.match("examples/shapes-(sd|rtsae|scorer|prompts)", path)}
-    assert world <= wheel and 20e6 < sum((ROOT / path).stat().st_size for path in wheel) < 40e6
+    world = {
+        path
+        for path in tracked("examples")
+        if re.match("examples/(shapes|people)-(sd|dit|rtsae|scorer|prompts)", path)
+    }
+    assert world <= wheel and 20e6 < sum((ROOT / path).stat().st_size for path in wheel) < 80e6
 
 
 def test_the_bundled_files_are_found_beside_the_package_or_in_it(tmp_path, monkeypatch):

@@ -244,8 +244,30 @@ validity are as there.
 PEOPLE_SECTIONS: dict[str, Section] = {}
 
 
-def _drawn_people() -> str:
-    return ""
+DRAWN_PEOPLE = """## What these figures stand on
+
+The pipeline, asked for people of held-out combinations with every factor named (`python -m
+training.worlds.people.evaluate --out examples/people-dit/metrics.json`; {prompts} prompts, {steps} steps, guidance
+{guidance_scale:g}): the share of pictures that show each as told, read by the scorer. Beside it, what the scorer and
+the judge read right in the foundries' own pictures of held-out combinations.
+"""
+SHEET = """
+64 held-out prompts that nobody chose: on the left of each pair the foundry's own picture (Noto Emoji © Google,
+Apache-2.0; Twemoji © Twitter, Inc. and other contributors, CC BY 4.0; Fluent Emoji © Microsoft, MIT), on the right
+what the pipeline draws.
+
+![Pairs of pictures](../../../examples/people-dit/metrics.webp)
+"""
+
+
+def drawn_people() -> str:
+    """What the pipeline of people draws of what it is told, and what is read of real pictures."""
+    found = json.loads((ROOT / "examples" / "people-dit" / "metrics.json").read_text())
+    heads, lines = list(found["right"]), [["drawn", *(f"{share:.2f}" for share in found["right"].values())]]
+    for reader in ("scorer", "judge"):
+        own = json.loads((ROOT / "examples" / f"people-{reader}" / "metrics.json").read_text())["accuracy"]
+        lines.append([f"real, by the {reader}", *(f"{own[head]:.2f}" if head in own else "–" for head in heads)])
+    return DRAWN_PEOPLE.format(**found) + "\n" + table(["", *heads], lines) + SHEET
 
 
 class Page(NamedTuple):
@@ -318,7 +340,7 @@ PAGES = {
         "examples/people-rtsae",
         PEOPLE_INTRODUCTION,
         PEOPLE_SECTIONS,
-        _drawn_people,
+        drawn_people,
     ),
 }
 

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.files import whole
 from diffusers_rtsae.hub import write_json
 
 from ..pictures import add_models, contact_sheet, generate, load_models, new_parser, parse
@@ -63,7 +64,8 @@ def main() -> None:
     result, images = evaluate(pipe, scorer, people[order], a.steps, a.guidance, a.batch_size)
     write_json(a.out, result)
     pairs = torch.stack([images[:64], real[order[:64]].float() / 255], 1).flatten(0, 1)
-    contact_sheet(pairs, 16).save(a.out.with_suffix(".png"))
+    with whole(a.out.with_suffix(".webp")) as partial:
+        contact_sheet(pairs, 16, scale=1).save(partial, "webp", quality=85)
     print(result)
 
 
