@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from numbers import Real
 from pathlib import Path
@@ -85,9 +86,9 @@ def model_card(
         *dict.fromkeys(f"**{type(sae).__name__}.** {sae.summary}" for sae in sites.values()),
         "## Use",
         "```py\nimport diffusers_rtsae  # gives pipelines their methods\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({base_model or 'the base model'!r})\n"
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base_model or 'the base model')})\n"
         f"pipe.load_rtsae({source})\n"
-        f"pipe.set_rtsae_features({{{feature!r}: 1.0}})  # 1.0 is the typical full activation\n"
+        f"pipe.set_rtsae_features({{{json.dumps(feature)}: 1.0}})  # 1.0 is the typical full activation\n"
         'image = pipe("your prompt").images[0]\n```',
         "## Sites",
         _table(

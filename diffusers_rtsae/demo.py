@@ -45,10 +45,12 @@ def demonstrate(
     started = time.monotonic()
     labels = get_dictionary(pipe).labels
 
-    chosen: dict[str, str] = {}  # the first label of each kind
+    chosen: dict[
+        str, str
+    ] = {}  # the first label of each factor of which two are known, to ask for one against another
     for kind in world.scenes:
         known = [name for name, label in labels.items() if label.get("factor") == kind]
-        if known:
+        if len({labels[name]["value"] for name in known}) > 1:
             chosen[kind] = known[0]
     if not chosen:
         raise ValueError("The dictionary has no labels to steer with.")

@@ -39,9 +39,9 @@ before = draw()
 print("as it is")
 told(before)
 
-strengths = {}
+strengths, rng = {}, random.Random(0)
 for names in values.values():
-    order = random.Random(0).sample([names[i % len(names)] for i in range(len(prompts))], len(prompts))
+    order = rng.sample([names[i % len(names)] for i in range(len(prompts))], len(prompts))
     strengths |= {name: [float(name == one) for one in order] for name in names}
 with pipe.rtsae_steering(strengths):  # one strength an image
     after = draw()

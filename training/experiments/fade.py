@@ -10,7 +10,6 @@ the JSON as they are measured; the same command continues where it was stopped.
 
 from __future__ import annotations
 
-import copy
 import statistics
 from pathlib import Path
 
@@ -56,26 +55,19 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="for each label")
     a, world = parse(parser)
     pipe = load_pipeline(a.pipeline, a.device, a.dtype)
-    fading = load_dictionary(a.dictionary, dtype=torch.float32)
-    plain = copy.copy(fading)
-    plain.labels = copy.deepcopy(fading.labels)
-    own = [name for name, label in fading.labels.items() if "fade" in label["edit"]]
-    for name in own:
-        del plain.labels[name]["edit"]["fade"]
-    pipe.load_rtsae(fading, "fading")
-    pipe.load_rtsae(plain, "plain")
+    dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
+    pipe.load_rtsae(dictionary)
     results = Results(a, [a.pipeline, a.dictionary])
-    for name in tqdm(own, unit="label"):
+    own = {name: label for name, label in dictionary.labels.items() if "fade" in label["edit"]}
+    for name, label in tqdm(own.items(), unit="label"):
         if results.has(label=name):
             continue
-        factor, value = fading.labels[name]["factor"], fading.labels[name]["value"]
-        probe, rows = world.probe(factor, value, "contradicted", a.prompts, seed=1200), []
-        for adapter in ("fading", "plain"):
-            many = [{name: strength} for strength in STRENGTHS]
-            options = {"masks": False, "adapter_name": adapter}
-            images = run(pipe, [probe] * len(many), many, a.steps, a.guidance, a.batch_size, **options)
+        probe = world.probe(label["factor"], label["value"], "contradicted", a.prompts, seed=1200)
+        many, rows = [{name: strength} for strength in STRENGTHS], []
+        for fades, options in ((True, {}), (False, {"fade": False})):
+            images = run(pipe, [probe] * len(many), many, a.steps, a.guidance, a.batch_size, masks=False, **options)
             found = places(images.unflatten(0, (len(many), -1)))
-            row = {"label": name, "factor": factor, "fades": adapter == "fading"}
+            row = {"label": name, "factor": label["factor"], "fades": fades}
             row["places"] = {str(s): round(float(found[:, STRENGTHS.index(s)].mean()), 4) for s in SHOWN}
             row["jumps"] = [round(jump, 4) for jump in found.diff(dim=1).abs().amax(1).tolist()]
             rows.append(row)

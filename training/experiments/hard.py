@@ -4,7 +4,7 @@
 
 For each pair of labelled values of a factor, in both halves of guidance until the end: `add` alone; the token-local
 edits `transfer` and `replace`, which take from the feature of the value that the prompt names; `swap`, which adds the
-one and subtracts the other, both beyond the range of the training data, evenly or (`fading`) from twice the strength
+one and subtracts the other, both beyond the range of the training data, evenly or (`falling`) from twice the strength
 at the beginning to none at the end; and `local`, the latter on those tokens alone on which one of the two is active.
 Rows are added to the JSON as they are measured; the same command continues where it was stopped.
 """
@@ -25,10 +25,10 @@ from ..worlds.pictures import add_models, generate, load_models, new_parser, par
 from .results import Results, best, figures, table
 from .steering import mean, measure, run, score
 
-METHODS = ("add", "transfer", "replace", "swap", "fading", "local")
+METHODS = ("add", "transfer", "replace", "swap", "falling", "local")
 
 
-def fading(strength: float, progress: float) -> float:
+def falling(strength: float, progress: float) -> float:
     """A schedule of mean `strength` that ends at 0."""
     return 2 * strength * (1 - progress)
 
@@ -49,11 +49,11 @@ def steer(
                 chosen = torch.tensor([float((r[2], r[3]) == (target, named)) for r in part])
                 options = {"mask": chosen[:, None, None].expand(-1, 8, 8), "apply_to": "contrast", "end": 1.0}
                 features = {target: strength}
-                if method in ("swap", "fading", "local"):
+                if method in ("swap", "falling", "local"):
                     sides = {target: strength} | ({named: -strength} if named in labels else {})
                     options |= {"clip": False} | ({"where": list(sides)} if method == "local" else {})
                     features = {
-                        name: side if method == "swap" else partial(fading, side) for name, side in sides.items()
+                        name: side if method == "swap" else partial(falling, side) for name, side in sides.items()
                     }
                 elif method != "add" and named in labels:
                     options |= {"operation": method, "source": named}

@@ -107,7 +107,8 @@ SECTIONS = {  # by the name of the file
         The labels of colours `fade`: between strengths 0 and 1 they act as at 1, but begin late. {prompts} prompts for
         each, which name another colour, at nine strengths. The *place* of a picture is how far it is on the straight
         way from that at strength 0 to that at 1; its *jump* is the largest change of place between two neighbouring
-        strengths, of which .12 were even and 1 all at once. Beside it the same labels acting more weakly instead.
+        strengths: an eighth if it moves evenly, 1 if all at once. Beside it the same labels acting more weakly
+        instead.
         """,
     ),
     "together": Section(
@@ -133,7 +134,7 @@ SECTIONS = {  # by the name of the file
         "Prompts that name another value: which edit insists?",
         """
         In both halves of guidance until the end; `swap` adds the target and subtracts the value that the prompt
-        names, `fading` does so from twice the strength to none, `local` only where one of the two is active. A
+        names, `falling` does so from twice the strength to none, `local` only where one of the two is active. A
         cell is success / leakage / valid at the best strength, chosen on these prompts ({prompts} a label).
         """,
     ),
@@ -256,7 +257,7 @@ SHEET = """
 Apache-2.0; Twemoji © Twitter, Inc. and other contributors, CC BY 4.0; Fluent Emoji © Microsoft, MIT), on the right
 what the pipeline draws.
 
-![Pairs of pictures](../../../examples/people-dit/metrics.webp)
+![Pairs of pictures](drawn.webp)
 """
 
 

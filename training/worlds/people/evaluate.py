@@ -1,6 +1,7 @@
 """Does the pipeline of the world of people draw what it is told? Checked by the scorer on held-out combinations.
 
-    python -m training.worlds.people.evaluate --out examples/people-dit/metrics.json
+    python -m training.worlds.people.evaluate --out examples/people-dit/metrics.json \\
+        --sheet training/results/people/drawn.webp
 
 Every prompt names all factors of a combination that was never trained on. The contact sheet shows the first 64 of
 them, unchosen, each beside the foundry's own picture, which is not trained on either.
@@ -56,6 +57,7 @@ def main() -> None:
     add_models(parser, "pipeline", "scorer")
     parser.add_argument("--pictures", type=Path, default=Path("runs/people"), help="what `scenes` built")
     parser.add_argument("--out", type=Path, default=Path("runs/people-dit-metrics.json"))
+    parser.add_argument("--sheet", type=Path, default=Path("runs/people-drawn.webp"), help="contact sheet to write")
     parser.add_argument("--prompts", type=int, default=400)
     a, _ = parse(parser)
     pipe, scorer = load_models(a)
@@ -64,7 +66,7 @@ def main() -> None:
     result, images = evaluate(pipe, scorer, people[order], a.steps, a.guidance, a.batch_size)
     write_json(a.out, result)
     pairs = torch.stack([images[:64], real[order[:64]].float() / 255], 1).flatten(0, 1)
-    with whole(a.out.with_suffix(".webp")) as partial:
+    with whole(a.sheet) as partial:
         contact_sheet(pairs, 16, scale=1).save(partial, "webp", quality=85)
     print(result)
 

@@ -4,7 +4,8 @@
     python -m training.worlds.people.scenes --packages . --out runs/people
 
 A picture has four factors: who draws it (style), skin tone, who is drawn (woman, man or person) and a role: a
-profession, an activity, a gesture or an appearance. Pictures are not part of this repository; packages are checked
+profession, an activity, a gesture or an appearance. Pictures are not part of this repository, but for
+the small ones on one contact sheet of the measurements; packages are checked
 against the checksums below, and every foundry's pictures are written whole or not at all.
 """
 

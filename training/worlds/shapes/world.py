@@ -22,6 +22,7 @@ class Shapes(World):
     local = tuple(OBJECT_FACTORS)
     targets = tuple((factor, value) for factor in _STEERED for value in FACTORS[factor])
     domains = ("style", "shape")
+    fades = {"colour": (0.12, 0.7)}
     image_size = IMAGE_SIZE
 
     pipeline = Path("examples/shapes-sd")
