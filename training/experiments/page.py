@@ -242,7 +242,64 @@ Emoji of one person each by three foundries, drawn by a transformer that was tra
 name every factor but the one that is steered, **contradicted** ones name another value of it. Success, leakage and
 validity are as there.
 """
-PEOPLE_SECTIONS: dict[str, Section] = {}
+PEOPLE_SECTIONS = {
+    "judged": Section(
+        "table",
+        "Does a label do what it says?",
+        """
+        Every label of the bundled dictionary on {prompts} prompts of its own, which had no part in any choice, read by
+        a judge that had none either: a second scorer of another architecture and training (`examples/people-judge`).
+        A cell is success / leakage / valid at strength 1. Labels are linear maps fitted to what changing the prompt
+        does, without a scorer (`python -m training.experiments.label --world people`: 24 pairs of prompts, rank 8).
+        `random map` reads what the label's map reads and moves as far, in random directions. Style transfer is the
+        contradicted prompts of styles: what else changes with it is said below the table.
+        """,
+    ),
+    "ceiling": Section(
+        "ceiling",
+        "Which block can be steered?",
+        """
+        On held-out pairs of prompts, for the first value of each factor ({pairs} pairs): the effect of a linear map of
+        rank {rank} fitted at the block, and the block's ceiling, which is the effect of putting the other prompt's
+        activation itself there. A cell is map / ceiling; 1 is what changing the prompt does.
+        """,
+    ),
+    "even": Section(
+        "even",
+        "Who gets drawn?",
+        """
+        {prompts} prompts for each of twelve roles that name it and nothing else: as they are, and with each picture
+        steered at strength 1 to one value of another factor, all values as often as each other and without looking at
+        the picture. The prompts stay as they are. Shares are of valid pictures.
+        """,
+    ),
+    "dose": Section(
+        "dose",
+        "How does it depend on the strength?",
+        """
+        Each label at each strength on {prompts} prompts that leave its factor open: the share that shows it, and how
+        steadily that and its margin rise (Spearman's rank correlation). Last, prompts that name the value, at
+        strength −1: the share of those that showed it and no longer do.
+        """,
+    ),
+    "together": Section(
+        "together",
+        "Two labels at once",
+        """
+        Two labels of different factors on prompts that name another value of both, {prompts} of each pair, beside
+        prompts that name both.
+        """,
+    ),
+    "unlearn": Section(
+        "unlearn",
+        "Can a concept be removed?",
+        """
+        UnlearnCanvas' protocol on styles and roles, {prompts} prompts that name each concept and as many that do not.
+        Every edit acts on all of them: the bundled label of the concept at strength −1, or the latents that are most
+        present when prompts name it, multiplied wherever they are active, in both halves of guidance.
+        """,
+    ),
+}
 
 
 DRAWN_PEOPLE = """## What these figures stand on
