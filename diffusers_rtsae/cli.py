@@ -118,6 +118,7 @@ def _pipeline(pipeline: str | None, dictionary: str | Path, world: World):
     import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
 
     if pipeline is None:  # loaded in a moment
+        logging.set_verbosity_error()  # PixArt tells at every call that it cleans no captions
         logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()

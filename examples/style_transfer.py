@@ -21,7 +21,12 @@ people = (
 def draw(style: str) -> list:
     generators = [torch.Generator().manual_seed(i) for i in range(len(people))]
     prompts = [f"{person} in {style} style" for person in people]
-    call = {"num_inference_steps": a.steps, "guidance_scale": 3.0, "use_resolution_binning": False}
+    call = {
+        "num_inference_steps": a.steps,
+        "guidance_scale": 3.0,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    }
     return pipe(prompts, generator=generators, **call).images
 
 

@@ -23,7 +23,12 @@ values = {factor: scorer.factors[factor] for factor in ("tone", "who")}
 
 def draw() -> torch.Tensor:
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    call = {"num_inference_steps": a.steps, "guidance_scale": 3.0, "use_resolution_binning": False}
+    call = {
+        "num_inference_steps": a.steps,
+        "guidance_scale": 3.0,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    }
     return pipe(prompts, generator=generators, output_type="pt", **call).images.clamp(0, 1)
 
 

@@ -104,7 +104,7 @@ SECTIONS = {  # by the name of the file
         "fade",
         "Does a colour move gradually?",
         """
-        The labels of colours `fade`: between strengths 0 and 1 they act as at 1, but begin late. {prompts} prompts for
+        The labels of colours `fade`: between strengths 0 and 1 they act as at 1, but end early. {prompts} prompts for
         each, which name another colour, at nine strengths. The *place* of a picture is how far it is on the straight
         way from that at strength 0 to that at 1; its *jump* is the largest change of place between two neighbouring
         strengths: an eighth if it moves evenly, 1 if all at once. Beside it the same labels acting more weakly
@@ -310,9 +310,9 @@ training.worlds.people.evaluate --out examples/people-dit/metrics.json`; {prompt
 the judge read right in the foundries' own pictures of held-out combinations.
 """
 SHEET = """
-64 held-out prompts that nobody chose: on the left of each pair the foundry's own picture (Noto Emoji © Google,
-Apache-2.0; Twemoji © Twitter, Inc. and other contributors, CC BY 4.0; Fluent Emoji © Microsoft, MIT), on the right
-what the pipeline draws.
+64 held-out prompts that nobody chose: on the left of each pair what the pipeline draws, on the right the foundry's own
+picture (Noto Emoji © Google, Apache-2.0; Twemoji © Twitter, Inc. and other contributors, CC BY 4.0; Fluent Emoji ©
+Microsoft, MIT).
 
 ![Pairs of pictures](drawn.webp)
 """

@@ -290,6 +290,24 @@ def test_a_killed_training_continues_to_the_same_weights(trained, pictures, tmp_
     assert not all(torch.equal(whole[name], early[name]) for name in whole)
 
 
+def test_a_training_may_begin_with_a_saved_pipeline(trained, pictures, tmp_path):
+    def train(recipe):
+        return training.train_denoiser(
+            recipe, pictures, tmp_path, tmp_path / "further", "cpu", 1, trained / "pipeline"
+        )
+
+    assert train(RECIPE)
+    begun, further = (load_pipeline(path, "cpu") for path in (trained / "pipeline", tmp_path / "further"))
+    before, after = begun.vae.state_dict(), further.vae.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    before, after = begun.transformer.state_dict(), further.transformer.state_dict()
+    moved = max((after[name] - before[name]).abs().max() for name in before)
+    assert 0 < moved < 0.1
+    deeper = RECIPE["denoiser"] | {"transformer": RECIPE["denoiser"]["transformer"] | {"num_layers": 2}}
+    with pytest.raises(ValueError, match="has another num_layers than the recipe, 1"):
+        train(RECIPE | {"denoiser": deeper})
+
+
 def test_latents_are_standardised_without_changing_a_picture(trained, pictures):
     images = load(pictures, held_out=False)[0]
     vae = load_pipeline(trained / "pipeline", "cpu").vae
