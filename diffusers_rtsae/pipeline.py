@@ -123,7 +123,7 @@ def _part(entry: dict, dictionary: Dictionary, options: dict) -> dict:
 def _defaults(verified: dict, options: dict) -> dict:
     """
     What the options a label was verified with add to those of the caller: nothing to another operation, and no half of
-    a window, nor an end that a strength makes early.
+    a window, nor a beginning that a strength makes late.
     """
     operation = verified.get("operation", "add")
     if options.get("operation", operation) != operation:

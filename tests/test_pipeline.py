@@ -114,14 +114,13 @@ def test_a_zero_mask_protects_and_a_window_limits(steered, feature, draw):
 
 
 def test_a_label_that_fades_does_so_unless_the_caller_says_when(dictionary):
-    adapter = SimpleNamespace(dictionary=dictionary)
-
     def fade(**options):
+        labels = {"red": {"features": dictionary.seen("red"), "edit": {"fade": [0.2, 0.6]}}}
+        adapter = SimpleNamespace(dictionary=Dictionary(dictionary.sites, labels))
         return next(edit.fade for _, edit in _edits(adapter, {"red": 0.3}, **options))
 
-    assert fade() == dictionary.labels["red"]["edit"]["fade"]
+    assert fade() == [0.2, 0.6] and fade(fade=(0.0, 0.5)) == (0.0, 0.5)
     assert fade(end=0.3) is fade(start=0.5) is None and fade(fade=False) is False
-    assert fade(fade=(0.0, 0.5)) == (0.0, 0.5)
 
 
 @pytest.mark.way(2)

@@ -54,10 +54,10 @@ class Edit:
         where (`tuple[int, ...]`, *optional*): only tokens on which one of these latents is active.
         mask (`torch.Tensor`, *optional*): `(1 or prompts, height, width)` in [0, 1], multiplies the change.
         start, end (`float`): the part of denoising time, 0 at pure noise and 1 at the image, in which it acts.
-        fade (`tuple[float, float]`, *optional*): at a number between 0 and 1 the edit acts as at 1 but ends early:
-            near 0 at the first of these parts of denoising time, near 1 at the second. From then on the prompt pulls
-            back, so that a colour, say, moves gradually, where a weaker edit would do nothing or all. A schedule says
-            itself what is when, and does not fade. `False` is none, where a label has one.
+        fade (`tuple[float, float]`, *optional*): at a number between 0 and 1 the edit acts as at 1 but begins late:
+            near 1 at the first of these parts of denoising time, near 0 at the second. An image keeps some of what it
+            has by then, so that a colour, say, may be a mixture, where a weaker edit would do nothing or all. A
+            schedule says itself what is when, and does not fade. `False` is none, where a label has one.
         apply_to (`str`): `"cond"`, the text-conditional half; `"all"`; or `"contrast"`, + on it and − on the other
             half.
         injection (`str`): `"trajectory"` moves to where the activation would be were the feature active all along;
@@ -193,13 +193,13 @@ class Edit:
         return strength if self.bounds is None else min(max(strength, self.bounds[0]), self.bounds[1])
 
     def _faded(self, strength: float, progress: float) -> float:
-        """What a strength is at one moment. Between 0 and 1, if it fades: all at first, then, within an eighth of the
-        time by which it may end early, nothing."""
+        """What a strength is at one moment. Between 0 and 1, if it fades: nothing at first, then, within an eighth of
+        the time by which it may be late, all."""
         if not self._fades or not 0 < abs(strength) < 1:
             return strength
         first, last = self.fade
-        ends = first + abs(strength) * (last - first)
-        return math.copysign(min(max(1 - 8 * (progress - ends) / (last - first), 0.0), 1.0), strength)
+        begins = first + (1 - abs(strength)) * (last - first)
+        return math.copysign(min(max(1 - 8 * (begins - progress) / (last - first), 0.0), 1.0), strength)
 
 
 def numbers(values) -> list:

@@ -2,10 +2,10 @@
 
     python -m training.experiments.fade --out training/results/fade.json
 
-Every label that fades, on prompts that name another value, at nine strengths. The *place* of a picture is how far it
-is on the straight way from that at strength 0 to that at 1; its *jump*, the largest change of place between two
-strengths: an eighth were perfectly even, 1 all at once. Beside it the same label without its `fade`. Rows are added to
-the JSON as they are measured; the same command continues where it was stopped.
+The labels of one factor, on prompts that name another value, at nine strengths: with the option `fade`, and without.
+The *place* of a picture is how far the mean colour where its object is has come on the straight way from that at
+strength 0 to that at 1; its *jump*, the largest change of place between two strengths: an eighth were perfectly even,
+1 all at once. Rows are added to the JSON as they are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ STRENGTHS = tuple(i / 8 for i in range(9))
 SHOWN = (0.25, 0.5, 0.75)
 
 
-def places(images: torch.Tensor) -> torch.Tensor:
-    """Of pictures `(strengths, prompts, ...)`, the place `(prompts, strengths)` of each between the first strength and
+def places(colours: torch.Tensor) -> torch.Tensor:
+    """Of colours `(strengths, prompts, 3)`, the place `(prompts, strengths)` of each between the first strength and
     the last."""
-    moved = (images - images[0]).flatten(2)
+    moved = colours - colours[0]
     return ((moved * moved[-1]).sum(2) / moved[-1].square().sum(1).clamp(min=1e-9)).T
 
 
@@ -53,21 +53,26 @@ def main() -> None:
     add_models(parser, "pipeline", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/fade.json"))
     parser.add_argument("--prompts", type=int, default=4, help="for each label")
+    parser.add_argument("--factor", default="colour")
+    parser.add_argument("--fade", nargs=2, type=float, default=[0.14, 0.5])
     a, world = parse(parser)
     pipe = load_pipeline(a.pipeline, a.device, a.dtype)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     pipe.load_rtsae(dictionary)
     results = Results(a, [a.pipeline, a.dictionary])
-    own = {name: label for name, label in dictionary.labels.items() if "fade" in label["edit"]}
+    own = {name: label for name, label in dictionary.labels.items() if label["factor"] == a.factor}
     for name, label in tqdm(own.items(), unit="label"):
         if results.has(label=name):
             continue
-        probe = world.probe(label["factor"], label["value"], "contradicted", a.prompts, seed=1200)
+        probe = world.probe(a.factor, label["value"], "contradicted", a.prompts, seed=1200)
+        where = world.masks(probe.scenes, world.image_size)[:, None]
         many, rows = [{name: strength} for strength in STRENGTHS], []
-        for fades, options in ((True, {}), (False, {"fade": False})):
-            images = run(pipe, [probe] * len(many), many, a.steps, a.guidance, a.batch_size, masks=False, **options)
-            found = places(images.unflatten(0, (len(many), -1)))
-            row = {"label": name, "factor": label["factor"], "fades": fades}
+        for fades, options in ((True, {"fade": tuple(a.fade)}), (False, {})):
+            images = run(
+                pipe, [probe] * len(many), many, a.steps, a.guidance, a.batch_size, masks=False, **options
+            ).unflatten(0, (len(many), -1))
+            found = places((images * where).sum((3, 4)) / where.sum((2, 3)))
+            row = {"label": name, "factor": a.factor, "fades": fades}
             row["places"] = {str(s): round(float(found[:, STRENGTHS.index(s)].mean()), 4) for s in SHOWN}
             row["jumps"] = [round(jump, 4) for jump in found.diff(dim=1).abs().amax(1).tolist()]
             rows.append(row)

@@ -63,12 +63,11 @@ def main() -> None:
     if a.fit_only:
         return
     result = load_dictionary(a.dictionary)
-    for factor, value in targets:
+    for _, value in targets:
         fitted = stored(a.work, value)
         result.labels.pop(value, None)
         if fitted.measured["effect"] >= a.least:
-            fade = {"fade": list(world.fades[factor])} if factor in world.fades else {}
-            result.add_label(value, fitted.label | {"edit": fitted.label["edit"] | fade}, fitted.maps)
+            result.add_label(value, fitted.label, fitted.maps)
     order = [value for _, value in world.targets]
     result.labels = dict(sorted(result.labels.items(), key=lambda item: order.index(item[0])))
     result.save(a.out or a.dictionary)

@@ -104,11 +104,11 @@ SECTIONS = {  # by the name of the file
         "fade",
         "Does a colour move gradually?",
         """
-        The labels of colours `fade`: between strengths 0 and 1 they act as at 1, but end early. {prompts} prompts for
-        each, which name another colour, at nine strengths. The *place* of a picture is how far it is on the straight
-        way from that at strength 0 to that at 1; its *jump* is the largest change of place between two neighbouring
-        strengths: an eighth if it moves evenly, 1 if all at once. Beside it the same labels acting more weakly
-        instead.
+        The labels of {factor} on {prompts} prompts each, which name another value, at nine strengths from 0 to 1:
+        with the option `fade`, by which they act as at 1 but begin late, and as they are, acting more weakly. The
+        *place* of a picture is how far the mean colour where the object is has come on the straight way from that at
+        strength 0 to that at 1; its *jump* is the largest change of place between two neighbouring strengths: an
+        eighth if it moves evenly, 1 if all at once.
         """,
     ),
     "together": Section(

@@ -39,7 +39,6 @@ class World(ABC):
     local: tuple[str, ...]  # factors of an object; the others are of the whole picture
     targets: tuple[tuple[str, str], ...]  # (factor, value) that can be steered to; all values of a factor, or some
     domains: tuple[str, str]  # of which values are unlearned, each factor beside the other
-    fades: dict[str, tuple[float, float]] = {}  # factors whose labels fade, and when those end, near 0 and near 1
     image_size: int  # height and width of a picture in pixels
 
     pipeline: Path

@@ -5,10 +5,10 @@ from training.experiments.fade import markdown, places
 
 def test_places_are_along_the_way():
     way = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    first, goal = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
-    images = torch.stack([first + place * (goal - first) for place in way])
-    torch.testing.assert_close(places(images), way.expand(2, -1))
-    across = torch.stack([torch.zeros(1, 2), torch.tensor([[0.5, 9.0]]), torch.tensor([[1.0, 0.0]])])
+    first, goal = torch.rand(2, 3), torch.rand(2, 3)
+    colours = torch.stack([first + place * (goal - first) for place in way])
+    torch.testing.assert_close(places(colours), way.expand(2, -1))
+    across = torch.stack([torch.zeros(1, 3), torch.tensor([[0.5, 9.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])])
     assert places(across).tolist() == [[0.0, 0.5, 1.0]]  # what is beside the way does not count
 
 

@@ -22,7 +22,6 @@ class Shapes(World):
     local = tuple(OBJECT_FACTORS)
     targets = tuple((factor, value) for factor in _STEERED for value in FACTORS[factor])
     domains = ("style", "shape")
-    fades = {"colour": (0.15, 1.0)}
     image_size = IMAGE_SIZE
 
     pipeline = Path("examples/shapes-sd")
