@@ -35,7 +35,8 @@ def markdown(rows: list[dict]) -> str:
         cells = []
         for factor in (*factors, None):
             of = [row for row in own if factor in (None, row["factor"])]
-            cells.append(" / ".join(f"{statistics.mean(row[name] for row in of):.2f}" for name in ("map", "ceiling")))
+            means = [f"{statistics.mean(row[name] for row in of):.2f}" for name in ("map", "ceiling") if of]
+            cells.append(" / ".join(means) or "–")
         lines.append([site, *cells])
     return table(["block", *factors, "all"], lines)
 

@@ -261,7 +261,9 @@ PEOPLE_SECTIONS = {
         """
         On held-out pairs of prompts, for the first value of each factor ({pairs} pairs): the effect of a linear map of
         rank {rank} fitted at the block, and the block's ceiling, which is the effect of putting the other prompt's
-        activation itself there. A cell is map / ceiling; 1 is what changing the prompt does.
+        activation itself there. A cell is map / ceiling; 1 is what changing the prompt does. The dictionaries are of
+        block 3. Blocks whose ceiling is high do not have maps that are nearly as good, unlike the site of the shapes,
+        which was made linearly readable: here the site is not the limit, but what a linear map of each token can do.
         """,
     ),
     "even": Section(
