@@ -123,12 +123,12 @@ def _part(entry: dict, dictionary: Dictionary, options: dict) -> dict:
 def _defaults(verified: dict, options: dict) -> dict:
     """
     What the options a label was verified with add to those of the caller: nothing to another operation, and no half of
-    a window, nor a beginning that a strength makes late.
+    a window.
     """
     operation = verified.get("operation", "add")
     if options.get("operation", operation) != operation:
         return {}
-    named = set(options) | ({"start", "end", "fade"} if {"start", "end"} & set(options) else set())
+    named = set(options) | ({"start", "end"} if {"start", "end"} & set(options) else set())
     return {key: value for key, value in verified.items() if key not in named}
 
 
@@ -243,7 +243,7 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
                 activation. A list holds one strength per prompt; a tensor or array `(steps,)` or `(steps, prompts)`,
                 or a function of the progress from 0 to 1, is a schedule over denoising.
             adapter_name (`str`, *optional*): which dictionary; needed if several are loaded.
-            options: `operation`, `source`, `where`, `mask`, `start`, `end`, `fade`, `apply_to`, `injection`, `clip`,
+            options: `operation`, `source`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`, `clip`,
                 `renormalise`; see [`Edit`]. `source` is a feature. `where` may be `"everywhere"`, or a feature (or
                 list of them) whose active tokens are edited. A label brings the options it was verified with, unless
                 another `operation` is asked for; `start` and `end` replace its whole window.

@@ -471,7 +471,7 @@ MISUSE = {
     "a misspelt option": (
         steer(strenght=2.0),
         ValueError,
-        "Unknown option 'strenght'; an edit has ['apply_to', 'clip', 'end', 'fade', 'injection', 'mask', 'operation', "
+        "Unknown option 'strenght'; an edit has ['apply_to', 'clip', 'end', 'injection', 'mask', 'operation', "
         "'renormalise', 'source', 'start', 'where'].",
     ),
     "an option that the feature decides": (
@@ -510,16 +510,6 @@ MISUSE = {
         steer(start="0.2"),
         ValueError,
         "Expected 0 <= start <= end <= 1, got start='0.2', end=1.0.",
-    ),
-    "a fade that is no pair": (
-        steer(fade=0.3),
-        ValueError,
-        "Expected `fade` as two parts of denoising time, the earlier first, got 0.3.",
-    ),
-    "a fade to a strength that has an effect": (
-        steer(operation="scale", fade=(0.2, 0.4)),
-        ValueError,
-        "`fade` ends in strength 0, at which 'scale' still has an effect.",
     ),
     "transfer from nothing": (
         steer(operation="transfer"),

@@ -113,16 +113,6 @@ def test_a_zero_mask_protects_and_a_window_limits(steered, feature, draw):
     assert not np.array_equal(late, plain) and not np.array_equal(late, always)
 
 
-def test_a_label_that_fades_does_so_unless_the_caller_says_when(dictionary):
-    def fade(**options):
-        labels = {"red": {"features": dictionary.seen("red"), "edit": {"fade": [0.2, 0.6]}}}
-        adapter = SimpleNamespace(dictionary=Dictionary(dictionary.sites, labels))
-        return next(edit.fade for _, edit in _edits(adapter, {"red": 0.3}, **options))
-
-    assert fade() == [0.2, 0.6] and fade(fade=(0.0, 0.5)) == (0.0, 0.5)
-    assert fade(end=0.3) is fade(start=0.5) is None and fade(fade=False) is False
-
-
 @pytest.mark.way(2)
 def test_a_label_brings_its_options_and_the_caller_has_the_last_word(dictionary):
     def edit(verified: dict, **options):

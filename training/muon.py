@@ -68,6 +68,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             (self._step_matrices if group["matrices"] else self._step_others)(params, group)
 

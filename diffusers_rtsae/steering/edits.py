@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
 
 import numpy as np
 import torch
@@ -54,10 +53,6 @@ class Edit:
         where (`tuple[int, ...]`, *optional*): only tokens on which one of these latents is active.
         mask (`torch.Tensor`, *optional*): `(1 or prompts, height, width)` in [0, 1], multiplies the change.
         start, end (`float`): the part of denoising time, 0 at pure noise and 1 at the image, in which it acts.
-        fade (`tuple[float, float]`, *optional*): at a number between 0 and 1 the edit acts as at 1 but begins late:
-            near 1 at the first of these parts of denoising time, near 0 at the second. An image keeps some of what it
-            has by then, so that a colour, say, may be a mixture, where a weaker edit would do nothing or all. A
-            schedule says itself what is when, and does not fade. `False` is none, where a label has one.
         apply_to (`str`): `"cond"`, the text-conditional half; `"all"`; or `"contrast"`, + on it and − on the other
             half.
         injection (`str`): `"trajectory"` moves to where the activation would be were the feature active all along;
@@ -82,7 +77,6 @@ class Edit:
     mask: torch.Tensor | None = None
     start: float = 0.0
     end: float = 1.0
-    fade: tuple[float, float] | Literal[False] | None = None
     apply_to: str = "contrast"
     injection: str = "trajectory"
     clip: bool = True
@@ -121,14 +115,6 @@ class Edit:
             )
         if not _is_finite((self.start, self.end)) or not 0 <= self.start <= self.end <= 1:
             raise ValueError(f"Expected 0 <= start <= end <= 1, got start={self.start!r}, end={self.end!r}.")
-        if self._fades:
-            pair = isinstance(self.fade, list | tuple) and len(self.fade) == 2 and _is_finite(self.fade)
-            if not pair or not 0 <= self.fade[0] < self.fade[1] <= 1:
-                raise ValueError(
-                    f"Expected `fade` as two parts of denoising time, the earlier first, got {self.fade!r}."
-                )
-            if NEUTRAL.get(self.operation) != 0:
-                raise ValueError(f"`fade` ends in strength 0, at which {self.operation!r} still has an effect.")
 
     @property
     def is_idle(self) -> bool:
@@ -174,32 +160,10 @@ class Edit:
         strengths = tuple(numbers(strength))
         if not _is_finite(strengths):
             raise ValueError(f"The schedule gave {strength!r} at progress {progress:.3g}, expected finite numbers.")
-        if callable(self.strength):
-            return tuple(map(self._bounded, strengths))
-        return tuple(self._bounded(self._faded(self._bounded(value), progress)) for value in strengths)
-
-    @property
-    def _fades(self) -> bool:
-        return self.fade is not None and self.fade is not False
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether the strength is the same at all steps."""
-        if callable(self.strength) or torch.is_tensor(self.strength):
-            return False
-        return not self._fades or not any(0 < abs(self._bounded(value)) < 1 for value in numbers(self.strength))
+        return tuple(map(self._bounded, strengths))
 
     def _bounded(self, strength: float) -> float:
         return strength if self.bounds is None else min(max(strength, self.bounds[0]), self.bounds[1])
-
-    def _faded(self, strength: float, progress: float) -> float:
-        """What a strength is at one moment. Between 0 and 1, if it fades: nothing at first, then, within an eighth of
-        the time by which it may be late, all."""
-        if not self._fades or not 0 < abs(strength) < 1:
-            return strength
-        first, last = self.fade
-        begins = first + (1 - abs(strength)) * (last - first)
-        return math.copysign(min(max(1 - 8 * (begins - progress) / (last - first), 0.0), 1.0), strength)
 
 
 def numbers(values) -> list:

@@ -175,7 +175,7 @@ class _Fold:
         with torch.inference_mode(False):  # what is kept may meet autograd later
             each = torch.tensor([[s for s in own for _ in range(images // len(own))] for own in given])
             strength = each.to(self.device, torch.float32).T[:, None, self.owners]
-        if all(edit.is_constant for edit in self.edits):
+        if not any(callable(edit.strength) or torch.is_tensor(edit.strength) for edit in self.edits):
             self._strengths[images] = strength
         return strength
 

@@ -31,25 +31,6 @@ def test_schedules():
     assert edit(strength=torch.zeros(3)).is_idle
 
 
-def test_a_strength_that_fades_begins_late_and_is_then_whole():
-    fading = edit(strength=(0.0, 0.5, 1.0, 2.0, -0.25), fade=(0.2, 0.6))
-    assert fading.strength_at(1000) == fading.strength_at(700) == (0.0, 0.0, 1.0, 2.0, 0.0)
-    assert fading.strength_at(625) == pytest.approx((0.0, 0.5, 1.0, 2.0, 0.0))  # half of the eighth before .4
-    assert fading.strength_at(600) == pytest.approx((0.0, 1.0, 1.0, 2.0, 0.0))
-    assert fading.strength_at(400) == pytest.approx((0.0, 1.0, 1.0, 2.0, -1.0))
-    assert edit(strength=0.0, fade=(0.2, 0.6)).is_idle and not fading.is_idle
-    kept = edit(strength=(0.5, -3.0), fade=(0.2, 0.4), bounds=(-0.5, 0.0))
-    assert kept.strength_at(0) == (0.0, -0.5)
-    assert not fading.is_constant and edit(strength=0.5).is_constant and edit(fade=(0.2, 0.4)).is_constant
-    assert edit(strength=0.5, fade=False).strength_at(1000) == (0.5,)
-
-
-def test_a_schedule_does_not_fade():
-    for schedule in (lambda progress: 1 - progress, torch.tensor([1.0, 0.0])):
-        falling = edit(strength=schedule, fade=(0.2, 0.4))
-        assert [falling.strength_at(t)[0] for t in (1000, 500, 100)] == pytest.approx([1, 0.5, 0.1])
-
-
 def test_masks_of_all_kinds():
     picture = Image.new("L", (8, 4), 255)
     for mask in (picture, np.ones((4, 8)), torch.ones(4, 8), torch.ones(1, 1, 4, 8)):

@@ -100,17 +100,6 @@ SECTIONS = {  # by the name of the file
         those that showed it and no longer do.
         """,
     ),
-    "fade": Section(
-        "fade",
-        "Does a colour move gradually?",
-        """
-        The labels of {factor} on {prompts} prompts each, which name another value, at nine strengths from 0 to 1:
-        with the option `fade`, by which they act as at 1 but begin late, and as they are, acting more weakly. The
-        *place* of a picture is how far the mean colour where the object is has come on the straight way from that at
-        strength 0 to that at 1; its *jump* is the largest change of place between two neighbouring strengths: an
-        eighth if it moves evenly, 1 if all at once.
-        """,
-    ),
     "together": Section(
         "together",
         "Two labels at once, and painted ones",
@@ -308,8 +297,8 @@ DRAWN_PEOPLE = """## What these figures stand on
 
 The pipeline, asked for people of held-out combinations with every factor named (`python -m
 training.worlds.people.evaluate --out examples/people-dit/metrics.json`; {prompts} prompts, {steps} steps, guidance
-{guidance_scale:g}): the share of pictures that show each as told, read by the scorer. Beside it, what the scorer and
-the judge read right in the foundries' own pictures of held-out combinations.
+{guidance_scale:g}): the share of pictures that show each as told, read by the scorer. Below, what the scorer
+reads right in the foundries' own pictures of held-out combinations.
 """
 SHEET = """
 64 held-out prompts that nobody chose: on the left of each pair what the pipeline draws, on the right the foundry's own
@@ -321,12 +310,11 @@ Microsoft, MIT).
 
 
 def drawn_people() -> str:
-    """What the pipeline of people draws of what it is told, and what is read of real pictures."""
+    """What the pipeline of people draws of what it is told, and what is read of real ones."""
     found = json.loads((ROOT / "examples" / "people-dit" / "metrics.json").read_text())
     heads, lines = list(found["right"]), [["drawn", *(f"{share:.2f}" for share in found["right"].values())]]
-    for reader in ("scorer", "judge"):
-        own = json.loads((ROOT / "examples" / f"people-{reader}" / "metrics.json").read_text())["accuracy"]
-        lines.append([f"real, by the {reader}", *(f"{own[head]:.2f}" if head in own else "–" for head in heads)])
+    own = json.loads((ROOT / "examples" / "people-scorer" / "metrics.json").read_text())["accuracy"]
+    lines.append(["real, as read", *(f"{own[head]:.2f}" if head in own else "–" for head in heads)])
     return DRAWN_PEOPLE.format(**found) + "\n" + table(["", *heads], lines) + SHEET
 
 

@@ -62,8 +62,7 @@ def with_labels(sites: dict[str, RTSAE], labels: dict[str, dict], rows: list[int
     for row, (name, label) in zip(rows, labels.items(), strict=True):
         at = dict.fromkeys(entry["site"] for entry in label["features"])
         entries = [{"site": site, "latents": [row], "weights": [1.0]} for site in at]
-        edit = {option: value for option, value in label.get("edit", {}).items() if option != "fade"}
-        named[name] = {"factor": label["factor"], "edit": edit, "features": entries}
+        named[name] = {"factor": label["factor"], "edit": label.get("edit", {}), "features": entries}
     return Dictionary(sites, named)
 
 
