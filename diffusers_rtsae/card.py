@@ -76,7 +76,7 @@ def model_card(
         description=description,
         sites=list(sites),
     )
-    source = repr(repo_id) if repo_id else '"path/of/this/folder"'
+    source = _quoted(repo_id) if repo_id else '"path/of/this/folder"'
     feature = next(iter(labels), 0 if len(sites) == 1 else (next(iter(sites)), 0))
     parts = [
         f"---\n{data.to_yaml()}\n---\n{_MARK}",
@@ -86,9 +86,9 @@ def model_card(
         *dict.fromkeys(f"**{type(sae).__name__}.** {sae.summary}" for sae in sites.values()),
         "## Use",
         "```py\nimport diffusers_rtsae  # gives pipelines their methods\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base_model or 'the base model')})\n"
+        f"pipe = DiffusionPipeline.from_pretrained({_quoted(base_model or 'the base model')})\n"
         f"pipe.load_rtsae({source})\n"
-        f"pipe.set_rtsae_features({{{json.dumps(feature)}: 1.0}})  # 1.0 is the typical full activation\n"
+        f"pipe.set_rtsae_features({{{_quoted(feature)}: 1.0}})  # 1.0 is the typical full activation\n"
         'image = pipe("your prompt").images[0]\n```',
         "## Sites",
         _table(
@@ -112,6 +112,11 @@ def model_card(
         "hold for what is generated.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _quoted(value: str) -> str:
+    """As Python, and those who format it, write a string."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _origin(config: dict) -> list[str]:

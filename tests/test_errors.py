@@ -1287,6 +1287,11 @@ MISUSE = {
         AttributeError,
         "module 'diffusers_rtsae' has no attribute 'RTSAEs'",
     ),
+    "a world that is not bundled": (
+        lambda world: cli._world("mars"),
+        typer.BadParameter,
+        "expected one of ['shapes', 'people'], got 'mars'.",
+    ),
     "a guidance that is no number": (
         lambda world: cli._finite(float("nan")),
         typer.BadParameter,

@@ -299,8 +299,8 @@ def test_the_card(folder):
         "| r2 | 0.5, 0.75 |",
         "| sampler | DDIM |",
         r"| a\|b &lt;i&gt; | colour | mid_block: 1 | end=0.7, apply_to=cond | 0.875 | 0.125 | 8 |",
-        "pipe.set_rtsae_features({'a|b <i>': 1.0})",
-        "DiffusionPipeline.from_pretrained('org/base')",
+        'pipe.set_rtsae_features({"a|b <i>": 1.0})',
+        'DiffusionPipeline.from_pretrained("org/base")',
         "## Intended use and limits",
     ):
         assert line in card
@@ -674,7 +674,7 @@ def test_push_and_load(hub, two_sites):
     sites = [f"{site}/{name}" for site in ("down", "up") for name in ("config.json", WEIGHTS_NAME)]
     files = pushed.commits[pushed.branches["main"]]
     assert sorted(files) == sorted([".gitattributes", "README.md", CONFIG_NAME, LABELS_NAME, *sites])
-    assert b"pipe.load_rtsae('org/new')" in files["README.md"]
+    assert b'pipe.load_rtsae("org/new")' in files["README.md"]
     loaded = load_dictionary("org/new", token=hub.token)
     assert loaded.labels == two_sites.labels and loaded.config["base_model"] == "org/base"
     assert all(same(state(loaded.sites[site]), expected(two_sites, site)) for site in ("down", "up"))
