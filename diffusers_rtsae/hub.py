@@ -31,7 +31,7 @@ from .files import (
     write_json,
 )
 from .layouts import check_pickles, choose, find, walk
-from .models import SparseDictionary
+from .models import LinearMap, SparseDictionary
 from .published import read, saelens
 from .steering import Edit
 from .weights import DTYPES, load_maps, load_site, save_site, save_tensors, write_tensors
@@ -395,8 +395,8 @@ def _read(folder: Path, layers: list[str] | None, dtype: torch.dtype | None) -> 
         _try_label(folder / LABELS_NAME, name, label)
         for entry in label["features"]:
             sae = sites.get(entry["site"])
-            needed = sae and (len(sae.config.anchors), 2 * sae.config.in_channels + 1)
-            if "map" in entry and sae and maps[entry["map"]].shape[1:] != needed:
+            needed = LinearMap.shapes(len(sae.config.anchors), sae.config.in_channels) if sae else []
+            if "map" in entry and sae and maps[entry["map"]].shape[1:] not in needed:
                 raise ValueError(f"The map of {brief(name)} has another shape than {entry['site']} needs.")
     for name, preset in contents.presets.items():
         _try_preset(folder / PRESETS_NAME, name, preset)

@@ -1,10 +1,10 @@
-"""What the examples share: the bundled pipeline with its dictionary, and rows of pictures."""
+"""What the examples share: a bundled pipeline with its dictionary, and rows of pictures."""
 
 import argparse
 import io
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -13,19 +13,21 @@ import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
 HERE = Path(__file__).parent
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(
+    description: str, pipeline: str = "shapes-sd", dictionary: str = "shapes-rtsae", steps: int = 25
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--pipeline", default=HERE / "shapes-sd", help="folder or Hub id")
-    parser.add_argument("--dictionary", default=HERE / "shapes-rtsae", help="folder or Hub id, for that pipeline")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--pipeline", default=HERE / pipeline, help="folder or Hub id")
+    parser.add_argument("--dictionary", default=HERE / dictionary, help="folder or Hub id, for that pipeline")
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--out", type=Path, default=Path("runs/examples"))
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     return a
 
 
-def load(a: argparse.Namespace) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(a.pipeline)
+def load(a: argparse.Namespace) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(a.pipeline)
     pipe.load_rtsae(a.dictionary)
     return pipe
 

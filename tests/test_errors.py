@@ -36,6 +36,7 @@ from diffusers_rtsae.analysis.statistics import measure
 from diffusers_rtsae.contents import read_contents, search_labels
 from diffusers_rtsae.files import MAPS_NAME, read_lines, read_pairs
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, convertible
+from diffusers_rtsae.models import PLACES, LinearMap, Step
 from diffusers_rtsae.steering import Edit
 from diffusers_rtsae.weights import save_tensors
 from diffusers_rtsae.worlds import WORLDS
@@ -556,6 +557,11 @@ MISUSE = {
         steer(mask=np.array([[0, 255]])),
         ValueError,
         "A mask must lie in [0, 1], got values from 0 to 255.",
+    ),
+    "the place where no grid is": (
+        lambda world: LinearMap(torch.zeros(1, 3, 2 * 8 + 1 + PLACES))(torch.zeros(1, 5, 8), Step(500, 1.0)),
+        ValueError,
+        "A label's map reads where in the picture a token is, and these 5 lie on no grid.",
     ),
     "a mask where no grid is": (
         lambda world: other(world, TEXT_SITE, mask=np.ones((8, 8))),

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from tqdm.auto import tqdm
 
-from ..models import LinearMap, interpolate
+from ..models import LinearMap, interpolate, waves
 from .effect import (
     CHUNK,
     Changes,
@@ -30,12 +30,13 @@ _RATE = 0.05  # of Adam, for weights in units of a typical activation
 _ROUND = 4  # latents chosen at once, and the gradients they are chosen by, and the steps that fit them
 _CHOICE, _STEPS, _LAST = 10, 30, 120
 _REMOVED = 256  # candidates, the most active ones, for being taken away by their own activation
+_JUDGES = 32  # pairs held out, of many
 _PICTURES, _CAPTURE = 24, 200  # pairs that are drawn to fit, and what that counts for on the bar
 _AWAY = 8  # latents at most that take the concept away at negative strengths
 _REACHED = 0.9  # share of it that a strength beyond 1 must keep
 _PAYS = 0.01  # of the effect, that leaving out steps must gain
 _RANK = 8  # of the map that tells what the site can do
-_RIDGE = 0.003  # of a map's least squares, in units of their mean square
+_RIDGES = 0.003, 0.02, 0.1  # of a map's least squares, in units of their mean square: the best is taken
 _THERE = 0.5  # how much it counts that a map leaves alone what is as it should be
 
 
@@ -166,63 +167,89 @@ class _Maps:
         self.maps = {site: LinearMap(own) for site, own in rows.items()}
 
     def __call__(self, state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
-        steps = {site: self.states.grids[site].step(state.timestep) for site in self.maps}
+        grids, sizes = self.states.grids, self.states.sizes
+        steps = {site: grids[site].step(state.timestep, sizes[site]) for site in self.maps}
         return {site: added * own(state.present[site][list(rows)], steps[site]) for site, own in self.maps.items()}
 
     def entries(self, sign: int, limit: float) -> tuple[list[dict], dict[str, torch.Tensor]]:
         """Parts of a label that answer strengths of one sign up to `limit`, and the maps that these name."""
         entries, maps = [], {}
-        for site, rows in self.rows.items():
+        for site in self.rows:
             name = f"{site}.{'away' if sign < 0 else 'towards'}"
             taken = {"latents": [], "weights": [], "where": None, "map": name}
             entries.append({"site": site, "bounds": sorted([0.0, sign * limit])} | taken)
-            width = rows.shape[2] // 2
-            maps[name] = torch.cat([rows[..., : width + 1], sign * rows[..., width + 1 :]], -1)
+            own = self.maps[site]
+            maps[name] = own.with_directions(sign * own.directions.paths[:, 0])
         return entries, maps
 
 
 @torch.no_grad()
-def _fit_maps(states: States, rank: int) -> _Maps:
+def _moments(states: States, site: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Sums over tokens of a site for least squares, at each anchor, from its activation, a constant and, on a grid, the
+    place to what the other prompt changes in it: of the c inputs with themselves `(G c, G c)` and with the changes
+    `(G c, d)`. Each state counts by the root of the size of its change, so that late steps, in which little changes,
+    are not lost.
+    """
+    sae, grid, size = states.dictionary.sites[site], states.grids[site], states.sizes[site]
+    width, anchors, one = sae.config.in_channels, len(sae.config.anchors), float(sae.spread.mean())
+    count = next(states.all()).present[site].shape[1]
+    told = torch.cat([torch.ones(count, 1), *(() if size is None else (waves(size),))], 1).double()
+    square = torch.zeros((width + told.shape[1]) * anchors, (width + told.shape[1]) * anchors, dtype=torch.float64)
+    product = torch.zeros(len(square), width, dtype=torch.float64)
+    for state in states.all():
+        coordinate = grid.coordinate(state.timestep)
+        there = interpolate(torch.eye(anchors), coordinate).double()
+        scale = float(interpolate(sae.spread, coordinate))
+        present, goal = (values[site].double().cpu() / scale for values in (state.present, state.goal))
+        moved = (goal - present)[states.told[state.pairs]].square().sum((1, 2))
+        if not len(moved):
+            continue
+        weight = float(moved.mean().clamp(min=1e-6)) ** -0.5
+        for tokens, change, share in ((present, goal - present, 1.0), (goal, None, _THERE**2)):
+            tokens = torch.cat([tokens, (one / scale * told).expand(len(tokens), -1, -1)], 2).flatten(0, 1)
+            square += share * weight * torch.kron(there[:, None] * there, tokens.T @ tokens)
+            if change is not None:
+                product += weight * torch.kron(there[:, None], tokens.T @ change.flatten(0, 1))
+    return square, product
+
+
+@torch.no_grad()
+def _fit_maps(states: States, judges: States, rank: int) -> _Maps:
     """
     The linear map at each site that takes the activation with the "from" prompt to that with the "to" prompt, token by
-    token, and leaves the latter where it is: reduced-rank ridge regression, no gradient. Each state counts by the root
-    of the size of its change, so that late steps, in which little changes, are not lost.
+    token, and leaves the latter where it is: reduced-rank ridge regression, no gradient, of the ridge with most effect
+    on the held-out pairs.
     """
-    fitted = {}
     for site, sae in states.dictionary.sites.items():
         if sae.config.activation == "input":
             raise ValueError(f"A linear map needs the output of {site}, of which the dictionary reads the input.")
-        width, anchors, one = sae.config.in_channels, len(sae.config.anchors), float(sae.spread.mean())
-        square = torch.zeros((width + 1) * anchors, (width + 1) * anchors, dtype=torch.float64)
-        product = torch.zeros(len(square), width, dtype=torch.float64)
-        for state in states.all():
-            step = states.grids[site].step(state.timestep)
-            there = interpolate(torch.eye(anchors), step.coordinate).double()
-            scale = float(interpolate(sae.spread, step.coordinate))
-            present, goal = (values[site].double().cpu() / scale for values in (state.present, state.goal))
-            size = (goal - present)[states.told[state.pairs]].square().sum((1, 2))
-            if not len(size):
-                continue
-            weight = float(size.mean().clamp(min=1e-6)) ** -0.5
-            for tokens, change, share in ((present, goal - present, 1.0), (goal, None, _THERE**2)):
-                tokens = torch.cat([tokens.flatten(0, 1), torch.full((tokens.shape[:2].numel(), 1), one / scale)], 1)
-                inputs = (there[None, :, None] * tokens[:, None]).flatten(1)
-                square += share * weight * inputs.T @ inputs
-                if change is not None:
-                    product += weight * inputs.T @ change.flatten(0, 1)
-        square.diagonal().add_(_RIDGE * square.diagonal().mean())
-        solution = torch.linalg.solve(square, product)
-        kept = torch.linalg.eigh(solution.T @ square @ solution).eigenvectors[:, -rank:].flip(1)  # of what it changes
-        readers = (solution @ kept).T.unflatten(1, (anchors, width + 1)).float()
-        fitted[site] = LinearMap.rows(readers[..., :-1], readers[..., -1] * one, kept.T.float())
-    return _Maps(fitted, states)
+    moments = {site: _moments(states, site) for site in states.dictionary.sites}
+
+    def solved(ridge: float) -> _Maps:
+        fitted = {}
+        for site, (square, product) in moments.items():
+            sae = states.dictionary.sites[site]
+            regular = square + ridge * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+            solution = torch.linalg.solve(regular, product)
+            kept = (
+                torch.linalg.eigh(solution.T @ regular @ solution).eigenvectors[:, -rank:].flip(1)
+            )  # that it changes
+            readers = (solution @ kept).T.unflatten(1, (len(sae.config.anchors), -1)).float()
+            width, one = sae.config.in_channels, float(sae.spread.mean())
+            offsets, places = one * readers[..., width], one * readers[..., width + 1 :]
+            fitted[site] = LinearMap.rows(readers[..., :width], offsets, kept.T.float(), places)
+        return _Maps(fitted, states)
+
+    return max(map(solved, _RIDGES), key=lambda maps: float(_effect(judges, maps)[judges.told].mean()))
 
 
 def _split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to fit, and every fourth to judge; few pairs are judged on other noise alone."""
+    """Pairs to fit, and every fourth, or fewer of many, to judge; few pairs are judged on other noise alone."""
     if len(pairs) < 8:
         return pairs, pairs
-    return [pair for i, pair in enumerate(pairs) if i % 4], pairs[::4]
+    every = max(4, len(pairs) // _JUDGES)
+    return [pair for i, pair in enumerate(pairs) if i % every], pairs[::every]
 
 
 class _Fitter:
@@ -330,8 +357,8 @@ def fit_feature(
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.
         pairs (`Sequence[tuple[str, str]]`): prompts (from, to) that differ in the concept alone: some that leave it
-            open, some that contradict it. Of eight or more, every fourth is held out to judge; fewer are judged on
-            other noise.
+            open, some that contradict it. Of eight or more, every fourth is held out to judge, and no more than some
+            forty; fewer are judged on other noise.
         latents (`int`): at most.
         unchanged (`Sequence[str]`): prompts that show it already or have nothing to do with it.
         rank (`int`, *optional*): of a linear map at each site, instead of latents.
@@ -377,7 +404,7 @@ def fit_feature(
 
         def fitted(states: States, judges: States, surveys: dict[str, _Survey], latents: int) -> _Latents | _Maps:
             if rank is not None:
-                return _fit_maps(states, rank)
+                return _fit_maps(states, judges, rank)
             return _Fitter(states, judges, surveys, generator, bar).pursue(latents)
 
         bar.set_description("towards")
@@ -387,7 +414,7 @@ def fit_feature(
         window = _window({timestep: float(own[judges.told].mean()) for timestep, own in gains.items()})
         effects = sum(own for timestep, own in gains.items() if _acts(window, timestep))
         limit = _reach(judges, _during(model, window))
-        own = effects if rank is not None else _effect(judges, _fit_maps(states, _RANK))
+        own = effects if rank is not None else _effect(judges, _fit_maps(states, judges, _RANK))
         ceiling = judges.effects(
             lambda state, rows: {s: (state.goal[s] - state.present[s])[list(rows)] for s in state.goal}
         )

@@ -1,9 +1,9 @@
 """Dictionaries: one file a kind, each on `SparseDictionary`."""
 
-from .base import Directions, FeatureTimes, Memory, Reader, SparseDictionary, Step, interpolate
+from .base import Directions, FeatureTimes, Memory, Reader, SparseDictionary, Step, interpolate, places
 from .dynamics import LinearDynamics
-from .linear_map import LinearMap
-from .mixture import METADATA, MixtureSAE, places, share_of_guidance
+from .linear_map import PLACES, LinearMap, waves
+from .mixture import METADATA, MixtureSAE, share_of_guidance
 from .rtsae import RTSAE, RTSAEOutput
 from .sae import SparseAutoencoder
 from .sparsity import batch_topk, jump_relu, topk
@@ -23,6 +23,7 @@ __all__ = [
     "FeatureTimes",
     "LinearDynamics",
     "LinearMap",
+    "PLACES",
     "Memory",
     "MixtureSAE",
     "RTSAEOutput",
@@ -36,4 +37,5 @@ __all__ = [
     "places",
     "share_of_guidance",
     "topk",
+    "waves",
 ]

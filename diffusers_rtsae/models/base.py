@@ -28,6 +28,11 @@ class Step(NamedTuple):
     guidance: float | None = None
 
 
+def places(size: tuple[int, int]) -> torch.Tensor:
+    """Row and column of the tokens of a grid, from 0 to 1, `(tokens, 2)`."""
+    return torch.cartesian_prod(*((torch.arange(n) + 0.5) / n for n in size))
+
+
 def interpolate(values: torch.Tensor, coordinate: float, dim: int = 0) -> torch.Tensor:
     """`values` along the anchors `dim`, linearly interpolated at `coordinate`."""
     low = min(int(coordinate), values.shape[dim] - 1)

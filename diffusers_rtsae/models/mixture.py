@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .base import Memory, Reader, SparseDictionary, Step
+from .base import Memory, Reader, SparseDictionary, Step, places
 from .sae import SparseAutoencoder, StepReader
 from .sparsity import jump_relu
 
@@ -128,11 +128,6 @@ class MixtureSAE(SparseAutoencoder):
         shares, _ = self.gates(tokens, self.metadata(Step(timestep, 0.0), 1))
         owner = self.experts(torch.arange(self.config.num_latents, device=tokens.device))
         return jump_relu(pre_activations * shares[..., owner], self.threshold)
-
-
-def places(size: tuple[int, int]) -> torch.Tensor:
-    """Row and column of the tokens of a grid, from 0 to 1, `(tokens, 2)`."""
-    return torch.cartesian_prod(*((torch.arange(n) + 0.5) / n for n in size))
 
 
 def share_of_guidance(scale: float) -> torch.Tensor:

@@ -224,7 +224,7 @@ class _Fold:
 def _shared(edit: Edit) -> tuple:
     """What edits of one fold have in common."""
     names = ("operation", "source", "where", "start", "end", "apply_to", "injection", "clip")
-    return *(getattr(edit, name) for name in names), id(edit.mask), edit.map is None
+    return *(getattr(edit, name) for name in names), id(edit.mask), None if edit.map is None else edit.map.shape[2]
 
 
 def _sum(changes: list[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor) -> torch.Tensor | None:

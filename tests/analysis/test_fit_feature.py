@@ -9,6 +9,7 @@ from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.files import check_label
+from diffusers_rtsae.models import PLACES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SITE = "up_blocks.1.attentions.1"
@@ -48,7 +49,7 @@ def test_what_is_fitted_has_an_effect_and_says_so(fitted):
         assert f"effect {one.measured['effect']:.3g}" in repr(one)
     assert 0 < fitted[0].measured["latents"] <= 6 and not fitted[0].maps
     assert fitted[1].measured["effect"] > 0.7 and fitted[1].measured["rank"] == 4
-    assert {rows.shape for rows in fitted[1].maps.values()} == {(4, 3, 321)}
+    assert {rows.shape for rows in fitted[1].maps.values()} == {(4, 3, 321 + PLACES)}
 
 
 def test_a_fitted_label_is_saved_and_steers_as_before(fitted, pipe, draw, tmp_path):

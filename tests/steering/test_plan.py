@@ -7,7 +7,7 @@ from kinds import OTHERS, random_dictionary
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_rtsae import RTSAE, SparseDictionary
-from diffusers_rtsae.models import LinearMap, Step
+from diffusers_rtsae.models import PLACES, LinearMap, Step, interpolate, waves
 from diffusers_rtsae.steering import Edit, PlanState, SitePlan, TimeGrid
 from diffusers_rtsae.steering.edits import OPERATIONS
 
@@ -161,6 +161,25 @@ def test_maps_move_tokens_by_what_they_read_and_add_up():
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+def test_a_map_may_read_where_a_token_is_on_a_grid_of_any_size():
+    torch.manual_seed(0)
+    parts = [torch.randn(2, len(ANCHORS), width) for width in (D, PLACES)]
+    offsets, directions = torch.randn(2, len(ANCHORS)), torch.randn(2, D)
+    rows, without = (LinearMap.rows(parts[0], offsets, directions, told) for told in (parts[1], None))
+    assert [tuple(one.shape[1:]) for one in (without, rows)] == LinearMap.shapes(len(ANCHORS), D)
+    step, tokens = TimeGrid(ANCHORS, ALPHAS).step(800, (2, 3)), torch.randn(1, 6, D)
+    told = interpolate(parts[1], step.coordinate, dim=1)
+    difference = (waves((2, 3)) @ told.T @ directions)[None]
+    torch.testing.assert_close(LinearMap(rows)(tokens, step), LinearMap(without)(tokens, step) + difference)
+    corners = [waves(size)[[0, -1]] for size in ((64, 64), (66, 66))]
+    torch.testing.assert_close(*corners, atol=0.01, rtol=0)
+    base = {"latents": (), "weights": (), "clip": False, "apply_to": "cond", "strength": 1.0}
+    plan = SitePlan(random_rtsae(0), [Edit(**base, map=one) for one in (rows, without)], ALPHAS)
+    both = LinearMap(rows)(tokens, step) + LinearMap(without)(tokens, step)
+    torch.testing.assert_close(plan.conditional(PlanState(), tokens, 800, (2, 3)), both, atol=1e-4, rtol=1e-4)
+    assert len(plan.folds) == 2
 
 
 def test_where_and_mask_restrict_the_change():

@@ -18,7 +18,6 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-import diffusers
 import torch
 from tqdm import tqdm
 
@@ -29,10 +28,10 @@ from diffusers_rtsae.analysis.scorer import FactorScorer
 
 from ..evaluate import recovered
 from ..worlds import Probe, World
-from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
+from ..worlds.pictures import add_models, calling, generate, load_models, new_parser, parse
 from .constants import Slope, as_label, axes, effect_features
 from .results import Results, add_stability, dictionaries_in, spread, table
-from .samplers import ELSEWHERE, SAMPLERS
+from .samplers import samplers_of, scheduler
 from .steering import mean, measure, run, score, tokens_on
 
 FIGURES = {
@@ -83,7 +82,7 @@ def slopes(pipe, like: SparseDictionary, probes: list[Probe], a) -> list[Slope]:
     found = []
     for one in tqdm(probes, desc="effect", unit="target"):
         pairs = list(zip(one.prompts, one.prompted, strict=True))
-        states = States(pipe, pairs, num_inference_steps=a.steps, guidance_scale=a.guidance)
+        states = States(pipe, pairs, **calling(pipe, a))
         with frozen(pipe):
             found.append(Slope.of(Intervention({like.config.site: Part()}, states)))
     pipe.unload_rtsae()
@@ -147,8 +146,7 @@ def markdown(rows: list[dict]) -> str:
         cells = [at(best, key) for key in STEERING]
         cells += [[r["elsewhere"][key] for r in own] for key in ("success", "efficiency")]
         steered.append([kind, choice, f"{best:g}", *map(spread, cells)])
-    there = "{} with {} steps".format(*ELSEWHERE)
-    heads = ["dictionary", "by", "strength", *STEERING, f"success, {there}", f"efficiency, {there}"]
+    heads = ["dictionary", "by", "strength", *STEERING, "success elsewhere", "efficiency elsewhere"]
     describing = table(["dictionary", "seeds", *FIGURES.values(), "same in another seed"], described)
     return describing + "\n" + table(heads, steered)
 
@@ -166,15 +164,13 @@ def main() -> None:
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     folders = dictionaries_in(a.dictionaries, "arms")
-    results = Results(a, [a.pipeline, *folders], elsewhere=str(ELSEWHERE))
+    results = Results(a, [a.pipeline, *folders], elsewhere=str(samplers_of(pipe).elsewhere))
     rows = results.rows
     choose = [world.probe(*target, "contradicted", a.pairs, seed=500) for target in world.many_valued]
     steer = [world.probe(*target, "contradicted", a.pairs, seed=501) for target in world.many_valued]
-    sampler, steps = ELSEWHERE
-    kind, options = SAMPLERS[sampler]
-    scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
+    sampler, steps = samplers_of(pipe).elsewhere
     here = Trial(world, pipe, scorer, steer, pipe.scheduler, a.steps, a)
-    elsewhere = Trial(world, pipe, scorer, steer, scheduler, steps, a)
+    elsewhere = Trial(world, pipe, scorer, steer, scheduler(pipe, sampler), steps, a)
     pairs, gradients, found = {}, {}, {}  # trajectories and slopes by anchors, dictionaries by name
     for folder in tqdm(folders, unit="dictionary"):
         dictionary = load_dictionary(folder, dtype=torch.float32)
@@ -189,9 +185,8 @@ def main() -> None:
             gradients[anchors] = slopes(pipe, rtsae, choose, a)
         row = {"dictionary": folder.name, "kind": folder.name.rpartition("-")[0]} | dictionary.config["metrics"][site]
         prompts = world.describe(choose[0].scenes, 0)
-        call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        row |= recovered(pipe, rtsae, prompts, generators, **call)
+        row |= recovered(pipe, rtsae, prompts, generators, **calling(pipe, a))
         for choice in missing:
             if choice == "activation":
                 labels = pair_features(rtsae, pairs[anchors], choose, a.features)

@@ -20,7 +20,7 @@ from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.pipeline import get_denoiser
 
-from ..worlds.pictures import add_models, generate, load_pipeline, new_parser, parse, short
+from ..worlds.pictures import add_models, calling, generate, load_pipeline, new_parser, parse
 from .capacity import is_block
 from .results import Results, table
 from .steering import pairs
@@ -60,7 +60,7 @@ def main() -> None:
     widths = {site: recorder.trajectories(site).shape[-1] for site in sites}
     results = Results(a, [a.pipeline], said_by_rows=("sites", "values"))
     targets = [t for f in world.steered for t in [one for one in world.targets if one[0] == f][: a.values]]
-    call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "progress": False} | short(pipe)
+    call = calling(pipe, a) | {"progress": False}
     for site in tqdm(sites, unit="block"):
         # a dictionary that knows nothing: what is fitted is a map of its own
         pipe.load_rtsae(Dictionary({site: RTSAE(site, widths[site], anchors, num_latents=8, k=1)}))

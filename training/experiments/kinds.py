@@ -18,7 +18,6 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-import diffusers
 import torch
 from tqdm import tqdm
 
@@ -31,12 +30,12 @@ from ..dictionary import DictionaryTrainer, new_dictionary
 from ..evaluate import Reconstructing, recovered
 from ..recipe import Recipe
 from ..worlds import KINDS, Probe, World
-from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
+from ..worlds.pictures import add_models, calling, generate, load_models, new_parser, parse
 from .absorption import mean_absorption
 from .constants import Concerned, Slope, axes, concern, effect_features
 from .probes import Seen, accuracies, activations, codes, look, pooled
 from .results import Results, add_stability, dictionaries_in, spread, table
-from .samplers import ELSEWHERE, SAMPLERS
+from .samplers import samplers_of, scheduler
 from .steering import mean, measure, pairs, run, score
 
 LATENTS = 16  # that steer
@@ -58,17 +57,16 @@ class Measures:
 
     def __init__(self, world: World, pipe, scorer: FactorScorer, like: SparseDictionary, a):
         self.world, self.pipe, self.scorer, self.like, self.a = world, pipe, scorer, like, a
-        self.call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+        self.call = calling(pipe, a)
 
     @cached_property
     def seen(self) -> dict[str, Seen]:
         """Pictures to label, and others to judge on, with two samplers."""
         a, of = self.a, (self.world, self.pipe, self.scorer, self.like)
         found = {"labelled": look(*of, a.labelled, False, a.steps, a), "here": look(*of, a.judged, True, a.steps, a)}
-        sampler, steps = ELSEWHERE
-        kind, options = SAMPLERS[sampler]
+        sampler, steps = samplers_of(self.pipe).elsewhere
         before = self.pipe.scheduler
-        self.pipe.scheduler = getattr(diffusers, kind).from_config(before.config, **options)
+        self.pipe.scheduler = scheduler(self.pipe, sampler)
         try:
             return found | {"elsewhere": look(*of, a.judged, True, steps, a, anchors=False)}
         finally:
@@ -314,7 +312,7 @@ def main() -> None:
     saes = {name: sae for name, dictionary in dictionaries.items() for sae in dictionary.sites.values()}
     if len({(sae.config.site, tuple(sae.config.anchors), sae.config.activation) for sae in saes.values()}) > 1:
         raise ValueError(f"The dictionaries in {a.dictionaries} must be of one site and its anchors.")
-    results = Results(a, [a.pipeline, *folders], ("measures",), elsewhere=str(ELSEWHERE))
+    results = Results(a, [a.pipeline, *folders], ("measures",), elsewhere=str(samplers_of(pipe).elsewhere))
     measures = Measures(world, pipe, scorer, next(iter(saes.values())), a)
     if not results.rows:
         rows = [{"dictionary": RAW, "kind": RAW, "has": []}]

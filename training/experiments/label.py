@@ -19,7 +19,7 @@ from diffusers_rtsae.analysis.fit import FittedFeature, fit_feature
 from diffusers_rtsae.files import read_json
 from diffusers_rtsae.hub import write_json
 
-from ..worlds.pictures import add_models, load_pipeline, new_parser, parse, short
+from ..worlds.pictures import add_models, calling, load_pipeline, new_parser, parse
 from .steering import pairs
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     pipe.load_rtsae(dictionary)
     a.work.mkdir(parents=True, exist_ok=True)
     targets = [target for target in world.targets if a.values is None or target[1] in a.values]
-    call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance} | short(pipe)
+    call = calling(pipe, a)
     for factor, value in targets:
         if stored(a.work, value):
             continue

@@ -151,16 +151,16 @@ SECTIONS = {  # by the name of the file
         "The paper's comparison: which kind of dictionary?",
         """
         Dictionaries of one size, trained alike on one pass over the same trajectories (`python -m training.train
-        training/recipes/arms.yaml --out runs/arms`). Steering moves {features} latents, chosen from {pairs}
-        pairs of prompts for each value by what is active or, where it says so, by effect, on other prompts that
-        name another value; each kind is shown at its most efficient strength, and the last columns are with a
-        sampler that no dictionary was trained on. *Gain* is the added share that shows the target, *distance*
-        how far pictures moved relative to the edited prompt's, *efficiency* gain over distance; the paper has
-        efficiencies of .691 for the method (`method`), .449 for `per-step`, .447 for `raw` and .206 for
+        training/recipes/arms.yaml --out runs/arms`). Steering moves {features} latents, chosen from {pairs} pairs of
+        prompts for each value by what is active or, where it says so, by effect, on other prompts that name another
+        value; each kind is shown at its most efficient strength, and *elsewhere* is with a sampler and a number of
+        steps that no dictionary was trained on: {elsewhere}. *Gain* is the added share that shows the target,
+        *distance* how far pictures moved relative to the edited prompt's, *efficiency* gain over distance; the paper
+        has efficiencies of .691 for the method (`method`), .449 for `per-step`, .447 for `raw` and .206 for
         `matryoshka` on Stable Diffusion 1.5, of other pictures and another judge. Mean ± standard deviation over
-        seeds. Here the method is not ahead: by activation it is behind the others, by effect the kinds are within
-        each other's spread. This world's factors were made linearly readable at the steered site, which may be why
-        any dictionary steers it.
+        seeds. Here the method is not ahead: by activation it is behind the others, by effect the kinds are within each
+        other's spread. This world's factors were made linearly readable at the steered site, which may be why any
+        dictionary steers it.
         """,
     ),
     "kinds": Section(

@@ -19,7 +19,7 @@ from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.effect import Intervention, Part, States
 from diffusers_rtsae.analysis.find import find_features
 
-from ..worlds.pictures import add_models, load_pipeline, new_parser, parse
+from ..worlds.pictures import add_models, calling, load_pipeline, new_parser, parse
 from .results import Results, table
 from .steering import pairs
 
@@ -49,7 +49,7 @@ def main() -> None:
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     pipe.load_rtsae(dictionary)
     results = Results(a, [a.pipeline, a.dictionary])
-    call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+    call = calling(pipe, a)
     for factor, value in tqdm(world.targets, unit="value"):
         if results.has(value=value):
             continue

@@ -30,7 +30,7 @@ from diffusers_rtsae.files import read_json, whole
 from diffusers_rtsae.hub import write_json
 from diffusers_rtsae.models import SparseDictionary
 
-from ..worlds.pictures import add_models, load_pipeline, new_parser, parse
+from ..worlds.pictures import add_models, calling, load_pipeline, new_parser, parse
 from .constants import axes, free_direction, mean_change
 from .results import contents
 from .steering import as_dictionary, pairs
@@ -64,7 +64,7 @@ def main() -> None:
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     dictionary = replace(dictionary, labels={}, maps={})
     ((site, sae),) = dictionary.sites.items()
-    call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+    call = calling(pipe, a)
     settings = f"{a.steps}-{a.guidance:g}-{a.latents}-{STEPS}"
     work = a.out / "work" / f"{contents(a.pipeline, a.dictionary)}-{settings}"
     work.mkdir(parents=True, exist_ok=True)

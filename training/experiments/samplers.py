@@ -9,32 +9,76 @@ are added to the JSON as they are measured; the same command continues where it 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.steering import noise_schedule
 
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .results import Results, table
 from .steering import mean, measure, run, score
 
-SAMPLERS = {
-    "DDIM": ("DDIMScheduler", {}),
-    "DDPM": ("DDPMScheduler", {}),
-    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-    "KDPM2": ("KDPM2DiscreteScheduler", {}),
-    "LMS": ("LMSDiscreteScheduler", {}),
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-    "DEIS": ("DEISMultistepScheduler", {"algorithm_type": "deis"}),
-}
-REFERENCE = ("DDIM", 25)  # what the dictionary was trained on
-ELSEWHERE = ("DPM++ 2M", 12)  # a sampler and a number of steps that no dictionary was trained on
+
+class Samplers(NamedTuple):
+    """
+    Of pipelines of one kind.
+
+    known (`dict[str, tuple[str, dict]]`): the scheduler of each, and how it differs from the pipeline's.
+    reference (`tuple[str, int]`): what dictionaries are trained on, with how many steps.
+    elsewhere (`tuple[str, int]`): what none was trained on.
+    """
+
+    known: dict[str, tuple[str, dict]]
+    reference: tuple[str, int]
+    elsewhere: tuple[str, int]
+
+
+NOISE = Samplers(
+    {
+        "DDIM": ("DDIMScheduler", {}),
+        "DDPM": ("DDPMScheduler", {}),
+        "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
+        "Euler": ("EulerDiscreteScheduler", {}),
+        "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
+        "Heun": ("HeunDiscreteScheduler", {}),
+        "KDPM2": ("KDPM2DiscreteScheduler", {}),
+        "LMS": ("LMSDiscreteScheduler", {}),
+        "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+        "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        "UniPC": ("UniPCMultistepScheduler", {}),
+        "DEIS": ("DEISMultistepScheduler", {"algorithm_type": "deis"}),
+    },
+    reference=("DDIM", 25),
+    elsewhere=("DPM++ 2M", 12),
+)
+FLOW = Samplers(  # of pipelines that are no flow-matching ones by name, as PixArt's
+    {
+        "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+        "DPM++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+        "Euler": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+        "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        "DPM++ 2S": ("DPMSolverSinglestepScheduler", {}),
+        "UniPC": ("UniPCMultistepScheduler", {}),
+        "DEIS": ("DEISMultistepScheduler", {"algorithm_type": "deis"}),
+    },
+    reference=("DPM++ 2M", 20),
+    elsewhere=("UniPC", 12),
+)
+
+
+def samplers_of(pipe: DiffusionPipeline) -> Samplers:
+    """Those that a pipeline can be sampled with."""
+    return FLOW if noise_schedule(pipe.scheduler) is None else NOISE
+
+
+def scheduler(pipe: DiffusionPipeline, name: str):
+    """The sampler `name` for a pipeline."""
+    kind, options = samplers_of(pipe).known[name]
+    return getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -45,12 +89,14 @@ def markdown(rows: list[dict]) -> str:
     for sampler in dict.fromkeys(r["sampler"] for r in rows):
         found = [cells.get((sampler, s)) for s in steps]
         lines.append([sampler] + [f"{r['success']:.2f} / {r['leakage_mean']:.2f}" if r else "–" for r in found])
-    told, reference = table(["sampler", *(f"{s} steps" for s in steps)], lines), cells.get(REFERENCE)
-    if reference is None:
+    told = table(["sampler", *(f"{s} steps" for s in steps)], lines)
+    found = [kind.reference for kind in (NOISE, FLOW) if kind.reference in cells]
+    if not found:
         return told
+    name, count = found[0]
+    reference = cells[name, count]
     kept = {s: [r for r in rows if r["steps"] == s and r["success"] >= 0.95 * reference["success"]] for s in steps}
     counts = ", ".join(f"{len(kept[s])} of {sum(r['steps'] == s for r in rows)} with {s}" for s in steps)
-    name, count = REFERENCE
     return f"{told}\nAt least 95 % of the success of {name} with {count} steps: {counts}.\n"
 
 
@@ -68,12 +114,12 @@ def main() -> None:
     pipe.load_rtsae(dictionary)
     results = Results(a, [a.pipeline, a.dictionary], said_by_rows=("steps", "step_counts"))
     probes = [world.probe(label["factor"], label["value"], "open", a.prompts, seed=300) for label in labels.values()]
-    config = pipe.scheduler.config
+    known = {name: scheduler(pipe, name) for name in samplers_of(pipe).known}
     for steps in a.step_counts:
-        for name, (kind, options) in tqdm(SAMPLERS.items(), desc=f"{steps} steps", unit="sampler"):
+        for name, sampler in tqdm(known.items(), desc=f"{steps} steps", unit="sampler"):
             if results.has(sampler=name, steps=steps):
                 continue
-            pipe.scheduler = getattr(diffusers, kind).from_config(config, **options)
+            pipe.scheduler = sampler
             plain = score(world, scorer, run(pipe, probes, None, steps, a.guidance, a.batch_size), probes)
             strengths = [{label: 1.0} for label in labels]
             images = run(pipe, probes, strengths, steps, a.guidance, a.batch_size, masks=False)

@@ -71,11 +71,10 @@ def random_maps(dictionary: Dictionary, seed: int = 0) -> Dictionary:
     generator = torch.Generator().manual_seed(seed)
     maps = {}
     for name, rows in dictionary.maps.items():
-        width = rows.shape[2] // 2
-        random = torch.linalg.qr(torch.randn(width, len(rows), generator=generator)).Q.T
-        directions = rows[:, 0, width + 1 :]
-        random = directions.norm(dim=1, keepdim=True) * random
-        maps[name] = LinearMap.rows(rows[..., :width], rows[..., width], random)
+        own = LinearMap(rows)
+        directions = own.directions.paths[:, 0]
+        random = torch.linalg.qr(torch.randn(directions.T.shape, generator=generator)).Q.T
+        maps[name] = own.with_directions(directions.norm(dim=1, keepdim=True) * random)
     return replace(dictionary, maps=maps)
 
 

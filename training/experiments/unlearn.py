@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from diffusers_rtsae import Dictionary, load_dictionary
-from diffusers_rtsae.analysis.find import find_features
+from diffusers_rtsae.analysis.find import Feature, find_features
 
 from ..worlds import Probe
-from ..worlds.pictures import add_models, load_models, new_parser, parse
+from ..worlds.pictures import add_models, calling, load_models, new_parser, parse
 from .results import Results, table
 from .steering import run, score
 
@@ -41,6 +42,15 @@ def right(readings: list[dict], one: Probe, factor: str) -> float:
     """Share of pictures that show the value of `factor` that a probe's scenes have."""
     hits = [seen[factor] == scene[factor] for seen, scene in zip(readings, one.scenes, strict=True)]
     return sum(hits) / len(hits)
+
+
+def entries(found: Sequence[Feature]) -> list[dict]:
+    """Parts of a label, one for each site of what was found."""
+    parts = []
+    for site in dict.fromkeys(feature.site for feature in found):
+        latents = [feature.index for feature in found if feature.site == site]
+        parts.append({"site": site, "latents": latents, "weights": [1.0] * len(latents), "where": None})
+    return parts
 
 
 def markdown(rows: list[dict]) -> str:
@@ -69,13 +79,12 @@ def main() -> None:
     names = {(label["factor"], label["value"]): name for name, label in dictionary.labels.items()}
 
     pipe.load_rtsae(dictionary)
-    (site,) = dictionary.sites
-    call = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+    call = calling(pipe, a)
     found = {}
     for concept in tqdm(concepts, desc="features", unit="concept"):
         choose = world.probe(*concept, "contradicted", a.prompts, seed=601)
         ranked = find_features(pipe, choose.prompted, choose.prompts, max(a.features), seeds=1, by="presence", **call)
-        found[concept] = [feature.index for feature in ranked]
+        found[concept] = ranked
     pipe.unload_rtsae()
 
     # how each edit steers: for every concept a label and its strength, and options
@@ -83,11 +92,7 @@ def main() -> None:
     if all(concept in names for concept in concepts):
         edits["label at −1"] = dictionary, [{names[concept]: -1.0} for concept in concepts], {}
     for count, scale in itertools.product(a.features, a.scales):
-        entries = {value: found[factor, value][:count] for factor, value in concepts}
-        labels = {
-            value: {"features": [{"site": site, "latents": e, "weights": [1.0] * len(e), "where": None}]}
-            for value, e in entries.items()
-        }
+        labels = {value: {"features": entries(found[factor, value][:count])} for factor, value in concepts}
         few, scaling = (
             Dictionary(dictionary.sites, labels, dictionary.config),
             [{value: scale} for _, value in concepts],

@@ -80,6 +80,11 @@ def short(pipe: DiffusionPipeline) -> dict[str, int]:
     return {"max_sequence_length": 24} if "max_sequence_length" in known else {}
 
 
+def calling(pipe: DiffusionPipeline, a: argparse.Namespace) -> dict[str, int | float]:
+    """What a pipeline is called with, as the arguments say."""
+    return {"num_inference_steps": a.steps, "guidance_scale": a.guidance} | short(pipe)
+
+
 def generate(
     pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
 ) -> torch.Tensor:

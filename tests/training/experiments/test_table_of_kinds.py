@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from training.evaluate import Reconstructing
-from training.experiments import constants, kinds
+from training.experiments import constants, kinds, samplers
 from training.experiments.kinds import perceptual_distance
 from training.recipe import Recipe
 from training.train import run
@@ -43,7 +43,8 @@ def test_a_table_of_kinds_is_measured_and_continued(trained, tmp_path, monkeypat
     command = ["kinds", "--dictionaries", str(trained), "--steps", "6", "--batch-size", "16", "--out", str(out)]
     command += ["--labelled", "32", "--judged", "16", "--absorbed", "32", "--replaced", "2", "--pairs", "2"]
     command += ["--prompts", "1", "--every", "8", "--repeats", "1"]
-    for name, value in {"ELSEWHERE": ("DPM++ 2M", 4), "STRENGTHS": (0.5,), "PREDICTED": 2}.items():
+    monkeypatch.setattr(samplers, "NOISE", samplers.NOISE._replace(elsewhere=("DPM++ 2M", 4)))
+    for name, value in {"STRENGTHS": (0.5,), "PREDICTED": 2}.items():
         monkeypatch.setattr(kinds, name, value)
     monkeypatch.setattr(constants, "PASSES", 1)
     monkeypatch.setattr(sys, "argv", [*command, "--measures", "costs", "replaced"])
