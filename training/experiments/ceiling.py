@@ -1,11 +1,11 @@
-"""Which block of a denoiser can be steered? What the other prompt's activation does there, and a map fitted to it.
+"""Where can a denoiser be steered? What the other prompt's activation does at a block, and a map fitted to it.
 
     python -m training.experiments.ceiling --world people --out training/results/people/ceiling.json
 
-At each block and for each value, on held-out pairs of prompts: the *ceiling*, which is the effect of putting the other
-prompt's activation itself there, and the effect of a linear map, with which labels are made. No dictionary, no scorer
-and no picture is looked at. Rows are added to the JSON as they are measured; the same command continues where it was
-stopped.
+At each block (or at several modules at once, joined by +) and for each value, on held-out pairs of prompts: the
+*ceiling*, which is the effect of putting the other prompt's activation itself there, and the effect of a linear map,
+with which labels are made. No dictionary, no scorer and no picture is looked at. Rows are added to the JSON as they
+are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -37,39 +37,39 @@ def markdown(rows: list[dict]) -> str:
             of = [row for row in own if factor in (None, row["factor"])]
             means = [f"{statistics.mean(row[name] for row in of):.2f}" for name in ("map", "ceiling") if of]
             cells.append(" / ".join(means) or "–")
-        lines.append([site, *cells])
-    return table(["block", *factors, "all"], lines)
+        lines.append([site.replace("+", " + "), *cells])
+    return table(["where", *factors, "all"], lines)
 
 
 def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline")
     parser.add_argument("--out", type=Path, default=Path("runs/ceiling.json"))
-    parser.add_argument("--sites", nargs="*", help="every attention block by default")
+    parser.add_argument("--sites", nargs="*", help="every attention block by default; of several at once: a+b")
     parser.add_argument("--values", type=int, default=2, help="of each factor, the first ones")
     parser.add_argument("--pairs", type=int, default=16, help="of prompts; a quarter of them leave the factor open")
     parser.add_argument("--rank", type=int, default=8, help="of the map")
     parser.add_argument("--anchors", type=int, default=3)
     a, world = parse(parser)
     pipe = load_pipeline(a.pipeline, a.device, a.dtype)
-    sites = a.sites or [site for site in list_sites(get_denoiser(pipe)) if is_block(site)]
-    with Recorder(pipe, sites) as recorder:
+    places = a.sites or [site for site in list_sites(get_denoiser(pipe)) if is_block(site)]
+    with Recorder(pipe, [site for place in places for site in place.split("+")]) as recorder:
         generate(pipe, [""], [0], a.steps, a.guidance)
     timesteps = [round(t) for t in recorder.timesteps]
     anchors = [timesteps[round(i * (len(timesteps) - 1) / (a.anchors - 1))] for i in range(a.anchors)]
-    widths = {site: recorder.trajectories(site).shape[-1] for site in sites}
     results = Results(a, [a.pipeline], said_by_rows=("sites", "values"))
     targets = [t for f in world.steered for t in [one for one in world.targets if one[0] == f][: a.values]]
     call = calling(pipe, a) | {"progress": False}
-    for site in tqdm(sites, unit="block"):
-        # a dictionary that knows nothing: what is fitted is a map of its own
-        pipe.load_rtsae(Dictionary({site: RTSAE(site, widths[site], anchors, num_latents=8, k=1)}))
+    for place in tqdm(places, unit="place"):
+        widths = {site: recorder.trajectories(site).shape[-1] for site in place.split("+")}
+        # dictionaries that know nothing: what is fitted is a map of its own
+        pipe.load_rtsae(Dictionary({s: RTSAE(s, width, anchors, num_latents=8, k=1) for s, width in widths.items()}))
         for factor, value in targets:
-            if results.has(site=site, value=value):
+            if results.has(site=place, value=value):
                 continue
             some, same = pairs(world, factor, value, a.pairs - a.pairs // 4, a.pairs // 4, already=4, seed=3)
             found = fit_feature(pipe, some, 1, same, a.rank, batch_size=a.batch_size, **call).measured
-            row = {"site": site, "factor": factor, "value": value, "map": found["effect"]}
+            row = {"site": place, "factor": factor, "value": value, "map": found["effect"]}
             results.add(row | {name: found[name] for name in ("ceiling", "lowest", "harm")})
         pipe.unload_rtsae()
     results.tell(markdown(results.rows))

@@ -238,21 +238,25 @@ PEOPLE_SECTIONS = {
         """
         Every label of the bundled dictionary on {prompts} prompts of its own, which had no part in any choice, read by
         a judge that had none either: a second scorer of another architecture and training (`examples/people-judge`).
-        A cell is success / leakage / valid at strength 1. Labels are linear maps fitted to what changing the prompt
-        does, without a scorer (`python -m training.experiments.label --world people`: 24 pairs of prompts, rank 8).
-        `random map` reads what the label's map reads and moves as far, in random directions. Style transfer is the
-        contradicted prompts of styles: what else changes with it is said below the table.
+        A cell is success / leakage / valid at strength 1. Labels are linear maps of what the six cross-attentions add,
+        fitted to what changing the prompt does, without a scorer (`python -m training.experiments.label --world people
+        --steps 4 --pairs 280 --rank 6 --batch-size 32`). `difference of means` is at those same sites; `random map`
+        reads what the label's map reads and moves as far, in random directions. Style transfer is the contradicted
+        prompts of styles: what else changes with it is said below the table. The edited prompt is what the pipeline
+        makes of being told, which is the most that can be hoped for.
         """,
     ),
     "ceiling": Section(
         "ceiling",
-        "Which block can be steered?",
+        "Where can this pipeline be steered?",
         """
-        On held-out pairs of prompts, for the first value of each factor ({pairs} pairs): the effect of a linear map of
-        rank {rank} fitted at the block, and the block's ceiling, which is the effect of putting the other prompt's
-        activation itself there. A cell is map / ceiling; 1 is what changing the prompt does. The dictionaries are of
-        block 3. Blocks whose ceiling is high do not have maps that are nearly as good, unlike the site of the shapes,
-        which was made linearly readable: here the site is not the limit, but what a linear map of each token can do.
+        On held-out pairs of prompts, for {values} value of each factor ({pairs} pairs, a third or fewer of them held
+        out): the effect of a linear map of rank {rank} fitted there, and the ceiling, which is the effect of putting
+        the other prompt's activation itself there. A cell is map / ceiling; 1 is what changing the prompt does. A
+        block whose ceiling is high need not have a map that is nearly as good, unlike the site of the shapes, which
+        was made linearly readable: what stands in the residual stream there depends on everything else. What the
+        cross-attentions add is nearer to what the prompt says, and is the same at every step. So the bundled labels
+        act there, at all of them at once.
         """,
     ),
     "even": Section(
@@ -261,7 +265,8 @@ PEOPLE_SECTIONS = {
         """
         {prompts} prompts for each of twelve roles that name it and nothing else: as they are, and with each picture
         steered at strength 1 to one value of another factor, all values as often as each other and without looking at
-        the picture. The prompts stay as they are. Shares are of valid pictures.
+        the picture. The prompts stay as they are. Shares are of valid pictures. What is drawn by default is what the
+        pictures of the three foundries show, and no norm.
         """,
     ),
     "dose": Section(
@@ -278,7 +283,15 @@ PEOPLE_SECTIONS = {
         "Two labels at once",
         """
         Two labels of different factors on prompts that name another value of both, {prompts} of each pair, beside
-        prompts that name both.
+        prompts that name both. Nothing is painted: a person fills the picture.
+        """,
+    ),
+    "samplers": Section(
+        "samplers",
+        "Does it hold with other samplers?",
+        """
+        All labels at strength 1 on {prompts} open prompts each. The dictionary was trained on DPM++ 2M with 20 steps;
+        all of these draw with rectified flow. A cell is success / mean leakage.
         """,
     ),
     "unlearn": Section(
@@ -290,6 +303,27 @@ PEOPLE_SECTIONS = {
         present when prompts name it, multiplied wherever they are active, in both halves of guidance.
         """,
     ),
+    "arms": Section(
+        "arms",
+        "The paper's comparison: which kind of dictionary?",
+        """
+        As for shapes, but of block 3 of this transformer: dictionaries of one size, trained alike on one pass over the
+        same trajectories (`python -m training.train training/recipes/people-kinds.yaml --out runs/people-kinds`).
+        {features} latents, chosen from {pairs} pairs of prompts for each value by what is active or by effect, steer
+        other prompts that name another value; each kind is shown at its most efficient strength, *elsewhere* with
+        {elsewhere}. Mean ± standard deviation over seeds.
+        """,
+    ),
+    "kinds": Section(
+        "kinds",
+        "Which kind of dictionary?",
+        """
+        The same dictionaries beside TIDE and the static one that it extends, asked as those of shapes are: {replaced}
+        pictures with reconstructed activations, {pairs} pairs that choose the 16 latents of most effect and as many
+        that judge, {prompts} prompts of each kind, for one in {every} of the values; probes on {judged} held-out
+        pictures. Mean ± standard deviation over seeds.
+        """,
+    ),
 }
 
 
@@ -297,8 +331,8 @@ DRAWN_PEOPLE = """## What these figures stand on
 
 The pipeline, asked for people of held-out combinations with every factor named (`python -m
 training.worlds.people.evaluate --out examples/people-dit/metrics.json`; {prompts} prompts, {steps} steps, guidance
-{guidance_scale:g}): the share of pictures that show each as told, read by the scorer. Below, what the scorer
-reads right in the foundries' own pictures of held-out combinations.
+{guidance_scale:g}): the share of pictures that show each as told, read by the scorer. Below, what the scorer and the
+judge read right in the foundries' own pictures of held-out combinations.
 """
 SHEET = """
 64 held-out prompts that nobody chose: on the left of each pair what the pipeline draws, on the right the foundry's own
@@ -313,8 +347,9 @@ def drawn_people() -> str:
     """What the pipeline of people draws of what it is told, and what is read of real ones."""
     found = json.loads((ROOT / "examples" / "people-dit" / "metrics.json").read_text())
     heads, lines = list(found["right"]), [["drawn", *(f"{share:.2f}" for share in found["right"].values())]]
-    own = json.loads((ROOT / "examples" / "people-scorer" / "metrics.json").read_text())["accuracy"]
-    lines.append(["real, as read", *(f"{own[head]:.2f}" if head in own else "–" for head in heads)])
+    for reader in ("scorer", "judge"):
+        own = json.loads((ROOT / "examples" / f"people-{reader}" / "metrics.json").read_text())["accuracy"]
+        lines.append([f"real, as the {reader} reads", *(f"{own[head]:.2f}" if head in own else "–" for head in heads)])
     return DRAWN_PEOPLE.format(**found) + "\n" + table(["", *heads], lines) + SHEET
 
 

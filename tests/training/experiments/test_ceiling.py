@@ -13,11 +13,11 @@ def test_a_block_is_measured_for_a_value_of_each_factor(tmp_path, monkeypatch, c
     monkeypatch.chdir(ROOT)
     out = tmp_path / "ceiling.json"
     told = ["--world", "people", "--steps", "3", "--values", "1", "--pairs", "4", "--rank", "2", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["ceiling", *told, "--sites", "transformer_blocks.5"])
+    monkeypatch.setattr(sys, "argv", ["ceiling", *told, "--sites", "transformer_blocks.0.attn2+transformer_blocks.5"])
     ceiling.main()
     rows = json.loads(out.read_text())["rows"]
     assert [row["factor"] for row in rows] == ["style", "tone", "who", "role"]
     for row in rows:
         assert row["ceiling"] > 0.99  # what the last block puts out decides
         assert row["map"] <= row["ceiling"]
-    assert "| transformer_blocks.5 |" in capsys.readouterr().out
+    assert "| transformer_blocks.0.attn2 + transformer_blocks.5 |" in capsys.readouterr().out
