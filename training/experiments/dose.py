@@ -1,7 +1,8 @@
 """Dose and response: each label at each strength on prompts that leave it open, and at −1 where they name it.
 
 Beside the share of pictures that show a value, its *margin*: how far the scorer's logit of it is above the largest of
-another value, where the prompt has the object.
+another value, where the prompt has the object. And the *jump*: of the way that a picture goes from strength 0 to 1, the
+most that it goes between neighbouring strengths; of four steps alike each has a quarter.
 
     python -m training.experiments.dose --out training/results/dose.json
 
@@ -39,6 +40,16 @@ def margin(world: World, scorer: FactorScorer, images: torch.Tensor, probe: Prob
     return sum(margins) / len(margins)
 
 
+def jump(images: list[torch.Tensor]) -> float | None:
+    """The median over pictures of the largest part of the way from the first to the last of `images`, each `(n, 3,
+    height, width)`, that lies between two in a row; `None` of no pictures."""
+    if not len(images[0]):
+        return None
+    whole = (images[-1] - images[0]).flatten(1)
+    way = torch.stack([((one - images[0]).flatten(1) * whole).sum(1) for one in images]) / whole.square().sum(1)
+    return round(float(way.diff(dim=0).abs().amax(0).median()), 4)
+
+
 def markdown(rows: list[dict]) -> str:
     """The share of pictures that show a value at each strength, how monotone that and its margin are, and what is
     taken away by −1."""
@@ -54,7 +65,9 @@ def markdown(rows: list[dict]) -> str:
             valid + (own[2.0]["valid"] >= 0.95),
         )
         away = f"{named['gone']:.2f} / {named['valid']:.2f}"
-        lines.append([label, *(f"{v:.2f}" for v in (*shares, *orders)), f"{own[2.0]['valid']:.2f}", away])
+        steps = named.get("jump")
+        told = f"{own[2.0]['valid']:.2f}", away, "–" if steps is None else f"{steps:.2f}"
+        lines.append([label, *(f"{v:.2f}" for v in (*shares, *orders)), *told])
     heads = [
         "label",
         *(f"{s:g}" for s in STRENGTHS),
@@ -62,6 +75,7 @@ def markdown(rows: list[dict]) -> str:
         "of the margin",
         "valid at 2",
         "named, −1: gone / valid",
+        "jump",
     ]
     count = len(lines)
     summary = f"Of {count}: Spearman of the margin ≥ 0.9 for {rising}, valid at 2 ≥ 0.95 for {valid}, "
@@ -85,23 +99,25 @@ def main() -> None:
         factor, value = label["factor"], label["value"]
         probe = world.probe(factor, value, "open", a.prompts, seed=600)
 
-        def seen(strength: float, prompts=None, probe=probe, name=name) -> tuple[list[dict], float]:
+        def seen(strength: float, prompts=None, probe=probe, name=name) -> tuple[list[dict], float, torch.Tensor]:
             strengths = [{name: strength}] if strength else None
             how = {"masks": False, "prompts": prompts}
             images = run(pipe, [probe], strengths, a.steps, a.guidance, a.batch_size, **how)
-            return score(world, scorer, images, [probe])[0], margin(world, scorer, images, probe)
+            return score(world, scorer, images, [probe])[0], margin(world, scorer, images, probe), images
 
         found = {strength: seen(strength) for strength in STRENGTHS}
         plain, rows = found[0.0][0], []
-        for strength, (now, above) in found.items():
+        for strength, (now, above, _) in found.items():
             row = {"label": name, "named": False, "strength": strength, "margin": round(above, 3)}
             rows.append(row | measure(now, plain, factor, value))
-        (named, _), (away, _) = seen(0.0, [probe.prompted]), seen(-1.0, [probe.prompted])
+        (named, *_), (away, *_) = seen(0.0, [probe.prompted]), seen(-1.0, [probe.prompted])
+        turned = [i for i, one in enumerate(plain) if one[factor] != value == found[1.0][0][i][factor]]
         showed = [i for i, one in enumerate(named) if one[factor] == value]
         rows.append(
             {"label": name, "named": True, "strength": -1.0}
             | measure(away, named, factor, value)
             | {"gone": sum(away[i][factor] != value for i in showed) / max(1, len(showed))}
+            | {"jump": jump([found[s][2][turned] for s in STRENGTHS if 0 <= s <= 1])}
         )
         results.add(*rows)
     results.tell(markdown(results.rows))

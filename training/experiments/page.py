@@ -275,7 +275,9 @@ PEOPLE_SECTIONS = {
         """
         Each label at each strength on {prompts} prompts that leave its factor open: the share that shows it, and how
         steadily that and its margin rise (Spearman's rank correlation). Last, prompts that name the value, at
-        strength −1: the share of those that showed it and no longer do.
+        strength −1: the share of those that showed it and no longer do. *Jump*: of the way that a picture goes from
+        strength 0 to 1, the most that it goes between two neighbouring strengths, the median of those that turn; a
+        quarter would be even, and all of it a switch.
         """,
     ),
     "together": Section(
