@@ -1,8 +1,8 @@
 """Dose and response: each label at each strength on prompts that leave it open, and at −1 where they name it.
 
 Beside the share of pictures that show a value, its *margin*: how far the scorer's logit of it is above the largest of
-another value, where the prompt has the object. And the *jump*: of the way that a picture goes from strength 0 to 1, the
-most that it goes between neighbouring strengths; of four steps alike each has a quarter.
+another value, where the prompt has the object. And the *jump*: of the way that a picture goes from strength 0 to 1,
+the most that it goes between neighbouring strengths; of four steps alike each has a quarter.
 
     python -m training.experiments.dose --out training/results/dose.json
 
@@ -54,6 +54,7 @@ def markdown(rows: list[dict]) -> str:
     """The share of pictures that show a value at each strength, how monotone that and its margin are, and what is
     taken away by −1."""
     lines, rising, gone, valid = [], 0, 0, 0
+    jumps = any("jump" in row for row in rows)
     for label in dict.fromkeys(row["label"] for row in rows):
         own = {row["strength"]: row for row in rows if row["label"] == label and not row["named"]}
         named = next(row for row in rows if row["label"] == label and row["named"])
@@ -65,8 +66,9 @@ def markdown(rows: list[dict]) -> str:
             valid + (own[2.0]["valid"] >= 0.95),
         )
         away = f"{named['gone']:.2f} / {named['valid']:.2f}"
-        steps = named.get("jump")
-        told = f"{own[2.0]['valid']:.2f}", away, "–" if steps is None else f"{steps:.2f}"
+        told = [f"{own[2.0]['valid']:.2f}", away]
+        if jumps:
+            told.append("–" if named["jump"] is None else f"{named['jump']:.2f}")
         lines.append([label, *(f"{v:.2f}" for v in (*shares, *orders)), *told])
     heads = [
         "label",
@@ -75,7 +77,7 @@ def markdown(rows: list[dict]) -> str:
         "of the margin",
         "valid at 2",
         "named, −1: gone / valid",
-        "jump",
+        *(["jump"] if jumps else []),
     ]
     count = len(lines)
     summary = f"Of {count}: Spearman of the margin ≥ 0.9 for {rising}, valid at 2 ≥ 0.95 for {valid}, "

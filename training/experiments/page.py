@@ -9,6 +9,7 @@ it. A test fails if a committed page is not what this command writes.
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import textwrap
@@ -250,7 +251,7 @@ PEOPLE_SECTIONS = {
         "ceiling",
         "Where can this pipeline be steered?",
         """
-        On held-out pairs of prompts, for {values} value of each factor ({pairs} pairs, a third or fewer of them held
+        On held-out pairs of prompts, for the first value of each factor ({pairs} pairs, a quarter of them held
         out): the effect of a linear map of rank {rank} fitted there, and the ceiling, which is the effect of putting
         the other prompt's activation itself there. A cell is map / ceiling; 1 is what changing the prompt does. A
         block whose ceiling is high need not have a map that is nearly as good, unlike the site of the shapes, which
@@ -396,6 +397,8 @@ def section(page: Page, path: Path) -> tuple[str, str]:
     stored = json.loads(path.read_text())
     settings, rows = stored["settings"], stored["rows"]
     experiment, title, text = page.sections[path.stem]
+    if "elsewhere" in settings:
+        settings["elsewhere"] = "{} with {} steps".format(*ast.literal_eval(settings["elsewhere"]))
     told = {name: value for name, value in settings.items() if name not in APART and value != "None"}
     how = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
     out = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
