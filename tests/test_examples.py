@@ -17,7 +17,7 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "co
 def test_example_runs_and_writes_pictures(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--steps", "4", "--out", str(tmp_path)])
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    for constant, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2}.items():
+    for constant, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2, "_RIDGES": (0.003,)}.items():
         monkeypatch.setattr(fit, constant, value)
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     told = capsys.readouterr().out

@@ -25,7 +25,7 @@ UNCHANGED = ["a small red heart on the left, on a white background"]
 def quick():
     """The same with less of everything."""
     patch = pytest.MonkeyPatch()
-    for name, value in {"_PICTURES": 3, "_STEPS": 6, "_LAST": 10, "_CHOICE": 3}.items():
+    for name, value in {"_PICTURES": 3, "_STEPS": 6, "_LAST": 10, "_CHOICE": 3, "_RIDGES": (0.003,)}.items():
         patch.setattr(fit, name, value)
     yield
     patch.undo()

@@ -273,8 +273,13 @@ def markdown(rows: list[dict]) -> str:
     }  # fmt: skip
     parts = []
     for figures in (describing, steering, cost):
-        lines = [[kind, *(cell(kind, read, name == SHARED) for name, read in figures.items())] for kind in kinds]
-        parts.append(table(["kind", *figures], lines))
+        columns = {name: [cell(kind, read, name == SHARED) for kind in kinds] for name, read in figures.items()}
+        columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
+        if columns:
+            parts.append(table(["kind", *columns], zip(kinds, *columns.values(), strict=True)))
+    predicted = max((row.get("r2", ()) for row in rows), key=sum)
+    told = ", ".join(f"{share:.2f}" for share in predicted)
+    parts.append(f"R² of predicting each anchor linearly from the one before: {told}.\n")
     anchors = max(len(row.get("fvu_online_per_anchor", ())) for row in rows)
     for name, key in (("FVU", "fvu_online_per_anchor"), ("cosine", "cosine_online_per_anchor")):
         lines = [[kind, *(cell(kind, lambda r, g=g, key=key: r[key][g]) for g in range(anchors))] for kind in kinds]
@@ -285,7 +290,8 @@ def markdown(rows: list[dict]) -> str:
             cells = [cell(kind, lambda r, where=where, n=n: r["probes"][where][n]) for n in counts]
             if set(cells) != {"–"}:
                 lines.append([kind, where, *cells])
-    parts.append(table(["probe of", "judged", *(f"{n} labelled" for n in counts)], lines))
+    if lines:
+        parts.append(table(["probe of", "judged", *(f"{n} labelled" for n in counts)], lines))
     return "\n".join(parts)
 
 

@@ -321,10 +321,12 @@ PEOPLE_SECTIONS = {
         "kinds",
         "Which kind of dictionary?",
         """
-        The same dictionaries beside TIDE and the static one that it extends, asked as those of shapes are: {replaced}
+        The paper's kinds, TIDE, and the static one that it extends, of block 3, trained alike on one pass over the
+        same trajectories (`python -m training.train training/recipes/people-kinds.yaml --out runs/people-kinds`) and
+        asked as those of shapes are: {replaced}
         pictures with reconstructed activations, {pairs} pairs that choose the 16 latents of most effect and as many
-        that judge, {prompts} prompts of each kind, for one in {every} of the values; probes on {judged} held-out
-        pictures. Mean ± standard deviation over seeds.
+        that judge, {prompts} prompts of each kind, for one in {every} of the values. Mean ± standard deviation over
+        seeds.
         """,
     ),
 }
