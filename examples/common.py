@@ -33,21 +33,23 @@ def load(a: argparse.Namespace) -> DiffusionPipeline:
 
 
 def show(rows: list[list[Image.Image]], path: Path, size: int = 128) -> None:
-    """Write rows of pictures of one size."""
+    """Write rows of pictures of one size, in 256 colours to be small."""
     step = size + 4
     sheet = Image.new("RGB", (step * max(map(len, rows)) - 4, step * len(rows) - 4), "white")
     for y, images in enumerate(rows):
         for x, image in enumerate(images):
             sheet.paste(image.resize((size, size), Image.Resampling.NEAREST), (step * x, step * y))
-    sheet.save(path)
+    few_colours(sheet).save(path)
     print(path)
+
+
+def few_colours(image: Image.Image) -> Image.Image:
+    return image.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE)
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure, in 256 colours to be small."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=90)
-    Image.open(buffer).convert("RGB").quantize(
-        method=Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE
-    ).save(path)
+    few_colours(Image.open(buffer).convert("RGB")).save(path)
     print(path)

@@ -49,5 +49,6 @@ with pipe.rtsae_steering(strengths):  # one strength an image
     after = draw()
 print("evened out")
 tell(after)
-rows = [pipe.image_processor.numpy_to_pil(images.permute(0, 2, 3, 1).numpy()) for images in (before, after)]
-show([row[i : i + 12] for i in range(0, len(named), 12) for row in rows], a.out / "who_gets_drawn.png", size=64)
+some = [i for i in range(len(named)) if i % 12 < 6]  # of each role
+rows = [pipe.image_processor.numpy_to_pil(images[some].permute(0, 2, 3, 1).numpy()) for images in (before, after)]
+show([row[i : i + 12] for i in range(0, len(some), 12) for row in rows], a.out / "who_gets_drawn.png", size=64)
