@@ -290,7 +290,7 @@ def markdown(rows: list[dict]) -> str:
             cells = [cell(kind, lambda r, where=where, n=n: r["probes"][where][n]) for n in counts]
             if set(cells) != {"–"}:
                 lines.append([kind, where, *cells])
-    if lines:
+    if counts:
         parts.append(table(["probe of", "judged", *(f"{n} labelled" for n in counts)], lines))
     return "\n".join(parts)
 
