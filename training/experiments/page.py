@@ -323,14 +323,13 @@ PEOPLE_SECTIONS = {
         """
         The paper's kinds, TIDE, and the static one that it extends, of block 3, trained alike on one pass over the
         same trajectories (`python -m training.train training/recipes/people-kinds.yaml --out runs/people-kinds`) and
-        asked as those of shapes are: {replaced}
-        pictures with reconstructed activations, {pairs} pairs that choose the 16 latents of most effect and as many
-        that judge, {prompts} prompts of each kind, for one in {every} of the values. Mean ± standard deviation over
-        seeds. What holds: a linear predictor explains each anchor better than the paper's does on larger models, so that
-        little is left for a code of the whole trajectory to explain, and that code reconstructs least, as on shapes.
-        TIDE and the static one that it extends are the same within the spread, as there. And no sixteen constants of
-        any kind steer this block: what is to be added depends on what is there, which is why labels are maps. The
-        trainings were short, and the differences between kinds are of these.
+        asked as those of shapes are: {replaced} pictures with reconstructed activations, {pairs} pairs that choose the
+        16 latents of most effect and as many that judge, {prompts} prompts of each kind, for one in {every} of the
+        values. Mean ± standard deviation over seeds. What holds: a linear predictor explains each anchor better than
+        the paper's does on larger models, so that little is left for a code of the whole trajectory to explain, and
+        that code reconstructs least, as on shapes. TIDE and the static one that it extends are the same within the
+        spread, as there. And no sixteen constants of any kind steer this block: what is to be added depends on what is
+        there, which is why labels are maps. The trainings were short, and the differences between kinds are of these.
         """,
     ),
 }
