@@ -273,6 +273,7 @@ def test_stop_stops(tab, app):
         tab.fill("#prompt textarea", "a circle")
         tab.click("#generate")
         until(lambda: sum(app.studio.wishes.values()) == before + 1)
+        until(lambda: app.studio.thread._work_queue.qsize() == 1)  # what was not begun cannot be stopped
         tab.click("#stop")
         until(lambda: sum(app.studio.wishes.values()) == before + 2)
     finally:
