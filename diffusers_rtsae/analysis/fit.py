@@ -232,9 +232,8 @@ def _fit_maps(states: States, judges: States, rank: int) -> _Maps:
             sae = states.dictionary.sites[site]
             regular = square + ridge * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
             solution = torch.linalg.solve(regular, product)
-            kept = (
-                torch.linalg.eigh(solution.T @ regular @ solution).eigenvectors[:, -rank:].flip(1)
-            )  # that it changes
+            changed = torch.linalg.eigh(solution.T @ regular @ solution).eigenvectors
+            kept = changed[:, -rank:].flip(1)  # along which it changes most
             readers = (solution @ kept).T.unflatten(1, (len(sae.config.anchors), -1)).float()
             width, one = sae.config.in_channels, float(sae.spread.mean())
             offsets, places = one * readers[..., width], one * readers[..., width + 1 :]
