@@ -29,7 +29,8 @@ from ..steering import DENOISERS, Clock, TimeGrid, call_arguments, get_site, noi
 from ..steering.sites import from_tokens, read_activation, read_output, replace_output, to_tokens, token_grid
 
 Pair = tuple[str, str]
-Changes = dict[str, torch.Tensor]  # what to add to the tokens of each site, (rows, N or 1, d)
+Change = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+Changes = dict[str, Change]  # what to add to the tokens of each site, (rows, N or 1, d), or how that follows from these
 _ROWS = 8  # states of one gradient, at most
 CHUNK = 4096  # latents looked at together
 _STEPS = 13  # of a generation that are looked at, at most
@@ -385,8 +386,8 @@ class States:
         """v(x, from) of some of a state's rows with `changes` added at the sites; differentiable in these."""
         with contextlib.ExitStack() as stack:
             for site, change in changes.items():
-                hook = get_site(self.denoiser, site).register_forward_hook(_adds(change))
-                stack.callback(hook.remove)
+                adds = _adds(change, self.dictionary.sites[site].config.activation)
+                stack.callback(get_site(self.denoiser, site).register_forward_hook(adds, with_kwargs=True).remove)
             texts = [state.texts[row] for row in rows]
             return state.call.replay(self.denoiser, [state.samples[row] for row in rows], texts).float()
 
@@ -435,10 +436,12 @@ class States:
             yield states[pick], chosen, 1 / (len(states) * float(chance[pick]))
 
 
-def _adds(change: torch.Tensor):
-    def hook(module, args, output):
+def _adds(change: Change, activation: str):
+    def hook(module, args, kwargs, output):
         hidden_states = read_output(output)
-        return replace_output(output, hidden_states + from_tokens(change.to(hidden_states.device), hidden_states))
+        block_input = args[0] if args else kwargs["hidden_states"]
+        own = change(read_activation(activation, block_input, hidden_states)) if callable(change) else change
+        return replace_output(output, hidden_states + from_tokens(own.to(hidden_states.device), hidden_states))
 
     return hook
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
 from tqdm.auto import tqdm
 
-from ..models import LinearMap, interpolate, waves
+from ..models import LinearMap, Step, interpolate, waves
 from .effect import (
     CHUNK,
     Changes,
@@ -33,6 +34,7 @@ _REMOVED = 256  # candidates, the most active ones, for being taken away by thei
 _JUDGES = 32  # pairs held out, of many
 _PICTURES, _CAPTURE = 24, 200  # pairs that are drawn to fit, and what that counts for on the bar
 _AWAY = 8  # latents at most that take the concept away at negative strengths
+_FARTHEST = 2.0  # times as far as it was fitted to, at most, a map is made to move
 _REACHED = 0.9  # share of it that a strength beyond 1 must keep
 _PAYS = 0.01  # of the effect, that leaving out steps must gain
 _RANK = 8  # of the map that tells what the site can do
@@ -160,7 +162,8 @@ class _Latents(Intervention):
 
 
 class _Maps:
-    """A linear map at each site, as a change of activations like an [`Intervention`]."""
+    """A linear map at each site, as a change of activations like an [`Intervention`]. Each reads what is there once the
+    sites before it have moved, as it does when it steers."""
 
     def __init__(self, rows: dict[str, torch.Tensor], states: States):
         self.rows, self.states = rows, states
@@ -169,7 +172,15 @@ class _Maps:
     def __call__(self, state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
         grids, sizes = self.states.grids, self.states.sizes
         steps = {site: grids[site].step(state.timestep, sizes[site]) for site in self.maps}
-        return {site: added * own(state.present[site][list(rows)], steps[site]) for site, own in self.maps.items()}
+        return {site: partial(self._change, site, steps[site], added) for site in self.maps}
+
+    def _change(self, site: str, step: Step, added: float, tokens: torch.Tensor) -> torch.Tensor:
+        return added * self.maps[site](tokens, step)
+
+    def stretched(self, factor: float) -> _Maps:
+        """The same that move by `factor` times as much."""
+        directions = {site: factor * own.directions.paths[:, 0] for site, own in self.maps.items()}
+        return _Maps({site: own.with_directions(directions[site]) for site, own in self.maps.items()}, self.states)
 
     def entries(self, sign: int, limit: float) -> tuple[list[dict], dict[str, torch.Tensor]]:
         """Parts of a label that answer strengths of one sign up to `limit`, and the maps that these name."""
@@ -219,7 +230,8 @@ def _fit_maps(states: States, judges: States, rank: int) -> _Maps:
     """
     The linear map at each site that takes the activation with the "from" prompt to that with the "to" prompt, token by
     token, and leaves the latter where it is: reduced-rank ridge regression, no gradient, of the ridge with most effect
-    on the held-out pairs.
+    on the held-out pairs. Least squares falls short by what it cannot tell, so that the map is stretched to move
+    predictions as far as the other prompt does.
     """
     for site, sae in states.dictionary.sites.items():
         if sae.config.activation == "input":
@@ -240,7 +252,10 @@ def _fit_maps(states: States, judges: States, rank: int) -> _Maps:
             fitted[site] = LinearMap.rows(readers[..., :width], offsets, kept.T.float(), places)
         return _Maps(fitted, states)
 
-    return max(map(solved, _RIDGES), key=lambda maps: float(_effect(judges, maps)[judges.told].mean()))
+    maps = max(map(solved, _RIDGES), key=lambda maps: float(_effect(judges, maps)[judges.told].mean()))
+    once, twice = (float(_effect(judges, maps, s)[judges.told].mean()) for s in (1.0, 2.0))
+    far = once - twice / 2  # squared, of E(s) = 2 s near − s² far at strength s
+    return maps.stretched(min(max(far, _FARTHEST**-2), 1.0) ** -0.5) if once > 0 else maps
 
 
 def _split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -351,7 +366,8 @@ def fit_feature(
     gradient pursuit on the effect E and fitted through the frozen denoiser (see [`analysis.effect`]): a constant part
     is added on the tokens that the prompts make a difference on, and latents that stand for what is there instead are
     taken away, each by its own activation. Or, with `rank`, a linear map of its own, fitted by least squares: it does
-    more with less work, but is no part of the dictionary.
+    more with less work, but is no part of the dictionary. Least squares falls short by what it cannot tell, so that a
+    map is stretched until it moves predictions as far as changing the prompt does.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.

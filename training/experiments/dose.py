@@ -6,6 +6,7 @@ the most that it goes between neighbouring strengths; of four steps alike each h
 
     python -m training.experiments.dose --out training/results/dose.json
 
+`--strip` draws labels between 0 and 1 as well, on the first of their prompts that name another value.
 Rows are added to the JSON as they are measured; the same command continues where it was stopped.
 """
 
@@ -18,6 +19,7 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.analysis.plots import plot_strengths
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
 from ..worlds import Probe, World
@@ -26,6 +28,8 @@ from .results import Results, table
 from .steering import measure, run, score
 
 STRENGTHS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+BETWEEN = [s for s in STRENGTHS if 0 <= s <= 1]
+ON = 3  # prompts that a strip shows a label on
 
 
 @torch.no_grad()
@@ -90,11 +94,12 @@ def main() -> None:
     add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/dose.json"))
     parser.add_argument("--prompts", type=int, default=16, help="for each label")
+    parser.add_argument("--strip", nargs="+", default=[], metavar="LABEL", help="to draw to a PNG beside the JSON")
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     pipe.load_rtsae(dictionary)
-    results = Results(a, [a.pipeline, a.dictionary])
+    results = Results(a, [a.pipeline, a.dictionary], said_by_rows=("strip",))
     for name, label in tqdm(dictionary.labels.items(), unit="label"):
         if results.has(label=name):
             continue
@@ -119,10 +124,18 @@ def main() -> None:
             {"label": name, "named": True, "strength": -1.0}
             | measure(away, named, factor, value)
             | {"gone": sum(away[i][factor] != value for i in showed) / max(1, len(showed))}
-            | {"jump": jump([found[s][2][turned] for s in STRENGTHS if 0 <= s <= 1])}
+            | {"jump": jump([found[s][2][turned] for s in BETWEEN])}
         )
         results.add(*rows)
     results.tell(markdown(results.rows))
+    rows = []
+    for name in a.strip:
+        probe = world.probe(dictionary.labels[name]["factor"], dictionary.labels[name]["value"], "contradicted", ON, 0)
+        draw = [run(pipe, [probe], [{name: s}], a.steps, a.guidance, a.batch_size, masks=False) for s in BETWEEN]
+        images = torch.stack(draw, 1).permute(0, 1, 3, 4, 2).numpy()
+        rows += [(name, prompt, own) for prompt, own in zip(probe.prompts, images, strict=True)]
+    if rows:
+        plot_strengths(rows, BETWEEN, "From nothing to all there").savefig(a.out.with_suffix(".png"), dpi=130)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Two labels of different factors at once, and a label painted on one of two objects.
+"""Two labels of different factors at once, and a label painted on one of two objects, or on half of a picture of one.
 
     python -m training.experiments.together --out training/results/together.json
 
 The prompts name other values than those steered to, and all else. Painted is a disc on the first object's place; an
-object is left alone if all that is read of it is as without steering. Rows are added to the JSON as they are measured;
-the same command continues where it was stopped.
+object is left alone if all that is read of it is as without steering. In a world of one object the left half is
+painted, and told is how far the pixels of both halves move, in units of how far the label moves them when it is not
+painted. Rows are added to the JSON as they are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 from itertools import combinations
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from diffusers_rtsae import load_dictionary
@@ -21,11 +23,17 @@ from ..worlds import World
 from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
 from .results import Results, table
 
+COLUMNS = {
+    "two at once": ("both", "both by prompt", "valid"),
+    "painted": ("reached", "other alone"),
+    "half painted": ("inside", "outside", "valid"),
+}
+
 
 def markdown(rows: list[dict]) -> str:
     """Each pair and each painted label, and the means of both."""
     text = []
-    for what, heads in (("two at once", ("both", "both by prompt", "valid")), ("painted", ("reached", "other alone"))):
+    for what, heads in COLUMNS.items():
         own = [row for row in rows if row["what"] == what]
         if own:
             lines = [
@@ -40,6 +48,12 @@ def others(world: World, wanted: dict[str, str], count: int, seed: int) -> list[
     """Held-out scenes with other values than those wanted."""
     scenes = world.sample(16 * count, seed, held_out=True)
     return [scene for scene in scenes if all(scene[f] != v for f, v in wanted.items())][:count]
+
+
+def moved(images: torch.Tensor, plain: torch.Tensor) -> tuple[float, float]:
+    """The mean distance of pixels of the left and of the right half of pictures `(n, 3, height, width)`."""
+    left, right = (images - plain).abs().mean((0, 1, 2)).chunk(2)
+    return float(left.mean()), float(right.mean())
 
 
 def main() -> None:
@@ -96,6 +110,25 @@ def main() -> None:
                 alone.append(after.get(second) == before[second])
         row = {"what": "painted", "labels": [value], "n": len(reached)}
         results.add(row | {"reached": sum(reached) / len(reached), "other alone": sum(alone) / len(alone)})
+    half = torch.zeros(1, world.image_size, world.image_size)
+    half[..., : world.image_size // 2] = 1
+    singles = [(f, v) for f in named for v in rng.sample(named[f], min(a.painted, len(named[f])))]
+    for factor, value in tqdm([] if pairs else singles, desc="half painted"):
+        if results.has(what="half painted", labels=[value]):
+            continue
+        scenes = others(world, {factor: value}, a.prompts, 72_000)
+        texts = world.describe(scenes, 0)
+        plain = generate(pipe, texts, *call)
+        with pipe.rtsae_steering({value: 1.0}):
+            whole = moved(generate(pipe, texts, *call), plain)
+        with pipe.rtsae_steering({value: 1.0}, mask=half):
+            painted = generate(pipe, texts, *call)
+        inside, outside = (now / then for now, then in zip(moved(painted, plain), whole, strict=True))
+        valid = sum(world.seen(reading)["valid"] for reading in scorer.read(painted)) / len(scenes)
+        results.add(
+            {"what": "half painted", "labels": [value], "n": len(scenes)}
+            | {"inside": inside, "outside": outside, "valid": valid}
+        )
     results.tell(markdown(results.rows))
 
 
