@@ -30,7 +30,9 @@ from ..steering.sites import from_tokens, read_activation, read_output, replace_
 
 Pair = tuple[str, str]
 Change = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-Changes = dict[str, Change]  # what to add to the tokens of each site, (rows, N or 1, d), or how that follows from these
+Changes = dict[
+    str, Change
+]  # what to add to the tokens of each site, (rows, N or 1, d), or how that follows from these
 _ROWS = 8  # states of one gradient, at most
 CHUNK = 4096  # latents looked at together
 _STEPS = 13  # of a generation that are looked at, at most
@@ -322,6 +324,15 @@ class States:
         other = copy.copy(self)
         other.pairs = [pair[::-1] for pair in self.pairs]
         other._runs = [run.reversed() for run in self._runs]
+        return other
+
+    def standing(self) -> States:
+        """The same that want what is there: 1 − E is how far, squared, an edit moves the prediction."""
+        other = copy.copy(self)
+        other._runs = [
+            replace(run, states=[state and replace(state, wanted=state.before) for state in run.states])
+            for run in self._runs
+        ]
         return other
 
     def _activation(self, site: str, tokens: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -162,8 +162,8 @@ class _Latents(Intervention):
 
 
 class _Maps:
-    """A linear map at each site, as a change of activations like an [`Intervention`]. Each reads what is there once the
-    sites before it have moved, as it does when it steers."""
+    """A linear map at each site, as a change of activations like an [`Intervention`]. Each reads what is there after
+    the sites before it have moved, as it does while it steers."""
 
     def __init__(self, rows: dict[str, torch.Tensor], states: States):
         self.rows, self.states = rows, states
@@ -230,8 +230,7 @@ def _fit_maps(states: States, judges: States, rank: int) -> _Maps:
     """
     The linear map at each site that takes the activation with the "from" prompt to that with the "to" prompt, token by
     token, and leaves the latter where it is: reduced-rank ridge regression, no gradient, of the ridge with most effect
-    on the held-out pairs. Least squares falls short by what it cannot tell, so that the map is stretched to move
-    predictions as far as the other prompt does.
+    on the held-out pairs.
     """
     for site, sae in states.dictionary.sites.items():
         if sae.config.activation == "input":
@@ -252,10 +251,7 @@ def _fit_maps(states: States, judges: States, rank: int) -> _Maps:
             fitted[site] = LinearMap.rows(readers[..., :width], offsets, kept.T.float(), places)
         return _Maps(fitted, states)
 
-    maps = max(map(solved, _RIDGES), key=lambda maps: float(_effect(judges, maps)[judges.told].mean()))
-    once, twice = (float(_effect(judges, maps, s)[judges.told].mean()) for s in (1.0, 2.0))
-    far = once - twice / 2  # squared, of E(s) = 2 s near − s² far at strength s
-    return maps.stretched(min(max(far, _FARTHEST**-2), 1.0) ** -0.5) if once > 0 else maps
+    return max(map(solved, _RIDGES), key=lambda maps: float(_effect(judges, maps)[judges.told].mean()))
 
 
 def _split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -356,6 +352,15 @@ def _reach(judges: States, model: Callable[..., Changes]) -> float:
     return max(s for s in effect if effect[s] >= _REACHED * effect[1.0] or s == 1.0)
 
 
+def _stretched(maps: _Maps, judges: States, window: dict[str, float]) -> _Maps:
+    """Maps that move predictions as far as the other prompt does; least squares falls short by what it cannot tell."""
+    still, factor = judges.standing(), 1.0
+    for _ in range(2):  # sites that read what others have moved make it other than linear
+        far = 1 - float(_effect(still, _during(maps.stretched(factor), window))[judges.told].mean())  # squared
+        factor = min(max(factor * max(far, 1e-6) ** -0.5, 1.0), _FARTHEST)
+    return maps.stretched(factor)
+
+
 def fit_feature(
     pipeline, pairs: Sequence[Pair], latents: int = 16, unchanged: Sequence[str] = (), rank: int | None = None,
     adapter_name: str | None = None, seed: int = 0, batch_size: int = 16, checkpointing: bool = False,
@@ -427,7 +432,8 @@ def fit_feature(
         model = fitted(states, judges, surveys, latents)
         gains = judges.gains(model)
         window = _window({timestep: float(own[judges.told].mean()) for timestep, own in gains.items()})
-        effects = sum(own for timestep, own in gains.items() if _acts(window, timestep))
+        model = _stretched(model, judges, window) if rank is not None else model
+        effects = _effect(judges, _during(model, window))
         limit = _reach(judges, _during(model, window))
         own = effects if rank is not None else _effect(judges, _fit_maps(states, judges, _RANK))
         ceiling = judges.effects(
@@ -437,6 +443,7 @@ def fit_feature(
         backwards = [group.reversed() for group in (states, judges)]
         surveys_away = {site: _survey(backwards[0], site) for site in surveys} if rank is None else {}
         away = fitted(*backwards, surveys_away, min(_AWAY, latents))
+        away = _stretched(away, backwards[1], window) if rank is not None else away
         limit_away, effect_away = (find(backwards[1], _during(away, window)) for find in (_reach, _effect))
         bar.update(total - bar.n)
     told = judges.told

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_rtsae import load_dictionary
+from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis import fit
+from diffusers_rtsae.analysis.effect import States
 from diffusers_rtsae.analysis.fit import fit_feature
+from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.files import check_label
 from diffusers_rtsae.models import PLACES
 
@@ -108,8 +110,7 @@ def test_a_window_leaves_out_what_does_harm(_pipeline, dictionary, quick, monkey
     right = fit._Maps.__call__
 
     def wrong(self, state, rows, added=1.0):
-        changes = right(self, state, rows, added)
-        return {site: -3 * change for site, change in changes.items()} if state.timestep > 700 else changes
+        return right(self, state, rows, -3 * added if state.timestep > 700 else added)
 
     monkeypatch.setattr(fit._Maps, "__call__", wrong)
     _pipeline.load_rtsae(dictionary)
@@ -119,6 +120,35 @@ def test_a_window_leaves_out_what_does_harm(_pipeline, dictionary, quick, monkey
         _pipeline.unload_rtsae()
     assert 0 < one.label["edit"]["start"] < 0.5 and "end" not in one.label["edit"]
     assert one.measured["effect"] > 0
+
+
+def test_maps_are_measured_as_they_steer_and_move_as_far_as_the_prompt(_pipeline, quick):
+    """At two sites, of which the second reads what the first has moved; the first step of a steered run."""
+    sites = ["down_blocks.1.attentions.0", SITE]
+    with Recorder(_pipeline, sites) as recorder:
+        _pipeline("", output_type="latent", **CALL)
+    widths = {site: recorder.trajectories(site).shape[-1] for site in sites}
+    sites = {s: RTSAE(s, width, [900, 100], num_latents=8, k=1) for s, width in widths.items()}
+    _pipeline.load_rtsae(Dictionary(sites))
+    kept = []
+    try:
+        states = States(_pipeline, PAIRS, seed=3, **CALL)
+        maps = fit._stretched(fit._fit_maps(states, states, 4), states, {})
+        entries, rows = maps.entries(1, 1.0)
+        label = {"features": entries, "edit": {"apply_to": "cond"}}
+        _pipeline.add_rtsae_label("white", fit.FittedFeature(label, rows))
+        state = next(states.all())
+        with torch.no_grad():
+            expected, plain = (states.predict(state, [0], c) for c in (maps(state, [0]), {}))
+        hook = _pipeline.unet.register_forward_hook(lambda m, a, output: kept.append(output[0][1:2]))
+        with hook, _pipeline.rtsae_steering({"white": 1.0}):
+            _pipeline(PAIRS[0][0], generator=torch.Generator().manual_seed(3), output_type="latent", **CALL)
+    finally:
+        _pipeline.unload_rtsae()
+    assert (expected - plain).abs().max() > 0.01
+    torch.testing.assert_close(kept[0], expected, atol=2e-3, rtol=2e-3)
+    near, still = (float(fit._effect(group, maps).mean()) for group in (states, states.standing()))
+    assert near > 0.9 and 1 - still == pytest.approx(1, abs=0.1)
 
 
 def test_what_cannot_be_fitted_is_one_sentence(steered):
