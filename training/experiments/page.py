@@ -240,11 +240,11 @@ PEOPLE_SECTIONS = {
         Every label of the bundled dictionary on {prompts} prompts of its own, which had no part in any choice, read by
         a judge that had none either: a second scorer of another architecture and training (`examples/people-judge`).
         A cell is success / leakage / valid at strength 1. Labels are linear maps of what the six cross-attentions add,
-        fitted to what changing the prompt does, without a scorer (`python -m training.experiments.label --world people
-        --steps 4 --pairs 280 --rank 6 --batch-size 32`). `difference of means` is at those same sites; `random map`
-        reads what the label's map reads and moves as far, in random directions. Style transfer is the contradicted
-        prompts of styles: what else changes with it is said below the table. The edited prompt is what the pipeline
-        makes of being told, which is the most that can be hoped for.
+        fitted to what changing the prompt does and stretched until they move as far, without a scorer (`python -m
+        training.experiments.label --world people --steps 4 --pairs 280 --rank 6 --batch-size 32`). `difference of
+        means` is at those same sites; `random map` reads what the label's map reads and moves as far, in random
+        directions. Style transfer is the contradicted prompts of styles: what else changes with it is said below the
+        table. The edited prompt is what the pipeline makes of being told, which is the most that can be hoped for.
         """,
     ),
     "ceiling": Section(
@@ -283,10 +283,11 @@ PEOPLE_SECTIONS = {
     ),
     "together": Section(
         "together",
-        "Two labels at once",
+        "Two labels at once, and half of a picture painted",
         """
         Two labels of different factors on prompts that name another value of both, {prompts} of each pair, beside
-        prompts that name both. Nothing is painted: a person fills the picture.
+        prompts that name both. Then a label painted on the left half, for there is one person to a picture: how far
+        the pixels of that half move and those of the other one, in units of how far the label moves them unpainted.
         """,
     ),
     "samplers": Section(

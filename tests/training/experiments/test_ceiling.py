@@ -12,7 +12,22 @@ def test_a_block_is_measured_for_a_value_of_each_factor(tmp_path, monkeypatch, c
     monkeypatch.setattr(fit, "_PICTURES", 4)
     monkeypatch.chdir(ROOT)
     out = tmp_path / "ceiling.json"
-    told = ["--world", "people", "--steps", "3", "--values", "1", "--pairs", "4", "--rank", "2", "--out", str(out)]
+    told = [
+        "--world",
+        "people",
+        "--anchors",
+        "2",
+        "--steps",
+        "2",
+        "--values",
+        "1",
+        "--pairs",
+        "4",
+        "--rank",
+        "2",
+        "--out",
+        str(out),
+    ]
     monkeypatch.setattr(sys, "argv", ["ceiling", *told, "--sites", "transformer_blocks.0.attn2+transformer_blocks.5"])
     ceiling.main()
     rows = json.loads(out.read_text())["rows"]

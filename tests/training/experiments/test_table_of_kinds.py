@@ -41,8 +41,8 @@ def trained(tmp_path_factory):
 def test_a_table_of_kinds_is_measured_and_continued(trained, tmp_path, monkeypatch, capsys):
     out = tmp_path / "kinds.json"
     command = ["kinds", "--dictionaries", str(trained), "--steps", "6", "--batch-size", "16", "--out", str(out)]
-    command += ["--labelled", "32", "--judged", "16", "--absorbed", "32", "--replaced", "2", "--pairs", "2"]
-    command += ["--prompts", "1", "--every", "8", "--repeats", "1"]
+    command += ["--labelled", "16", "--judged", "8", "--absorbed", "16", "--replaced", "2", "--pairs", "2"]
+    command += ["--prompts", "1", "--every", "20", "--repeats", "1"]
     monkeypatch.setattr(samplers, "NOISE", samplers.NOISE._replace(elsewhere=("DPM++ 2M", 4)))
     for name, value in {"STRENGTHS": (0.5,), "PREDICTED": 2}.items():
         monkeypatch.setattr(kinds, name, value)
