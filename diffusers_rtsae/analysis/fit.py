@@ -353,7 +353,8 @@ def _reach(judges: States, model: Callable[..., Changes]) -> float:
 
 
 def _stretched(maps: _Maps, judges: States, window: dict[str, float]) -> _Maps:
-    """Maps that move predictions as far as the other prompt does; least squares falls short by what it cannot tell."""
+    """Maps that move predictions as far as the other prompt does; least squares falls short by what it cannot tell.
+    Only towards a concept: what is there instead of it is many things, and going as far as one of them breaks pictures."""
     still, factor = judges.standing(), 1.0
     for _ in range(2):  # sites that read what others have moved make it other than linear
         far = 1 - float(_effect(still, _during(maps.stretched(factor), window))[judges.told].mean())  # squared
@@ -443,7 +444,6 @@ def fit_feature(
         backwards = [group.reversed() for group in (states, judges)]
         surveys_away = {site: _survey(backwards[0], site) for site in surveys} if rank is None else {}
         away = fitted(*backwards, surveys_away, min(_AWAY, latents))
-        away = _stretched(away, backwards[1], window) if rank is not None else away
         limit_away, effect_away = (find(backwards[1], _during(away, window)) for find in (_reach, _effect))
         bar.update(total - bar.n)
     told = judges.told
