@@ -354,7 +354,7 @@ def _reach(judges: States, model: Callable[..., Changes]) -> float:
 
 def _stretched(maps: _Maps, judges: States, window: dict[str, float]) -> _Maps:
     """Maps that move predictions as far as the other prompt does; least squares falls short by what it cannot tell.
-    Only towards a concept: what is there instead of it is many things, and going as far as one of them breaks pictures."""
+    Only towards a concept: instead of it there may be many things, and going as far as to one of them breaks pictures."""
     still, factor = judges.standing(), 1.0
     for _ in range(2):  # sites that read what others have moved make it other than linear
         far = 1 - float(_effect(still, _during(maps.stretched(factor), window))[judges.told].mean())  # squared
@@ -372,8 +372,8 @@ def fit_feature(
     gradient pursuit on the effect E and fitted through the frozen denoiser (see [`analysis.effect`]): a constant part
     is added on the tokens that the prompts make a difference on, and latents that stand for what is there instead are
     taken away, each by its own activation. Or, with `rank`, a linear map of its own, fitted by least squares: it does
-    more with less work, but is no part of the dictionary. Least squares falls short by what it cannot tell, so that a
-    map is stretched until it moves predictions as far as changing the prompt does.
+    more with less work, but is no part of the dictionary. Least squares falls short by what it cannot tell, so that
+    towards the concept a map is stretched until it moves predictions as far as changing the prompt does.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.

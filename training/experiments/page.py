@@ -315,7 +315,11 @@ PEOPLE_SECTIONS = {
         same trajectories (`python -m training.train training/recipes/people-kinds.yaml --out runs/people-kinds`).
         {features} latents, chosen from {pairs} pairs of prompts for each value by what is active or by effect, steer
         other prompts that name another value; each kind is shown at its most efficient strength, *elsewhere* with
-        {elsewhere}. Mean ± standard deviation over seeds.
+        {elsewhere}. Mean ± standard deviation over seeds. The method and its like without a code for the whole
+        trajectory recover the prediction with what came before and hardly any of it rolled out; by effect they steer
+        alike, by activation the raw one is ahead, each within the others' spread. None of them is of use here: most of
+        what does show the value is broken or changed elsewhere, as [a few constants](#which-kind-of-dictionary) steer
+        this block little, whichever dictionary they are of.
         """,
     ),
     "kinds": Section(
