@@ -354,7 +354,7 @@ def _reach(judges: States, model: Callable[..., Changes]) -> float:
 
 def _stretched(maps: _Maps, judges: States, window: dict[str, float]) -> _Maps:
     """Maps that move predictions as far as the other prompt does; least squares falls short by what it cannot tell.
-    Only towards a concept: instead of it there may be many things, and going as far as to one of them breaks pictures."""
+    Only towards a concept: instead of it there may be many things, and going as far as to one breaks pictures."""
     still, factor = judges.standing(), 1.0
     for _ in range(2):  # sites that read what others have moved make it other than linear
         far = 1 - float(_effect(still, _during(maps.stretched(factor), window))[judges.told].mean())  # squared
