@@ -15,7 +15,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
@@ -136,9 +135,7 @@ def main() -> None:
         images = torch.stack(draw, 1).permute(0, 1, 3, 4, 2).numpy()
         rows += [(name, prompt, own) for prompt, own in zip(probe.prompts, images, strict=True)]
     if rows:
-        path = a.out.with_suffix(".png")
-        plot_strengths(rows, BETWEEN, "From nothing to all there").savefig(path, dpi=100)
-        Image.open(path).quantize(128).save(path, optimize=True)
+        plot_strengths(rows, BETWEEN, "From nothing to all there").savefig(a.out.with_suffix(".png"), dpi=90)
 
 
 if __name__ == "__main__":
