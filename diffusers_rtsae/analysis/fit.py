@@ -35,7 +35,7 @@ _JUDGES = 32  # pairs held out, of many
 _PICTURES, _CAPTURE = 24, 200  # pairs that are drawn to fit, and what that counts for on the bar
 _AWAY = 8  # latents at most that take the concept away at negative strengths
 _FARTHEST = 2.0  # times as far as it was fitted to, at most, a map is made to move
-_REACHED = 0.9  # share of it that a strength beyond 1 must keep
+_REACHED = 0.9  # share of it that moving farther must keep
 _PAYS = 0.01  # of the effect, that leaving out steps must gain
 _RANK = 8  # of the map that tells what the site can do
 _RIDGES = 0.003, 0.02, 0.1  # of a map's least squares, in units of their mean square: the best is taken
@@ -353,12 +353,20 @@ def _reach(judges: States, model: Callable[..., Changes]) -> float:
 
 
 def _stretched(maps: _Maps, judges: States, window: dict[str, float]) -> _Maps:
-    """Maps that move predictions as far as the other prompt does; least squares falls short by what it cannot tell.
-    Only towards a concept: instead of it there may be many things, and going as far as to one breaks pictures."""
+    """Maps that move predictions as far as the other prompt does, or as far as they keep most of their effect; least
+    squares falls short by what it cannot tell. Only towards a concept: instead of it there may be many things, and
+    going as far as to one breaks pictures."""
+
+    def effect(states: States, factor: float) -> float:
+        return float(_effect(states, _during(maps.stretched(factor), window))[judges.told].mean())
+
     still, factor = judges.standing(), 1.0
     for _ in range(2):  # sites that read what others have moved make it other than linear
-        far = 1 - float(_effect(still, _during(maps.stretched(factor), window))[judges.told].mean())  # squared
+        far = 1 - effect(still, factor)  # squared
         factor = min(max(factor * max(far, 1e-6) ** -0.5, 1.0), _FARTHEST)
+    least = _REACHED * effect(judges, 1.0)
+    while factor > 1.05 and effect(judges, factor) < least:
+        factor = (1 + factor) / 2
     return maps.stretched(factor)
 
 
@@ -373,7 +381,8 @@ def fit_feature(
     is added on the tokens that the prompts make a difference on, and latents that stand for what is there instead are
     taken away, each by its own activation. Or, with `rank`, a linear map of its own, fitted by least squares: it does
     more with less work, but is no part of the dictionary. Least squares falls short by what it cannot tell, so that
-    towards the concept a map is stretched until it moves predictions as far as changing the prompt does.
+    towards the concept a map is stretched until it moves predictions as far as changing the prompt does, if it keeps
+    most of its effect.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.

@@ -257,7 +257,7 @@ PEOPLE_SECTIONS = {
         block whose ceiling is high need not have a map that is nearly as good, unlike the site of the shapes, which
         was made linearly readable: what stands in the residual stream there depends on everything else. What the
         cross-attentions add is nearer to what the prompt says, and is the same at every step. So the bundled labels
-        act there, at all of them at once.
+        act there, at all of them at once. Measured before maps were stretched.
         """,
     ),
     "even": Section(
