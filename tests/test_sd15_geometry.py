@@ -59,6 +59,7 @@ def test_every_site_takes_a_dictionary_of_its_width_and_is_steered(pipe):
         dictionaries[site].typical_activation.fill_(5.0)
         dictionaries[site].max_activation.fill_(5.0)
     pipe.load_rtsae(dictionaries)
+    assert torch.equal(run(), plain)
     pipe.set_rtsae_features({(site, 0): [0.0, 1.0] for site in sites})
     steered = run()
     report = pipe.rtsae_report()

@@ -30,9 +30,8 @@ from ..steering.sites import from_tokens, read_activation, read_output, replace_
 
 Pair = tuple[str, str]
 Change = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-Changes = dict[
-    str, Change
-]  # what to add to the tokens of each site, (rows, N or 1, d), or how that follows from these
+# What to add to the tokens of each site, (rows, N or 1, d), or how that follows from these.
+Changes = dict[str, Change]
 _ROWS = 8  # states of one gradient, at most
 CHUNK = 4096  # latents looked at together
 _STEPS = 13  # of a generation that are looked at, at most
