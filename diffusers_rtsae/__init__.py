@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from .imports import when_imported
 
 if TYPE_CHECKING:
+    from .denoiser import list_sites
     from .hub import Dictionary, list_pretrained, load_dictionary
     from .models import RTSAE, TIDE, MixtureSAE, SparseAutoencoder, SparseDictionary
     from .pipeline import RTSAELoaderMixin
-    from .steering import Edit, list_sites
+    from .steering import Edit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    for home in ("models", "hub", "steering", "pipeline") if name in __all__ else ():
+    for home in ("models", "hub", "denoiser", "steering", "pipeline") if name in __all__ else ():
         module = importlib.import_module(f".{home}", __name__)
         if hasattr(module, name):
             return getattr(module, name)

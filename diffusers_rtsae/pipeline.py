@@ -8,42 +8,20 @@ import math
 import os
 from abc import ABC
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from .denoiser import DENOISERS, PIPELINES, find_caller, get_denoiser, get_denoisers, unwrapped
 from .hub import Dictionary, load_dictionary
 from .models import SparseDictionary
-from .steering import (
-    DENOISERS,
-    PIPELINES,
-    Controller,
-    Edit,
-    SitePlan,
-    as_mask,
-    as_strength,
-    check_width,
-    get_denoiser,
-    noise_schedule,
-    numbers,
-    running_pipeline,
-    unwrapped,
-)
+from .steering import Adapter, Controller, Edit, SiteEdit, as_mask, as_strength, check_width
 
 Name = str | int | tuple[str, int]
 Strength = float | list[float] | torch.Tensor | Callable[[float], float | list[float]]
-
-
-@dataclass
-class _Adapter:
-    """A loaded dictionary with its weight and the edits that stay until they are changed."""
-
-    dictionary: Dictionary
-    weight: float = 1.0
-    edits: list[tuple[str, Edit]] = field(default_factory=list)
 
 
 def own_size(pipeline) -> dict[str, bool]:
@@ -54,32 +32,44 @@ def own_size(pipeline) -> dict[str, bool]:
 
 
 def _controller(pipeline, create: bool = False) -> Controller:
-    denoiser = get_denoiser(pipeline)
-    controller = denoiser.__dict__.get("_rtsae_controller")
+    denoisers = get_denoisers(pipeline)
+    controller = next((vars(one)["_rtsae_controller"] for one in denoisers.values() if _has_controller(one)), None)
     if controller is None:
         if not create:
             raise ValueError("No dictionary is loaded; call `load_rtsae` first.")
-        controller = denoiser.__dict__["_rtsae_controller"] = Controller(denoiser)
+        controller = Controller()
+    if create:
+        for denoiser in denoisers.values():
+            vars(denoiser)["_rtsae_controller"] = controller
     return controller
 
 
-def _adapter(controller: Controller, adapter_name: str | None) -> _Adapter:
+def _has_controller(denoiser) -> bool:
+    return "_rtsae_controller" in getattr(denoiser, "__dict__", {})
+
+
+def _name(controller: Controller, adapter_name: str | None) -> str:
+    """The name of the dictionary that is meant."""
     if adapter_name is None and len(controller.adapters) == 1:
-        return next(iter(controller.adapters.values()))
+        return next(iter(controller.adapters))
     if adapter_name not in controller.adapters:
         raise ValueError(f"Expected `adapter_name` to be one of {list(controller.adapters)}, got {adapter_name!r}.")
-    return controller.adapters[adapter_name]
+    return adapter_name
 
 
 def get_dictionary(pipeline, adapter_name: str | None = None) -> Dictionary:
     """A dictionary loaded into a pipeline."""
-    return _adapter(_controller(pipeline), adapter_name).dictionary
+    controller = _controller(pipeline)
+    return controller.adapters[_name(controller, adapter_name)].dictionary
 
 
 def _edits(
-    adapter: _Adapter, features: dict[Name, Strength], mask=None, where=None, source=None, **options
-) -> list[tuple[str, Edit]]:
-    """Resolve feature names to `(site, Edit)`; what the caller leaves open is taken from the label."""
+    pipeline, adapter_name: str | None, features: dict[Name, Strength], mask=None, where=None, source=None, **options
+) -> tuple[SiteEdit, ...]:
+    """What features are to do at each site; what the caller leaves open is taken from the label."""
+    controller = _controller(pipeline)
+    name_of_adapter = _name(controller, adapter_name)
+    dictionary = controller.adapters[name_of_adapter].dictionary
     if not isinstance(features, dict):
         raise ValueError(f"Expected features as a dict {{label or index: strength}}, got {type(features).__name__}.")
     known = sorted({f.name for f in fields(Edit)} - {"latents", "weights", "strength", "map", "bounds"})
@@ -90,22 +80,22 @@ def _edits(
     mask, result = as_mask(mask), []
     for name, strength in features.items():
         strength = as_strength(strength)
-        entries, verified = adapter.dictionary.features(name, options.get("operation"))
+        entries, verified = dictionary.features(name, options.get("operation"))
         for entry in entries:
             gate = entry.get("where") if where is None else None
             if where is not None and where != "everywhere":
-                gate = _rows(adapter, where, entry["site"])
+                gate = _rows(dictionary, where, entry["site"])
             edit = Edit(
                 latents=tuple(entry["latents"]),
                 weights=tuple(entry["weights"]),
                 strength=strength,
                 where=None if gate is None else tuple(gate),
-                source=None if source is None else tuple(_rows(adapter, source, entry["site"])),
+                source=None if source is None else tuple(_rows(dictionary, source, entry["site"])),
                 mask=mask,
-                **_defaults(verified, options) | options | _part(entry, adapter.dictionary, options),
+                **_defaults(verified, options) | options | _part(entry, dictionary, options),
             )
-            result.append((entry["site"], edit))
-    return result
+            result.append(SiteEdit(name_of_adapter, entry["site"], edit))
+    return tuple(result)
 
 
 def _part(entry: dict, dictionary: Dictionary, options: dict) -> dict:
@@ -132,58 +122,20 @@ def _defaults(verified: dict, options: dict) -> dict:
     return {key: value for key, value in verified.items() if key not in named}
 
 
-def _rows(adapter: _Adapter, features: Name | list[Name], site: str) -> list[int]:
+def _rows(dictionary: Dictionary, features: Name | list[Name], site: str) -> list[int]:
     """The latents at `site` that one or several features name."""
     named = features if isinstance(features, list) else [features]
-    entries = [entry for one in named for entry in adapter.dictionary.seen(one)]
+    entries = [entry for one in named for entry in dictionary.seen(one)]
     return [row for entry in entries if entry["site"] == site for row in entry["latents"]]
 
 
 def _install(pipeline) -> None:
-    """Fold all edits of all enabled adapters and hand them to the controller."""
-    controller = _controller(pipeline)
-    alphas_cumprod = noise_schedule(pipeline.scheduler)
-    plans = []
-    for adapter in controller.adapters.values():
-        if adapter.weight == 0 or not controller.enabled:
-            continue
-        for site, sae in adapter.dictionary.sites.items():
-            edits = [_scaled(edit, adapter.weight) for where, edit in adapter.edits if where == site]
-            plans.append(SitePlan(sae, edits, alphas_cumprod))
-    compiled = any(hasattr(getattr(pipeline, name, None), "_orig_mod") for name in DENOISERS)
-    controller.install(plans, compiled)
+    _controller(pipeline).install(get_denoisers(pipeline), pipeline)
 
 
-@contextlib.contextmanager
 def resting(pipeline):
-    """No dictionary acts inside the `with` block."""
-    controller = _controller(pipeline)
-    enabled, controller.enabled = controller.enabled, False
-    _install(pipeline)
-    try:
-        yield
-    finally:
-        controller.enabled = enabled
-        _install(pipeline)
-
-
-def _scaled(edit: Edit, weight: float) -> Edit:
-    if weight == 1.0 or edit.operation != "add" and edit.bounds is None:
-        return edit
-    strength = edit.strength
-    if callable(strength):
-        return replace(edit, strength=_ScaledSchedule(strength, weight))
-    many = isinstance(strength, tuple)
-    return replace(edit, strength=tuple(s * weight for s in strength) if many else strength * weight)
-
-
-@dataclass(frozen=True)
-class _ScaledSchedule:
-    schedule: Callable[[float], float | list[float]]
-    weight: float
-
-    def __call__(self, progress: float) -> list[float]:
-        return [value * self.weight for value in numbers(self.schedule(progress))]
+    """No dictionary acts inside the `with` block, in this thread or task."""
+    return _controller(pipeline).steering(get_denoisers(pipeline), None, pipeline)
 
 
 class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
@@ -222,21 +174,23 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         Raises:
             `OSError`: nothing readable there. `ValueError`: it does not fit this pipeline, or the name is taken.
         """
-        denoiser = get_denoiser(self)
+        denoisers = get_denoisers(self)
         dictionary = load_dictionary(pretrained_model_name_or_path_or_dict, layers, dtype, **hub_kwargs)
-        dictionary.check(denoiser)
-        for site, sae in dictionary.sites.items():
-            check_width(denoiser, site, sae.config.in_channels)
+        for denoiser in denoisers.values():
+            dictionary.check(denoiser)
+            for site, sae in dictionary.sites.items():
+                check_width(denoiser, site, sae.config.in_channels)
         name = adapter_name or "default"
         if name in self.get_list_rtsae():
             raise ValueError(
                 f"A dictionary named {name!r} is loaded already; pass another `adapter_name` or call `unload_rtsae`."
             )
-        _controller(self, create=True).adapters[name] = _Adapter(dictionary)
+        _controller(self, create=True).adapters[name] = Adapter(dictionary)
 
     def set_rtsae_features(self, features: dict[Name, Strength], adapter_name: str | None = None, **options) -> None:
         """
-        Steer every following generation with these features, replacing those set before.
+        Steer every following generation of this pipeline with these features, replacing those set before. Pipelines on
+        the same denoiser on which none were set follow; a generation that runs acts on them from its next step on.
 
         Args:
             features (`dict`): label, index or `(site, index)` → strength; 1.0 is the feature's typical full
@@ -253,8 +207,9 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
             >>> pipe.set_rtsae_features({"red": 1.5, 1234: -0.5})
             ```
         """
-        adapter = _adapter(_controller(self), adapter_name)
-        adapter.edits = _edits(adapter, features, **options)
+        controller = _controller(self)
+        edits = _edits(self, adapter_name, features, **options)
+        controller.set_features(self, _name(controller, adapter_name), edits)
         _install(self)
 
     def set_rtsae_preset(self, name: str, adapter_name: str | None = None) -> None:
@@ -266,6 +221,7 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
     def rtsae_steering(self, features: dict[Name, Strength], adapter_name: str | None = None, **options):
         """
         Steer with these features inside the `with` block, on top of those set; takes what `set_rtsae_features` takes.
+        It belongs to the thread or asyncio task that entered it: others beside it are not steered.
 
         Example:
             ```py
@@ -273,16 +229,9 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
             ...     images = pipe(["a car", "a boat"]).images
             ```
         """
-        adapter = _adapter(_controller(self), adapter_name)
-        added = _edits(adapter, features, **options)
-        adapter.edits = adapter.edits + added
-        try:
-            _install(self)
+        edits = _edits(self, adapter_name, features, **options)
+        with _controller(self).steering(get_denoisers(self), edits, self):
             yield self
-        finally:
-            adapter.edits = [edit for edit in adapter.edits if not any(edit is one for one in added)]
-            if self.get_list_rtsae():
-                _install(self)
 
     def set_rtsae(self, adapter_names: str | list[str], weights: float | list[float] = 1.0) -> None:
         """Choose which dictionaries act, and scale the strengths of their `add` edits; the others rest."""
@@ -293,19 +242,19 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
             raise ValueError(f"Expected one weight per adapter, got {len(weights)} weights for {names}.")
         if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
             raise ValueError(f"Expected finite weights, got {weights}.")
-        chosen = {id(_adapter(controller, name)): weight for name, weight in zip(names, weights, strict=True)}
-        for adapter in controller.adapters.values():
-            adapter.weight = chosen.get(id(adapter), 0.0)
+        chosen = {_name(controller, name): weight for name, weight in zip(names, weights, strict=True)}
+        for name, adapter in controller.adapters.items():
+            adapter.weight = chosen.get(name, 0.0)
         _install(self)
 
     def get_list_rtsae(self) -> dict[str, list[str]]:
         """The loaded dictionaries and their sites."""
-        controller = get_denoiser(self).__dict__.get("_rtsae_controller")
+        controller = vars(get_denoiser(self)).get("_rtsae_controller")
         return {name: list(a.dictionary.sites) for name, a in controller.adapters.items()} if controller else {}
 
     def get_active_rtsae(self) -> list[str]:
         """The dictionaries that act on the next generation."""
-        controller = get_denoiser(self).__dict__.get("_rtsae_controller")
+        controller = vars(get_denoiser(self)).get("_rtsae_controller")
         return (
             [n for n, a in controller.adapters.items() if a.weight != 0] if controller and controller.enabled else []
         )
@@ -352,9 +301,7 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         """Remove single dictionaries."""
         controller = _controller(self)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in names:  # a wrong name deletes none
-            _adapter(controller, name)
-        controller.adapters = {name: one for name, one in controller.adapters.items() if name not in names}
+        controller.forget([_name(controller, name) for name in names])  # a wrong name deletes none
         _install(self)
         if not controller.adapters:
             self.unload_rtsae()
@@ -362,9 +309,11 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
     def unload_rtsae(self) -> None:
         """Remove every dictionary; the pipeline is as before `load_rtsae`."""
         vars(self).pop("_rtsae_replaced", None)
-        controller = get_denoiser(self).__dict__.pop("_rtsae_controller", None)
-        if controller is not None:
-            controller.install([])
+        denoisers = get_denoisers(self)
+        controllers = [vars(denoiser).pop("_rtsae_controller", None) for denoiser in denoisers.values()]
+        if controllers[0] is not None:
+            controllers[0].forget(list(controllers[0].adapters))
+            controllers[0].install(denoisers, self)
 
     def save_rtsae(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Write a loaded dictionary, with a model card, to a folder that `load_rtsae` reads."""
@@ -380,7 +329,7 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         controller = _controller(self)
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names or list(controller.adapters):
-            for sae in _adapter(controller, name).dictionary.sites.values():
+            for sae in controller.adapters[_name(controller, name)].dictionary.sites.values():
                 sae.to(device)
         _install(self)
 
@@ -407,8 +356,8 @@ class _Replaced:
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        pipeline, _ = running_pipeline()
-        is_mine = pipeline is not None and vars(pipeline).get("_rtsae_replaced") is self
+        caller = find_caller()
+        is_mine = caller is not None and vars(caller.pipeline).get("_rtsae_replaced") is self
         if is_mine and "_rtsae_controller" not in vars(module):
             raise ValueError(
                 f"The {self.component} was replaced after `load_rtsae`, and the new one has none of the dictionaries "

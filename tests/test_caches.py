@@ -23,7 +23,7 @@ from packaging.version import Version
 from test_pipelines import FLUX_TEXT, PIXART_TEXT, TRUE_CFG, UNET_SITE, bundled, dictionary, flux, pixart
 
 from diffusers_rtsae import list_sites
-from diffusers_rtsae.steering.sites import read_output, replace_output
+from diffusers_rtsae.denoiser import describe
 
 STEPS = 6
 NOW = {"timestep": 0.0}  # of the running step, as caches ask for it
@@ -101,8 +101,9 @@ def follow(module, change=None) -> list[float]:
     def followed(*args, **kwargs):
         times.append(NOW["timestep"])
         output = forward(*args, **kwargs)
-        hidden_states = read_output(output)
-        return output if change is None else replace_output(output, hidden_states + change(len(hidden_states)))
+        block = describe(module)
+        hidden_states = block.output(output)
+        return output if change is None else block.returning(output, hidden_states + change(len(hidden_states)))
 
     module.forward = followed
     return times

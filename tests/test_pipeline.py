@@ -3,7 +3,6 @@
 import copy
 import pickle
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,10 +58,10 @@ def test_any_sampler_and_step_count(steered, feature, draw, scheduler, steps):
     options = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
     steered.scheduler = scheduler.from_config(steered.scheduler.config, **options)
     plain = draw(steered, PROMPTS[0], steps)
-    with steered.rtsae_steering({feature: 2.0}):
+    with steered.rtsae_steering({feature: 2.0}, end=1.0):  # their single step is the last one of the schedule
         once, twice = draw(steered, PROMPTS[0], steps), draw(steered, PROMPTS[0], steps)
     assert np.array_equal(once, twice) and np.isfinite(once).all()
-    assert np.abs(once - plain).mean() > 1e-3
+    assert np.abs(once - plain).mean() > (1e-3 if steps > 1 else 0)
 
 
 @pytest.mark.parametrize("injection", ["trajectory", "residual"])
@@ -114,11 +113,12 @@ def test_a_zero_mask_protects_and_a_window_limits(steered, feature, draw):
 
 
 @pytest.mark.way(2)
-def test_a_label_brings_its_options_and_the_caller_has_the_last_word(dictionary):
+def test_a_label_brings_its_options_and_the_caller_has_the_last_word(steered, dictionary):
     def edit(verified: dict, **options):
         labels = {"red": {"features": dictionary.seen("red"), "edit": verified}}
-        adapter = SimpleNamespace(dictionary=Dictionary(dictionary.sites, labels))
-        ((_, edit),) = _edits(adapter, {"red": 1.0}, **options)
+        steered.load_rtsae(Dictionary(dictionary.sites, labels), adapter_name="labelled")
+        ((_, _, edit),) = (vars(one).values() for one in _edits(steered, "labelled", {"red": 1.0}, **options))
+        steered.delete_rtsae("labelled")
         return edit.operation, edit.start, edit.end, edit.apply_to
 
     verified = {"end": 0.7, "apply_to": "cond"}
@@ -161,7 +161,7 @@ def test_the_denoiser_can_be_copied_and_pickled_while_steered(steered, feature):
         steered.reset_rtsae_state()
         expected = steered.unet(sample, 500, text).sample
         for copied in (copy.deepcopy(steered.unet), pickle.loads(pickle.dumps(steered.unet))):
-            assert copied.__dict__["_rtsae_controller"].denoiser is copied
+            assert copied.__dict__["_rtsae_controller"] is not steered.unet.__dict__["_rtsae_controller"]
             assert torch.equal(copied(sample, 500, text).sample, expected)
 
 

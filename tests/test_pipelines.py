@@ -41,9 +41,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 from kinds import MADE, OTHERS
 
 from diffusers_rtsae import SparseDictionary
-from diffusers_rtsae.pipeline import get_denoiser
-from diffusers_rtsae.steering import get_site
-from diffusers_rtsae.steering.sites import read_output
+from diffusers_rtsae.denoiser import describe, get_denoiser, get_site
 
 PROMPTS = ["a star", "a large blue heart on the left"]
 UNET_SITE, DIT_SITE = "up_blocks.1.attentions.1", "transformer_blocks.0"
@@ -255,7 +253,7 @@ def record(pipeline, site: str, run) -> list[torch.Tensor]:
     """The activation at `site` that the network continued with, for each denoiser call."""
     seen = []
     hook = get_site(get_denoiser(pipeline), site).register_forward_hook(
-        lambda module, args, output: seen.append(read_output(output).clone())
+        lambda module, args, output: seen.append(describe(module).output(output).clone())
     )
     run()
     hook.remove()

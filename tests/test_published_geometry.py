@@ -7,9 +7,9 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from test_published import Case
 from torch import nn
 
-from diffusers_rtsae import Edit, load_dictionary
+from diffusers_rtsae import Dictionary, Edit, load_dictionary
 from diffusers_rtsae.hub import convertible
-from diffusers_rtsae.steering import Controller, PlanState, SitePlan
+from diffusers_rtsae.steering import Adapter, Controller, PlanState, SiteEdit, SitePlan
 from tests.benchmarks.memory import tensor_bytes
 
 WIDTH = 1280
@@ -66,13 +66,15 @@ def test_a_published_dictionary_of_true_size_is_converted_and_steers(tmp_path, b
     assert (c.activation, c.sparsity) == (("update", "topk") if build is sdxl else ("output", "batch_topk"))
 
     denoiser, x = Denoiser(site), torch.randn(1, WIDTH, 4, 4)
-    plain, controller = denoiser(x, torch.tensor(500)), Controller(denoiser)
+    plain, controller = denoiser(x, torch.tensor(500)), Controller()
+    controller.adapters["one"] = Adapter(Dictionary({site: sae}))
     h = (plain - x if build is sdxl else plain).flatten(2).mT
     z = sae.encode_step(h, 500.0)
     latent = int(z.sum((0, 1)).argmax())
 
     def steered(*edits: Edit) -> torch.Tensor:
-        controller.install([SitePlan(sae, list(edits), None)])
+        controller.set_features(denoiser, "one", tuple(SiteEdit("one", site, edit) for edit in edits))
+        controller.install({"unet": denoiser})
         return denoiser(x, torch.tensor(500))
 
     idle = Edit(latents=(latent,), weights=(1.0,), strength=0.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 
-from diffusers_rtsae.steering import Clock
+from diffusers_rtsae.denoiser import CallReader
 
 SITE = "up_blocks.1.attentions.1"
 SAMPLERS = {
@@ -57,8 +57,14 @@ def test_edits_act_and_seeds_repeat(steered, sampler, draw, steps, monkeypatch):
     if (sampler, steps) == ("IPNDM", 1):
         pytest.skip("its single step divides by zero, whatever the model says")
     seen = []
-    tick = Clock.tick
-    monkeypatch.setattr(Clock, "tick", lambda clock, *a: (tick(clock, *a), seen.append(clock.timestep))[0])
+    read = CallReader.read
+
+    def reading(reader, arguments):
+        call = read(reader, arguments)
+        seen.append(call.timestep)
+        return call
+
+    monkeypatch.setattr(CallReader, "read", reading)
     try:
         plain = draw(steered, steps=steps)
     except (ValueError, IndexError, ZeroDivisionError) as error:

@@ -6,8 +6,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 
 from diffusers_rtsae import RTSAE, Dictionary, Edit, list_sites, load_dictionary
 from diffusers_rtsae.models import KINDS
-from diffusers_rtsae.steering import PlanState, SitePlan, get_site
-from diffusers_rtsae.steering.sites import read_output, to_tokens
+from diffusers_rtsae.denoiser import Block, describe, get_site
+from diffusers_rtsae.steering import PlanState, SitePlan
 from tests.benchmarks.memory import WIDTH, tensor_bytes
 
 
@@ -44,7 +44,7 @@ def test_every_site_takes_a_dictionary_of_its_width_and_is_steered(pipe):
 
     hooks = [
         get_site(pipe.unet, site).register_forward_hook(
-            lambda module, args, output, site=site: seen.update({site: to_tokens(read_output(output))})
+            lambda module, args, output, site=site: seen.update({site: Block("").to_tokens(describe(module).output(output))})
         )
         for site in sites
     ]

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae.denoiser import get_denoiser, noise_schedule
 from diffusers_rtsae.files import read_lines
 from diffusers_rtsae.models import places, share_of_guidance
-from diffusers_rtsae.pipeline import get_denoiser, own_size
-from diffusers_rtsae.steering import noise_schedule
+from diffusers_rtsae.pipeline import own_size
 
 from .checkpoint import step_generator
 from .recipe import Collect, Recipe, bundled

@@ -16,10 +16,9 @@ from diffusers import DiffusionPipeline
 
 from diffusers_rtsae import RTSAE, SparseDictionary, load_dictionary
 from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae.denoiser import Arguments, Block, Call, Tap, get_denoisers
 from diffusers_rtsae.hub import write_json
-from diffusers_rtsae.pipeline import get_denoiser, own_size
-from diffusers_rtsae.steering import Clock, call_arguments, get_site
-from diffusers_rtsae.steering.sites import from_tokens, read_activation, read_output, replace_output, to_tokens
+from diffusers_rtsae.pipeline import own_size
 
 from .collect import anchor_timesteps, read_samples, trajectories
 from .dictionary import residual_code
@@ -134,47 +133,48 @@ def stability(saes: Sequence[SparseDictionary]) -> float:
 
 
 class _Calls:
-    """Keeps the denoiser's calls at chosen timesteps (to the nearest integer) while a pipeline runs."""
+    """Keeps a denoiser's conditional calls at chosen timesteps (to the nearest integer) while a pipeline runs."""
 
-    def __init__(self, denoiser, timesteps: Sequence[int]):
-        self.denoiser, self.timesteps, self.kept, self.clock = denoiser, timesteps, {}, Clock()
+    def __init__(self, timesteps: Sequence[int]):
+        self.timesteps, self.kept, self.tap = timesteps, {}, Tap(self)
 
-    def __enter__(self):
-        self._hook = self.denoiser.register_forward_pre_hook(self._keep, with_kwargs=True)
-        return self
-
-    def __exit__(self, *error):
-        self._hook.remove()
-
-    def _keep(self, module, args, kwargs):
-        self.clock.tick(*call_arguments(args, kwargs))
-        if "cond" in self.clock.streams and (timestep := round(self.clock.timestep)) in self.timesteps:
-            self.kept[timestep] = args, kwargs
+    def begin(self, call: Call, arguments: Arguments) -> None:
+        """The denoiser is called."""
+        if call.rows_of("cond", call.rows) is not None and (timestep := round(call.timestep)) in self.timesteps:
+            self.kept[timestep] = call, self.tap.component, arguments.args, arguments.kwargs
 
 
-class _Replaced:
-    """A site whose activation, on some rows of the batch, is `new (rows, tokens, d)`."""
-
-    def __init__(self, site, rows: slice, new: torch.Tensor, activation: str):
-        self.site, self.rows, self.new, self.activation = site, rows, new, activation
-
-    def __enter__(self):
-        self._hook = self.site.register_forward_hook(self._replace, with_kwargs=True)
-
-    def __exit__(self, *error):
-        self._hook.remove()
-
-    def _replace(self, module, args, kwargs, output):
-        return _with(output, args[0] if args else kwargs["hidden_states"], self.rows, self.new, self.activation)
-
-
-def _with(output, block_input: torch.Tensor, rows: slice, new: torch.Tensor, activation: str):
-    """What a block returns with another activation `(rows, tokens, d)` on some rows of the batch."""
-    hidden_states = read_output(output).clone()
+def _with(
+    block: Block,
+    hidden_states: torch.Tensor,
+    block_input: torch.Tensor,
+    rows: slice,
+    new: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    """What a block goes on with, with another activation `(rows, tokens, d)` on some rows of the batch."""
+    edited, index = hidden_states.clone(), block.rows(hidden_states, rows)
     if activation == "update":
-        new = new.to(block_input) + to_tokens(block_input[rows])
-    hidden_states[rows] = from_tokens(new, hidden_states[rows])
-    return replace_output(output, hidden_states)
+        new = new.to(block_input) + block.to_tokens(block_input[index])
+    edited[index] = block.from_tokens(new, hidden_states[index])
+    return edited
+
+
+class _Replacing:
+    """A site whose activation, on the conditional rows of a call, is `new (rows, tokens, d)`."""
+
+    def __init__(self, call: Call, new: torch.Tensor, activation: str):
+        self.call, self.new, self.activation, self.tap = call, new, activation, Tap(self)
+
+    def begin(self, call: Call, arguments: Arguments) -> None:
+        """The denoiser is called again, by nobody who says what its rows are."""
+
+    def site(
+        self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """The activation with the new one in it."""
+        rows = self.call.rows_of("cond", block.batch(hidden_states))
+        return _with(block, hidden_states, block_input, rows, self.new, self.activation)
 
 
 class Reconstructing:
@@ -182,37 +182,33 @@ class Reconstructing:
     while a pipeline runs inside the `with` block."""
 
     def __init__(self, pipe: DiffusionPipeline, sae: SparseDictionary):
-        self.sae, self.denoiser, self.clock = sae, get_denoiser(pipe), Clock()
-        self.site, self.seen, self.anchor = get_site(self.denoiser, sae.config.site), {}, None
+        self.sae, self.denoisers, self.tap, self.seen = sae, get_denoisers(pipe), Tap(self), {}
 
     def __enter__(self):
-        self._hooks = [
-            self.denoiser.register_forward_pre_hook(self._tick, with_kwargs=True),
-            self.site.register_forward_hook(self._reconstruct, with_kwargs=True),
-        ]
+        self.tap.watch(self.denoisers, [self.sae.config.site])
         return self
 
     def __exit__(self, *error):
-        for hook in self._hooks:
-            hook.remove()
+        self.tap.watch(self.denoisers, None)
 
-    def _tick(self, module, args, kwargs):
-        self.clock.tick(*call_arguments(args, kwargs))
-        timestep, anchors = round(self.clock.timestep), list(self.sae.config.anchors)
-        is_anchor = timestep in anchors and "cond" in self.clock.streams
-        self.anchor = anchors.index(timestep) if is_anchor else None
+    def begin(self, call: Call, arguments: Arguments) -> None:
+        """The denoiser is called."""
 
-    def _reconstruct(self, module, args, kwargs, output):
-        if self.anchor is None:
+    def site(
+        self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The activation with its reconstruction in it."""
+        timestep, anchors = round(call.timestep), list(self.sae.config.anchors)
+        rows, activation = call.rows_of("cond", block.batch(hidden_states)), self.sae.config.activation
+        if rows is None or timestep not in anchors:
             return None
-        block_input, hidden_states = args[0] if args else kwargs["hidden_states"], read_output(output)
-        rows, activation = dict(self.clock.rows(len(hidden_states)))["cond"], self.sae.config.activation
+        anchor = anchors.index(timestep)
         # a sampler may call twice at one step: the later call stands
-        self.seen = {g: own for g, own in self.seen.items() if g < self.anchor}
-        self.seen[self.anchor] = read_activation(activation, block_input, hidden_states)[rows].float().cpu()
+        self.seen = {g: own for g, own in self.seen.items() if g < anchor}
+        self.seen[anchor] = block.activation(activation, block_input, hidden_states)[rows].float().cpu()
         known = torch.stack(list(self.seen.values()), 2)
         new = self.sae.reconstruct(known.flatten(0, 1))[:, -1].unflatten(0, known.shape[:2])
-        return _with(output, block_input, rows, new, activation)
+        return _with(block, hidden_states, block_input, rows, new, activation)
 
 
 @torch.no_grad()
@@ -228,11 +224,10 @@ def recovered(pipe: DiffusionPipeline, sae: SparseDictionary, prompts: Sequence[
         `dict`: the share of the mean replacement's error in the noise prediction that the reconstruction recovers, 1
         is all: per anchor, and over all (ratio of sums).
     """
-    denoiser, anchors = get_denoiser(pipe), list(sae.config.anchors)
-    site = get_site(denoiser, sae.config.site)
-    device = next(denoiser.parameters()).device
+    denoisers, anchors = get_denoisers(pipe), list(sae.config.anchors)
+    calls = _Calls(anchors)
     with (
-        _Calls(denoiser, anchors) as calls,
+        calls.tap.watching(denoisers, []),
         Recorder(pipe, [sae.config.site], anchors, sae.config.activation) as recorder,
     ):
         pipe(list(prompts), generator=generators, output_type="latent", **own_size(pipe) | call)
@@ -243,7 +238,8 @@ def recovered(pipe: DiffusionPipeline, sae: SparseDictionary, prompts: Sequence[
     h = whole.flatten(0, 1)
     errors = {name: torch.zeros(len(anchors), dtype=torch.float64) for name in ("online", "teacher_forced", "mean")}
     for g, timestep in enumerate(anchors):
-        args, kwargs = calls.kept[timestep]
+        call, component, args, kwargs = calls.kept[timestep]
+        denoiser = denoisers[component]
         known = h[:, : g + 1]
         replacements = {
             "online": sae.reconstruct(known)[:, g],
@@ -251,10 +247,10 @@ def recovered(pipe: DiffusionPipeline, sae: SparseDictionary, prompts: Sequence[
             "mean": h[:, g].mean(0).expand(len(h), -1),
         }
         truth = denoiser(*args, **kwargs)[0].float()
-        rows = dict(recorder.clock.rows(len(truth)))["cond"]
+        rows = call.rows_of("cond", len(truth))
         for name, replacement in replacements.items():
-            new = replacement.unflatten(0, (images, tokens)).to(device)
-            with _Replaced(site, rows, new, sae.config.activation):
+            new = replacement.unflatten(0, (images, tokens)).to(truth.device)
+            with _Replacing(call, new, sae.config.activation).tap.watching({component: denoiser}, [sae.config.site]):
                 found = denoiser(*args, **kwargs)[0].float()
             errors[name][g] += (found[rows] - truth[rows]).double().square().mean().item()
     result = {}

@@ -12,9 +12,8 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusers_rtsae.denoiser import Tap
 from diffusers_rtsae.fetch import is_cached
-from diffusers_rtsae.steering import get_site
-from diffusers_rtsae.steering.sites import read_output, to_tokens
 
 from .recipe import INDEX, Recipe, bundled
 
@@ -57,6 +56,20 @@ def _inputs(config: dict) -> dict[str, torch.Tensor]:
     return inputs
 
 
+class _Shapes:
+    """Keeps the tokens and channels of sites."""
+
+    def __init__(self):
+        self.by_site, self.tap = {}, Tap(self)
+
+    def begin(self, call, arguments) -> None:
+        """The denoiser is called."""
+
+    def site(self, name: str, call, block, block_input: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """A site was run."""
+        self.by_site[name] = tuple(block.to_tokens(hidden_states).shape[1:])
+
+
 def plan(recipe: Recipe, teraflops: float) -> dict:
     """
     Args:
@@ -72,21 +85,15 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
     collect, train = recipe.collect, recipe.train
     anchors = recipe.anchors if isinstance(recipe.anchors, int) else len(recipe.anchors)
     denoiser, config = _denoiser(recipe.pipeline)
-    shapes, hooks = {}, []
-    for site in recipe.sites:
-
-        def keep(module, args, output, site=site):
-            shapes[site] = tuple(to_tokens(read_output(output)).shape[1:])
-
-        hooks.append(get_site(denoiser, site).register_forward_hook(keep))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    shapes = _Shapes()
+    with (
+        FlopCounterMode(display=False) as counter, torch.no_grad(), shapes.tap.watching({"": denoiser}, recipe.sites)
+    ):  # fmt: skip
         denoiser(**_inputs(config))
-    for hook in hooks:
-        hook.remove()
     halves = statistics.mean(1 + (scale > 1) for scale in collect.scales)
     generating = counter.get_total_flops() * halves * collect.count * collect.steps
     sites, training = {}, 0
-    for site, (tokens, channels) in shapes.items():
+    for site, (tokens, channels) in shapes.by_site.items():
         kept = min(collect.tokens_per_image, tokens) * (2 if collect.streams == "both" else 1)
         width = anchors * channels
         weights = 2 * train.num_latents * (width if train.kind == "rtsae" else channels)

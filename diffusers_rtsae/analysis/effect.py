@@ -22,17 +22,28 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..denoiser import (
+    Arguments,
+    Block,
+    Call,
+    Tap,
+    TimeGrid,
+    get_denoiser,
+    get_denoisers,
+    is_compiled,
+    noise_schedule,
+    token_grid,
+)
 from ..hub import Dictionary
-from ..models import interpolate
-from ..pipeline import get_denoiser, get_dictionary, own_size, resting
-from ..steering import DENOISERS, Clock, TimeGrid, call_arguments, get_site, noise_schedule
-from ..steering.sites import from_tokens, read_activation, read_output, replace_output, to_tokens, token_grid
+from ..models import TokenGrid, interpolate
+from ..pipeline import get_dictionary, own_size, resting
 
 Pair = tuple[str, str]
 Change = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 # What to add to the tokens of each site, (rows, N or 1, d), or how that follows from these.
 Changes = dict[str, Change]
 _ROWS = 8  # states of one gradient, at most
+TOKENS = Block("")  # of activations that are laid out as tokens
 CHUNK = 4096  # latents looked at together
 _STEPS = 13  # of a generation that are looked at, at most
 _NOT_BATCHED = ("img_ids", "txt_ids")  # positions, the same for all rows
@@ -80,89 +91,87 @@ def _take(value, batch: int, rows, name: str = ""):
         return value[rows]
     if isinstance(value, dict):
         return {key: _take(inner, batch, rows, key) for key, inner in value.items()}
+    if isinstance(value, list) and len(value) == batch and all(torch.is_tensor(one) for one in value):
+        return value[rows] if isinstance(rows, slice) else [value[row] for row in rows]
     if isinstance(value, list | tuple):
         return type(value)(_take(inner, batch, rows) for inner in value)
     return value
 
 
 def _prediction(output) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
+    output = output[0] if isinstance(output, tuple) else output.sample
+    return torch.stack(output) if isinstance(output, list) else output
 
 
 @dataclass
-class Call:
-    """The conditional rows of one call of a denoiser."""
+class Asked:
+    """What the conditional rows of a denoiser were asked in one call."""
 
+    denoiser: nn.Module
     timestep: float  # in training units
-    args: tuple
-    kwargs: dict
+    arguments: Arguments
     rows: int
 
     @classmethod
-    def of(cls, clock: Clock, args: tuple, kwargs: dict) -> Call | None:
+    def of(cls, denoiser: nn.Module, call: Call, arguments: Arguments) -> Asked | None:
         """`None` if it has no conditional rows."""
-        batch = len(call_arguments(args, kwargs)[0])
-        rows = dict(clock.rows(batch)).get("cond")
+        rows = call.rows_of("cond", call.rows)
         if rows is None:
             return None
-        args = tuple(_take(value, batch, rows) for value in args)
-        return cls(clock.timestep, args, _take(kwargs, batch, rows), rows.stop - rows.start)
+        args = tuple(_take(value, call.rows, rows) for value in arguments.args)
+        kwargs = _take(arguments.kwargs, call.rows, rows)
+        own = Arguments(arguments.names, args, kwargs, arguments.channels)
+        return cls(denoiser, call.timestep, own, rows.stop - rows.start)
 
-    def replay(self, denoiser: nn.Module, samples: Sequence[int], texts: Sequence[int]) -> torch.Tensor:
+    def replay(self, samples: Sequence[int], texts: Sequence[int]) -> torch.Tensor:
         """The prediction for the noisy latents of some rows and the text, and all else, of others."""
-        args = [_take(value, self.rows, texts) for value in self.args]
-        kwargs = _take(self.kwargs, self.rows, texts)
-        sample = call_arguments(self.args, self.kwargs)[0][samples]
-        if args:
-            args[0] = sample
-        else:
-            kwargs["sample" if "sample" in kwargs else "hidden_states"] = sample
-        return _prediction(denoiser(*args, **kwargs))
+        names, args, kwargs = self.arguments.names, self.arguments.args, self.arguments.kwargs
+        args, kwargs = tuple(_take(value, self.rows, texts) for value in args), _take(kwargs, self.rows, texts)
+        sample = _take(self.arguments.sample, self.rows, samples)
+        args, kwargs = Arguments(names, args, kwargs).with_sample(sample)
+        return _prediction(self.denoiser(*args, **kwargs))
 
 
 class Calls:
     """Keeps the conditional part of a denoiser's calls, with the activations of some sites, while a pipeline runs
     inside the `with` block. A sampler that calls twice at one timestep: the later call stands."""
 
-    def __init__(self, denoiser: nn.Module, sites: Sequence[str]):
-        self.denoiser, self.sites = denoiser, sites
+    def __init__(self, denoisers: dict[str, nn.Module], sites: Sequence[str]):
+        self.denoisers, self.sites, self._tap = denoisers, sites, Tap(self)
 
     def __enter__(self) -> Calls:
-        self.clock, self.kept, self._call, self._tokens = Clock(), [], None, {}
-        self.sizes: dict[str, tuple[int, int] | None] = {}
-        self._hooks = [
-            self.denoiser.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.denoiser.register_forward_hook(self._end),
-            *(get_site(self.denoiser, s).register_forward_hook(self._site(s), with_kwargs=True) for s in self.sites),
-        ]
+        self.kept: list[tuple[Asked, torch.Tensor, dict]] = []
+        self.sizes: dict[str, TokenGrid | None] = {}
+        self.call, self._asked, self._tokens = None, None, {}
+        self._tap.watch(self.denoisers, self.sites)
         return self
 
     def __exit__(self, *error) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._tap.watch(self.denoisers, None)
 
-    def _begin(self, module, args, kwargs) -> None:
-        self.clock.tick(*call_arguments(args, kwargs))
-        self._call, self._tokens = Call.of(self.clock, args, kwargs), {}
+    def begin(self, call: Call, arguments: Arguments) -> None:
+        """The denoiser is called."""
+        denoiser = self.denoisers[self._tap.component]
+        self.call, self._asked, self._tokens = call, Asked.of(denoiser, call, arguments), {}
 
-    def _site(self, site: str):
-        def hook(module, args, kwargs, output):
-            if self._call is not None:
-                block_input = args[0] if args else kwargs["hidden_states"]
-                rows = dict(self.clock.rows(len(block_input)))["cond"]
-                self.sizes[site] = token_grid(site, read_output(output).shape, self.clock.latent_size)
-                self._tokens[site] = (to_tokens(block_input[rows]), to_tokens(read_output(output)[rows]))
+    def site(
+        self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
+    ) -> None:
+        """A site was run."""
+        if self._asked is not None:
+            batch = block.batch(hidden_states)
+            index = block.rows(hidden_states, call.rows_of("cond", batch))
+            self.sizes[name] = token_grid(call, name, batch, block.space(hidden_states))
+            self._tokens[name] = (block.to_tokens(block_input[index]), block.to_tokens(hidden_states[index]))
 
-        return hook
-
-    def _end(self, module, args, output) -> None:
-        if self._call is None:
+    def end(self, call: Call, output) -> None:
+        """The denoiser returns."""
+        if self._asked is None:
             return
-        if self.kept and self.kept[-1][0].timestep == self._call.timestep:
+        if self.kept and self.kept[-1][0].timestep == self._asked.timestep:
             self.kept.pop()
         prediction = _prediction(output)
-        rows = dict(self.clock.rows(len(prediction)))["cond"]
-        self.kept.append((self._call, prediction[rows].float(), self._tokens))
+        self.kept.append((self._asked, prediction[call.rows_of("cond", len(prediction))].float(), self._tokens))
 
 
 @dataclass
@@ -171,7 +180,7 @@ class State:
     Noisy latents of one step, and what the denoiser should answer to them.
 
     Args:
-        call (`Call`): what the denoiser was called with.
+        call (`Asked`): what the denoiser was called with.
         samples, texts, wants (`list[int]`): its rows with the noisy latent, the "from" and the "to" prompt of each
             state.
         pairs (`list[int]`): which pair each state is of.
@@ -183,7 +192,7 @@ class State:
             `(states, N, d)`.
     """
 
-    call: Call
+    call: Asked
     samples: list[int]
     texts: list[int]
     wants: list[int]
@@ -282,23 +291,23 @@ class States:
         row_of = {i: row for row, i in enumerate(order[len(pairs) :], start=len(pairs))}
         generators = [torch.Generator().manual_seed(self._seed + first + i) for i in order]
         sites = list(self.dictionary.sites)
-        with Calls(self.denoiser, sites) as calls:
+        with Calls(get_denoisers(self.pipeline), sites) as calls:
             call = own_size(self.pipeline) | self._call
             self.pipeline(prompts, generator=generators, output_type="latent", **call)
-            kept, self.sizes, self.guidance = calls.kept, calls.sizes, calls.clock.guidance
+            kept, self.sizes, self.guidance = calls.kept, calls.sizes, calls.call.guidance
         samples, texts = list(range(len(prompts))), order
         wants = [row_of.get(i, i) for i in order]
         states = []
         present, goal, past = ({site: [] for site in sites} for _ in range(3))
         every, concern = -(-len(kept) // _STEPS), dict.fromkeys(sites, 0)
-        with Calls(self.denoiser, sites) as again:
+        with Calls(get_denoisers(self.pipeline), sites) as again:
             for step, (call, _, tokens) in enumerate(kept):
                 told, there, state = tokens, tokens, None
                 if step % every == 0:
                     again.kept = []
-                    before = call.replay(self.denoiser, samples, texts).float()
+                    before = call.replay(samples, texts).float()
                     told = again.kept[-1][2]
-                    wanted = finite(call.replay(self.denoiser, samples, wants).float())
+                    wanted = finite(call.replay(samples, wants).float())
                     there = again.kept[-1][2]
                     for site in sites:
                         apart = self._activation(site, told[site]) - self._activation(site, there[site])
@@ -335,7 +344,7 @@ class States:
         return other
 
     def _activation(self, site: str, tokens: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return read_activation(self.dictionary.sites[site].config.activation, *tokens)
+        return TOKENS.activation(self.dictionary.sites[site].config.activation, *tokens)
 
     def all(self) -> Iterator[State]:
         """The states of all runs and steps."""
@@ -394,12 +403,11 @@ class States:
 
     def predict(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
         """v(x, from) of some of a state's rows with `changes` added at the sites; differentiable in these."""
-        with contextlib.ExitStack() as stack:
-            for site, change in changes.items():
-                adds = _adds(change, self.dictionary.sites[site].config.activation)
-                stack.callback(get_site(self.denoiser, site).register_forward_hook(adds, with_kwargs=True).remove)
+        kinds = {site: self.dictionary.sites[site].config.activation for site in changes}
+        adding = _Adding(changes, kinds)
+        with adding.tap.watching({"": state.call.denoiser}, changes):
             texts = [state.texts[row] for row in rows]
-            return state.call.replay(self.denoiser, [state.samples[row] for row in rows], texts).float()
+            return state.call.replay([state.samples[row] for row in rows], texts).float()
 
     def errors(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
         """‖v(x, from; changes) − v(x, to)‖² of some of a state's rows, `(rows,)`, in units of the mean distance of the
@@ -446,22 +454,30 @@ class States:
             yield states[pick], chosen, 1 / (len(states) * float(chance[pick]))
 
 
-def _adds(change: Change, activation: str):
-    def hook(module, args, kwargs, output):
-        hidden_states = read_output(output)
-        block_input = args[0] if args else kwargs["hidden_states"]
-        own = change(read_activation(activation, block_input, hidden_states)) if callable(change) else change
-        return replace_output(output, hidden_states + from_tokens(own.to(hidden_states.device), hidden_states))
+class _Adding:
+    """Adds changes to activations."""
 
-    return hook
+    def __init__(self, changes: Changes, kinds: dict[str, str]):
+        self.changes, self.kinds, self.tap = changes, kinds, Tap(self)
+
+    def begin(self, call: Call, arguments: Arguments) -> None:
+        """The denoiser is called."""
+
+    def site(
+        self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """The activation with the change."""
+        change = self.changes[name]
+        if callable(change):
+            change = change(block.activation(self.kinds[name], block_input, hidden_states))
+        return hidden_states + block.from_tokens(change.to(hidden_states.device), hidden_states)
 
 
 @contextlib.contextmanager
 def frozen(pipeline, checkpointing: bool = False):
     """The denoiser can be differentiated with respect to its activations alone inside the `with` block."""
     denoiser = get_denoiser(pipeline)
-    compiled = any(hasattr(getattr(pipeline, name, None), "_orig_mod") for name in DENOISERS)
-    compiled = compiled or any(module._compiled_call_impl is not None for module in denoiser.modules())
+    compiled = is_compiled(denoiser, pipeline)
     if getattr(denoiser, "is_quantized", False) or compiled:
         kind = "compiled" if compiled else "quantized"
         raise ValueError(f"Effects are gradients through the denoiser, and a {kind} one gives none; load a plain one.")

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..denoiser import get_denoiser
 from ..hub import Dictionary
-from ..pipeline import get_denoiser, get_dictionary, own_size
+from ..pipeline import get_dictionary, own_size
 from ..steering import as_mask
 from .effect import FirstOrder, Intervention, Part, States, check_pairs, first_order, frozen
 from .record import Recorder, Recording, kind_of, record

@@ -7,11 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
+from ..denoiser import (
+    Arguments,
+    Block,
+    Call,
+    Tap,
+    TimeGrid,
+    get_denoisers,
+    get_site,
+    is_text,
+    noise_schedule,
+    token_grid,
+)
 from ..files import ACTIVATIONS, closest
 from ..hub import Dictionary
-from ..pipeline import get_denoiser, get_dictionary, own_size
-from ..steering import Clock, TimeGrid, as_mask, call_arguments, get_site, noise_schedule
-from ..steering.sites import is_text, read_activation, read_output, spatial_size
+from ..models import TokenGrid
+from ..pipeline import get_dictionary, own_size
+from ..steering import as_mask
 
 
 class Recorder:
@@ -41,65 +53,73 @@ class Recorder:
     ):  # fmt: skip
         if activation not in ACTIVATIONS:
             raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {activation!r}.")
-        self.denoiser = get_denoiser(pipeline)
-        self.modules = {site: get_site(self.denoiser, site) for site in sites}
-        self.wanted, self.activation, self.dtype, self.streams = timesteps, activation, dtype, streams
-        self.clock = Clock()
-        self._kept: dict[str, list[torch.Tensor]] = {}
+        self.denoisers = get_denoisers(pipeline)
+        for site in sites:
+            get_site(next(iter(self.denoisers.values())), site)
+        self.sites, self.wanted, self.activation = list(sites), timesteps, activation
+        self.dtype, self.streams = dtype, streams
+        self.call: Call | None = None
+        self._tap = Tap(self)
+        self._kept: dict[str, list[tuple[float, dict[str, torch.Tensor]]]] = {}
 
     def __enter__(self) -> Recorder:
-        self.timesteps: list[float] = []
-        self._kept = {site: [] for site in self.modules}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._hooks = [self.denoiser.register_forward_pre_hook(self._tick, with_kwargs=True)]
-        for site, module in self.modules.items():
-            self._hooks.append(module.register_forward_hook(self._keep(site), with_kwargs=True))
+        self._kept = {site: [] for site in self.sites}
+        self._grids: dict[str, TokenGrid | None] = {}
+        self._tap.watch(self.denoisers, self.sites)
         return self
 
     def __exit__(self, *error) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._tap.watch(self.denoisers, None)
 
-    def _tick(self, module, args: tuple, kwargs: dict) -> None:
-        self.clock.tick(*call_arguments(args, kwargs))
-        self._skip = self.wanted is not None and all(abs(self.clock.timestep - t) > 0.5 for t in self.wanted)
-        # a sampler that calls twice at one timestep: the later call stands
-        self._again = bool(self.timesteps) and self.timesteps[-1] == self.clock.timestep
-        if not self._skip and not self._again:
-            self.timesteps.append(self.clock.timestep)
+    def begin(self, call: Call, arguments: Arguments) -> None:
+        """The denoiser is called."""
+        self.call = call
 
-    def _keep(self, site: str):
-        def hook(module, args, kwargs, output):
-            if self._skip:
-                return
-            hidden_states = read_output(output)
-            tokens = read_activation(self.activation, args[0] if args else kwargs["hidden_states"], hidden_states)
-            rows = dict(self.clock.rows(len(hidden_states)))
-            if not rows.keys() & set(self.streams):  # a call for another part of guidance alone
-                return
-            if missing := set(self.streams) - rows.keys():
-                raise ValueError(f"This call of the denoiser has no {sorted(missing)}, it has {sorted(rows)}.")
-            self._shapes[site] = hidden_states.shape
-            if self._again:
-                self._kept[site].pop()
-            kept = [tokens[rows[stream]].detach() for stream in self.streams]
-            self._kept[site].append(torch.cat([part.to("cpu", self.dtype, copy=True) for part in kept]))
+    def site(
+        self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
+    ) -> None:
+        """A site was run."""
+        if self.wanted is not None and all(abs(call.timestep - t) > 0.5 for t in self.wanted):
+            return
+        batch, kept = block.batch(hidden_states), self._kept[name]
+        found = {role: rows for role in self.streams if (rows := call.rows_of(role, batch)) is not None}
+        if not found:  # a call for another part of guidance alone
+            return
+        tokens = block.activation(self.activation, block_input, hidden_states)
+        self._grids[name] = token_grid(call, name, batch, block.space(hidden_states))
+        if not kept or kept[-1][0] != call.timestep:
+            kept.append((call.timestep, {}))
+        for role, rows in found.items():  # where a sampler calls twice at one timestep, the later call stands
+            kept[-1][1][role] = tokens[rows].detach().to("cpu", self.dtype, copy=True)
 
-        return hook
+    @property
+    def timesteps(self) -> list[float]:
+        """The steps that were kept; a block cache may have left some out."""
+        return next(([timestep for timestep, _ in kept] for kept in self._kept.values() if kept), [])
 
     def trajectories(self, site: str) -> torch.Tensor:
         """Activations `(streams * images, tokens, steps, d)` of the generation inside the `with` block."""
-        if not self._kept.get(site):
+        kept = self._kept.get(site)
+        if not kept:
             raise ValueError(
                 f"Nothing was recorded at {site!r}; recorded were {[s for s, h in self._kept.items() if h]}."
             )
-        return torch.stack(self._kept[site], dim=2)
+        if [timestep for timestep, _ in kept] != self.timesteps:
+            raise ValueError(f"{site!r} was run at other steps than {self.sites[0]!r}: record it alone.")
+        for timestep, parts in kept:
+            if missing := set(self.streams) - parts.keys():
+                raise ValueError(f"The step at {timestep:g} has no {sorted(missing)}, it has {sorted(parts)}.")
+        return torch.stack([torch.cat([parts[role] for role in self.streams]) for _, parts in kept], dim=2)
 
     def size(self, site: str) -> tuple[int, int]:
-        """Height and width of a site's token grid; tokens of text lie in a row."""
+        """Height and width of a site's token grid, frames below one another; tokens of text lie in a row."""
         if is_text(site):
-            return 1, self._shapes[site][1]
-        return spatial_size(site, self._shapes[site], self.clock.latent_size)
+            return 1, self._kept[site][0][1][self.streams[0]].shape[1]
+        grid = self._grids[site]
+        if grid is None:
+            tokens, (_, height, width) = self._kept[site][0][1][self.streams[0]].shape[1], self.call.grid
+            raise ValueError(f"Cannot lay {tokens} tokens of {site} out over a {height}x{width} latent.")
+        return grid.frames * grid.height, grid.width
 
 
 @dataclass
@@ -221,5 +241,5 @@ def record(
     return Recording(
         list(images), prompts, recorder.timesteps, {site: recorder.trajectories(site) for site in sites},
         {site: recorder.size(site) for site in sites}, dictionary,
-        noise_schedule(pipeline.scheduler), recorder.clock.guidance,
+        noise_schedule(pipeline.scheduler), recorder.call.guidance,
     )  # fmt: skip

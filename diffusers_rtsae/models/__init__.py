@@ -1,6 +1,6 @@
 """Dictionaries: one file a kind, each on `SparseDictionary`."""
 
-from .base import Directions, FeatureTimes, Memory, Reader, SparseDictionary, Step, interpolate, places
+from .base import Directions, FeatureTimes, Memory, Reader, SparseDictionary, Step, TokenGrid, interpolate, places
 from .dynamics import LinearDynamics
 from .linear_map import PLACES, LinearMap, waves
 from .mixture import METADATA, MixtureSAE, share_of_guidance
@@ -31,6 +31,7 @@ __all__ = [
     "SparseAutoencoder",
     "SparseDictionary",
     "Step",
+    "TokenGrid",
     "batch_topk",
     "interpolate",
     "jump_relu",

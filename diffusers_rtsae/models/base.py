@@ -12,25 +12,41 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 
+class TokenGrid(NamedTuple):
+    """
+    How the tokens of a row lie, frame by frame and in each row by row.
+
+    height, width (`int`): of a frame.
+    frames (`int`): in a row.
+    beside (`int`): rows of one image that are its frames, where a model lays them beside one another.
+    """
+
+    height: int
+    width: int
+    frames: int = 1
+    beside: int = 1
+
+
 class Step(NamedTuple):
     """
     Where in a generation an activation is from.
 
     timestep (`float`): in training units, from 1000 at pure noise to 0 at the image.
     coordinate (`float`): the same among the dictionary's anchors: 0 at the first, G − 1 at the last.
-    size (`tuple[int, int]`, *optional*): height and width of the token grid, if there is one.
+    size (`TokenGrid` or `tuple[int, int]`, *optional*): the token grid, if there is one.
     guidance (`float`, *optional*): scale of classifier-free guidance, if that is known.
     """
 
     timestep: float
     coordinate: float
-    size: tuple[int, int] | None = None
+    size: TokenGrid | tuple[int, int] | None = None
     guidance: float | None = None
 
 
-def places(size: tuple[int, int]) -> torch.Tensor:
-    """Row and column of the tokens of a grid, from 0 to 1, `(tokens, 2)`."""
-    return torch.cartesian_prod(*((torch.arange(n) + 0.5) / n for n in size))
+def places(size: TokenGrid | tuple[int, int]) -> torch.Tensor:
+    """Row and column of the tokens of a grid, from 0 to 1, `(tokens, 2)`; the same in each frame."""
+    height, width, frames, _ = TokenGrid(*size)
+    return torch.cartesian_prod(*((torch.arange(n) + 0.5) / n for n in (height, width))).repeat(frames, 1)
 
 
 def interpolate(values: torch.Tensor, coordinate: float, dim: int = 0) -> torch.Tensor:

@@ -6,13 +6,13 @@ import math
 
 import torch
 
-from .base import Directions, Step, interpolate, places
+from .base import Directions, Step, TokenGrid, interpolate, places
 
 _FREQUENCIES = 4  # of the waves in each direction, from none to three half ones across the picture
 PLACES = _FREQUENCIES**2 - 1
 
 
-def waves(size: tuple[int, int]) -> torch.Tensor:
+def waves(size: TokenGrid | tuple[int, int]) -> torch.Tensor:
     """The place of each token of a grid as products of cosines, `(N, PLACES)`: smooth, so that a map may be used on a
     grid of another size."""
     rows, columns = ((math.pi * at[:, None] * torch.arange(_FREQUENCIES)).cos() for at in places(size).T)

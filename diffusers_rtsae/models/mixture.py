@@ -77,8 +77,8 @@ class MixtureSAE(SparseAutoencoder):
         known = {"time": torch.tensor([step.timestep / 1000])}
         if step.guidance is not None:
             known["guidance"] = share_of_guidance(step.guidance)[None]
-        if step.size is not None and step.size[0] * step.size[1] == tokens:
-            known["row"], known["column"] = places(step.size).T
+        if step.size is not None and len(at := places(step.size)) == tokens:
+            known["row"], known["column"] = at.T
         return self.told(known)
 
     def told(self, known: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -167,19 +167,21 @@ _REACHED = 0.1  # a step this close before an anchor, in units of anchors, stand
 
 @dataclass
 class Trajectory(Memory):
-    """What a prefix reader remembers of one running generation."""
+    """What a prefix reader remembers of one running generation. The activations at the anchors passed are kept, so that
+    another reader, of other latents, can go on from there."""
 
+    reader: PrefixReader | None = None  # that `committed` and `pending` are of
     committed: torch.Tensor | None = None  # pre-activations from the anchors passed so far
     past: tuple[float, torch.Tensor] | None = None  # coordinate and activation of the last anchor passed
     pending: tuple[float, float, torch.Tensor] | None = None  # timestep, coordinate, pre-activations
+    shown: torch.Tensor | None = None  # the activation at that step
     continued: torch.Tensor | None = None  # the activation the network really continued with, after any edit
-
-    @property
-    def is_waiting(self) -> bool:
-        return self.pending is not None
+    anchors: list[tuple[float, float, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    is_waiting: bool = False
 
     def continue_with(self, tokens: torch.Tensor) -> None:
         self.continued = tokens.detach().clone()  # later layers may write into the activation
+        self.is_waiting = False
 
 
 class PrefixReader(Reader):
@@ -251,26 +253,45 @@ class PrefixReader(Reader):
     def _commit(self, memory: Trajectory, now: float) -> None:
         """Once time moves on to `now`, the step closest to the next anchor becomes the past that later steps are
         predicted from."""
-        _, coordinate, pre_activations = memory.pending
+        timestep, coordinate, pre_activations = memory.pending
         following = 0 if memory.past is None else int(memory.past[0] + _REACHED) + 1
         if coordinate >= following - _REACHED and abs(coordinate - following) <= abs(now - following):
             memory.past, memory.committed = (coordinate, memory.continued), pre_activations
+            memory.anchors.append((timestep, coordinate, memory.shown, memory.continued))
 
     def begin(self) -> Trajectory:
-        return Trajectory()
+        return Trajectory(self)
+
+    def _take_over(self, memory: Trajectory) -> None:
+        """Read what another reader's memory was shown."""
+        memory.reader, memory.past, memory.committed = self, None, None
+        for _, coordinate, shown, continued in memory.anchors:
+            memory.committed = self._pre_activations(memory, shown, coordinate)[0].detach()
+            memory.past = (coordinate, continued)
+        if memory.pending is not None:
+            timestep, coordinate, _ = memory.pending
+            memory.pending = timestep, coordinate, self._pre_activations(memory, memory.shown, coordinate)[0].detach()
+
+    def _pre_activations(self, memory: Trajectory, tokens: torch.Tensor, coordinate: float) -> tuple:
+        """Of this step's code, with the threshold above which they are active."""
+        last = len(self.threshold) - 1
+        committed = self.bias if memory.committed is None else memory.committed
+        if memory.past is not None and memory.past[0] + _REACHED >= last:
+            return committed, self.threshold[last]
+        now, carried, constant, threshold = self._fold(memory.past and memory.past[0], coordinate)
+        pre_activations = committed + constant + tokens.float() @ now.T
+        if carried is not None:
+            pre_activations = pre_activations - memory.past[1].float() @ carried.T
+        return pre_activations, threshold
 
     def read(self, memory: Trajectory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        (timestep, coordinate), last = step[:2], len(self.threshold) - 1
+        timestep, coordinate = step[:2]
+        if memory.reader is not self:
+            self._take_over(memory)
         still_first = memory.past is None and coordinate == 0  # steps before the first anchor stand for it in turn
         if memory.pending is not None and memory.pending[0] != timestep and not still_first:
             self._commit(memory, coordinate)
-        committed = self.bias if memory.committed is None else memory.committed
-        if memory.past is not None and memory.past[0] + _REACHED >= last:
-            pre_activations, threshold = committed, self.threshold[last]
-        else:
-            now, carried, constant, threshold = self._fold(memory.past and memory.past[0], coordinate)
-            pre_activations = committed + constant + tokens.float() @ now.T
-            if carried is not None:
-                pre_activations = pre_activations - memory.past[1].float() @ carried.T
-        memory.pending = (timestep, coordinate, pre_activations.detach())
+        pre_activations, threshold = self._pre_activations(memory, tokens, coordinate)
+        memory.pending, memory.is_waiting = (timestep, coordinate, pre_activations.detach()), True
+        memory.shown = tokens.detach().clone()  # later layers may write into the activation
         return jump_relu(pre_activations, threshold)

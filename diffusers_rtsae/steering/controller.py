@@ -1,29 +1,25 @@
-"""The controller: the processor around a denoiser's blocks. It owns the hooks and nothing of the model."""
+"""The controller: what is to be edited in a denoiser, by whom, and what is remembered of the generations that run."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .clock import Clock, call_arguments
+from ..denoiser import Arguments, Block, Call, Part, Tap, get_site, noise_schedule, token_grid
 from .edits import Edit
-from .plan import PlanState, SitePlan
-from .sites import (
-    from_tokens,
-    get_site,
-    read_activation,
-    read_output,
-    replace_output,
-    spatial_size,
-    to_tokens,
-    token_grid,
-)
+from .plan import Counts, PlanState, SitePlan
+
+if TYPE_CHECKING:
+    from ..hub import Dictionary
 
 # A change ten times as large as the activation leaves that less than 1 % of the energy: whatever follows reads the
 # edit and no picture any more.
@@ -31,157 +27,213 @@ _OVERWHELMING = 10.0
 
 
 @dataclass
+class Adapter:
+    """A loaded dictionary and what the strengths of its `add` edits are multiplied by."""
+
+    dictionary: Dictionary
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class SiteEdit:
+    """An edit of a loaded dictionary at one of its sites."""
+
+    adapter: str
+    site: str
+    edit: Edit
+
+
+@dataclass(frozen=True, eq=False)
+class _Steering:
+    """What a `with` block steers in the context (thread or asyncio task) that entered it.
+
+    edits (`tuple[SiteEdit, ...]`, *optional*): on top of what is set; `None`: nothing acts, whatever is set.
+    """
+
+    controller: Controller
+    edits: tuple[SiteEdit, ...] | None
+
+
+_Report = dict[str, list[Counts]]  # by site
+
+_steering: ContextVar[tuple[_Steering, ...]] = ContextVar("rtsae_steering", default=())
+
+
+@dataclass
 class _Run:
-    """What the controller remembers of the generation that one thread runs."""
+    """What the controller remembers of one generation."""
 
-    clock: Clock = field(default_factory=Clock)
-    generation: int = 0
-    states: dict[SitePlan, PlanState] = field(default_factory=dict)
-
-    def state(self, plan: SitePlan) -> PlanState:
-        """Of a plan in this generation; raises `ValueError` if its edits do not fit the batch."""
-        if plan not in self.states:
-            for edit in plan.edits:
-                _check_batch(edit, self.clock)
-            clock = self.clock
-            self.states[plan] = (
-                plan.begin(clock.alphas_cumprod, clock.guidance) if clock.pipeline_calls else PlanState()
-            )
-        return self.states[plan]
+    states: dict[tuple, PlanState] = field(default_factory=dict)  # of an adapter at a site, in a view
+    checked: set[int] = field(default_factory=set)  # plans whose edits fit this generation's batch
+    counts: _Report = field(default_factory=dict)
+    plans: dict[str, list[tuple[tuple, SitePlan]]] = field(default_factory=dict)  # that act at this step, by site
 
 
 class Controller:
     """
-    Applies site plans while a denoiser runs. Lives in the denoiser's `__dict__`, so that it follows the denoiser
-    through offloading, copying and pipeline conversion without entering its `state_dict`. No plan, no hook.
+    Steers the denoiser of a pipeline. Lives in the denoiser's `__dict__`, so that it follows the denoiser through
+    offloading, copying and pipeline conversion without entering its `state_dict`, and does not refer back to it. With
+    nothing to do there are no hooks.
 
-    Each thread has its own run, so that several may generate with one denoiser.
-
-    Args:
-        denoiser (`nn.Module`): the U-Net or transformer.
+    Dictionaries belong to the denoiser. Features belong to the pipeline they were set on; a pipeline on which none were
+    set uses those that were last set on another pipeline of this denoiser. What a `with` block steers belongs to the
+    thread or asyncio task that entered it.
     """
 
-    def __init__(self, denoiser: nn.Module):
-        self.denoiser = denoiser
-        self.adapters: dict = {}
+    def __init__(self):
+        self.adapters: dict[str, Adapter] = {}
         self.enabled = True
-        self._plans: dict[str, list[SitePlan]] = {}
-        self._hooks: dict = {}
-        self._runs: dict[threading.Thread, _Run] = {}
-        self._warned = False
-        self._register()
+        self._default: tuple[SiteEdit, ...] = ()
+        self._own: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of pipelines
+        self._begin()
 
-    def _register(self) -> None:
-        self._handle = next(_handles)
-        _controllers[self._handle] = self
+    def _begin(self) -> None:
+        self._tap = Tap(self)
+        self._entered: list[_Steering] = []
+        self._plans: dict[tuple, tuple[tuple[SiteEdit, ...], list[tuple[str, SitePlan]]]] = {}
+        self._counts: dict[threading.Thread, _Report] = {}  # of the last generation of each thread
+        self._last: _Report = {}
+        self._lock = threading.RLock()
+        self._warned = False
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"_runs": {}}
+        return {
+            "adapters": self.adapters, "enabled": self.enabled, "default": self._default, "tap": self._tap,
+        }  # fmt: skip
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._register()
+        self.__init__()
+        self.adapters, self.enabled, self._default = state["adapters"], state["enabled"], state["default"]
+        self._tap = state["tap"]
 
-    def install(self, plans: list[SitePlan], compiled: bool = False) -> None:
-        """
-        Replace what is applied; plans of one site all see the same, unedited activation.
+    # What is to be done
 
-        Args:
-            plans (`list[SitePlan]`): of all sites.
-            compiled (`bool`): the denoiser has been compiled as a whole. Compiled code does not notice new hooks, so
-                it is thrown away if these change; new strengths need no new code.
-        """
-        installed: dict[str, list[SitePlan]] = {}
-        for plan in plans:
-            if plan.edits:
-                installed.setdefault(plan.sae.config.site, []).append(plan)
-        self._plans, self._warned = installed, False
-        wanted = {None, *self._plans} if self._plans else set()
-        changed = wanted != self._hooks.keys()
-        for site in self._hooks.keys() - wanted:
-            self._hooks.pop(site).remove()
-        for site in wanted - self._hooks.keys():
-            if site is None:
-                self._hooks[site] = self.denoiser.register_forward_pre_hook(_TickHook(self), with_kwargs=True)
-            else:
-                self._hooks[site] = _SiteHook(self, site, get_site(self.denoiser, site))
-        compiled = compiled or any(module._compiled_call_impl is not None for module in self.denoiser.modules())
-        if changed and compiled:
-            torch.compiler.reset()
-        for run in list(self._runs.values()):
-            run.states = {}
+    def features(self, pipeline) -> tuple[SiteEdit, ...]:
+        """What is set for a pipeline."""
+        return self._own.get(pipeline, self._default)
+
+    def set_features(self, pipeline, adapter: str, edits: tuple[SiteEdit, ...]) -> None:
+        """Replace what is set for a pipeline of one dictionary."""
+        others = tuple(one for one in self.features(pipeline) if one.adapter != adapter)
+        self._own[pipeline] = self._default = (*others, *edits)
+
+    def forget(self, adapters: list[str]) -> None:
+        """Drop dictionaries and what was set of them."""
+        for name in adapters:
+            del self.adapters[name]
+        self._default = tuple(one for one in self._default if one.adapter in self.adapters)
+        for pipeline, edits in [*self._own.items()]:
+            self._own[pipeline] = tuple(one for one in edits if one.adapter in self.adapters)
+
+    @contextlib.contextmanager
+    def steering(
+        self, denoisers: dict[str, nn.Module], edits: tuple[SiteEdit, ...] | None, pipeline=None
+    ) -> Iterator[None]:
+        """Steer with these edits too inside the `with` block, in this context alone; with `None` nothing acts."""
+        mine = _Steering(self, edits)
+        with self._lock:
+            self._entered.append(mine)
+        _steering.set((*_steering.get(), mine))
+        try:
+            self.install(denoisers, pipeline)
+            yield
+        finally:
+            _steering.set(tuple(one for one in _steering.get() if one is not mine))
+            with self._lock:
+                self._entered = [one for one in self._entered if one is not mine]
+            self.install(denoisers, pipeline)
+
+    def install(self, denoisers: dict[str, nn.Module], pipeline=None) -> None:
+        """Have hooks where something may have to be done, and nowhere else."""
+        with self._lock:
+            kept = [*self._default, *(one for edits in [*self._own.values()] for one in edits)]
+            kept += [one for entered in self._entered for one in entered.edits or ()]
+            sites = {one.site: None for one in kept if self._acts(one)} if self.enabled else {}
+            self._plans, self._warned = {}, False
+            self._tap.watch(denoisers, sites or None, pipeline)
+
+    def _acts(self, one: SiteEdit) -> bool:
+        adapter = self.adapters.get(one.adapter)
+        return adapter is not None and adapter.weight != 0 and not one.edit.is_idle
+
+    def _active(self, pipeline) -> tuple[SiteEdit, ...]:
+        """What acts on a call that this pipeline makes in this context."""
+        edits = self._default if pipeline is None else self.features(pipeline)
+        for entered in _steering.get():
+            if entered.controller is self:
+                edits = () if entered.edits is None else (*edits, *entered.edits)
+        return tuple(one for one in edits if self._acts(one))
+
+    def _planned(self, pipeline) -> list[tuple[str, SitePlan]]:
+        """The plans of what acts, with the names of their dictionaries."""
+        edits = self._active(pipeline)
+        key = tuple(id(one) for one in edits)
+        if key not in self._plans:
+            schedule = noise_schedule(getattr(pipeline, "scheduler", None))
+            groups: dict[tuple[str, str], list[Edit]] = {}
+            for one in edits:
+                scaled = one.edit.scaled(self.adapters[one.adapter].weight)
+                groups.setdefault((one.adapter, one.site), []).append(scaled)
+            planned = [
+                (name, SitePlan(self.adapters[name].dictionary.sites[site], group, schedule))
+                for (name, site), group in groups.items()
+            ]
+            self._plans[key] = edits, planned  # with the edits, so that no id is used again
+        return self._plans[key][1]
+
+    # What is done while a denoiser runs
+
+    def begin(self, call: Call, arguments: Arguments) -> None:
+        """The denoiser is called."""
+        planned = self._planned(call.pipeline)
+        run = call.generation.kept.get(self)
+        if run is None:
+            run = call.generation.kept[self] = _Run()
+        if call.is_start:
+            run.states = {key: state for key, state in run.states.items() if key[-1] != call.view}
+        self._remember(run)
+        run.plans = {}
+        for name, plan in planned:
+            if id(plan) not in run.checked:
+                for edit in plan.edits:
+                    _check_batch(edit, call)
+                run.checked.add(id(plan))
+            run.plans.setdefault(plan.sae.config.site, []).append(((name, plan.sae.config.site), plan))
+        for key, state in run.states.items():
+            state.guidance = call.guidance
+            # a cache may leave the block out; then its last change stands
+            if key[-1] == call.view and state.timestep is not None and any(part.role == "cond" for part in call.parts):
+                state.timestep = call.timestep
+
+    def _remember(self, run: _Run) -> None:
+        thread = threading.current_thread()
+        if self._counts.get(thread) is not run.counts:
+            for other in [other for other in [*self._counts] if not other.is_alive()]:
+                self._counts.pop(other, None)
+            self._counts[thread] = run.counts
+        self._last = run.counts
+
+    def site(
+        self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """What the network continues with after a site; the very same tensor if nothing changes."""
+        run: _Run = call.generation.kept[self]
+        if not run.plans.get(name):
+            return hidden_states
+        return _Edited(self, run, name, call, block, block_input, hidden_states).result()
+
+    def report(self) -> dict[str, list[dict]]:
+        """For each site, what each edit did at each step of this thread's last generation, or of the last there was."""
+        counts = self._counts.get(threading.current_thread(), self._last)
+        return {site: [row for one in done for row in one.rows()] for site, done in counts.items()}
 
     def restart(self) -> None:
         """Forget the running generations."""
-        self._runs.clear()
+        self._tap.restart()
+        self._counts, self._last = {}, {}
 
-    @property
-    def _run(self) -> _Run:
-        thread = threading.current_thread()
-        run = self._runs.get(thread)
-        if run is None:
-            for other in list(self._runs):
-                if not other.is_alive():
-                    self._runs.pop(other, None)
-            run = self._runs[thread] = _Run()
-        return run
-
-    def tick(self, sample: torch.Tensor, timestep: torch.Tensor | float, text: torch.Tensor | None) -> None:
-        """The denoiser is called."""
-        run = self._run
-        run.clock.tick(sample, timestep, text)
-        if run.clock.generation != run.generation:
-            run.generation, run.states = run.clock.generation, {}
-            for plan in (plan for plans in self._plans.values() for plan in plans):
-                run.state(plan)
-        if "cond" in run.clock.streams:  # a cache may leave the block out; then its last change stands
-            for state in run.states.values():
-                state.timestep = None if state.timestep is None else run.clock.timestep
-
-    def apply(self, site: str, block_input: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the network continues with after the block at `site`; the very same tensor if nothing changes."""
-        run, edited, plans = self._run, hidden_states, self._plans.get(site, [])
-        clock, rows = run.clock, run.clock.rows(len(hidden_states))
-        states = [run.state(plan) for plan in plans]
-        order = sorted(range(len(rows)), key=lambda i: rows[i][0] != "cond")  # the others follow what it does
-        with torch.autocast(hidden_states.device.type, enabled=False):  # float32 inside, whatever runs around
-            for stream in order:
-                role, part = rows[stream]
-                changes = []
-                for plan, state in zip(plans, states, strict=True):
-                    tokens = _activation(plan, block_input, hidden_states, part)
-                    written = to_tokens(hidden_states[part]) if plan.sae.config.activation == "input" else tokens
-                    _check_channels(site, plan.sae.config.in_channels, tokens.shape[-1])
-                    masked = any(edit.mask is not None for edit in plan.edits)
-                    size = (spatial_size if masked else token_grid)(site, hidden_states.shape, clock.latent_size)
-                    if role == "cond":
-                        told = len(state.counts)
-                        change = plan.conditional(state, tokens, clock.timestep, size, written)
-                        changes.append(change)
-                        self._tell_size(plan, change, written, state.counts[told:])
-                    elif role == "uncond":
-                        changes.append(plan.unconditional(state, stream, tokens, clock.timestep, size, written))
-                    else:
-                        changes.append(plan.perturbed(state, clock.timestep))
-                changes = [change for change in changes if change is not None]
-                if changes:
-                    edited = hidden_states.clone() if edited is hidden_states else edited
-                    edited[part] += from_tokens(sum(changes[1:], changes[0]), hidden_states)
-            for stream, (role, part) in enumerate(rows):
-                for plan, state in zip(plans, states, strict=True):
-                    memory = state.memories.get(None if role == "cond" else stream)
-                    if memory is not None and memory.is_waiting:
-                        memory.continue_with(_activation(plan, block_input, edited, part))
-        return edited
-
-    def _tell_size(self, plan: SitePlan, change: torch.Tensor | None, tokens: torch.Tensor, counts: list) -> None:
-        """Add to a report how large a change is; warn if no clipping keeps it in bounds and it is huge."""
-        if change is None:
-            return
-        with torch.no_grad():
-            size = _relative_size(change, tokens)
-        for count in counts:
-            count.relative_size = size
+    def warn_of(self, plan: SitePlan, size: torch.Tensor) -> None:
+        """Say once that a change overwhelms the activation, if no clipping keeps it in bounds."""
         if not self._warned and not all(edit.clip for edit in plan.edits) and size > _OVERWHELMING:
             self._warned = True
             warnings.warn(
@@ -191,158 +243,130 @@ class Controller:
                 stacklevel=2,
             )
 
-    def report(self) -> dict[str, list[dict]]:
-        """For each site, what each edit did at each step of this thread's last generation."""
-        report: dict[str, list[dict]] = {}
-        for plan, state in self._run.states.items():
-            report.setdefault(plan.sae.config.site, []).extend(state.report)
-        return report
+
+class _Edited:
+    """One run of a site, with what its plans change in it."""
+
+    def __init__(
+        self, controller: Controller, run: _Run, site: str, call: Call, block: Block, block_input: torch.Tensor,
+        hidden_states: torch.Tensor,
+    ):  # fmt: skip
+        self.controller, self.run, self.site, self.call, self.block = controller, run, site, call, block
+        self.block_input, self.hidden_states, self.edited = block_input, hidden_states, hidden_states
+        self.batch, self.space = block.batch(hidden_states), block.space(hidden_states)
+        self.grid = token_grid(call, site, self.batch, self.space)
+
+    def result(self) -> torch.Tensor:
+        """What the network continues with."""
+        parts = [(part, rows) for part, rows in self.call.parts_of(self.batch) if part.role != "other"]
+        parts.sort(key=lambda one: one[0].role != "cond")  # the others follow what it does
+        with torch.autocast(self.hidden_states.device.type, enabled=False):  # float32 inside, whatever runs around
+            for part, rows in parts:
+                changes = [self._change(key, plan, part, rows) for key, plan in self.run.plans[self.site]]
+                self._add([change for change in changes if change is not None], rows)
+            for part, rows in parts:
+                for key, plan in self.run.plans[self.site]:
+                    memory = self._state(key, plan, part).memories.get(part.branch)
+                    if memory is not None and memory.is_waiting:
+                        memory.continue_with(self._tokens(plan, rows, self.edited))
+        return self.edited
+
+    def _state(self, key: tuple, plan: SitePlan, part: Part) -> PlanState:
+        """What is remembered of a dictionary; a conditional part with a time of its own has its own."""
+        key = (*key, part.branch if part.role == "cond" else None, self.call.view)
+        if key not in self.run.states:
+            call = self.call
+            self.run.states[key] = (
+                PlanState() if call.caller is None else plan.begin(call.alphas_cumprod, call.guidance)
+            )
+        return self.run.states[key]
+
+    def _tokens(self, plan: SitePlan, rows: slice, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The activation the plan's dictionary is about, `(B, N, d)`."""
+        index = self.block.rows(hidden_states, rows)
+        return self.block.activation(plan.sae.config.activation, self.block_input[index], hidden_states[index])
+
+    def _change(self, key: tuple, plan: SitePlan, part: Part, rows: slice) -> torch.Tensor | None:
+        """What a plan adds to a part, `(B, N or 1, d)`."""
+        state, tokens = self._state(key, plan, part), self._tokens(plan, rows, self.hidden_states)
+        check_channels(self.site, plan.sae.config.in_channels, tokens.shape[-1])
+        reads_input = plan.sae.config.activation == "input"
+        written = tokens
+        if reads_input:
+            written = self.block.to_tokens(self.hidden_states[self.block.rows(self.hidden_states, rows)])
+        if self.grid is None and any(edit.mask is not None for edit in plan.edits):
+            raise ValueError(self._no_grid(tokens.shape[1]))
+        if part.role == "cond":
+            change = plan.conditional(state, tokens, part.timestep, self.grid, written)
+            self._report(plan, state, change, written)
+        elif part.role == "uncond":
+            change = plan.unconditional(state, part.branch, tokens, part.timestep, self.grid, written)
+        else:
+            change = plan.perturbed(state, part.timestep)
+        return None if change is None else self._on_denoised(change, rows, written)
+
+    def _on_denoised(self, change: torch.Tensor, rows: slice, tokens: torch.Tensor) -> torch.Tensor:
+        """A change that leaves given tokens as they are; raises `ValueError` if it is for other tokens."""
+        if change.shape[1] not in (1, tokens.shape[1]):
+            raise ValueError(
+                f"The unconditional call has {tokens.shape[1]} tokens at {self.site}, the conditional one "
+                f"{change.shape[1]}: apply_to='contrast' cannot follow it there. Use apply_to='cond'."
+            )
+        given = self.call.given
+        if given is None or given.shape[1] != tokens.shape[1] or len(given) != self.batch:
+            return change
+        return change * ~given[rows, :, None]
+
+    def _no_grid(self, tokens: int) -> str:
+        frames, height, width = self.call.grid
+        return (
+            f"Cannot lay {tokens} tokens of {self.site} out over a {height}x{width} latent of {frames} frames; spatial "
+            "masks need a grid."
+        )
+
+    def _report(self, plan: SitePlan, state: PlanState, change: torch.Tensor | None, tokens: torch.Tensor) -> None:
+        """Keep for the report what was done, and how large the change is."""
+        counts, state.counts = state.counts, []
+        if change is not None:
+            with torch.no_grad():
+                size = _relative_size(change, tokens)
+            for one in counts:
+                one.relative_size = size
+            self.controller.warn_of(plan, size)
+        self.run.counts.setdefault(self.site, []).extend(counts)
+
+    def _add(self, changes: list[torch.Tensor], rows: slice) -> None:
+        if changes:
+            if self.edited is self.hidden_states:
+                self.edited = self.hidden_states.clone()
+            index = self.block.rows(self.edited, rows)
+            self.edited[index] += self.block.from_tokens(sum(changes[1:], changes[0]), self.edited[index])
 
 
 def _relative_size(change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """The length of a change `(B, N or 1, d)` over that of the activation `(B, N, d)`, of all tokens it moves."""
     moved = torch.linalg.vector_norm(change, dim=-1).expand(tokens.shape[:2])
-    length = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32) * (moved > 0)
+    length = torch.linalg.vector_norm(tokens.float(), dim=-1) * (moved > 0)
     return moved.norm() / length.norm().clamp(min=1e-20)
 
 
-def _check_batch(edit: Edit, clock: Clock) -> None:
-    prompts, images = clock.prompts or clock.images, clock.images
+def _check_batch(edit: Edit, call: Call) -> None:
+    """Raise `ValueError` if an edit has another number of strengths or masks than there are prompts."""
     strengths, masks = len(edit.strength_at(1000)), 1 if edit.mask is None else len(edit.mask)
     for what, given in {"strengths": strengths, "masks": masks}.items():
-        if given not in (1, prompts, images) or images % given:
-            raise ValueError(f"Expected 1 or as many {what} as prompts ({prompts}), got {given}.")
-
-
-def _activation(plan: SitePlan, block_input: torch.Tensor, hidden_states: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The activation the plan's dictionary is about, `(B, N, d)`."""
-    return read_activation(plan.sae.config.activation, block_input[rows], hidden_states[rows])
+        per_frame = what == "masks" and edit.mask is not None and edit.mask.ndim == 3 and call.grid[0] > 1
+        if (given not in (1, call.prompts, call.images) or call.images % given) and not per_frame:
+            raise ValueError(f"Expected 1 or as many {what} as prompts ({call.prompts}), got {given}.")
 
 
 def check_width(denoiser: nn.Module, site: str, channels: int) -> None:
     """Raise `ValueError` if the module at `site` is known to have another width than `channels`."""
     module = get_site(denoiser, site)
     width = getattr(module, "out_channels", None) or getattr(module, "in_channels", None) or channels
-    _check_channels(site, channels, width)
+    check_channels(site, channels, width)
 
 
-def _check_channels(site: str, expected: int, found: int) -> None:
+def check_channels(site: str, expected: int, found: int) -> None:
+    """Raise `ValueError` if a dictionary is for another number of channels."""
     if found != expected:
         raise ValueError(f"The dictionary of {site} is for {expected} channels, the model has {found} there.")
-
-
-class _TickHook:
-    """A forward pre-hook of the denoiser that can be copied and pickled with it."""
-
-    def __init__(self, controller: Controller):
-        self.controller = controller
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
-        sample, timestep, text = call_arguments(args, kwargs)
-        if not torch.compiler.is_compiling():
-            self.controller.tick(sample, timestep, text)
-            return None
-        timestep = timestep if torch.is_tensor(timestep) else torch.tensor(timestep)
-        sample = torch.ops.diffusers_rtsae.tick(sample, timestep, text, self.controller._handle)
-        if args:
-            return (sample, *args[1:]), kwargs
-        return args, kwargs | {"sample" if "sample" in kwargs else "hidden_states": sample}
-
-
-class _SiteHook:
-    """
-    Edits what a site returns, by forward hooks that can be copied and pickled with their module.
-
-    A block cache replaces a block's forward, to call the real one or to return what it kept. The edit then belongs
-    around the real one: what is kept holds it, once, and a block that is left out is neither read nor edited.
-    """
-
-    def __init__(self, controller: Controller, site: str, module: nn.Module):
-        self.controller, self.site, self.module = controller, site, module
-        self._handles = [
-            module.register_forward_pre_hook(self.enter), module.register_forward_hook(self, with_kwargs=True)
-        ]  # fmt: skip
-
-    def enter(self, module: nn.Module, args: tuple) -> None:
-        """Before the module is called: go inside of what has replaced its forward since the last time."""
-        place, name = _real_forward(module)
-        forward = place.get(name)
-        if isinstance(forward, _EditedForward):
-            forward.hook = self
-        elif place is not vars(module):
-            place[name] = _EditedForward(forward, self)
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        place, name = _real_forward(module)
-        return output if isinstance(place.get(name), _EditedForward) else self.edit(args, kwargs, output)
-
-    def edit(self, args: tuple, kwargs: dict, output):
-        """What the module is to return instead of `output`."""
-        block_input = args[0] if args else kwargs["hidden_states"]
-        hidden_states = read_output(output)
-        if torch.compiler.is_compiling():
-            handle = self.controller._handle
-            edited = torch.ops.diffusers_rtsae.apply(hidden_states, block_input, self.site, handle)
-        else:
-            edited = self.controller.apply(self.site, block_input, hidden_states)
-        return output if edited is hidden_states else replace_output(output, edited)
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        place, name = _real_forward(self.module)
-        if isinstance(place.get(name), _EditedForward):
-            place[name] = place[name].forward
-
-
-class _EditedForward:
-    """The real forward of a site under a block cache."""
-
-    def __init__(self, forward, hook: _SiteHook):
-        self.forward, self.hook = forward, hook
-
-    def __call__(self, *args, **kwargs):
-        return self.hook.edit(args, kwargs, self.forward(*args, **kwargs))
-
-
-def _real_forward(module: nn.Module) -> tuple[dict, str | tuple]:
-    """The dictionary, and the key in it, in which a module's own forward is kept by what has replaced it: diffusers'
-    hooks or the helper of DeepCache; `vars(module)` if neither has."""
-    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", None)
-    if references:
-        replaced = references[0].original_forward is not None
-        return vars(references[0]), "original_forward" if replaced else "forward"
-    forward = vars(module).get("forward")
-    if getattr(forward, "__qualname__", "").startswith("DeepCacheSDHelper."):
-        names = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
-        block = tuple(names[name].cell_contents for name in ("blocktype", "block_name", "block_i", "layer_i"))
-        return names["self"].cell_contents.function_dict, block
-    return vars(module), "forward"
-
-
-# Inside compiled code the controller is an operator the compiler does not look into: one graph, and new strengths
-# need no new one.
-_controllers: weakref.WeakValueDictionary[int, Controller] = weakref.WeakValueDictionary()
-_handles = itertools.count()
-
-
-@torch.library.custom_op("diffusers_rtsae::tick", mutates_args=())
-def _tick(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor | None, handle: int) -> torch.Tensor:
-    _controllers[handle].tick(sample, timestep, text)
-    return sample.clone()
-
-
-@torch.library.custom_op("diffusers_rtsae::apply", mutates_args=())
-def _apply(hidden_states: torch.Tensor, block_input: torch.Tensor, site: str, handle: int) -> torch.Tensor:
-    edited = _controllers[handle].apply(site, block_input, hidden_states)
-    return hidden_states.clone() if edited is hidden_states else edited
-
-
-@_tick.register_fake
-def _(sample, timestep, text, handle):
-    return torch.empty_like(sample)
-
-
-@_apply.register_fake
-def _(hidden_states, block_input, site, handle):
-    return torch.empty_like(hidden_states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import numpy as np
@@ -51,7 +51,8 @@ class Edit:
             - `"replace"`: s u on tokens on which `source` is active, and `source` to 0 there
         source (`tuple[int, ...]`, *optional*): rows that `transfer` and `replace` take from.
         where (`tuple[int, ...]`, *optional*): only tokens on which one of these latents is active.
-        mask (`torch.Tensor`, *optional*): `(1 or prompts, height, width)` in [0, 1], multiplies the change.
+        mask (`torch.Tensor`, *optional*): `(1 or prompts, height, width)` in [0, 1], multiplies the change, of a video
+            in every frame; or for each frame, `(frames, height, width)` or `(1 or prompts, frames, height, width)`.
         start, end (`float`): the part of denoising time, 0 at pure noise and 1 at the image, in which it acts.
         apply_to (`str`): `"cond"`, the text-conditional half; `"all"`; or `"contrast"`, + on it and − on the other
             half.
@@ -142,6 +143,16 @@ class Edit:
         """Rows whose present activation must be known."""
         return [*(self.moved if self.reads_moved else ()), *(self.where or ())]
 
+    def scaled(self, weight: float) -> Edit:
+        """The same with the strength of what it adds multiplied."""
+        if weight == 1.0 or self.operation != "add" and self.bounds is None:
+            return self
+        strength = self.strength
+        if callable(strength):
+            return replace(self, strength=_ScaledSchedule(strength, weight))
+        many = isinstance(strength, tuple)
+        return replace(self, strength=tuple(s * weight for s in strength) if many else strength * weight)
+
     def acts_at(self, timestep: float) -> bool:
         """Whether the edit's window contains `timestep`; windows are in training time, so all samplers agree on
         them."""
@@ -166,6 +177,15 @@ class Edit:
         return strength if self.bounds is None else min(max(strength, self.bounds[0]), self.bounds[1])
 
 
+@dataclass(frozen=True)
+class _ScaledSchedule:
+    schedule: Callable[[float], float | list[float]]
+    weight: float
+
+    def __call__(self, progress: float) -> list[float]:
+        return [value * self.weight for value in numbers(self.schedule(progress))]
+
+
 def numbers(values) -> list:
     """The numbers in a number, a list, a tuple, an array or a tensor."""
     if isinstance(values, np.ndarray | torch.Tensor):
@@ -184,8 +204,8 @@ def as_strength(strength) -> Strength:
 
 def as_mask(mask) -> torch.Tensor | None:
     """
-    A PIL image, array or tensor as `(1 or n, height, width)` float in [0, 1]. An array `(height, width, 1 or 3)` is a
-    picture, as is one of bytes that are not all 0 or 1.
+    A PIL image, array or tensor as `(1 or n, height, width)`, or `(1 or n, frames, height, width)`, float in [0, 1]. An
+    array `(height, width, 1 or 3)` is a picture, as is one of bytes that are not all 0 or 1.
     """
     if mask is None:
         return None
@@ -201,8 +221,11 @@ def as_mask(mask) -> torch.Tensor | None:
     if mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
     mask = mask[None] if mask.ndim == 2 else mask
-    if mask.ndim != 3 or mask.numel() == 0:
-        raise ValueError(f"A mask must be (height, width) or (prompts, height, width), got shape {tuple(mask.shape)}.")
+    if mask.ndim not in (3, 4) or mask.numel() == 0:
+        raise ValueError(
+            "A mask must be (height, width), (prompts or frames, height, width) or (prompts, frames, height, width), "
+            f"got shape {tuple(mask.shape)}."
+        )
     if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
         raise ValueError(f"A mask must lie in [0, 1], got values from {mask.min():.3g} to {mask.max():.3g}.")
     return mask

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ..models import LinearMap, Memory, SparseDictionary, Step
-from .clock import TimeGrid
+from ..denoiser import TimeGrid
+from ..models import LinearMap, Memory, SparseDictionary, Step, TokenGrid
 from .edits import APPLY_TO, Edit
 
 _loading = threading.Lock()
 
 
 @dataclass
-class _Counts:
+class Counts:
     """
     What the edits of a fold did at a step: tensors until somebody asks.
 
@@ -61,7 +61,7 @@ class PlanState:
     timestep: float | None = None  # of the conditional call whose change is kept for calls that follow it
     on_conditional: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
-    counts: list[_Counts] = field(default_factory=list)
+    counts: list[Counts] = field(default_factory=list)
 
     @property
     def report(self) -> list[dict]:
@@ -88,7 +88,7 @@ class _Fold:
     def __init__(self, edits: list[Edit], sae: SparseDictionary, rows: list[int], device: torch.device):
         self.edits, self.options, self.device, self.gain = edits, edits[0], device, sae.gain
         self._strengths: dict[int, torch.Tensor] = {}
-        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        self._masks: dict[TokenGrid, torch.Tensor] = {}
         if self.options.where is not None:
             self.where = self._index([rows.index(row) for row in self.options.where])
         if self.options.map is not None:
@@ -125,8 +125,8 @@ class _Fold:
         tokens: torch.Tensor,
         latents: torch.Tensor | None,
         step: Step,
-        size: tuple[int, int] | None,
-        counts: list[_Counts] | None,
+        size: TokenGrid | tuple[int, int] | None,
+        counts: list[Counts] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         What to add to the activation: amounts `(B, N or 1, c)` of vectors `(B, c, d)`.
@@ -134,7 +134,7 @@ class _Fold:
         Args:
             tokens (`torch.Tensor`): the activation, `(B, N, d)`.
             latents (`torch.Tensor`, *optional*): what is read, `(B, N, rows)`.
-            size (`tuple[int, int]`, *optional*): token grid, needed for a mask.
+            size (`TokenGrid`, *optional*): token grid, needed for a mask.
             counts (`list`, *optional*): where to tell what was done.
         """
         images, present = len(tokens), None
@@ -158,7 +158,7 @@ class _Fold:
             if self.options.clip:
                 outside = self._any((wanted - allowed).abs() > 1e-6 * self.highest) & edited
                 outside = outside.float().mean((0, 1)) / share.clamp(min=1e-9)
-            counts.append(_Counts(step.timestep, self.edits, share, outside))
+            counts.append(Counts(step.timestep, self.edits, share, outside))
         gain = self.gain(tokens.float()) if self.options.map is None else None
         if gain is not None:
             here = gain if here is None else here * gain
@@ -202,19 +202,33 @@ class _Fold:
             return torch.cat([level * full, -strength[..., self.given :].clamp(0, 1) * taken], -1)
         return torch.cat([(level > 0).to(now.dtype) * (full - now), -taken], -1)
 
-    def _here(self, latents: torch.Tensor | None, images: int, size: tuple[int, int] | None) -> torch.Tensor | None:
+    def _here(
+        self, latents: torch.Tensor | None, images: int, size: TokenGrid | tuple[int, int] | None
+    ) -> torch.Tensor | None:
         """What `where` and the mask leave of the change on each token, `(B, N, 1)`."""
         here = None
         if self.options.where is not None:
             here = (latents[..., self.where] > 0).any(-1, keepdim=True).float()
         if self.options.mask is not None:
-            if size not in self._masks:
-                with torch.inference_mode(False):
-                    pooled = F.adaptive_avg_pool2d(self.options.mask.to(self.device)[:, None], size)
-                    self._masks[size] = pooled.flatten(1)[..., None]
-            mask = self._masks[size].repeat_interleave(images // len(self._masks[size]), 0)
+            mask = self._mask(TokenGrid(*size), images)
+            mask = mask.repeat_interleave(images // len(mask), 0)
             here = mask if here is None else here * mask
         return here
+
+    def _mask(self, size: TokenGrid, rows: int) -> torch.Tensor:
+        """The mask on a token grid of so many rows, `(1 or more, N, 1)`."""
+        if size not in self._masks:
+            mask, frames = self.options.mask.to(self.device), size.frames * size.beside
+            if mask.ndim == 3 and rows // size.beside % len(mask):
+                mask = mask[None]  # one for each frame instead of one for each prompt
+            with torch.inference_mode(False):
+                if mask.ndim == 3:  # the same in every frame
+                    pooled = F.adaptive_avg_pool2d(mask[:, None], size[:2]).expand(-1, size.frames, -1, -1)
+                else:
+                    pooled = F.adaptive_avg_pool3d(mask[:, None], (frames, *size[:2]))[:, 0]
+                    pooled = pooled.unflatten(1, (size.beside, size.frames)).flatten(0, 1)
+                self._masks[size] = pooled.flatten(1)[..., None]
+        return self._masks[size]
 
     def _any(self, columns: torch.Tensor) -> torch.Tensor:
         """Whether any column of an edit is true: `(B, N or 1, columns)` to `(B, N or 1, edits)`."""
@@ -285,7 +299,7 @@ class SitePlan:
         state: PlanState,
         tokens: torch.Tensor,
         timestep: float,
-        size: tuple[int, int] | None,
+        size: TokenGrid | tuple[int, int] | None,
         written: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """
@@ -295,7 +309,7 @@ class SitePlan:
             state (`PlanState`): of this generation.
             tokens (`torch.Tensor`): their activations `(B, N, d)`.
             timestep (`float`): in training units.
-            size (`tuple[int, int]`, *optional*): token grid, needed for masks; some kinds read it.
+            size (`TokenGrid`, *optional*): token grid, needed for masks; some kinds read it.
             written (`torch.Tensor`, *optional*): what the change is of, if that is not what is read.
 
         Returns:
@@ -315,7 +329,7 @@ class SitePlan:
         stream: int,
         tokens: torch.Tensor,
         timestep: float,
-        size: tuple[int, int] | None,
+        size: TokenGrid | tuple[int, int] | None,
         written: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """What to add to the rows of an unconditional stream, after `conditional` of the same step."""
@@ -353,9 +367,9 @@ class SitePlan:
         stream: int | None,
         tokens: torch.Tensor,
         timestep: float,
-        size: tuple[int, int] | None,
+        size: TokenGrid | tuple[int, int] | None,
         apply_to: tuple[str, ...],
-        counts: list[_Counts] | None = None,
+        counts: list[Counts] | None = None,
     ) -> list[tuple[_Fold, tuple[torch.Tensor, torch.Tensor]]]:
         """What the folds whose `apply_to` is among these add at this step."""
         with _loading:  # one thread loads what all of them use

@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffusers_rtsae import RTSAE, list_sites
-from diffusers_rtsae.steering import Controller, get_site
+from diffusers_rtsae.denoiser import get_site
+from diffusers_rtsae.steering import Controller
 
 from .timing import CUDA, DEVICE, row, rows, seconds, take_turns
 
@@ -54,21 +55,21 @@ def steer(pipe, sites: list[str], count: int, **options) -> None:
 
 
 class HookTime:
-    """Sums up the time spent in `Controller.apply`; of which there is none to tell on a device that runs behind."""
+    """Sums up the time spent in `Controller.site`; of which there is none to tell on a device that runs behind."""
 
     def __enter__(self):
-        self.total, self.original = 0.0, Controller.apply
+        self.total, self.original = 0.0, Controller.site
 
         def timed(*arguments):
             edited = []
             self.total += seconds(lambda: edited.append(self.original(*arguments)))
             return edited[0]
 
-        Controller.apply = timed
+        Controller.site = timed
         return self
 
     def __exit__(self, *_):
-        Controller.apply = self.original
+        Controller.site = self.original
 
 
 def in_turns(pipe, call: dict, budget: float, name: str) -> list[dict]:

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_rtsae import RTSAE, SparseDictionary
 from diffusers_rtsae.models import PLACES, LinearMap, Step, interpolate, waves
-from diffusers_rtsae.steering import Edit, PlanState, SitePlan, TimeGrid
+from diffusers_rtsae.denoiser import TimeGrid
+from diffusers_rtsae.steering import Edit, PlanState, SitePlan
 from diffusers_rtsae.steering.edits import OPERATIONS
 
 ALPHAS = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from diffusers_rtsae.analysis.record import Recorder
+from diffusers_rtsae.denoiser import TimeGrid, noise_schedule
 from diffusers_rtsae.models import SparseDictionary
-from diffusers_rtsae.steering import TimeGrid, noise_schedule
 
 from ..worlds import Scene, World
 from ..worlds.pictures import generate

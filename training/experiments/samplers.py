@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.steering import noise_schedule
+from diffusers_rtsae.denoiser import noise_schedule
 
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .results import Results, table

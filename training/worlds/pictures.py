@@ -13,8 +13,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.pipeline import get_denoiser, own_size
-from diffusers_rtsae.steering import noise_schedule
+from diffusers_rtsae.denoiser import get_denoiser, noise_schedule
+from diffusers_rtsae.pipeline import own_size
 
 from . import World, load_world, worlds
 

@@ -1,0 +1,260 @@
+"""
+Sites: the modules of a denoiser that can be read and edited, what they take and return, and how it is laid out.
+
+diffusers' `TransformerBlockRegistry` says of many blocks which element of what they return is the image's hidden
+states; `BLOCKS` says it of the others, and what else is not as usual.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from torch import nn
+
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "decoder", "prior")
+_SITES = ("Transformer2DModel", "ResnetBlock2D")  # beside what ends in one of these:
+_SITE_ENDINGS = ("TransformerBlock", "TransformerDecoderBlock", "DiTBlock", "DecoderLayer", "AdaLNBlock")
+_BLOCK_LISTS = ("blocks", "layers")  # a denoiser's direct children whose own children are sites
+
+
+@dataclass(frozen=True)
+class Block:
+    """
+    What a site takes and returns.
+
+    Args:
+        argument (`str`): the parameter of its `forward` that its input's hidden states are passed as.
+        index (`int`, *optional*): where in the tuple it returns its hidden states are; `None` if that is not known, and
+            it must return a tensor, a 1-tuple, or a tensor and its skip connections.
+        layout (`str`): `"tokens"`: `(rows, tokens, channels)`, or `(rows, channels, height, width)`; `"channels"`: the
+            channels are the second of three dimensions; `"tokens first"`: `(tokens, rows, channels)`.
+        place (`int`): which of the parameters of its `forward` that is.
+    """
+
+    argument: str
+    index: int | None = None
+    layout: str = "tokens"
+    place: int = 0
+
+    def input(self, args: tuple, kwargs: dict) -> torch.Tensor:
+        """The hidden states that the site was called with."""
+        return kwargs[self.argument] if self.argument in kwargs else args[self.place]
+
+    def output(self, returned) -> torch.Tensor:
+        """
+        The hidden states in what the site returned.
+
+        Raises:
+            `ValueError`: it returned several things, and it is not known which of them these are.
+        """
+        if torch.is_tensor(returned):
+            return returned
+        if hasattr(returned, "sample"):
+            return returned.sample
+        return returned[self._index(returned)]
+
+    def returning(self, returned, hidden_states: torch.Tensor):
+        """What the site would have returned with other hidden states; where skip connections hold the old ones, they
+        are replaced there too."""
+        if torch.is_tensor(returned):
+            return hidden_states
+        if hasattr(returned, "sample"):
+            return replace(returned, sample=hidden_states)
+        index = self._index(returned)
+        old = returned[index]
+
+        def renewed(element, i: int):
+            if i == index:
+                return hidden_states
+            if isinstance(element, tuple | list):
+                return type(element)(hidden_states if one is old else one for one in element)
+            return element
+
+        return tuple(renewed(element, i) for i, element in enumerate(returned))
+
+    def _index(self, returned: tuple) -> int:
+        if self.index is not None:
+            return self.index
+        tensors = [i for i, element in enumerate(returned) if torch.is_tensor(element)]
+        if tensors == [0]:  # hidden states and skip connections, or nothing else
+            return 0
+        raise ValueError(
+            f"This block returns {len(returned)} things, and which of them are the image's hidden states is not known: "
+            "expected a tensor, a tensor with skip connections, or a class that `denoiser/blocks.py` or diffusers' "
+            "`TransformerBlockRegistry` lists."
+        )
+
+    def to_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """View hidden states as tokens `(rows, tokens, channels)`."""
+        if self.layout == "tokens first":
+            return hidden_states.transpose(0, 1)
+        if self.layout == "channels" or hidden_states.ndim in (4, 5) and self.layout != "channels last":
+            return hidden_states.flatten(2).transpose(1, 2)
+        return hidden_states.flatten(1, -2) if hidden_states.ndim > 3 else hidden_states
+
+    def from_tokens(self, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Lay tokens `(rows, tokens, channels)` (or `(rows, 1, channels)`, to be broadcast) out as hidden states
+        `like`, in their dtype."""
+        tokens, single = tokens.to(like.dtype), tokens.shape[1] == 1
+        if self.layout == "tokens first":
+            return tokens.transpose(0, 1)
+        if self.layout == "channels" or like.ndim in (4, 5) and self.layout != "channels last":
+            size = (1,) * (like.ndim - 2) if single else like.shape[2:]
+            return tokens.transpose(1, 2).unflatten(2, size)
+        if like.ndim > 3:
+            return tokens.unflatten(1, (1,) * (like.ndim - 2) if single else like.shape[1:-1])
+        return tokens
+
+    def rows(self, hidden_states: torch.Tensor, part: slice) -> tuple:
+        """The index of a part of the rows."""
+        return (slice(None), part) if self.layout == "tokens first" else (part,)
+
+    def batch(self, hidden_states: torch.Tensor) -> int:
+        """How many rows hidden states have."""
+        return hidden_states.shape[1 if self.layout == "tokens first" else 0]
+
+    def space(self, hidden_states: torch.Tensor) -> tuple[int, ...]:
+        """What of its shape is neither rows nor channels."""
+        shape = tuple(hidden_states.shape)
+        if self.layout == "tokens first":
+            return shape[:1]
+        channels_second = self.layout == "channels" or len(shape) in (4, 5) and self.layout != "channels last"
+        return shape[2:] if channels_second else shape[1:-1]
+
+    def activation(self, kind: str, block_input: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What a dictionary reads at a site as tokens: its `"output"`, its `"update"` (output − input), or its
+        `"input"`."""
+        if kind == "input":
+            return self.to_tokens(block_input)
+        tokens = self.to_tokens(hidden_states)
+        return tokens - self.to_tokens(block_input) if kind == "update" else tokens
+
+
+_TEXT_FIRST, _TEXT_SECOND = {"index": 1}, {"index": 0}
+
+#: Class of a block → what is not as usual in it.
+BLOCKS: dict[str, dict] = {
+    **dict.fromkeys(
+        (
+            "AuraFlowJointTransformerBlock", "BriaFiboTransformerBlock", "BriaTransformerBlock",
+            "BriaSingleTransformerBlock", "ChromaTransformerBlock", "Flux3SingleTransformerBlock",
+            "LongCatImageTransformerBlock", "LongCatImageSingleTransformerBlock", "OvisImageTransformerBlock",
+            "OvisImageSingleTransformerBlock",
+        ),
+        _TEXT_FIRST,
+    ),
+    **dict.fromkeys(
+        (
+            "CogView3PlusTransformerBlock", "ConsisIDBlock", "EasyAnimateTransformerBlock",
+            "GlmImageTransformerBlock", "HiDreamBlock", "HunyuanVideo15TransformerBlock",
+            "JoyImageTransformerBlock", "JoyImageEditPlusTransformerBlock",
+        ),
+        _TEXT_SECOND,
+    ),
+    "LTX2VideoTransformerBlock": {"index": 0},  # and the sound
+    "Kandinsky6FusedTransformerDecoderBlock": {"index": 0},
+    "CosmosTransformerBlock": {"index": 0},  # and what is added to the block it controls
+    "WanVACETransformerBlock": {"index": 1, "argument": "control_hidden_states"},
+    "AttnSkipDownBlock2D": {"index": 0},
+    "SkipDownBlock2D": {"index": 0},
+    "AttnSkipUpBlock2D": {"index": 0},
+    "SkipUpBlock2D": {"index": 0},
+    "ControlNetXSCrossAttnDownBlock2D": {"index": 0},
+    "ControlNetXSCrossAttnMidBlock2D": {"index": 0},
+    "ErnieImageSharedAdaLNBlock": {"layout": "tokens first"},
+    **dict.fromkeys(
+        (
+            "AttnDownBlock1D", "DownBlock1D", "DownBlock1DNoSkip", "DownResnetBlock1D", "AttnUpBlock1D", "UpBlock1D",
+            "UpBlock1DNoSkip", "UpResnetBlock1D", "UNetMidBlock1D", "MidResTemporalBlock1D",
+        ),
+        {"layout": "channels"},
+    ),
+}  # fmt: skip
+
+
+def describe(module: nn.Module) -> Block:
+    """What a module takes and returns."""
+    kind = type(unwrapped(module))
+    names = [*inspect.signature(kind.forward).parameters][1:]
+    known: dict = {"argument": names[0]}
+    try:
+        metadata = TransformerBlockRegistry.get(kind)
+        known |= {"index": metadata.return_hidden_states_index, "argument": metadata.hidden_states_argument_name}
+    except ValueError:  # not registered
+        pass
+    known |= next((BLOCKS[base.__name__] for base in kind.__mro__ if base.__name__ in BLOCKS), {})
+    return Block(**known, place=names.index(known["argument"]) if known["argument"] in names else 0)
+
+
+def unwrapped(module):
+    """A module inside what `torch.compile` returned."""
+    return getattr(module, "_orig_mod", module)
+
+
+def get_denoisers(pipeline) -> dict[str, nn.Module]:
+    """
+    The denoisers of a pipeline by component: its U-Net or transformer, and those of the same class that take turns with
+    it.
+
+    Raises:
+        `ValueError`: it has none.
+    """
+    found = {name: unwrapped(getattr(pipeline, name, None)) for name in DENOISERS}
+    found = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if not found:
+        raise ValueError(f"{type(pipeline).__name__} has no denoiser: expected a component of {list(DENOISERS)}.")
+    first = type(next(iter(found.values())))
+    return {name: module for name, module in found.items() if type(module) is first}
+
+
+def get_denoiser(pipeline) -> nn.Module:
+    """The U-Net or transformer of a pipeline; of several that take turns the first."""
+    return next(iter(get_denoisers(pipeline).values()))
+
+
+def list_sites(model) -> list[str]:
+    """
+    Paths of the modules that a dictionary can be attached to, in the order they are defined.
+
+    Args:
+        model (`DiffusionPipeline` or `nn.Module`): a pipeline or its denoiser.
+
+    Raises:
+        `ValueError`: `model` is neither.
+    """
+    denoiser = unwrapped(model) if isinstance(model, nn.Module) else get_denoiser(model)
+    sites = []
+    for name, module in denoiser.named_modules():
+        name = name.replace("._orig_mod", "")
+        kinds, depth = [kind.__name__ for kind in type(unwrapped(module)).__mro__], name.count(".")
+        is_block = depth == 1 and name.split(".")[0].endswith(_BLOCK_LISTS) or name == "mid_block"
+        is_site = any(kind in _SITES or kind.endswith(_SITE_ENDINGS) for kind in kinds)
+        if name and name not in sites and (is_block or is_site):
+            sites.append(name)
+    return sites
+
+
+def get_site(denoiser: nn.Module, name: str) -> nn.Module:
+    """The module at path `name`; raises `ValueError` with the closest sites if there is none."""
+    module = denoiser
+    for part in name.split("."):
+        module = getattr(unwrapped(module), "_modules", {}).get(part)
+        if module is None:
+            near = difflib.get_close_matches(name, list_sites(denoiser), n=3, cutoff=0)
+            raise ValueError(
+                f"{type(denoiser).__name__} has no site {name!r}. The closest are {near}; `list_sites(denoiser)` has "
+                "all."
+            )
+    return module
+
+
+def is_text(site: str) -> bool:
+    """Whether the tokens of a site are those of the text, as diffusers names what is done to it beside the image."""
+    return site.endswith("_context") or site.split(".")[0] in _TEXT_BLOCKS
+
+
+_TEXT_BLOCKS = ("context_refiner", "text_transformer_blocks", "txt_mode_blocks", "token_refiner", "context_embedder")

@@ -1,0 +1,139 @@
+"""
+How pipelines call their denoiser: everything that is known about callers, and the only place that looks at them.
+
+A denoiser call says too little: which of its rows are conditional, at which of the sampler's timesteps it is made, how
+many prompts there are. The pipeline knows, but tells nobody: diffusers' callbacks run once a step, its hooks see the
+arguments alone, and `cache_context` names a call in a third of the pipelines. So [`find_caller`] walks up the stack to
+the pipeline that is running and reads the local variables of its call. A family of pipelines that does anything in its
+own way has an entry in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+PIPELINES: list[type] = []  # the classes whose calls are looked for
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Pipelines that call their denoiser in a way of their own.
+
+    Args:
+        names (`str`): regular expression that their class names match from the beginning.
+        batch (`tuple[str, ...]`): what the equal parts of a batch are, where their texts do not say it.
+        calls (`tuple[str, ...]`): what the calls of one step are, where their texts do not say it.
+        time (`tuple[str, ...]`): variables that hold the sampler's timestep, the first one that is there.
+        index (`tuple[str, ...]`): variables that together with the timestep say which step of the loop it is.
+        view (`tuple[str, ...]`): variables that say which part of the picture, or which window of frames, a call draws.
+        components (`dict[str, str]`): denoisers that are called for one part of guidance alone.
+        prepares (`bool`): it calls its denoiser before the loop as well, to prepare something.
+        refused (`str`): why such a pipeline cannot be followed; empty if it can.
+    """
+
+    names: str
+    batch: tuple[str, ...] = ("uncond", "cond")
+    calls: tuple[str, ...] = ("cond", "uncond")
+    time: tuple[str, ...] = ("t",)
+    index: tuple[str, ...] = ("i",)
+    view: tuple[str, ...] = ()
+    components: dict[str, str] = field(default_factory=dict)
+    prepares: bool = False
+    refused: str = ""
+
+
+#: The first entry whose names match is the family of a pipeline; whatever is left is called as the last one.
+FAMILIES = (
+    Family(
+        "CosStableDiffusionXLInstructPix2Pix|StableDiffusion(XL)?InstructPix2Pix", batch=("cond", "uncond", "uncond")
+    ),
+    Family("AceStep", batch=("cond", "uncond"), time=("t_curr", "t_sched")),
+    Family("Lumina(?!2)|DiTPipeline|Wuerstchen|StableCascade|ZImage", batch=("cond", "uncond")),
+    Family("StableDiffusionPanorama", view=("j",)),
+    Family("Ideogram4", components={"unconditional_transformer": "uncond"}),
+    Family("Amused", time=("timestep",)),
+    Family("GlmImage", prepares=True),
+    Family(""),
+)
+
+
+class Generation:
+    """One run of a pipeline's call, from noise to the picture. What somebody has to remember of it is kept in `kept`,
+    by whoever keeps it, and is dropped when the call returns."""
+
+    def __init__(self):
+        self.kept: dict[Any, Any] = {}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """
+    A running pipeline.
+
+    Args:
+        pipeline: the pipeline.
+        family (`Family`): how it calls.
+        variables (`dict`): local variables of its call, with those of the methods and blocks inside.
+        generation (`Generation`): an object of this call's own.
+        line (`int`): of the source, where the denoiser is called.
+    """
+
+    pipeline: Any
+    family: Family
+    variables: dict[str, Any]
+    generation: Generation
+    line: int
+
+    def value(self, names: tuple[str, ...]) -> Any:
+        """The first of these variables that is there."""
+        return next((self.variables[name] for name in names if self.variables.get(name) is not None), None)
+
+    def property(self, name: str, default: Any = None) -> Any:
+        """A property of the pipeline, which callbacks may have changed, or else the variable of its name."""
+        found = getattr(self.pipeline, name, None)
+        return self.variables.get(name, default) if found is None else found
+
+
+def family_of(pipeline) -> Family:
+    """How a pipeline calls its denoiser."""
+    return next(family for family in FAMILIES if re.match(family.names, type(pipeline).__name__))
+
+
+_MARK = "__rtsae_generation__"  # among the local variables of a pipeline's call; goes when the call returns
+
+
+def find_caller() -> Caller | None:
+    """
+    The innermost pipeline that is running in this thread; `None` if there is none.
+
+    Its generation begins with the outermost of its own methods below other code, so that methods which a call is split
+    into, `invert` and its like, and a pipeline called again in a callback are each told apart.
+    """
+    frame, pipeline, entry, line, variables = sys._getframe(1), None, None, 0, {}
+    while frame is not None:
+        local = frame.f_locals
+        owner = local.get("self")
+        if pipeline is None:
+            if isinstance(owner, tuple(PIPELINES)):
+                pipeline, entry, line = owner, frame, line or frame.f_lineno
+                variables = {**local, **variables}
+            elif "block_state" in local:  # a block of a modular pipeline
+                line = line or frame.f_lineno
+                variables = {**_variables(local["block_state"]), **local, **variables}
+        elif owner is pipeline:
+            entry, variables = frame, {**local, **variables}
+        elif not frame.f_code.co_filename.endswith("contextlib.py"):  # a decorator such as torch.no_grad
+            break
+        frame = frame.f_back
+    if pipeline is None:
+        return None
+    generation = entry.f_locals.setdefault(_MARK, Generation())
+    return Caller(pipeline, family_of(pipeline), variables, generation, line)
+
+
+def _variables(block_state) -> dict[str, Any]:
+    return {name: value for name, value in vars(block_state).items() if not name.startswith("_")}

@@ -1,0 +1,260 @@
+"""
+The tap: the only place that registers hooks on a denoiser, to read its sites or to edit what they return.
+
+Hooks are torch's own: they survive offloading, slicing, fused projections and copies, where replacing `forward` does
+not. A block cache does replace a block's forward, to call the real one or to return what it kept; the hook then goes
+around the real one, so that what is kept holds an edit once, and a block that is left out is neither read nor edited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from .blocks import Block, describe, get_site
+from .call import Arguments, Call, CallReader
+from .callers import Generation
+from .compile import compiled_begin, compiled_site, is_compiled, register
+
+
+class Observer(Protocol):
+    """Who is told of a denoiser's calls."""
+
+    def begin(self, call: Call, arguments: Arguments) -> None:
+        """The denoiser is called."""
+
+    def site(
+        self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor | None:
+        """A site was run; what the network is to continue with, `None` or the same tensor for what it returned."""
+
+    def end(self, call: Call, output) -> None:
+        """The denoiser returns. Asked only of those who have it."""
+
+
+class Tap:
+    """
+    Watches some sites of one or several denoisers that take turns.
+
+    Args:
+        observer (`Observer`): is told of each call, and may edit what sites return. It is not kept alive.
+    """
+
+    def __init__(self, observer: Observer):
+        self._observer = weakref.ref(observer)
+        self._hooks: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # their modules keep them
+        self._readers: dict[str, CallReader] = {}
+        self._current: dict[int, weakref.ref[Generation]] = {}
+        self._calls: weakref.WeakKeyDictionary[Generation, Call] = weakref.WeakKeyDictionary()
+        self.component = ""  # of the last call
+        self.is_paused = False
+        self.handle = register(self)
+
+    def __getstate__(self) -> dict:
+        return {"hooks": dict(self._hooks), "readers": self._readers, "observer": self._observer()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["observer"])
+        self._hooks, self._readers = weakref.WeakValueDictionary(state["hooks"]), state["readers"]
+
+    def watch(self, denoisers: dict[str, nn.Module], sites: Iterable[str] | None, pipeline=None) -> None:
+        """
+        Watch these sites, where a denoiser has them, and no others; `None` to watch nothing at all.
+
+        Code that was compiled without these hooks does not notice them: it is thrown away if they change.
+
+        Args:
+            denoisers (`dict[str, nn.Module]`): by the name of their component.
+            pipeline (*optional*): theirs, which may have them compiled.
+
+        Raises:
+            `ValueError`: no denoiser has a site.
+        """
+        wanted: dict[tuple[str, str | None], nn.Module] = {}
+        for component, denoiser in denoisers.items() if sites is not None else ():
+            wanted[component, None] = denoiser
+            for site in sites:
+                wanted[component, site] = get_site(denoiser, site)
+        hooked = dict(self._hooks)
+        changed = wanted.keys() != hooked.keys()
+        for key in hooked.keys() - wanted.keys():
+            self._hooks.pop(key).remove()
+        for key in [key for key in wanted if key not in hooked]:
+            self._add(*key, wanted[key])
+        if changed and any(is_compiled(denoiser, pipeline) for denoiser in denoisers.values()):
+            torch.compiler.reset()
+
+    @contextlib.contextmanager
+    def watching(self, denoisers: dict[str, nn.Module], sites: Iterable[str]) -> Iterator[None]:
+        """Watch these sites inside the `with` block."""
+        self.watch(denoisers, sites)
+        try:
+            yield
+        finally:
+            self.watch(denoisers, None)
+
+    def _add(self, component: str, site: str | None, module: nn.Module) -> None:
+        kind = _CallHook if site is None else _SiteHook
+        self._hooks[component, site] = kind(self, component, site, module)
+
+    def restart(self) -> None:
+        """A call that no pipeline makes begins a new generation."""
+        for reader in self._readers.values():
+            reader.restart()
+
+    def begin(self, component: str, arguments: Arguments) -> None:
+        """A denoiser is called with these arguments."""
+        reader = self._readers.setdefault(component, CallReader(component))
+        call = reader.read(arguments)
+        generation = call.generation
+        self._current[threading.get_ident()], self._calls[generation] = call.run, call
+        self.component = component
+        self._observer().begin(call, arguments)
+
+    @property
+    def call(self) -> Call | None:
+        """The call that runs in this thread, or the last one that did, while its generation lasts."""
+        generation = self._current.get(threading.get_ident(), _nothing)()
+        return None if generation is None else self._calls.get(generation)
+
+    def edit(self, site: str, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the network continues with after a site."""
+        call = self.call
+        edited = call and self._observer().site(site, call, block, block_input, hidden_states)
+        return hidden_states if edited is None else edited
+
+    def renew(self, component: str, denoiser: nn.Module) -> None:
+        """Follow sites whose module was exchanged for another since the last call."""
+        for (of, site), hook in [*self._hooks.items()]:
+            if of == component and site is not None:
+                module = get_site(denoiser, site)
+                if hook.module() is not module:
+                    hook.remove()
+                    self._add(component, site, module)
+
+
+def _nothing() -> None:
+    return None
+
+
+class _Hook:
+    """Hooks of one module, which can be copied and pickled with it."""
+
+    def __init__(self, tap: Tap, component: str, site: str | None, module: nn.Module):
+        self.tap, self.component, self.site = tap, component, site
+        self.module = weakref.ref(module)  # strong it would keep its own module alive
+        self._handles = self._register(module)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "module": _nothing}
+
+    def _register(self, module: nn.Module) -> list:
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class _CallHook(_Hook):
+    """On a denoiser itself."""
+
+    def _register(self, module: nn.Module) -> list:
+        self.names = [*inspect.signature(type(module).forward).parameters][1:]
+        self.channels = getattr(getattr(module, "config", None), "in_channels", None)
+        handles = [module.register_forward_pre_hook(self.begin, with_kwargs=True)]
+        if hasattr(self.tap._observer(), "end"):
+            handles.append(module.register_forward_hook(self.end))
+        return handles
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict):
+        if self.tap.is_paused:
+            return None
+        arguments = Arguments(self.names, args, kwargs, self.channels)
+        if torch.compiler.is_compiling():
+            return arguments.with_sample(compiled_begin(arguments, self.component, self.tap.handle))
+        self.tap.renew(self.component, module)
+        self.tap.begin(self.component, arguments)
+        return None
+
+    def end(self, module: nn.Module, args: tuple, output) -> None:
+        if not self.tap.is_paused:
+            self.tap._observer().end(self.tap.call, output)
+
+
+class _SiteHook(_Hook):
+    """On a site."""
+
+    def _register(self, module: nn.Module) -> list:
+        self.block = describe(module)
+        return [module.register_forward_pre_hook(self.enter), module.register_forward_hook(self, with_kwargs=True)]
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        """Before the module is called: go inside of what has replaced its forward since the last time."""
+        place, name = _real_forward(module)
+        forward = place.get(name)
+        if isinstance(forward, _TappedForward):
+            if not any(hook is self for hook in forward.hooks):
+                forward.hooks.append(self)
+        elif place is not vars(module):
+            place[name] = _TappedForward(forward, [self])
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        place, name = _real_forward(module)
+        return output if isinstance(place.get(name), _TappedForward) else self.edit(args, kwargs, output)
+
+    def edit(self, args: tuple, kwargs: dict, output):
+        """What the module is to return instead of `output`."""
+        if self.tap.is_paused:
+            return output
+        block_input, hidden_states = self.block.input(args, kwargs), self.block.output(output)
+        if torch.compiler.is_compiling():
+            edited = compiled_site(self.site, self.block, block_input, hidden_states, self.tap.handle)
+        else:
+            edited = self.tap.edit(self.site, self.block, block_input, hidden_states)
+        return output if edited is hidden_states else self.block.returning(output, edited)
+
+    def remove(self) -> None:
+        super().remove()
+        module = self.module()
+        place, name = ({}, "") if module is None else _real_forward(module)
+        forward = place.get(name)
+        if isinstance(forward, _TappedForward):
+            forward.hooks = [hook for hook in forward.hooks if hook is not self]
+            if not forward.hooks:
+                place[name] = forward.forward
+
+
+class _TappedForward:
+    """The real forward of a site under a block cache."""
+
+    def __init__(self, forward, hooks: list[_SiteHook]):
+        self.forward, self.hooks = forward, hooks
+
+    def __call__(self, *args, **kwargs):
+        output = self.forward(*args, **kwargs)
+        for hook in self.hooks:
+            output = hook.edit(args, kwargs, output)
+        return output
+
+
+def _real_forward(module: nn.Module) -> tuple[dict, str | tuple]:
+    """The dictionary, and the key in it, in which a module's own forward is kept by what has replaced it: diffusers'
+    hooks or the helper of DeepCache; `vars(module)` if neither has."""
+    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", None)
+    if references:
+        replaced = references[0].original_forward is not None
+        return vars(references[0]), "original_forward" if replaced else "forward"
+    forward = vars(module).get("forward")
+    if getattr(forward, "__qualname__", "").startswith("DeepCacheSDHelper."):
+        names = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
+        block = tuple(names[name].cell_contents for name in ("blocktype", "block_name", "block_i", "layer_i"))
+        return names["self"].cell_contents.function_dict, block
+    return vars(module), "forward"
