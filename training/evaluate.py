@@ -250,7 +250,8 @@ def recovered(pipe: DiffusionPipeline, sae: SparseDictionary, prompts: Sequence[
         rows = call.rows_of("cond", len(truth))
         for name, replacement in replacements.items():
             new = replacement.unflatten(0, (images, tokens)).to(truth.device)
-            with _Replacing(call, new, sae.config.activation).tap.watching({component: denoiser}, [sae.config.site]):
+            replacing = _Replacing(call, new, sae.config.activation)
+            with replacing.tap.watching({component: denoiser}, [sae.config.site]):
                 found = denoiser(*args, **kwargs)[0].float()
             errors[name][g] += (found[rows] - truth[rows]).double().square().mean().item()
     result = {}

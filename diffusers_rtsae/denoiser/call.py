@@ -160,11 +160,18 @@ class Arguments:
             return (*self.args[:place], value, *self.args[place + 1 :]), self.kwargs
         return self.args, {**self.kwargs, name: value}
 
-    def texts(self) -> list[torch.Tensor | list]:
-        """What may carry text: every argument with a row for each of the sample's, but that and the time."""
-        skipped = {self.sample_name, *_TIMESTEPS}
+    def texts(self) -> list[list]:
+        """What may carry text: every argument with something for each row of the sample, but that and the time; row by
+        row."""
+        skipped, rows = {self.sample_name, *_TIMESTEPS}, len(self.sample)
         values = [value for name, value in self.by_name.items() if name not in skipped and "mask" not in name]
-        return [value for value in _flat(values) if _length(value) == _length(self.sample)]
+        return [_rows(value, rows) for value in _flat(values) if len(value) and len(value) % rows == 0]
+
+
+def _rows(value: torch.Tensor | list, rows: int) -> list[torch.Tensor]:
+    """The first of what belongs to each row: frames may have a text each."""
+    each = len(value) // rows
+    return [value[row * each] for row in range(rows)]
 
 
 def _flat(values) -> Iterator[torch.Tensor | list]:
@@ -180,24 +187,14 @@ def _flat(values) -> Iterator[torch.Tensor | list]:
             yield from _flat(value)
 
 
-def _length(value) -> int:
-    return len(value)
-
-
-def _row(value: torch.Tensor | list, index: int) -> torch.Tensor:
-    return value[index]
-
-
 def _same(row: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two rows carry the same; a cast of one counts."""
     return row.shape == other.shape and torch.equal(row, other.to(row))
 
 
-def _same_part(text, start: int, stop: int, other, other_start: int, other_stop: int) -> bool:
-    """Whether the first and the last rows of two parts carry the same."""
-    return _same(_row(text, start), _row(other, other_start)) and _same(
-        _row(text, stop - 1), _row(other, other_stop - 1)
-    )
+def _same_part(text: list, start: int, stop: int, other, first: int, last: int) -> bool:
+    """Whether the first and the last row of a part carry what two rows of another text do."""
+    return _same(text[start], other[first]) and _same(text[stop - 1], other[last])
 
 
 _NEGATIVE = ("negative", "uncond", "null")
@@ -270,7 +267,7 @@ class CallReader:
     # A denoiser that somebody calls without a pipeline: all rows are conditional, and each has the time it is told.
 
     def _undriven_call(self, arguments: Arguments) -> Call:
-        rows, times = _length(arguments.sample), _row_times(arguments)
+        rows, times = len(arguments.sample), _row_times(arguments)
         time, shape = times[0], _shape(arguments.sample)
         last = None if self._undriven is None else self._undriven[1]
         is_start = last is None or last.shape != shape or (time > last.timestep and time >= last.first)
@@ -291,7 +288,7 @@ class CallReader:
         if family.refused:
             raise ValueError(f"{type(caller.pipeline).__name__} cannot be followed: {family.refused}.")
         progress = caller.generation.kept.setdefault(self, _Progress())
-        scheduler, rows = _scheduler(caller), _length(arguments.sample)
+        scheduler, rows = _scheduler(caller), len(arguments.sample)
         images, prompts = _images(variables, rows)
         sampler_time = caller.value(family.time)
         view = tuple(variables.get(name) for name in family.view)
@@ -387,7 +384,7 @@ def _compare(
 
 
 def _matches(text, start: int, stop: int, known) -> bool:
-    return _length(known) > 0 and _same_part(text, start, stop, known, 0, _length(known))
+    return len(known) > 0 and _same_part(text, start, stop, known, 0, len(known) - 1)
 
 
 def _batch(texts: list, negatives: list, bounds: list, caller: Caller, guided: bool) -> tuple[str, ...]:
@@ -404,20 +401,21 @@ def _batch(texts: list, negatives: list, bounds: list, caller: Caller, guided: b
                         conditional = bound
                         roles.append("cond")
                     else:
-                        again = _same_part(text, *bound, text, *conditional)
+                        again = _same_part(text, *bound, text, conditional[0], conditional[1] - 1)
                         roles.append("perturbed" if again else "other")
                 return tuple(roles)
-    perturbed = bool(caller.property("do_perturbed_attention_guidance", False))
-    expected = caller.family.batch if guided else ("cond",)
-    expected = (*expected, "perturbed") if perturbed else expected
-    if len(expected) != len(bounds):
-        if not guided and not negatives and len(bounds) == len(caller.family.batch):
-            return caller.family.batch  # guidance that the pipeline has no property for
+    layouts = [tuple(layout.split()) for layout in caller.family.batch] if guided else [("cond",)]
+    if bool(caller.property("do_perturbed_attention_guidance", False)):
+        layouts = [(*layout, "perturbed") for layout in layouts]
+    elif not guided and not negatives:  # guidance that the pipeline has no property for
+        layouts = [tuple(layout.split()) for layout in caller.family.batch]
+    fitting = [layout for layout in layouts if len(layout) == len(bounds)]
+    if not fitting:
         raise ValueError(
             f"{type(caller.pipeline).__name__} calls the denoiser with {len(bounds)} rows for each image: this layout "
-            f"of guidance is not supported; expected {' + '.join(expected)}."
+            f"of guidance is not supported; expected {' or '.join(' + '.join(layout) for layout in layouts)}."
         )
-    return expected
+    return fitting[0]
 
 
 def _single(texts: list, negatives: list, images: int, family: Family, progress: _Progress) -> str:
@@ -427,7 +425,7 @@ def _single(texts: list, negatives: list, images: int, family: Family, progress:
         for negative, positive in negatives:
             if _matches(text, 0, images, negative):
                 either = True
-                if positive is None or not _length(positive) or not _matches(text, 0, images, positive):
+                if positive is None or not len(positive) or not _matches(text, 0, images, positive):
                     return "uncond"
     if not progress.seen:
         return family.calls[0]
@@ -473,7 +471,7 @@ def _number(timestep, caller: Caller) -> float:
 
 def _row_times(arguments: Arguments) -> list[float]:
     """The time of each row as the denoiser is told it, in training units."""
-    rows, told = _length(arguments.sample), arguments.timestep
+    rows, told = len(arguments.sample), arguments.timestep
     if told is None:
         return [0.0] * rows
     if not torch.is_tensor(told) or told.ndim == 0:

@@ -25,7 +25,8 @@ class Family:
 
     Args:
         names (`str`): regular expression that their class names match from the beginning.
-        batch (`tuple[str, ...]`): what the equal parts of a batch are, where their texts do not say it.
+        batch (`tuple[str, ...]`): what the equal parts of a batch are, where their texts do not say it: the entry with
+            as many roles as there are parts.
         calls (`tuple[str, ...]`): what the calls of one step are, where their texts do not say it.
         time (`tuple[str, ...]`): variables that hold the sampler's timestep, the first one that is there.
         index (`tuple[str, ...]`): variables that together with the timestep say which step of the loop it is.
@@ -36,7 +37,7 @@ class Family:
     """
 
     names: str
-    batch: tuple[str, ...] = ("uncond", "cond")
+    batch: tuple[str, ...] = ("uncond cond",)
     calls: tuple[str, ...] = ("cond", "uncond")
     time: tuple[str, ...] = ("t",)
     index: tuple[str, ...] = ("i",)
@@ -49,14 +50,15 @@ class Family:
 #: The first entry whose names match is the family of a pipeline; whatever is left is called as the last one.
 FAMILIES = (
     Family(
-        "CosStableDiffusionXLInstructPix2Pix|StableDiffusion(XL)?InstructPix2Pix", batch=("cond", "uncond", "uncond")
+        "CosStableDiffusionXLInstructPix2Pix|StableDiffusion(XL)?InstructPix2Pix", batch=("cond uncond uncond",)
     ),
-    Family("AceStep", batch=("cond", "uncond"), time=("t_curr", "t_sched")),
-    Family("Lumina(?!2)|DiTPipeline|Wuerstchen|StableCascade|ZImage", batch=("cond", "uncond")),
+    Family("AceStep", batch=("cond uncond",), time=("t_curr", "t_sched")),
+    Family("Lumina(?!2)|DiTPipeline|Wuerstchen|StableCascade|ZImage", batch=("cond uncond",)),
     Family("StableDiffusionPanorama", view=("j",)),
     Family("Ideogram4", components={"unconditional_transformer": "uncond"}),
     Family("Amused", time=("timestep",)),
     Family("GlmImage", prepares=True),
+    Family("StableDiffusionPipelineSafe", batch=("uncond cond", "uncond cond other")),
     Family(""),
 )
 

@@ -89,7 +89,7 @@ def cosmos1(kind: type) -> Built:
     pipe = kind(parts.t5_text(), parts.tokenizer(), transformer(4 + video), vae, scheduler, safety_checker=Unchecked())
 
     def call(ask: Ask) -> dict:
-        image = {"image": [parts.pil(32)] * len(ask.prompts)} if video else {}
+        image = {"image": [parts.pil(32)] * (len(ask.prompts) * ask.images)} if video else {}
         return called(ask, **image, num_frames=9, max_sequence_length=16, num_videos_per_prompt=ask.images)
 
     return Built(parts.quiet(pipe), call)
@@ -107,7 +107,7 @@ def cosmos2(kind: type) -> Built:
     def call(ask: Ask) -> dict:
         if not video:
             return called(ask, max_sequence_length=16, num_images_per_prompt=ask.images)
-        image = [parts.pil(32)] * len(ask.prompts)
+        image = [parts.pil(32)] * (len(ask.prompts) * ask.images)
         return called(ask, image=image, num_frames=9, max_sequence_length=16, num_videos_per_prompt=ask.images)
 
     return Built(parts.quiet(pipe), call)

@@ -38,17 +38,21 @@ def mask() -> torch.Tensor:
     return made
 
 
+def encoders() -> dict:
+    return {
+        "text_encoder": parts.clip_text(POOLED), "tokenizer": parts.tokenizer(),
+        "text_encoder_2": parts.t5(TEXT), "tokenizer_2": parts.tokenizer(64),
+    }  # fmt: skip
+
+
 def text(ask: Ask, true_guidance: bool) -> dict:
-    count = len(ask.prompts)
     made = {
-        "prompt_embeds": parts.stacked(ask.prompts, 7, TEXT),
-        "pooled_prompt_embeds": parts.stacked(ask.prompts, POOLED),
-        "num_images_per_prompt": ask.images, "height": SIZE, "width": SIZE, "generator": parts.generator(),
-        "num_inference_steps": ask.steps, "guidance_scale": 3.5, "output_type": "latent",
+        "prompt": parts.words(ask)["prompt"], "max_sequence_length": 16, "num_images_per_prompt": ask.images,
+        "height": SIZE, "width": SIZE, "generator": parts.generator(), "num_inference_steps": ask.steps,
+        "guidance_scale": 3.5, "output_type": "latent",
     }  # fmt: skip
     if true_guidance:
-        made["negative_prompt_embeds"] = parts.stacked((ask.negative,) * count, 7, TEXT)
-        made["negative_pooled_prompt_embeds"] = parts.stacked((ask.negative,) * count, POOLED)
+        made["negative_prompt"] = parts.words(ask)["negative_prompt"]
         made["true_cfg_scale"] = 3.0 if ask.guided else 1.0
     return made
 
@@ -60,7 +64,6 @@ def text(ask: Ask, true_guidance: bool) -> dict:
 )  # fmt: skip
 def flux(kind: type) -> Built:
     name = kind.__name__
-    nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     extra = {}
     inputs = 4
     if "ControlNet" in name:
@@ -70,7 +73,8 @@ def flux(kind: type) -> Built:
         inputs = 8  # the control picture is packed beside the latents
     elif "Fill" in name:
         inputs = 4 + 4 + 4  # besides the latents the masked picture and its mask, packed
-    pipe = kind(scheduler=scheduler(), vae=parts.vae(1), transformer=transformer(inputs), **nothing, **extra)
+    # pooled embeddings that are passed in are not repeated for several images of a prompt, so that it must encode
+    pipe = kind(scheduler=scheduler(), vae=parts.vae(1), transformer=transformer(inputs), **encoders(), **extra)
     true_guidance = "Control" not in name and "Fill" not in name or name == "FluxControlNetPipeline"
 
     def call(ask: Ask) -> dict:
@@ -99,8 +103,7 @@ def redux(kind: type) -> Built:
     vision = SiglipVisionModel(config).eval()
     pipe = kind(
         image_encoder=vision, feature_extractor=SiglipImageProcessor(size={"height": 16, "width": 16}),
-        image_embedder=ReduxImageEncoder(redux_dim=16, txt_in_features=TEXT).eval(), text_encoder=parts.clip_text(),
-        tokenizer=parts.tokenizer(), text_encoder_2=parts.t5(TEXT), tokenizer_2=parts.tokenizer(),
+        image_embedder=ReduxImageEncoder(redux_dim=16, txt_in_features=TEXT).eval(), **encoders(),
     )  # fmt: skip
 
     def call(ask: Ask) -> dict:

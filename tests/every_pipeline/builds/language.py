@@ -32,6 +32,6 @@ def llada2(kind: type) -> Built:
 
 
 unbuilt(
-    "diffusers 0.42.1 calls the model of transformers 5.24 with an argument's earlier name (past_key_values for cache)",
+    "diffusers 0.42.1 calls transformers 5.24's model with an argument's earlier name, past_key_values for cache",
     "DiffusionGemmaPipeline",
 )

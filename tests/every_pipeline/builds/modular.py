@@ -17,8 +17,8 @@ def hush(blocks) -> None:
         hush(block)
 
 
-def assemble(kind: type, without: tuple[str, ...] = WITHOUT, configs: dict | None = None, **components):
-    """The pipeline of the class's default blocks but those at the paths in `without`, with components and configs."""
+def assemble(kind: type, without: tuple[str, ...] = WITHOUT, **components):
+    """The pipeline of the class's default blocks but those at the paths in `without`, with these components."""
     blocks = getattr(diffusers, kind.default_blocks_name)()
     for path in without:
         *parents, name = path.split(".")
@@ -28,7 +28,7 @@ def assemble(kind: type, without: tuple[str, ...] = WITHOUT, configs: dict | Non
         inside.sub_blocks.pop(name)
     hush(blocks)
     pipe = kind(blocks)
-    pipe.update_components(**components, **(configs or {}))
+    pipe.update_components(**components)
     return pipe
 
 

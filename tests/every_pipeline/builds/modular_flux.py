@@ -22,7 +22,11 @@ def flux(kind: type) -> Built:
     )  # fmt: skip
 
     def call(ask: Ask) -> dict:
-        options = {"image": [parts.pil(16)] * len(ask.prompts), "_auto_resize": False, "max_area": 256} if "Kontext" in kind.__name__ else {}
+        options = (
+            {"image": [parts.pil(16)] * len(ask.prompts), "_auto_resize": False, "max_area": 256}
+            if "Kontext" in kind.__name__
+            else {}
+        )
         return options | {
             "prompt_embeds": parts.stacked(ask.prompts, 7, 32),
             "pooled_prompt_embeds": parts.stacked(ask.prompts, 16),

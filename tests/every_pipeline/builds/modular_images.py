@@ -42,7 +42,9 @@ def anima(kind: type) -> Built:
             given |= {
                 f"{prefix}qwen_prompt_embeds": parts.stacked(seeds, 6, 24),
                 f"{prefix}qwen_attention_mask": torch.ones(len(seeds), 6).long(),
-                f"{prefix}t5_input_ids": torch.tensor([[(7 * seed + i) % parts.WORDS for i in range(5)] for seed in seeds]),
+                f"{prefix}t5_input_ids": torch.tensor(
+                    [[(7 * seed + i) % parts.WORDS for i in range(5)] for seed in seeds]
+                ),
                 f"{prefix}t5_attention_mask": torch.ones(len(seeds), 5).long(),
             }
         return given

@@ -59,8 +59,8 @@ def ltx_2(kind: type) -> Built:
             pipe.diffusion_decoder.decoder.default_num_inference_steps = ask.steps  # the call has no argument for it
         return text(ask, 32, 16 if later else 32) | {
             "height": 32, "width": 64, "num_frames": 3, "num_videos_per_prompt": ask.images,
-            "batch_size": len(ask.prompts), "dtype": torch.float32, "num_inference_steps": ask.steps, "generator": parts.generator(),
-            "output": ["latents", "audio_latents", *(["videos"] if later else [])],
+            "batch_size": len(ask.prompts), "dtype": torch.float32, "num_inference_steps": ask.steps,
+            "generator": parts.generator(), "output": ["latents", "audio_latents", *(["videos"] if later else [])],
         } | ({"output_type": "pt"} if later else {})  # fmt: skip
 
     return Built(pipe, call)

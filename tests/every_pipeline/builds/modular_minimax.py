@@ -33,7 +33,8 @@ def minimax_h3(kind: type) -> Built:
         return {
             "prompt_embeds": parts.stacked(ask.prompts[:1], 6, 24), "text_token_tags": torch.full((6,), pipe.text_tag),
             "height": 32, "width": 64, "num_frames": 124,  # the shortest that it makes
-            "num_inference_steps": ask.steps, "generator": parts.generator(), "output": ["latents", "audio_latents"],
+            "num_inference_steps": ask.steps + 1,  # the last of these is not done
+            "generator": parts.generator(), "output": ["latents", "audio_latents"],
         }  # fmt: skip
 
     return Built(pipe, call, many=False, images=False, guided=False, negative=False)

@@ -21,7 +21,6 @@ def qwen(kind: type) -> Built:
     transformer = QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, axes_dims_rope=(4, 6, 6), use_additional_t_cond=layered, use_layer3d_rope=layered,
-        zero_cond_t="Plus" in kind.__name__,
     )  # fmt: skip
     pipe = assemble(
         # images are resized to 1024x1024 before they are encoded, so what conditions comes as latents
@@ -44,7 +43,8 @@ def qwen(kind: type) -> Built:
             "num_inference_steps": ask.steps, "generator": parts.generator(), "output": "latents",
         }  # fmt: skip
 
-    return Built(pipe, call)
+    # the layered one makes a condition of the time for each prompt, which fits one image of each
+    return Built(pipe, call, images=not layered)
 
 
 @builds("QwenImage21ModularPipeline", "QwenImage21TurboModularPipeline")

@@ -242,7 +242,7 @@ def qwen2_vl_text(width: int = 32, layers: int = 2):
 
 
 def qwen2_vl_processor(width: int = 32, length: int = 512):
-    """A Qwen 2.5 VL processor for `qwen2_vl_text` that makes images small. It has no videos, which need torchvision."""
+    """A Qwen 2.5 VL processor for `qwen2_vl_text` that makes images small; videos need torchvision."""
     from transformers import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

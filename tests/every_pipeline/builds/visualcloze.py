@@ -9,9 +9,8 @@ from . import Ask, Built, builds, flux, parts
 def visualcloze(kind: type) -> Built:
     both = kind.__name__ == "VisualClozePipeline"
     pipe = kind(
-        scheduler=flux.scheduler(), vae=parts.vae(1), text_encoder=parts.clip_text(flux.POOLED),
-        tokenizer=parts.tokenizer(), text_encoder_2=parts.t5(flux.TEXT), tokenizer_2=parts.tokenizer(64),
-        transformer=flux.transformer(12), resolution=8,
+        scheduler=flux.scheduler(), vae=parts.vae(1), transformer=flux.transformer(12), resolution=8,
+        **flux.encoders(),
     )  # fmt: skip
     if both:
         parts.quiet(pipe.generation_pipe)

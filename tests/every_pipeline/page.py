@@ -1,0 +1,58 @@
+"""The table as a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import diffusers
+
+MEANING = {
+    "exact": "idle bit-equal, and every edit does what it should, with guidance and without",
+    "exact without guidance": "exact without guidance, refused in a sentence with it",
+    "refused": "refused in a sentence",
+    "wrong": "steered otherwise than it should be",
+    "crash": "an error from inside",
+    "no denoiser": "has no U-Net or transformer that it calls to denoise",
+    "untold": "cannot be told here",
+}
+
+
+def counts(rows: list[dict]) -> Counter:
+    return Counter(row["verdict"] for row in rows)
+
+
+def sentence(rows: list[dict]) -> str:
+    """What the README says of supported pipelines."""
+    found = counts(rows)
+    return (
+        f"Of the {len(rows)} pipeline classes of diffusers {diffusers.__version__}, {found['exact']} are steered "
+        f"exactly, {found['exact without guidance']} without guidance alone, and {found['refused']} are refused with a "
+        "sentence that says why"
+    )
+
+
+def page(rows: list[dict]) -> str:
+    """Markdown."""
+    found = counts(rows)
+    lines = [
+        "# Every pipeline",
+        "",
+        f"Made by `python -m tests.every_pipeline` with diffusers {diffusers.__version__}: each class built small from "
+        "random weights, run plainly, idle and steered. The truth comes from elsewhere than the plugin: see "
+        "[measure.py](measure.py).",
+        "",
+        "| verdict | classes | |",
+        "| --- | --- | --- |",
+        *(f"| {verdict} | {found[verdict]} | {meaning} |" for verdict, meaning in MEANING.items()),
+        "",
+        "| class | denoisers | calls, rows | time | blocks | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        denoisers = ", ".join(f"{name}: {kind}" for name, kind in row.get("denoisers", {}).items())
+        calls = f"{row['calls']} of {', '.join(map(str, row['rows']))}" if "calls" in row else ""
+        time = f"{row['time'][0]:g} → {row['time'][1]:g}" if row.get("time") else ""
+        why = f": {row['why']}" if row.get("why") else ""
+        cells = [row["class"], denoisers, calls, time, ", ".join(row.get("blocks", [])), row["verdict"] + why]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
