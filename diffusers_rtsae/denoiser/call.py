@@ -59,7 +59,8 @@ class Call:
             where no pipeline calls and rows differ.
         parts (`tuple[Part, ...]`): what its rows are.
         rows (`int`): how many it has.
-        images, prompts (`int`): being drawn.
+        images (`int`): being drawn.
+        prompts (`int`, *optional*): they are drawn of, if that is known.
         grid (`tuple[int, int, int]`): frames, height and width of the sample, or in its proportions.
         guidance (`float`, *optional*): scale of guidance at this very step, if that is known.
         alphas_cumprod (`torch.Tensor`, *optional*): of the sampler's noise schedule.
@@ -74,7 +75,7 @@ class Call:
     parts: tuple[Part, ...]
     rows: int
     images: int
-    prompts: int
+    prompts: int | None
     grid: tuple[int, int, int]
     guidance: float | None
     alphas_cumprod: torch.Tensor | None
@@ -489,15 +490,15 @@ def _given(arguments: Arguments) -> torch.Tensor | None:
     return (told == 0) & (told.amax(1, keepdim=True) > 0)
 
 
-def _images(variables: dict[str, Any], rows: int) -> tuple[int, int]:
-    """How many images and prompts are being drawn."""
+def _images(variables: dict[str, Any], rows: int) -> tuple[int, int | None]:
+    """How many images and prompts are being drawn; the latter `None` where that is not known."""
     prompts, latents = variables.get("batch_size"), variables.get("latents")
     each = next((variables[name] for name in _PER_PROMPT if isinstance(variables.get(name), int)), 1)
     candidates = [prompts * each, prompts] if isinstance(prompts, int) and prompts > 0 else []
     if torch.is_tensor(latents) and latents.ndim:
         candidates.append(len(latents))
     images = next((count for count in candidates if count and rows % count == 0), rows)
-    return images, prompts if isinstance(prompts, int) and prompts > 0 and images % prompts == 0 else images
+    return images, prompts if isinstance(prompts, int) and prompts > 0 and images % prompts == 0 else None
 
 
 def _shape(sample) -> tuple[int, ...]:

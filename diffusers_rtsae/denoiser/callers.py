@@ -55,6 +55,7 @@ FAMILIES = (
     Family("AceStep", batch=("cond uncond",), time=("t_curr", "t_sched")),
     Family("Lumina(?!2)|DiTPipeline|Wuerstchen|StableCascade|ZImage", batch=("cond uncond",)),
     Family("StableDiffusionPanorama", view=("j",)),
+    Family("Cosmos3", refused="it packs prompts into one sequence, which has no rows"),
     Family("Ideogram4", components={"unconditional_transformer": "uncond"}),
     Family("Amused", time=("timestep",)),
     Family("GlmImage", prepares=True),
@@ -122,7 +123,8 @@ def find_caller() -> Caller | None:
         if pipeline is None:
             if isinstance(owner, tuple(PIPELINES)):
                 pipeline, entry, line = owner, frame, line or frame.f_lineno
-                variables = {**local, **variables}
+                state = getattr(local.get("state"), "values", {})  # of a modular pipeline
+                variables = {**(state if isinstance(state, dict) else {}), **local, **variables}
             elif "block_state" in local:  # a block of a modular pipeline
                 line = line or frame.f_lineno
                 variables = {**_variables(local["block_state"]), **local, **variables}

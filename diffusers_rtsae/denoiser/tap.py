@@ -13,6 +13,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -38,6 +39,10 @@ class Observer(Protocol):
     def end(self, call: Call, output) -> None:
         """The denoiser returns. Asked only of those who have it."""
 
+    def remember(self, call: Call) -> Observer:
+        """Who is to be asked if the backward pass runs a site of this call again, when time has moved on. Asked only of
+        those who have it."""
+
 
 class Tap:
     """
@@ -53,6 +58,8 @@ class Tap:
         self._readers: dict[str, CallReader] = {}
         self._current: dict[int, weakref.ref[Generation]] = {}
         self._calls: weakref.WeakKeyDictionary[Generation, Call] = weakref.WeakKeyDictionary()
+        self._runs: dict[str, list[_SiteRun]] = {}  # of sites that gradients may run again
+        self._is_differentiated = False
         self.component = ""  # of the last call
         self.is_paused = False
         self.handle = register(self)
@@ -116,6 +123,9 @@ class Tap:
         generation = call.generation
         self._current[threading.get_ident()], self._calls[generation] = call.run, call
         self.component = component
+        self._is_differentiated = torch.is_grad_enabled() and hasattr(self._observer(), "remember")
+        if call.is_start:
+            self._runs = {}
         self._observer().begin(call, arguments)
 
     @property
@@ -126,9 +136,25 @@ class Tap:
 
     def edit(self, site: str, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the network continues with after a site."""
-        call = self.call
-        edited = call and self._observer().site(site, call, block, block_input, hidden_states)
+        call, observer = self.call, self._observer()
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs the site again
+            again = self._again(site, block_input)
+            call, observer = (again.call, again.observer) if again else (None, None)
+        elif call is not None and self._is_differentiated:
+            self._runs.setdefault(site, []).append(_SiteRun(block_input.data_ptr(), call, observer.remember(call)))
+        edited = call and observer.site(site, call, block, block_input, hidden_states)
         return hidden_states if edited is None else edited
+
+    def _again(self, site: str, block_input: torch.Tensor) -> _SiteRun | None:
+        """The run of a site that the backward pass repeats: the one that read the same tensor, or, where that is made
+        anew as well, the last one that was not repeated yet."""
+        runs = self._runs.get(site, [])
+        same = [run for run in runs if run.input == block_input.data_ptr()]
+        left = same or [run for run in runs if not run.is_repeated]
+        if not left:
+            return None
+        left[-1].is_repeated = True
+        return left[-1]
 
     def renew(self, component: str, denoiser: nn.Module) -> None:
         """Follow sites whose module was exchanged for another since the last call."""
@@ -138,6 +164,16 @@ class Tap:
                 if hook.module() is not module:
                     hook.remove()
                     self._add(component, site, module)
+
+
+@dataclass
+class _SiteRun:
+    """What is needed to run a site again in the backward pass."""
+
+    input: int  # where the tensor that it read lies
+    call: Call
+    observer: Observer
+    is_repeated: bool = False
 
 
 def _nothing() -> None:

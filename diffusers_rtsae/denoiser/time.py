@@ -19,6 +19,7 @@ UNITS = {
     "EDM": lambda t, scheduler: _of_noise_level(math.exp(4 * t)),  # told ln(σ) / 4 (2206.00364)
     "CosineDPMSolverMultistep": lambda t, scheduler: _of_noise_level(math.tan(t * math.pi / 2)),
     "CMStochasticIterative": lambda t, scheduler: _of_noise_level(math.exp(4 * t / 1000)),
+    "Cosmos": lambda t, scheduler: _of_noise_level(t / 1000),  # a flow sampler that is given noise levels
     "SCM": lambda t, scheduler: _of_noise_level(math.tan(t)) if t < math.pi / 2 else 1000.0,
     "Amused": lambda t, scheduler: 1000 * (t + 1) / len(scheduler.timesteps),  # the share of tokens still masked
     "DDPMWuerstchen": lambda t, scheduler: 1000 * t,
@@ -31,6 +32,8 @@ def _unit(scheduler):
     """The entry of `UNITS` for a sampler, or `None`."""
     if scheduler.config.get("timestep_type") == "continuous":
         return UNITS["EDM"]
+    if scheduler.config.get("sigma_data") and type(scheduler).__name__.startswith("FlowMatch"):
+        return UNITS["Cosmos"]
     return next((unit for name, unit in UNITS.items() if type(scheduler).__name__.startswith(name)), None)
 
 

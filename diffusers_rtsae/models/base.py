@@ -3,6 +3,7 @@ denoising, and where they move the activation there."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -63,6 +64,10 @@ class Memory:
 
     def continue_with(self, tokens: torch.Tensor) -> None:
         """The network goes on with these tokens `(B, N, d)`, after any edit."""
+
+    def copy(self) -> Memory:
+        """The same at this moment, which goes on by itself."""
+        return copy.copy(self)
 
 
 class Reader(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -182,6 +182,9 @@ class Trajectory(Memory):
     def continue_with(self, tokens: torch.Tensor) -> None:
         self.continued = tokens.detach().clone()  # later layers may write into the activation
         self.is_waiting = False
+
+    def copy(self) -> Trajectory:
+        return replace(self, anchors=[*self.anchors])
 
 
 class PrefixReader(Reader):

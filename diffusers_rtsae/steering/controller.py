@@ -68,6 +68,24 @@ class _Run:
     counts: _Report = field(default_factory=dict)
     plans: dict[str, list[tuple[tuple, SitePlan]]] = field(default_factory=dict)  # that act at this step, by site
 
+    def copy(self) -> _Run:
+        """The same, which goes on by itself and tells nobody what it does."""
+        return _Run({key: state.copy() for key, state in self.states.items()}, self.checked, {}, self.plans)
+
+
+@dataclass
+class _Again:
+    """Edits sites as a call that is over did."""
+
+    controller: Controller
+    run: _Run
+
+    def site(
+        self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """What the network continued with after a site."""
+        return self.controller._edited(self.run.copy(), name, call, block, block_input, hidden_states)
+
 
 class Controller:
     """
@@ -217,10 +235,18 @@ class Controller:
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """What the network continues with after a site; the very same tensor if nothing changes."""
-        run: _Run = call.generation.kept[self]
+        return self._edited(call.generation.kept[self], name, call, block, block_input, hidden_states)
+
+    def _edited(
+        self, run: _Run, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
         if not run.plans.get(name):
             return hidden_states
         return _Edited(self, run, name, call, block, block_input, hidden_states).result()
+
+    def remember(self, call: Call) -> _Again:
+        """What sites of this call are edited by when the backward pass runs them again."""
+        return _Again(self, call.generation.kept[self].copy())
 
     def report(self) -> dict[str, list[dict]]:
         """For each site, what each edit did at each step of this thread's last generation, or of the last there was."""
@@ -355,8 +381,9 @@ def _check_batch(edit: Edit, call: Call) -> None:
     strengths, masks = len(edit.strength_at(1000)), 1 if edit.mask is None else len(edit.mask)
     for what, given in {"strengths": strengths, "masks": masks}.items():
         per_frame = what == "masks" and edit.mask is not None and edit.mask.ndim == 3 and call.grid[0] > 1
-        if (given not in (1, call.prompts, call.images) or call.images % given) and not per_frame:
-            raise ValueError(f"Expected 1 or as many {what} as prompts ({call.prompts}), got {given}.")
+        expected = given if call.prompts is None else call.prompts
+        if (given not in (1, expected, call.images) or call.images % given) and not per_frame:
+            raise ValueError(f"Expected 1 or as many {what} as prompts ({call.prompts or call.images}), got {given}.")
 
 
 def check_width(denoiser: nn.Module, site: str, channels: int) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,10 @@ class PlanState:
     on_conditional: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
     counts: list[Counts] = field(default_factory=list)
+
+    def copy(self) -> PlanState:
+        """The same at this moment, which goes on by itself."""
+        return replace(self, memories={key: memory.copy() for key, memory in self.memories.items()}, counts=[])
 
     @property
     def report(self) -> list[dict]:

@@ -3,6 +3,7 @@ A table of every pipeline class of the installed diffusers: is it steered as it 
 
     python -m tests.every_pipeline                 # all; what is in the table already is kept
     python -m tests.every_pipeline Flux Wan --anew # classes whose names begin so, measured again
+    python -m tests.every_pipeline --unexact       # what is not steered exactly, after a change
     python -m tests.every_pipeline --page          # only write the page again
 
 Writes `pipelines.json` row by row, so that a run which was stopped goes on, and `pipelines.md`.
@@ -46,7 +47,7 @@ def row_of(name: str) -> dict:
     from .measure import measure
 
     warnings.filterwarnings("ignore")
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(100)  # modular pipelines print what is raised
     torch.set_num_threads(1)
     load_all()
     if name in UNBUILT:
@@ -78,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", help="beginnings of class names; all by default")
     parser.add_argument("--anew", action="store_true", help="measure again what is in the table")
+    parser.add_argument("--unexact", action="store_true", help="measure again what is in the table as not exact")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
@@ -85,7 +87,8 @@ def main() -> None:
     if not arguments.page:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         wanted = [n for n in pipeline_classes() if not arguments.names or n.startswith(tuple(arguments.names))]
-        wanted = [name for name in wanted if arguments.anew or name not in rows]
+        again = {name for name, row in rows.items() if arguments.unexact and row["verdict"] != "exact"}
+        wanted = [name for name in wanted if arguments.anew or name in again or name not in rows]
         with ProcessPoolExecutor(arguments.processes) as pool:
             for name, row in zip(wanted, pool.map(row_of, wanted), strict=True):
                 rows[name] = row

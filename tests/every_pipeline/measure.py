@@ -8,6 +8,8 @@ edit by what a site returned before it and what the network went on with.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import traceback
 import warnings
 from contextlib import ExitStack
@@ -27,6 +29,8 @@ from .builds import Ask, Built
 AMOUNT = 3.0  # the length of what an edit adds to each token
 PACKAGE = str(Path(diffusers_rtsae.__file__).parent)
 _TIMES = ("timestep", "timesteps", "t", "r", "timestep_ratio", "timestep_r", "r_timestep", "sigma", "guidance")
+# arguments that depend on the picture so far, or whose first dimension is not the batch
+_NO_TEXT = ("control", "residual", "samples", "latent", "history", "cache", "rotary", "rope", "audio_hidden", "llama3")
 
 
 class Wrong(Exception):
@@ -96,6 +100,7 @@ class Watch:
     def _listen(self, scheduler):
         step = scheduler.step
 
+        @functools.wraps(step)  # pipelines look at its signature
         def told(model_output, *args, **kwargs):
             timestep = args[0] if args else kwargs.get("timestep")
             for call in self.calls:
@@ -113,7 +118,11 @@ class Watch:
             values = {**dict(zip(names, args, strict=False)), **kwargs}
             sample = next(name for name in names if values.get(name) is not None)
             rows = len(values[sample])
-            others = [v for name, v in values.items() if name != sample and name not in _TIMES]
+            others = [
+                value
+                for name, value in values.items()
+                if name not in (sample, *_TIMES) and not any(word in name for word in _NO_TEXT)
+            ]
             self.calls.append(Call(component, rows, list(_by_row(others, rows))))
 
         return hook
@@ -127,8 +136,6 @@ class Watch:
 
 
 def _signature(kind: type) -> list[str]:
-    import inspect
-
     return [*inspect.signature(kind.forward).parameters][1:]
 
 
@@ -146,7 +153,8 @@ def _by_row(values, rows: int):
         elif isinstance(value, dict):
             yield from _by_row(value.values(), rows)
         elif isinstance(value, list | tuple):
-            if len(value) == rows and all(torch.is_tensor(one) for one in value):
+            are_rows = len(value) == rows and all(torch.is_tensor(one) for one in value)
+            if are_rows and not all(one.ndim > 2 and len(one) == rows for one in value):  # else one of each layer
                 yield [one.detach().clone() for one in value]
             else:
                 yield from _by_row(value, rows)
@@ -195,18 +203,26 @@ class Subject:
         _, base = self.run(ask)
         prompts = tuple(p + 10 if which in (None, i) else p for i, p in enumerate(ask.prompts))
         _, other = self.run(ask._replace(prompts=prompts))
-        found = []
-        for one, changed in zip(base, other, strict=False):
-            found.append([self._differs(one, changed, row) for row in range(one.rows)])
+        _, negative = self.run(ask._replace(negative=ask.negative + 10)) if self.built.negative else (None, base)
         if not self.built.text:
-            found = [["cond"] * call.rows for call in base]
+            return [["cond"] * call.rows for call in base]
+        rest = "other" if self.built.negative and ask.guided else "uncond"
+        found = []
+        for one, by_prompt, by_negative in zip(base, other, negative, strict=False):
+            roles = []
+            for row in range(one.rows):
+                own = _differs(one, by_prompt, row)
+                roles.append("?" if own is None else "cond" if own else "uncond" if _differs(one, by_negative, row) else rest)
+            found.append(roles)
         return found
 
-    def _differs(self, one: Call, other: Call, row: int) -> str:
-        if len(one.by_row) != len(other.by_row) or one.rows != other.rows:
-            return "?"
-        pairs = ((a[row], b[row]) for a, b in zip(one.by_row, other.by_row, strict=True))
-        return "cond" if any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs) else "uncond"
+
+def _differs(one: Call, other: Call, row: int) -> bool | None:
+    """Whether what a row is told is another; `None` if that cannot be compared."""
+    if len(one.by_row) != len(other.by_row) or one.rows != other.rows:
+        return None
+    pairs = ((a[row], b[row]) for a, b in zip(one.by_row, other.by_row, strict=True))
+    return any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
 
 
 def moved(call: Call, block, vector: torch.Tensor) -> list[torch.Tensor]:
@@ -237,9 +253,9 @@ def roles_of(call: Call, truth: list[str], along: torch.Tensor) -> list[str]:
 
 
 EXPECTED = {
-    "cond": {"cond": 1.0, "uncond": 0.0},
-    "all": {"cond": 1.0, "uncond": 1.0},
-    "contrast": {"cond": 1.0, "uncond": -1.0},
+    "cond": {"cond": 1.0, "uncond": 0.0, "other": 0.0},
+    "all": {"cond": 1.0, "uncond": 1.0, "other": 0.0},
+    "contrast": {"cond": 1.0, "uncond": -1.0, "other": 0.0},
 }
 
 
@@ -419,16 +435,12 @@ def _checks(subject: Subject, ask: Ask, widths: dict[str, int], done: list[str])
                 raise Wrong("the result is the same")
         done.append("mask")
         _check_mask(subject, chosen[0], ask, truth)
-        if built.many:
-            done.append("two prompts")
-            _check_prompts(subject, chosen[0], ask._replace(prompts=(1, 3)))
-        if built.many and built.images:
-            done.append("two prompts, two images each")
-            _check_prompts(subject, chosen[0], ask._replace(prompts=(1, 3), images=2))
-        elif built.images:
-            done.append("two images")
-            two = ask._replace(images=2)
-            guarded(check_moves, subject, chosen[0], two, subject.texts(two), "cond")
+        two = {"two prompts": ask._replace(prompts=(1, 3))} if built.many else {}
+        two |= {"two images": ask._replace(images=2)} if built.images else {}
+        two |= {"two prompts, two images each": ask._replace(prompts=(1, 3), images=2)} if len(two) == 2 else {}
+        for what, more in two.items():
+            done.append(what)
+            _check_several(subject, chosen[0], more)
     finally:
         pipe.unload_rtsae()
     done.append("unloaded")
@@ -436,10 +448,16 @@ def _checks(subject: Subject, ask: Ask, widths: dict[str, int], done: list[str])
         raise Wrong("unloaded it draws something else")
 
 
-def _check_prompts(subject: Subject, site: str, ask: Ask) -> None:
-    """Strength 1 for the second of two prompts, 0 for the first."""
-    truth = subject.texts(ask, which=1)
-    guarded(check_moves, subject, site, ask, truth, "cond", strength=[0.0, 1.0])
+def _check_several(subject: Subject, site: str, ask: Ask) -> None:
+    """Several rows at once: all of them, or strength 1 for the second of two prompts and 0 for the first."""
+    try:
+        subject.run(ask)
+    except Exception:
+        return  # the pipeline itself cannot
+    guarded(check_moves, subject, site, ask, subject.texts(ask), "cond")
+    if len(ask.prompts) > 1 and subject.built.text:
+        truth = [["other" if role == "uncond" else role for role in roles] for roles in subject.texts(ask, which=1)]
+        guarded(check_moves, subject, site, ask, truth, "cond", strength=[0.0, 1.0])
 
 
 def _check_report(subject: Subject, site: str, ask: Ask) -> None:
