@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,7 @@ class Generation:
     by whoever keeps it, and is dropped when the call returns."""
 
     def __init__(self):
-        self.kept: dict[Any, Any] = {}
+        self.kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -118,25 +119,36 @@ def find_caller() -> Caller | None:
     """
     frame, pipeline, entry, line, variables = sys._getframe(1), None, None, 0, {}
     while frame is not None:
-        local = frame.f_locals
-        owner = local.get("self")
-        if pipeline is None:
-            if isinstance(owner, tuple(PIPELINES)):
-                pipeline, entry, line = owner, frame, line or frame.f_lineno
-                state = getattr(local.get("state"), "values", {})  # of a modular pipeline
-                variables = {**(state if isinstance(state, dict) else {}), **local, **variables}
-            elif "block_state" in local:  # a block of a modular pipeline
-                line = line or frame.f_lineno
-                variables = {**_variables(local["block_state"]), **local, **variables}
-        elif owner is pipeline:
-            entry, variables = frame, {**local, **variables}
-        elif not frame.f_code.co_filename.endswith("contextlib.py"):  # a decorator such as torch.no_grad
-            break
+        owner, is_block = _owner(frame), "block_state" in frame.f_code.co_varnames
+        if pipeline is None and isinstance(owner, tuple(PIPELINES)):
+            pipeline, entry, line = owner, frame, line or frame.f_lineno
+            local = frame.f_locals
+            state = getattr(local.get("state"), "values", {})  # of a modular pipeline
+            variables = {**(state if isinstance(state, dict) else {}), **local, **variables}
+        elif pipeline is None and is_block and "block_state" in frame.f_locals:  # a block of a modular pipeline
+            line, local = line or frame.f_lineno, frame.f_locals
+            variables = {**_variables(local["block_state"]), **local, **variables}
+        elif pipeline is not None and owner is pipeline:
+            entry, variables = frame, {**frame.f_locals, **variables}
+        elif pipeline is not None and not frame.f_code.co_filename.endswith("contextlib.py"):
+            break  # not a decorator such as torch.no_grad
         frame = frame.f_back
     if pipeline is None:
         return None
     generation = entry.f_locals.setdefault(_MARK, Generation())
     return Caller(pipeline, family_of(pipeline), variables, generation, line)
+
+
+def _owner(frame) -> Any:
+    """The object whose method a frame runs, or a function inside of one."""
+    code = frame.f_code
+    if code.co_varnames[:1] != ("self",) and "self" not in code.co_freevars:
+        return None
+    local = frame.f_locals
+    owner = local.get("self")
+    if sys.version_info < (3, 13) and not isinstance(owner, tuple(PIPELINES)):
+        local.clear()  # a copy, which would keep what that function drops
+    return owner
 
 
 def _variables(block_state) -> dict[str, Any]:

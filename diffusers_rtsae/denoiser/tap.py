@@ -54,6 +54,7 @@ class Tap:
 
     def __init__(self, observer: Observer):
         self._observer = weakref.ref(observer)
+        self._watched: set[tuple[str, str | None]] = set()  # components and their sites; `None` for the denoiser
         self._hooks: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # their modules keep them
         self._readers: dict[str, CallReader] = {}
         self._current: dict[int, weakref.ref[Generation]] = {}
@@ -70,6 +71,7 @@ class Tap:
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["observer"])
         self._hooks, self._readers = weakref.WeakValueDictionary(state["hooks"]), state["readers"]
+        self._watched = set(state["hooks"])
 
     def watch(self, denoisers: dict[str, nn.Module], sites: Iterable[str] | None, pipeline=None) -> None:
         """
@@ -89,12 +91,12 @@ class Tap:
             wanted[component, None] = denoiser
             for site in sites:
                 wanted[component, site] = get_site(denoiser, site)
-        hooked = dict(self._hooks)
-        changed = wanted.keys() != hooked.keys()
-        for key in hooked.keys() - wanted.keys():
-            self._hooks.pop(key).remove()
-        for key in [key for key in wanted if key not in hooked]:
+        changed = wanted.keys() != self._watched
+        for key in self._watched - wanted.keys():
+            self._drop(key)
+        for key in [key for key in wanted if key not in self._watched]:
             self._add(*key, wanted[key])
+        self._watched = set(wanted)
         if changed and any(is_compiled(denoiser, pipeline) for denoiser in denoisers.values()):
             torch.compiler.reset()
 
@@ -110,6 +112,11 @@ class Tap:
     def _add(self, component: str, site: str | None, module: nn.Module) -> None:
         kind = _CallHook if site is None else _SiteHook
         self._hooks[component, site] = kind(self, component, site, module)
+
+    def _drop(self, key: tuple[str, str | None]) -> None:
+        hook = self._hooks.pop(key, None)  # gone already if its module is
+        if hook is not None:
+            hook.remove()
 
     def restart(self) -> None:
         """A call that no pipeline makes begins a new generation."""
@@ -158,12 +165,11 @@ class Tap:
 
     def renew(self, component: str, denoiser: nn.Module) -> None:
         """Follow sites whose module was exchanged for another since the last call."""
-        for (of, site), hook in [*self._hooks.items()]:
-            if of == component and site is not None:
-                module = get_site(denoiser, site)
-                if hook.module() is not module:
-                    hook.remove()
-                    self._add(component, site, module)
+        for key in [key for key in self._watched if key[0] == component and key[1] is not None]:
+            module, hook = get_site(denoiser, key[1]), self._hooks.get(key)
+            if hook is None or hook.module() is not module:
+                self._drop(key)
+                self._add(*key, module)
 
 
 @dataclass

@@ -111,14 +111,14 @@ def test_a_generation_that_runs_in_another_is_one_of_its_own():
 
 
 def test_what_a_generation_keeps_is_dropped_with_its_call():
-    reader, kept = CallReader(), []
+    reader, pipeline, kept = CallReader(), Calling(), []
 
     class Something:
         pass
 
-    for call in Calling()(reader, (2, 900), (2, 500)):
-        call.generation.kept["mine"] = Something()
-        kept.append(weakref.ref(call.generation.kept["mine"]))
+    for call in pipeline(reader, (2, 900), (2, 500)):
+        call.generation.kept[pipeline] = Something()
+        kept.append(weakref.ref(call.generation.kept[pipeline]))
         run = call.run
     del call
     assert run() is None and all(one() is None for one in kept)
