@@ -59,8 +59,8 @@ def test_edits_act_and_seeds_repeat(steered, sampler, draw, steps, monkeypatch):
     seen = []
     read = CallReader.read
 
-    def reading(reader, arguments):
-        call = read(reader, arguments)
+    def reading(reader, arguments, component):
+        call = read(reader, arguments, component)
         seen.append(call.timestep)
         return call
 

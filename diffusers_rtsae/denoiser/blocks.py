@@ -17,7 +17,8 @@ from torch import nn
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "decoder", "prior")
 _SITES = ("Transformer2DModel", "ResnetBlock2D")  # beside what ends in one of these:
-_SITE_ENDINGS = ("TransformerBlock", "TransformerDecoderBlock", "DiTBlock", "DecoderLayer", "AdaLNBlock")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called themselves
+_SITE_ENDINGS = ("TransformerBlock", "DiffuserBlock", "TransformerDecoderBlock", "DiTBlock", "DecoderLayer", "AdaLNBlock")
 _BLOCK_LISTS = ("blocks", "layers")  # a denoiser's direct children whose own children are sites
 
 
@@ -231,9 +232,11 @@ def list_sites(model) -> list[str]:
     for name, module in denoiser.named_modules():
         name = name.replace("._orig_mod", "")
         kinds, depth = [kind.__name__ for kind in type(unwrapped(module)).__mro__], name.count(".")
-        is_block = depth == 1 and name.split(".")[0].endswith(_BLOCK_LISTS) or name == "mid_block"
+        above = denoiser.get_submodule(name.rpartition(".")[0]) if depth == 2 else None
+        in_list = depth == 1 or isinstance(above, _CONTAINERS)  # or in a list of such lists
+        is_block = in_list and name.split(".")[0].endswith(_BLOCK_LISTS) or name == "mid_block"
         is_site = any(kind in _SITES or kind.endswith(_SITE_ENDINGS) for kind in kinds)
-        if name and name not in sites and (is_block or is_site):
+        if name and name not in sites and (is_block or is_site) and not isinstance(module, _CONTAINERS):
             sites.append(name)
     return sites
 

@@ -66,6 +66,7 @@ class Call:
         alphas_cumprod (`torch.Tensor`, *optional*): of the sampler's noise schedule.
         run (`weakref.ref[Generation]`): the run it is part of, see `generation`.
         caller (`weakref.ref`, *optional*): the pipeline that calls, see `pipeline`.
+        is_tiled (`bool`): the images of several prompts are drawn in turns, one of each prompt.
         view (`tuple`): which part of the picture or which window of frames it draws, where a pipeline draws several.
         is_start (`bool`): it begins a trajectory: of the run, or of the next window or chunk drawn in it.
         given (`torch.Tensor`, *optional*): tokens that are given and not denoised, `(rows, tokens)`: a first frame.
@@ -83,6 +84,7 @@ class Call:
     caller: weakref.ref | None
     view: tuple
     is_start: bool
+    is_tiled: bool = False
     given: torch.Tensor | None = field(default=None, compare=False)
 
     @property
@@ -161,22 +163,41 @@ class Arguments:
             return (*self.args[:place], value, *self.args[place + 1 :]), self.kwargs
         return self.args, {**self.kwargs, name: value}
 
-    def texts(self) -> list[list]:
-        """What may carry text: every argument with something for each row of the sample, but that and the time; row by
-        row."""
+    def texts(self) -> dict[str, list]:
+        """What may carry text: every argument with something for each row of the sample, or one for all, but that and
+        the time; row by row."""
         skipped, rows = {self.sample_name, *_TIMESTEPS}, len(self.sample)
-        values = [value for name, value in self.by_name.items() if name not in skipped and "mask" not in name]
-        return [_rows(value, rows) for value in _flat(values) if len(value) and len(value) % rows == 0]
+        found = {}
+        for name, value in named(self.by_name):
+            own = None if name in skipped or "mask" in name else _rows(value, rows)
+            if own is not None:
+                found[name] = own
+        return found
 
 
-def _rows(value: torch.Tensor | list, rows: int) -> list[torch.Tensor]:
-    """The first of what belongs to each row: frames may have a text each."""
-    each = len(value) // rows
-    return [value[row * each] for row in range(rows)]
+def named(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested arguments with their names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from named(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _rows(value, rows: int) -> list | None:
+    """What of an argument belongs to each row, the first of it where frames have something each; `None` if nothing
+    does."""
+    if torch.is_tensor(value) and value.ndim > 1 and len(value) == 1:
+        return [value[0]] * rows
+    if torch.is_tensor(value) and value.ndim and len(value) and len(value) % rows == 0:
+        return [value[row * (len(value) // rows)] for row in range(rows)]
+    if isinstance(value, list | tuple) and len(value) == rows and any(True for _ in _flat(value)):
+        return list(value)
+    return None
 
 
 def _flat(values) -> Iterator[torch.Tensor | list]:
-    """Tensors, and lists of tensors of one length each, among nested values."""
+    """Tensors, and lists of tensors, among nested values."""
     for value in values:
         if torch.is_tensor(value) and value.ndim:
             yield value
@@ -188,8 +209,12 @@ def _flat(values) -> Iterator[torch.Tensor | list]:
             yield from _flat(value)
 
 
-def _same(row: torch.Tensor, other: torch.Tensor) -> bool:
+def _same(row, other) -> bool:
     """Whether two rows carry the same; a cast of one counts."""
+    if not torch.is_tensor(row) or not torch.is_tensor(other):
+        ours, others = (list(_flat([value])) if not torch.is_tensor(value) else [value] for value in (row, other))
+        ours, others = ([one for one in values if torch.is_tensor(one)] for values in (ours, others))
+        return bool(ours) and len(ours) == len(others) and all(map(_same, ours, others))
     return row.shape == other.shape and torch.equal(row, other.to(row))
 
 
@@ -207,12 +232,12 @@ def _negatives(variables: dict[str, Any]) -> list[tuple[torch.Tensor | list, tor
     same name without "negative"."""
     found = []
     for name, value in variables.items():
-        marks = [mark for mark in _NEGATIVE if mark in name]
-        if not (marks or name.startswith("neg_")) or any(word in name for word in _NO_TEXT):
+        mark = next((f"{mark}_" for mark in _NEGATIVE if mark in name), "neg_" if name.startswith("neg_") else None)
+        if mark is None or any(word in name for word in _NO_TEXT):
             continue
-        for one in _flat([value]):
-            positive = variables.get(name.replace(f"{marks[0]}_" if marks else "neg_", ""))
-            found.append((one, positive if torch.is_tensor(positive) or isinstance(positive, list) else None))
+        ours, theirs = list(_flat([value])), list(_flat([variables.get(name.replace(mark, ""))]))
+        theirs = theirs if len(theirs) == len(ours) else [None] * len(ours)
+        found += list(zip(ours, theirs, strict=True))
     return found
 
 
@@ -225,45 +250,36 @@ class _Progress:
     timestep: float | None = None
     step: Any = None  # which turn of the pipeline's loop
     ordinal: int = 0  # which call of it
-    shape: tuple = ()
+    shapes: dict[str, tuple] = field(default_factory=dict)  # of the sample of each denoiser
     seen: list[str] = field(default_factory=list)  # roles in this turn
-    texts: list = field(default_factory=list)  # that the conditional rows of this turn carried, row by row
-    known: dict[tuple, tuple[str, ...]] = field(default_factory=dict)  # place in the source → roles
+    texts: dict[str, tuple] = field(default_factory=dict)  # that the conditional rows of this turn carried
+    known: dict[tuple, tuple[tuple[str, ...], bool]] = field(default_factory=dict)  # by place in the source
     held: Any = None  # the sampler's timestep, so that its id is not another's
 
 
 class CallReader:
-    """
-    Makes records of one denoiser's calls.
+    """Makes records of the calls of a denoiser, or of several that take turns."""
 
-    Args:
-        component (`str`): the name of the denoiser in its pipeline.
-    """
-
-    def __init__(self, component: str = ""):
-        self.component = component
+    def __init__(self):
         self._undriven: tuple[Generation, _Progress] | None = None  # of calls that no pipeline makes
-
-    def __getstate__(self) -> dict:
-        return {"component": self.component, "_undriven": None}
 
     def restart(self) -> None:
         """The next call that no pipeline makes begins a generation."""
         self._undriven = None
 
-    def read(self, arguments: Arguments, caller: Caller | None = None) -> Call:
+    def read(self, arguments: Arguments, component: str = "") -> Call:
         """
         The record of a call.
 
         Args:
             arguments (`Arguments`): of the call.
-            caller (`Caller`, *optional*): the running pipeline, as `find_caller` finds it; found here without.
+            component (`str`): the name of the denoiser in its pipeline.
 
         Raises:
             `ValueError`: a pipeline that calls in a way that is not known.
         """
-        caller = find_caller() if caller is None else caller
-        return self._undriven_call(arguments) if caller is None else self._driven_call(arguments, caller)
+        caller = find_caller()
+        return self._undriven_call(arguments) if caller is None else self._driven_call(arguments, caller, component)
 
     # A denoiser that somebody calls without a pipeline: all rows are conditional, and each has the time it is told.
 
@@ -271,9 +287,9 @@ class CallReader:
         rows, times = len(arguments.sample), _row_times(arguments)
         time, shape = times[0], _shape(arguments.sample)
         last = None if self._undriven is None else self._undriven[1]
-        is_start = last is None or last.shape != shape or (time > last.timestep and time >= last.first)
+        is_start = last is None or last.shapes[""] != shape or (time > last.timestep and time >= last.first)
         if is_start:
-            self._undriven = Generation(), _Progress(first=time, shape=shape)
+            self._undriven = Generation(), _Progress(first=time, shapes={"": shape})
         generation, progress = self._undriven
         progress.timestep = time
         starts = [i for i in range(rows) if i == 0 or times[i] != times[i - 1]]
@@ -284,41 +300,30 @@ class CallReader:
         grid = _grid(arguments.sample, {}, arguments)
         return Call(time, parts, rows, rows, rows, grid, None, None, weakref.ref(generation), None, (), is_start)
 
-    def _driven_call(self, arguments: Arguments, caller: Caller) -> Call:
+    def _driven_call(self, arguments: Arguments, caller: Caller, component: str) -> Call:
         family, variables = caller.family, caller.variables
         if family.refused:
             raise ValueError(f"{type(caller.pipeline).__name__} cannot be followed: {family.refused}.")
         progress = caller.generation.kept.setdefault(self, _Progress())
-        scheduler, rows = _scheduler(caller), len(arguments.sample)
+        rows = len(arguments.sample)
         images, prompts = _images(variables, rows)
-        sampler_time = caller.value(family.time)
-        view = tuple(variables.get(name) for name in family.view)
-        if sampler_time is None and not family.prepares:
-            sampler_time = _told(arguments, caller, scheduler)
-        if sampler_time is None:  # before its loop: what it prepares is no step
+        sampler_time, scheduler = caller.value(family.time), _scheduler(caller)
+        if _is_aside(arguments, caller, sampler_time):
             part = Part("other", None, 0.0, 1.0, 0.0)
-            grid = _grid(arguments.sample, variables, arguments)
             return Call(
-                0.0,
-                (part,),
-                rows,
-                images,
-                prompts,
-                grid,
-                None,
-                None,
-                weakref.ref(caller.generation),
-                weakref.ref(caller.pipeline),
-                (),
-                False,
-            )
+                0.0, (part,), rows, images, prompts, _grid(arguments.sample, variables, arguments), None, None,
+                weakref.ref(caller.generation), weakref.ref(caller.pipeline), (), False,
+            )  # fmt: skip
+        if sampler_time is None:
+            sampler_time = _told(arguments, caller, scheduler)
+        view = tuple(variables.get(name) for name in family.view)
         time = training_time(_number(sampler_time, caller), scheduler)
         turn = (id(sampler_time), *(variables.get(name) for name in family.index), *view)
         if turn != progress.step or not progress.ordinal:
-            progress.step, progress.ordinal, progress.seen, progress.texts = turn, 0, [], []
+            progress.step, progress.ordinal, progress.seen, progress.texts = turn, 0, [], {}
         progress.held = sampler_time
-        is_start = self._moves(progress, time, (images, *_shape(arguments.sample)[1:]))
-        roles = self._roles(arguments, caller, rows, images, progress)
+        is_start = self._moves(progress, time, component, (images, *_shape(arguments.sample)[1:]))
+        roles, is_tiled = self._roles(arguments, caller, component, rows, images, prompts, progress)
         share, ordinal = 1 / len(roles), progress.ordinal
         parts = tuple(
             Part(role, None if role == "cond" else 100 * ordinal + i, i * share, (i + 1) * share, time)
@@ -330,67 +335,81 @@ class CallReader:
         return Call(
             time, parts, rows, images, prompts, _grid(arguments.sample, variables, arguments),
             float(guidance) if isinstance(guidance, int | float) else None, noise_schedule(scheduler),
-            weakref.ref(caller.generation), weakref.ref(caller.pipeline), view, is_start, _given(arguments),
+            weakref.ref(caller.generation), weakref.ref(caller.pipeline), view, is_start, is_tiled, _given(arguments),
         )  # fmt: skip
 
-    def _moves(self, progress: _Progress, time: float, shape: tuple) -> bool:
+    def _moves(self, progress: _Progress, time: float, component: str, shape: tuple) -> bool:
         """Take note of the time; whether a trajectory begins. An inverse sampler's rises."""
-        is_start = progress.first is None or shape != progress.shape
+        is_start = progress.first is None or shape != progress.shapes.get(component, shape)
         if not is_start and progress.second is not None:
             falls = progress.second < progress.first
             back = time > progress.timestep and time >= progress.first
             is_start = back if falls else time < progress.timestep and time <= progress.first
         if is_start:
-            progress.first, progress.second, progress.shape = time, None, shape
+            progress.first, progress.second = time, None
         elif progress.second is None and time != progress.first:
             progress.second = time
-        progress.timestep = time
+        progress.timestep, progress.shapes[component] = time, shape
         return is_start
 
     def _roles(
-        self, arguments: Arguments, caller: Caller, rows: int, images: int, progress: _Progress
-    ) -> tuple[str, ...]:
-        """What the equal parts of the batch are."""
-        if self.component in caller.family.components:
-            return (caller.family.components[self.component],)
-        for name in ("guider_state_batch", "batch"):  # guiders call once for each part, and say which
-            identifier = getattr(caller.variables.get(name), "__guidance_identifier__", None)
-            if identifier is not None:
-                return ({"pred_cond": "cond", "pred_uncond": "uncond"}.get(identifier, "perturbed"),)
+        self, arguments: Arguments, caller: Caller, component: str, rows: int, images: int, prompts: int | None,
+        progress: _Progress,
+    ) -> tuple[tuple[str, ...], bool]:  # fmt: skip
+        """What the equal parts of the batch are, and whether its images are of each prompt in turn."""
+        if component in caller.family.components:
+            return (caller.family.components[component],), False
         guided = bool(caller.property("do_classifier_free_guidance", False))
-        place = (caller.line, progress.ordinal, rows, images, guided)
-        if place not in progress.known:
-            progress.known[place] = _compare(arguments, caller, rows, images, guided, progress)
+        place = (component, caller.line, progress.ordinal, rows, images, guided)
+        if place not in progress.known or self._names_part(caller):
+            progress.known[place] = self._compare(arguments, caller, rows, images, prompts, guided, progress)
         return progress.known[place]
 
+    def _names_part(self, caller: Caller) -> str | None:
+        """The part of guidance that a guider calls for; guiders call once for each, and say which."""
+        for name in ("guider_state_batch", "batch"):
+            identifier = getattr(caller.variables.get(name), "__guidance_identifier__", None)
+            if identifier is not None:
+                return {"pred_cond": "cond", "pred_uncond": "uncond"}.get(identifier, "perturbed")
+        return None
 
-def _compare(
-    arguments: Arguments, caller: Caller, rows: int, images: int, guided: bool, progress: _Progress
-) -> tuple[str, ...]:
-    """What the equal parts of a batch are, by the text they carry."""
-    if rows % images:
-        raise ValueError(
-            f"{type(caller.pipeline).__name__} calls the denoiser with {rows} rows for {images} images: this layout "
-            "of guidance is not supported; expected a multiple."
-        )
-    texts, negatives, count = arguments.texts(), _negatives(caller.variables), rows // images
-    bounds = [(i * images, (i + 1) * images) for i in range(count)]
-    roles = _batch(texts, negatives, bounds, caller, guided) if count > 1 else None
-    if roles is None:
-        roles = (_single(texts, negatives, images, caller.family, progress),)
-    if "cond" in roles:
+    def _compare(
+        self, arguments: Arguments, caller: Caller, rows: int, images: int, prompts: int | None, guided: bool,
+        progress: _Progress,
+    ) -> tuple[tuple[str, ...], bool]:  # fmt: skip
+        """What the equal parts of a batch are, by the text they carry."""
+        if rows % images:
+            raise ValueError(
+                f"{type(caller.pipeline).__name__} calls the denoiser with {rows} rows for {images} images: this "
+                "layout of guidance is not supported; expected a multiple."
+            )
+        texts, negatives = arguments.texts(), _negatives(caller.variables)
+        bounds = [(start, start + images) for start in range(0, rows, images)]
+        named = self._names_part(caller)
+        if named is not None:
+            roles = (named,)
+        elif len(bounds) > 1:
+            roles = _batch(texts, negatives, bounds, caller, guided)
+        else:
+            roles = (_single(texts, negatives, images, caller.family, progress),)
+        if "cond" not in roles:
+            return roles, False
         start, stop = bounds[roles.index("cond")]
-        progress.texts = [(text[start], text[stop - 1]) for text in texts]
-    return roles
+        progress.texts = {name: (text[start], text[stop - 1]) for name, text in texts.items()}
+        is_tiled = prompts is not None and 1 < prompts < images and any(
+            not _same(text[start], text[start + 1]) and _same(text[start], text[start + prompts])
+            for text in texts.values()
+        )
+        return roles, is_tiled
 
 
 def _matches(text, start: int, stop: int, known) -> bool:
     return len(known) > 0 and _same_part(text, start, stop, known, 0, len(known) - 1)
 
 
-def _batch(texts: list, negatives: list, bounds: list, caller: Caller, guided: bool) -> tuple[str, ...]:
+def _batch(texts: dict[str, list], negatives: list, bounds: list, caller: Caller, guided: bool) -> tuple[str, ...]:
     """Of a batch of several parts."""
-    for text in texts:
+    for text in texts.values():
         for negative, _ in negatives:
             unconditional = [_matches(text, *bound, negative) for bound in bounds]
             if any(unconditional) and not all(unconditional):
@@ -419,10 +438,10 @@ def _batch(texts: list, negatives: list, bounds: list, caller: Caller, guided: b
     return fitting[0]
 
 
-def _single(texts: list, negatives: list, images: int, family: Family, progress: _Progress) -> str:
+def _single(texts: dict[str, list], negatives: list, images: int, family: Family, progress: _Progress) -> str:
     """Of a call for one part of guidance alone."""
     either = False
-    for text in texts:
+    for text in texts.values():
         for negative, positive in negatives:
             if _matches(text, 0, images, negative):
                 either = True
@@ -430,11 +449,23 @@ def _single(texts: list, negatives: list, images: int, family: Family, progress:
                     return "uncond"
     if not progress.seen:
         return family.calls[0]
-    again = len(progress.texts) == len(texts) and all(
-        _same(text[0], first) and _same(text[images - 1], last)
-        for text, (first, last) in zip(texts, progress.texts, strict=True)
+    shared = texts.keys() & progress.texts.keys()
+    again = bool(shared) and all(
+        _same(texts[name][0], progress.texts[name][0]) and _same(texts[name][images - 1], progress.texts[name][1])
+        for name in shared
     )
     return "perturbed" if again and not (either and "uncond" not in progress.seen) else family.calls[-1]
+
+
+def _is_aside(arguments: Arguments, caller: Caller, sampler_time) -> bool:
+    """Whether a call is no step of denoising but prepares something."""
+    for what in caller.family.aside:
+        name, is_argument, value = what.partition("=")
+        if is_argument and arguments.by_name.get(name) == value or caller.method == what:
+            return True
+        if what == "before the loop" and sampler_time is None:
+            return True
+    return False
 
 
 def _scheduler(caller: Caller):
@@ -494,11 +525,13 @@ def _images(variables: dict[str, Any], rows: int) -> tuple[int, int | None]:
     """How many images and prompts are being drawn; the latter `None` where that is not known."""
     prompts, latents = variables.get("batch_size"), variables.get("latents")
     each = next((variables[name] for name in _PER_PROMPT if isinstance(variables.get(name), int)), 1)
-    candidates = [prompts * each, prompts] if isinstance(prompts, int) and prompts > 0 else []
-    if torch.is_tensor(latents) and latents.ndim:
-        candidates.append(len(latents))
-    images = next((count for count in candidates if count and rows % count == 0), rows)
-    return images, prompts if isinstance(prompts, int) and prompts > 0 and images % prompts == 0 else None
+    drawn = len(latents) if torch.is_tensor(latents) and latents.ndim and rows % len(latents) == 0 else None
+    if not isinstance(prompts, int) or prompts < 1:
+        return drawn or rows, None
+    if drawn == prompts and prompts % each == 0:  # some pipelines count the images of all prompts in `batch_size`
+        return drawn, prompts // each
+    images = next((count for count in (prompts * each, prompts, drawn) if count and rows % count == 0), rows)
+    return images, prompts if images % prompts == 0 else None
 
 
 def _shape(sample) -> tuple[int, ...]:

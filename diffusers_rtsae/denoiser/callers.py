@@ -33,7 +33,8 @@ class Family:
         index (`tuple[str, ...]`): variables that together with the timestep say which step of the loop it is.
         view (`tuple[str, ...]`): variables that say which part of the picture, or which window of frames, a call draws.
         components (`dict[str, str]`): denoisers that are called for one part of guidance alone.
-        prepares (`bool`): it calls its denoiser before the loop as well, to prepare something.
+        aside (`tuple[str, ...]`): calls that are no step of denoising but prepare something: the names of the methods
+            they are made in, or `"argument=value"` of what they pass; `"before the loop"`.
         refused (`str`): why such a pipeline cannot be followed; empty if it can.
     """
 
@@ -44,7 +45,7 @@ class Family:
     index: tuple[str, ...] = ("i",)
     view: tuple[str, ...] = ()
     components: dict[str, str] = field(default_factory=dict)
-    prepares: bool = False
+    aside: tuple[str, ...] = ()
     refused: str = ""
 
 
@@ -56,10 +57,15 @@ FAMILIES = (
     Family("AceStep", batch=("cond uncond",), time=("t_curr", "t_sched")),
     Family("Lumina(?!2)|DiTPipeline|Wuerstchen|StableCascade|ZImage", batch=("cond uncond",)),
     Family("StableDiffusionPanorama", view=("j",)),
+    Family("OmniGen", batch=("cond uncond", "cond uncond uncond")),
+    Family("UniDiffuser", refused="it denoises pictures and texts, each at a time of its own"),
+    Family("Kandinsky(V22)?Prior", refused="it draws the negative prompt as a picture of its own beside the others"),
     Family("Cosmos3", refused="it packs prompts into one sequence, which has no rows"),
     Family("Ideogram4", components={"unconditional_transformer": "uncond"}),
     Family("Amused", time=("timestep",)),
-    Family("GlmImage", prepares=True),
+    Family("GlmImage", aside=("before the loop",)),
+    Family("AnyFlowFAR", aside=("encode_kv_cache",)),
+    Family("WanAnimate2", aside=("kv_cache_mode=extract",)),
     Family("StableDiffusionPipelineSafe", batch=("uncond cond", "uncond cond other")),
     Family(""),
 )
@@ -84,6 +90,7 @@ class Caller:
         variables (`dict`): local variables of its call, with those of the methods and blocks inside.
         generation (`Generation`): an object of this call's own.
         line (`int`): of the source, where the denoiser is called.
+        method (`str`): in which it is called.
     """
 
     pipeline: Any
@@ -91,6 +98,7 @@ class Caller:
     variables: dict[str, Any]
     generation: Generation
     line: int
+    method: str
 
     def value(self, names: tuple[str, ...]) -> Any:
         """The first of these variables that is there."""
@@ -117,16 +125,16 @@ def find_caller() -> Caller | None:
     Its generation begins with the outermost of its own methods below other code, so that methods which a call is split
     into, `invert` and its like, and a pipeline called again in a callback are each told apart.
     """
-    frame, pipeline, entry, line, variables = sys._getframe(1), None, None, 0, {}
+    frame, pipeline, entry, variables, place = sys._getframe(1), None, None, {}, None
     while frame is not None:
         owner, is_block = _owner(frame), "block_state" in frame.f_code.co_varnames
         if pipeline is None and isinstance(owner, tuple(PIPELINES)):
-            pipeline, entry, line = owner, frame, line or frame.f_lineno
+            pipeline, entry, place = owner, frame, place or (frame.f_lineno, frame.f_code.co_name)
             local = frame.f_locals
             state = getattr(local.get("state"), "values", {})  # of a modular pipeline
             variables = {**(state if isinstance(state, dict) else {}), **local, **variables}
         elif pipeline is None and is_block and "block_state" in frame.f_locals:  # a block of a modular pipeline
-            line, local = line or frame.f_lineno, frame.f_locals
+            local, place = frame.f_locals, place or (frame.f_lineno, frame.f_code.co_name)
             variables = {**_variables(local["block_state"]), **local, **variables}
         elif pipeline is not None and owner is pipeline:
             entry, variables = frame, {**frame.f_locals, **variables}
@@ -136,7 +144,7 @@ def find_caller() -> Caller | None:
     if pipeline is None:
         return None
     generation = entry.f_locals.setdefault(_MARK, Generation())
-    return Caller(pipeline, family_of(pipeline), variables, generation, line)
+    return Caller(pipeline, family_of(pipeline), variables, generation, *place)
 
 
 def _owner(frame) -> Any:

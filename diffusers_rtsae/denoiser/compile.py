@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .blocks import DENOISERS, Block, unwrapped
-from .call import Arguments
+from .call import Arguments, named
 
 _taps: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -35,7 +35,7 @@ def compiled_begin(arguments: Arguments, component: str, handle: int) -> torch.T
     """Tell a tap that its denoiser is called; the sample, which the call must go on with."""
     sample = arguments.sample
     facts, tensors = [component, str(arguments.channels)], []
-    for name, value in _named(arguments.by_name):
+    for name, value in named(arguments.by_name):
         if name == arguments.sample_name:
             continue
         if torch.is_tensor(value) and value.ndim or name in ("timestep", "timesteps"):
@@ -47,14 +47,6 @@ def compiled_begin(arguments: Arguments, component: str, handle: int) -> torch.T
     rows = 0 if torch.is_tensor(sample) else len(sample)
     passed = torch.ops.diffusers_rtsae.begin(first, tensors, ",".join([arguments.sample_name, *facts]), rows, handle)
     return passed if torch.is_tensor(sample) else [passed, *sample[1:]]
-
-
-def _named(values: dict):
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{inner}", one) for inner, one in _named(value))
-        else:
-            yield name, value
 
 
 def compiled_site(

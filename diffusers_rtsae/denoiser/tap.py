@@ -56,7 +56,7 @@ class Tap:
         self._observer = weakref.ref(observer)
         self._watched: set[tuple[str, str | None]] = set()  # components and their sites; `None` for the denoiser
         self._hooks: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # their modules keep them
-        self._readers: dict[str, CallReader] = {}
+        self._reader = CallReader()
         self._current: dict[int, weakref.ref[Generation]] = {}
         self._calls: weakref.WeakKeyDictionary[Generation, Call] = weakref.WeakKeyDictionary()
         self._runs: dict[str, list[_SiteRun]] = {}  # of sites that gradients may run again
@@ -66,11 +66,11 @@ class Tap:
         self.handle = register(self)
 
     def __getstate__(self) -> dict:
-        return {"hooks": dict(self._hooks), "readers": self._readers, "observer": self._observer()}
+        return {"hooks": dict(self._hooks), "observer": self._observer()}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["observer"])
-        self._hooks, self._readers = weakref.WeakValueDictionary(state["hooks"]), state["readers"]
+        self._hooks = weakref.WeakValueDictionary(state["hooks"])
         self._watched = set(state["hooks"])
 
     def watch(self, denoisers: dict[str, nn.Module], sites: Iterable[str] | None, pipeline=None) -> None:
@@ -120,13 +120,11 @@ class Tap:
 
     def restart(self) -> None:
         """A call that no pipeline makes begins a new generation."""
-        for reader in self._readers.values():
-            reader.restart()
+        self._reader.restart()
 
     def begin(self, component: str, arguments: Arguments) -> None:
         """A denoiser is called with these arguments."""
-        reader = self._readers.setdefault(component, CallReader(component))
-        call = reader.read(arguments)
+        call = self._reader.read(arguments, component)
         generation = call.generation
         self._current[threading.get_ident()], self._calls[generation] = call.run, call
         self.component = component

@@ -47,13 +47,19 @@ def training_time(timestep: float, scheduler) -> float:
     unit = _unit(scheduler)
     if unit is not None:
         return unit(timestep, scheduler)
-    steps = scheduler.config.get("num_train_timesteps") or 1000
+    steps = scheduler.config.get("num_train_timesteps")
+    if not steps:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not say how many training steps there are: a sampler that counts time in "
+            "another unit cannot be followed."
+        )
     if not -0.001 * steps <= timestep <= 1.001 * steps:
         raise ValueError(
             f"{type(scheduler).__name__} calls with timestep {timestep:.4g}, expected 0 to {steps}: a sampler that "
             "counts time in another unit cannot be followed."
         )
-    return timestep * 1000 / steps
+    time = timestep * 1000 / steps
+    return 1000 - time if scheduler.config.get("invert_sigmas") else time
 
 
 def noise_schedule(scheduler) -> torch.Tensor | None:

@@ -218,7 +218,7 @@ class Controller:
                 run.checked.add(id(plan))
             run.plans.setdefault(plan.sae.config.site, []).append(((name, plan.sae.config.site), plan))
         for key, state in run.states.items():
-            state.guidance = call.guidance
+            state.guidance, state.images = call.guidance, call.images if call.is_tiled else None
             # a cache may leave the block out; then its last change stands
             if key[-1] == call.view and state.timestep is not None and any(part.role == "cond" for part in call.parts):
                 state.timestep = call.timestep
@@ -302,9 +302,9 @@ class _Edited:
         key = (*key, part.branch if part.role == "cond" else None, self.call.view)
         if key not in self.run.states:
             call = self.call
-            self.run.states[key] = (
-                PlanState() if call.caller is None else plan.begin(call.alphas_cumprod, call.guidance)
-            )
+            state = PlanState() if call.caller is None else plan.begin(call.alphas_cumprod, call.guidance)
+            state.images = call.images if call.is_tiled else None
+            self.run.states[key] = state
         return self.run.states[key]
 
     def _tokens(self, plan: SitePlan, rows: slice, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,7 @@ class PlanState:
 
     grid: TimeGrid | None = None  # of this generation's noise schedule, if that is not the plan's
     guidance: float | None = None  # its scale, if that is known
+    images: int | None = None  # where these are of each prompt in turn, instead of one prompt's beside one another
     memories: dict[int | None, Memory] = field(default_factory=dict)  # of streams that are read, conditional: None
     timestep: float | None = None  # of the conditional call whose change is kept for calls that follow it
     on_conditional: torch.Tensor | None = None
@@ -131,6 +132,7 @@ class _Fold:
         step: Step,
         size: TokenGrid | tuple[int, int] | None,
         counts: list[Counts] | None,
+        in_turns: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         What to add to the activation: amounts `(B, N or 1, c)` of vectors `(B, c, d)`.
@@ -140,9 +142,10 @@ class _Fold:
             latents (`torch.Tensor`, *optional*): what is read, `(B, N, rows)`.
             size (`TokenGrid`, *optional*): token grid, needed for a mask.
             counts (`list`, *optional*): where to tell what was done.
+            in_turns (`int`, *optional*): how many images there are, if these are of each prompt in turn.
         """
         images, present = len(tokens), None
-        strength = self._strength(step.timestep, images)
+        strength = self._strength(step.timestep, images, in_turns)
         if self.options.map is not None:
             wish = change = present = strength * self.map.amounts(tokens, step)
         else:
@@ -153,7 +156,7 @@ class _Fold:
             # an activation that is outside by itself is no reason to move it
             allowed = wanted.clamp(torch.zeros_like(self.highest), present.maximum(self.highest))
             change = allowed - present
-        here = self._here(latents, images, size)
+        here = self._here(latents, images, size, in_turns)
         if counts is not None:
             edited, outside = self._any(wish != 0), None
             if here is not None:
@@ -171,13 +174,13 @@ class _Fold:
             return torch.ones_like(change[..., :1]) if here is None else here, change @ vectors
         return change if here is None else change * here, vectors.expand(images, *vectors.shape)
 
-    def _strength(self, timestep: float, images: int) -> torch.Tensor:
+    def _strength(self, timestep: float, images: int, in_turns: int | None) -> torch.Tensor:
         """Of each image and column, `(B, 1, columns)`."""
         if images in self._strengths:
             return self._strengths[images]
         given = [edit.strength_at(timestep) for edit in self.edits]
         with torch.inference_mode(False):  # what is kept may meet autograd later
-            each = torch.tensor([[s for s in own for _ in range(images // len(own))] for own in given])
+            each = torch.tensor([[own[i] for i in _of_prompts(len(own), images, in_turns)] for own in given])
             strength = each.to(self.device, torch.float32).T[:, None, self.owners]
         if not any(callable(edit.strength) or torch.is_tensor(edit.strength) for edit in self.edits):
             self._strengths[images] = strength
@@ -215,7 +218,7 @@ class _Fold:
             here = (latents[..., self.where] > 0).any(-1, keepdim=True).float()
         if self.options.mask is not None:
             mask = self._mask(TokenGrid(*size), images)
-            mask = mask.repeat_interleave(images // len(mask), 0)
+            mask = mask[_of_prompts(len(mask), images, in_turns)]
             here = mask if here is None else here * mask
         return here
 
@@ -237,6 +240,14 @@ class _Fold:
     def _any(self, columns: torch.Tensor) -> torch.Tensor:
         """Whether any column of an edit is true: `(B, N or 1, columns)` to `(B, N or 1, edits)`."""
         return columns if self.owned is None else columns.float() @ self.owned > 0
+
+
+def _of_prompts(given: int, rows: int, in_turns: int | None) -> list[int]:
+    """Which of as many things as there are prompts belongs to each row: those of one image, and then of one prompt, lie
+    beside one another, or the prompts take turns from image to image."""
+    if in_turns is None or given >= in_turns:
+        return [i for i in range(given) for _ in range(rows // given)]
+    return [image % given for image in range(in_turns) for _ in range(rows // in_turns)]
 
 
 def _shared(edit: Edit) -> tuple:
@@ -387,4 +398,4 @@ class SitePlan:
                 state.memories[stream] = self.reader.begin()
             latents = self.reader.read(state.memories[stream], tokens, step)
         acting = [fold for fold in folds if fold.options.acts_at(timestep)]
-        return [(fold, fold.change(tokens, latents, step, size, counts)) for fold in acting]
+        return [(fold, fold.change(tokens, latents, step, size, counts, state.images)) for fold in acting]

@@ -30,7 +30,7 @@ AMOUNT = 3.0  # the length of what an edit adds to each token
 PACKAGE = str(Path(diffusers_rtsae.__file__).parent)
 _TIMES = ("timestep", "timesteps", "t", "r", "timestep_ratio", "timestep_r", "r_timestep", "sigma", "guidance")
 # arguments that depend on the picture so far, or whose first dimension is not the batch
-_NO_TEXT = ("control", "residual", "samples", "latent", "history", "cache", "rotary", "rope", "audio_hidden", "llama3")
+_NO_TEXT = ("prior_token", "control", "residual", "samples", "latent", "history", "cache", "rotary", "rope", "audio_hidden", "llama3")
 
 
 class Wrong(Exception):
@@ -72,6 +72,8 @@ class Call:
     timestep: float | None = None  # what the scheduler was told afterwards, in training units
     before: list[torch.Tensor] = field(default_factory=list)  # what the site returned, run by run
     after: list[torch.Tensor] = field(default_factory=list)  # what the network went on with
+    given: torch.Tensor | None = None  # tokens with a time of their own, 0, `(rows, tokens)`
+    is_aside: bool = False  # it returned nothing: it only filled a cache
 
 
 class Watch:
@@ -83,11 +85,12 @@ class Watch:
     def __enter__(self):
         for component, denoiser in get_denoisers(self.pipe).items():
             self._hook(denoiser.register_forward_pre_hook(self._call(component, denoiser), with_kwargs=True))
+            self._hook(denoiser.register_forward_hook(self._end))
             if self.site is not None:
                 module = get_site(denoiser, self.site)
                 self._hook(module.register_forward_hook(self._keep("after")))
                 self._hook(module.register_forward_hook(self._keep("before"), prepend=True))
-        for scheduler in {id(one): one for one in _schedulers(self.pipe)}.values():
+        for scheduler in {type(one): one for one in _schedulers(self.pipe)}.values():
             self._listen(scheduler)
         return self
 
@@ -98,18 +101,18 @@ class Watch:
         self._stack.callback(handle.remove)
 
     def _listen(self, scheduler):
-        step = scheduler.step
+        kind, step = type(scheduler), type(scheduler).step
 
         @functools.wraps(step)  # pipelines look at its signature
-        def told(model_output, *args, **kwargs):
+        def told(self_, model_output, *args, **kwargs):
             timestep = args[0] if args else kwargs.get("timestep")
             for call in self.calls:
                 if call.timestep is None and timestep is not None and (not torch.is_tensor(timestep) or timestep.numel() == 1):
                     call.timestep = training_time(float(timestep), scheduler)
-            return step(model_output, *args, **kwargs)
+            return step(self_, model_output, *args, **kwargs)
 
-        scheduler.step = told
-        self._stack.callback(lambda: vars(scheduler).pop("step", None))
+        kind.step = told  # of the class, as pipelines copy schedulers
+        self._stack.callback(lambda: setattr(kind, "step", step))
 
     def _call(self, component: str, denoiser):
         names = [*_signature(type(denoiser))]
@@ -123,9 +126,16 @@ class Watch:
                 for name, value in values.items()
                 if name not in (sample, *_TIMES) and not any(word in name for word in _NO_TEXT)
             ]
-            self.calls.append(Call(component, rows, list(_by_row(others, rows))))
+            told = next((values[name] for name in _TIMES if torch.is_tensor(values.get(name))), None)
+            given = None
+            if told is not None and told.ndim > 1 and told.shape[1] > 1:
+                given = (told.flatten(1) == 0) & (told.flatten(1).amax(1, keepdim=True) > 0)
+            self.calls.append(Call(component, rows, list(_by_row(others, rows)), given=given))
 
         return hook
+
+    def _end(self, module, args, output):
+        self.calls[-1].is_aside = (output[0] if isinstance(output, tuple) else output) is None
 
     def _keep(self, when: str):
         def hook(module, args, output):
@@ -148,7 +158,9 @@ def _schedulers(pipe):
 def _by_row(values, rows: int):
     """Each argument that has a value for each row, as a list of these."""
     for value in values:
-        if torch.is_tensor(value) and value.ndim and len(value) and len(value) % rows == 0:  # or frames of each row
+        if torch.is_tensor(value) and value.ndim > 1 and len(value) == 1 < rows:  # one for all
+            yield [value[0].detach().clone()] * rows
+        elif torch.is_tensor(value) and value.ndim and len(value) and len(value) % rows == 0:  # or frames of each row
             yield [row.detach().clone() for row in value.unflatten(0, (rows, -1))]
         elif isinstance(value, dict):
             yield from _by_row(value.values(), rows)
@@ -156,6 +168,8 @@ def _by_row(values, rows: int):
             are_rows = len(value) == rows and all(torch.is_tensor(one) for one in value)
             if are_rows and not all(one.ndim > 2 and len(one) == rows for one in value):  # else one of each layer
                 yield [one.detach().clone() for one in value]
+            elif len(value) == rows and all(isinstance(one, list | tuple) and one for one in value):
+                yield [torch.cat([part.flatten().float() for part in _tensors(one)]) for one in value]
             else:
                 yield from _by_row(value, rows)
 
@@ -206,7 +220,7 @@ class Subject:
         _, negative = self.run(ask._replace(negative=ask.negative + 10)) if self.built.negative else (None, base)
         if not self.built.text:
             return [["cond"] * call.rows for call in base]
-        rest = "other" if self.built.negative and ask.guided else "uncond"
+        rest = "uncond" if ask.guided and not self.built.negative else "other"
         found = []
         for one, by_prompt, by_negative in zip(base, other, negative, strict=False):
             roles = []
@@ -275,17 +289,19 @@ def check_moves(
         for along in moved(call, block, vector):
             any_run = True
             for row, role in enumerate(roles_of(call, roles, along)):
-                if role == "?" or progress is None and window != (0.0, 1.0):
+                if role == "?" or call.is_aside or progress is None and window != (0.0, 1.0):
                     continue
                 wanted = EXPECTED[apply_to][role] if inside else 0.0
                 # what guidance makes worse on purpose follows the prompt and moves with it
                 any_cond |= role == "cond" and inside
-                given = along[row]
-                given = given[given.abs() > 1e-3] if wanted and (given.abs() < 1e-3).any() and subject.partly else given
-                if len(given) and (given - wanted).abs().max() > 1e-2:
+                tokens = torch.full_like(along[row], wanted)
+                if call.given is not None and call.given.shape == along.shape:
+                    tokens[call.given[row]] = 0  # what is given is left as it is
+                if (along[row] - tokens).abs().max() > 1e-2:
                     raise Wrong(
-                        f"call {number}, row {row} ({role}), t {call.timestep}: moved {given.mean():.2f} (from "
-                        f"{given.min():.2f} to {given.max():.2f}), expected {wanted:g} with apply_to={apply_to!r}, window {window}"
+                        f"call {number}, row {row} ({role}), t {call.timestep}: moved {along[row].mean():.2f} (from "
+                        f"{along[row].min():.2f} to {along[row].max():.2f}), expected {wanted:g} with "
+                        f"apply_to={apply_to!r}, window {window}"
                     )
     if not any_run:
         raise Wrong("the site never ran")
@@ -394,13 +410,10 @@ def _of_setting(subject: Subject, ask: Ask, widths: dict[str, int]) -> dict:
 
 def _checks(subject: Subject, ask: Ask, widths: dict[str, int], done: list[str]) -> None:
     pipe, built = subject.pipe, subject.built
-    plain, calls = subject.run(ask)
-    truth = subject.texts(ask)
-    if built.text and not any("cond" in roles for roles in truth):
-        raise Wrong("no row changes with the prompt: the truth cannot be told")
-    sites = list(widths)
+    plain, _ = subject.run(ask)
+    truth, sites = subject.texts(ask), list(widths)
     chosen = list(dict.fromkeys([sites[len(sites) // 2], sites[-1]]))
-    subject.vectors, subject.partly = {}, False
+    subject.vectors = {}
     made = {}
     for site in sites:
         made |= dictionary(site, widths[site])
@@ -415,12 +428,18 @@ def _checks(subject: Subject, ask: Ask, widths: dict[str, int], done: list[str])
         if not same(subject.run(ask)[0], plain):
             raise Wrong("with strengths 0 it draws something else")
         pipe.set_rtsae_features({})
+        done.append("steered")
+        guarded(subject.steered, ask, chosen[0], apply_to="cond")
+        if not any("cond" in roles for roles in truth):
+            if built.guided:
+                raise Wrong("no row changes with the prompt: the truth cannot be told")
+            truth = [["cond"] * len(roles) for roles in truth]  # a picture is the prompt
         for site in chosen:
             for apply_to in ("cond", "all", "contrast"):
                 done.append(f"{site} {apply_to}")
                 guarded(check_moves, subject, site, ask, truth, apply_to)
             done.append(f"{site} window")
-            for window in ((0.0, 0.5), (0.5, 1.0)):
+            for window in ((0.0, 0.47), (0.47, 1.0)):
                 guarded(check_moves, subject, site, ask, truth, "cond", window)
         done.append("report")
         _check_report(subject, chosen[0], ask)
@@ -454,9 +473,14 @@ def _check_several(subject: Subject, site: str, ask: Ask) -> None:
         subject.run(ask)
     except Exception:
         return  # the pipeline itself cannot
-    guarded(check_moves, subject, site, ask, subject.texts(ask), "cond")
+    truth = subject.texts(ask)
+    if any("cond" in roles for roles in truth):
+        guarded(check_moves, subject, site, ask, truth, "cond")
     if len(ask.prompts) > 1 and subject.built.text:
-        truth = [["other" if role == "uncond" else role for role in roles] for roles in subject.texts(ask, which=1)]
+        several = subject.texts(ask, which=1)
+        if not any("cond" in roles for roles in several):
+            return
+        truth = [["other" if role == "uncond" else role for role in roles] for roles in several]
         guarded(check_moves, subject, site, ask, truth, "cond", strength=[0.0, 1.0])
 
 
