@@ -224,7 +224,10 @@ def _same_part(text: list, start: int, stop: int, other, first: int, last: int) 
 
 
 _NEGATIVE = ("negative", "uncond", "null")
-_NO_TEXT = ("mask", "ids", "size", "crop", "pos", "len", "latent", "noise", "pred", "scale", "model", "out", "sample")
+_NO_TEXT = (
+    "mask", "ids", "size", "crop", "pos", "len", "latent", "noise", "pred", "scale", "model", "out", "sample", "control",
+)  # fmt: skip
+_TEXT = ("encoder_hidden", "text", "pool", "prompt", "cap")  # not pictures, which some pipelines order otherwise
 
 
 def _negatives(variables: dict[str, Any]) -> list[tuple[torch.Tensor | list, torch.Tensor | list | None]]:
@@ -396,11 +399,24 @@ class CallReader:
             return roles, False
         start, stop = bounds[roles.index("cond")]
         progress.texts = {name: (text[start], text[stop - 1]) for name, text in texts.items()}
-        is_tiled = prompts is not None and 1 < prompts < images and any(
-            not _same(text[start], text[start + 1]) and _same(text[start], text[start + prompts])
-            for text in texts.values()
+        return roles, prompts is not None and 1 < prompts < images and _take_turns(texts, start, prompts, caller)
+
+
+def _take_turns(texts: dict[str, list], start: int, prompts: int, caller: Caller) -> bool:
+    """Whether the images of several prompts are drawn in turns, one of each prompt."""
+    told = [
+        not beside
+        for name, text in texts.items()
+        if any(word in name for word in _TEXT)
+        and not any(word in name for word in _NO_TEXT)
+        and (beside := _same(text[start], text[start + 1])) != _same(text[start], text[start + prompts])
+    ]
+    if any(told) and not all(told):
+        raise ValueError(
+            f"{type(caller.pipeline).__name__} gives an image the text of one prompt and the pooled text of another, "
+            "where there are several prompts and several images of each: draw one at a time."
         )
-        return roles, is_tiled
+    return any(told)
 
 
 def _matches(text, start: int, stop: int, known) -> bool:
@@ -584,12 +600,11 @@ def token_grid(call: Call, site: str, batch: int, space: tuple[int, ...]) -> Tok
         return TokenGrid(*space[1:], space[0], beside)
     if not height or not width:
         return None
+    depth = 1 if beside > 1 else frames
     for share in (1, 2, 4, 8):  # frames that one token holds
-        depth = 1 if beside > 1 else -(-frames // share)
-        factor = math.sqrt(height * width * depth / space[0])
-        size = (round(height / factor), round(width / factor)) if factor else (0, 0)
-        if depth * size[0] * size[1] == space[0]:
-            return TokenGrid(*size, depth, beside)
-        if depth == 1:
-            break
+        if depth % share == 0:
+            factor = math.sqrt(height * width * (depth // share) / space[0])
+            patch = round(factor)
+            if patch and abs(factor - patch) < 1e-6 and height % patch == width % patch == 0:
+                return TokenGrid(height // patch, width // patch, depth // share, beside)
     return None

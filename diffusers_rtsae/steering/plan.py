@@ -210,7 +210,7 @@ class _Fold:
         return torch.cat([(level > 0).to(now.dtype) * (full - now), -taken], -1)
 
     def _here(
-        self, latents: torch.Tensor | None, images: int, size: TokenGrid | tuple[int, int] | None
+        self, latents: torch.Tensor | None, images: int, size: TokenGrid | tuple[int, int] | None, in_turns: int | None
     ) -> torch.Tensor | None:
         """What `where` and the mask leave of the change on each token, `(B, N, 1)`."""
         here = None

@@ -268,8 +268,8 @@ def roles_of(call: Call, truth: list[str], along: torch.Tensor) -> list[str]:
 
 EXPECTED = {
     "cond": {"cond": 1.0, "uncond": 0.0, "other": 0.0},
-    "all": {"cond": 1.0, "uncond": 1.0, "other": 0.0},
-    "contrast": {"cond": 1.0, "uncond": -1.0, "other": 0.0},
+    "all": {"cond": 1.0, "uncond": 1.0},
+    "contrast": {"cond": 1.0, "uncond": -1.0},
 }
 
 
@@ -291,7 +291,9 @@ def check_moves(
             for row, role in enumerate(roles_of(call, roles, along)):
                 if role == "?" or call.is_aside or progress is None and window != (0.0, 1.0):
                     continue
-                wanted = EXPECTED[apply_to][role] if inside else 0.0
+                wanted = EXPECTED[apply_to].get(role) if inside else 0.0
+                if wanted is None:  # it follows no prompt, and whether it is guided away from is not known
+                    continue
                 # what guidance makes worse on purpose follows the prompt and moves with it
                 any_cond |= role == "cond" and inside
                 tokens = torch.full_like(along[row], wanted)
@@ -383,6 +385,8 @@ def measure(name: str, built: Built) -> dict:
         verdict = "exact"
     elif "wrong" in verdicts.values() or "crash" in verdicts.values():
         verdict = "wrong" if "wrong" in verdicts.values() else "crash"
+    elif set(verdicts.values()) <= {"exact", "exact in part"}:
+        verdict = "exact in part"
     elif verdicts.get("plain") == "exact":
         verdict = "exact without guidance"
     else:
@@ -395,8 +399,9 @@ def measure(name: str, built: Built) -> dict:
 def _of_setting(subject: Subject, ask: Ask, widths: dict[str, int]) -> dict:
     """All checks with guidance, or without."""
     done: list[str] = []
+    refused: list[str] = []  # of what goes beyond one picture
     try:
-        _checks(subject, ask, widths, done)
+        _checks(subject, ask, widths, done, refused)
     except Refused as refusal:
         return {"verdict": "refused", "why": str(refusal), "done": done}
     except Wrong as wrong:
@@ -405,10 +410,12 @@ def _of_setting(subject: Subject, ask: Ask, widths: dict[str, int]) -> dict:
         place = traceback.extract_tb(error.__traceback__)[-1]
         why = f"{done[-1] if done else ''}: {type(error).__name__}: {str(error)[:200]} ({Path(place.filename).name}:{place.lineno})"
         return {"verdict": "crash", "why": why, "done": done}
+    if refused:
+        return {"verdict": "exact in part", "why": "; ".join(refused), "done": done}
     return {"verdict": "exact", "done": done}
 
 
-def _checks(subject: Subject, ask: Ask, widths: dict[str, int], done: list[str]) -> None:
+def _checks(subject: Subject, ask: Ask, widths: dict[str, int], done: list[str], refused: list[str]) -> None:
     pipe, built = subject.pipe, subject.built
     plain, _ = subject.run(ask)
     truth, sites = subject.texts(ask), list(widths)
@@ -459,7 +466,10 @@ def _checks(subject: Subject, ask: Ask, widths: dict[str, int], done: list[str])
         two |= {"two prompts, two images each": ask._replace(prompts=(1, 3), images=2)} if len(two) == 2 else {}
         for what, more in two.items():
             done.append(what)
-            _check_several(subject, chosen[0], more)
+            try:
+                _check_several(subject, chosen[0], more)
+            except Refused as refusal:
+                refused.append(f"{what}: {refusal}")
     finally:
         pipe.unload_rtsae()
     done.append("unloaded")

@@ -8,6 +8,7 @@ import diffusers
 
 MEANING = {
     "exact": "idle bit-equal, and every edit does what it should, with guidance and without",
+    "exact in part": "exact for one prompt, and what the row says is refused in a sentence",
     "exact without guidance": "exact without guidance, refused in a sentence with it",
     "refused": "refused in a sentence",
     "wrong": "steered otherwise than it should be",
