@@ -117,8 +117,8 @@ class Recorder:
             return 1, self._kept[site][0][1][self.streams[0]].shape[1]
         grid = self._grids[site]
         if grid is None:
-            tokens, (_, height, width) = self._kept[site][0][1][self.streams[0]].shape[1], self.call.grid
-            raise ValueError(f"Cannot lay {tokens} tokens of {site} out over a {height}x{width} latent.")
+            tokens, over = self._kept[site][0][1][self.streams[0]].shape[1], self.call.grid
+            raise ValueError(f"Cannot lay {tokens} tokens of {site} out over a {over.height}x{over.width} latent.")
         return grid.frames * grid.height, grid.width
 
 

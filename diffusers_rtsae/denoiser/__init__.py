@@ -1,7 +1,8 @@
 """The one seam to a model: how pipelines call their denoiser, what its blocks return, and the hooks on them."""
 
+from .arguments import Arguments
 from .blocks import DENOISERS, Block, describe, get_denoiser, get_denoisers, get_site, is_text, list_sites, unwrapped
-from .call import Arguments, Call, CallReader, Part, token_grid
+from .call import Call, CallReader, Grid, Part, token_grid
 from .callers import FAMILIES, PIPELINES, Caller, Family, Generation, find_caller
 from .compile import is_compiled
 from .tap import Tap
@@ -18,6 +19,7 @@ __all__ = [
     "Caller",
     "Family",
     "Generation",
+    "Grid",
     "Part",
     "Tap",
     "TimeGrid",

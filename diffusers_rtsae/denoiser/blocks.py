@@ -18,7 +18,14 @@ from torch import nn
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "decoder", "prior")
 _SITES = ("Transformer2DModel", "ResnetBlock2D")  # beside what ends in one of these:
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called themselves
-_SITE_ENDINGS = ("TransformerBlock", "DiffuserBlock", "TransformerDecoderBlock", "DiTBlock", "DecoderLayer", "AdaLNBlock")
+_SITE_ENDINGS = (
+    "TransformerBlock",
+    "DiffuserBlock",
+    "TransformerDecoderBlock",
+    "DiTBlock",
+    "DecoderLayer",
+    "AdaLNBlock",
+)
 _BLOCK_LISTS = ("blocks", "layers")  # a denoiser's direct children whose own children are sites
 
 

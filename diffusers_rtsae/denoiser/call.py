@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,18 +10,11 @@ from typing import Any
 import torch
 
 from ..models import TokenGrid
+from .arguments import Arguments
 from .blocks import is_text
-from .callers import Caller, Family, Generation, find_caller
+from .callers import Caller, Generation, find_caller
+from .rows import Drawn, Turn, named_part, roles_of
 from .time import noise_schedule, training_time
-
-ROLES = {
-    "cond": "follows the prompt",
-    "uncond": "follows the negative prompt, or none",
-    "perturbed": "follows the prompt, but is made worse on purpose, to guide away from it",
-    "other": "follows a text of its own, as an editing concept does, or is no step of denoising; it is left alone",
-}
-_TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "r", "timestep_img", "bb_ca_time", "decoder_noise_time")
-_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_outputs_per_prompt")
 
 
 @dataclass(frozen=True)
@@ -31,7 +23,7 @@ class Part:
     Rows of a batch that are treated alike.
 
     Args:
-        role (`str`): one of `ROLES`.
+        role (`str`): one of `rows.ROLES`.
         branch (`int`, *optional*): tells it from other parts of the batch that have memories of their own; `None` for
             the conditional part.
         start, stop (`float`): which share of the batch, from 0 to 1.
@@ -61,14 +53,14 @@ class Call:
         rows (`int`): how many it has.
         images (`int`): being drawn.
         prompts (`int`, *optional*): they are drawn of, if that is known.
-        grid (`tuple[int, int, int]`): frames, height and width of the sample, or in its proportions.
-        guidance (`float`, *optional*): scale of guidance at this very step, if that is known.
-        alphas_cumprod (`torch.Tensor`, *optional*): of the sampler's noise schedule.
+        grid (`Grid`): over what the sample lies.
         run (`weakref.ref[Generation]`): the run it is part of, see `generation`.
         caller (`weakref.ref`, *optional*): the pipeline that calls, see `pipeline`.
-        is_tiled (`bool`): the images of several prompts are drawn in turns, one of each prompt.
+        guidance (`float`, *optional*): scale of guidance at this very step, if that is known.
+        alphas_cumprod (`torch.Tensor`, *optional*): of the sampler's noise schedule.
         view (`tuple`): which part of the picture or which window of frames it draws, where a pipeline draws several.
         is_start (`bool`): it begins a trajectory: of the run, or of the next window or chunk drawn in it.
+        in_turns (`bool`): the images of several prompts are drawn in turns, one of each prompt.
         given (`torch.Tensor`, *optional*): tokens that are given and not denoised, `(rows, tokens)`: a first frame.
     """
 
@@ -77,14 +69,14 @@ class Call:
     rows: int
     images: int
     prompts: int | None
-    grid: tuple[int, int, int]
-    guidance: float | None
-    alphas_cumprod: torch.Tensor | None
+    grid: Grid
     run: weakref.ref[Generation]  # weak, as a generation keeps what belongs to it
-    caller: weakref.ref | None
-    view: tuple
-    is_start: bool
-    is_tiled: bool = False
+    caller: weakref.ref | None = None
+    guidance: float | None = None
+    alphas_cumprod: torch.Tensor | None = None
+    view: tuple = ()
+    is_start: bool = False
+    in_turns: bool = False
     given: torch.Tensor | None = field(default=None, compare=False)
 
     @property
@@ -123,127 +115,6 @@ class Call:
         return slice(found[0].start, found[-1].stop) if found else None
 
 
-class Arguments:
-    """
-    The arguments of a denoiser call by name, however they were passed.
-
-    Args:
-        names (`list[str]`): of the parameters of its `forward`, in order.
-        channels (`int`, *optional*): of its sample.
-    """
-
-    def __init__(self, names: list[str], args: tuple, kwargs: dict, channels: int | None = None):
-        self.names, self.args, self.kwargs, self.channels = names, args, kwargs, channels
-        self.by_name = {**dict(zip(names, args, strict=False)), **kwargs}
-        self.sample_name = next((name for name in names if self.by_name.get(name) is not None), None)
-        if self.sample_name is None:
-            raise ValueError("The denoiser is called without a sample.")
-
-    @property
-    def sample(self) -> torch.Tensor | list:
-        """The noisy latents: `(rows, ...)`, or a list of them."""
-        return self.by_name[self.sample_name]
-
-    @property
-    def timestep(self) -> torch.Tensor | float | None:
-        """The time that the denoiser is told, in whatever unit it wants."""
-        return next((self.by_name[name] for name in _TIMESTEPS if self.by_name.get(name) is not None), None)
-
-    def with_sample(self, sample) -> tuple[tuple, dict]:
-        """`(args, kwargs)` of the same call with another sample."""
-        return self._with(self.sample_name, sample)
-
-    def with_timestep(self, timestep) -> tuple[tuple, dict]:
-        """`(args, kwargs)` of the same call at another time."""
-        return self._with(next(name for name in _TIMESTEPS if self.by_name.get(name) is not None), timestep)
-
-    def _with(self, name: str, value) -> tuple[tuple, dict]:
-        place = self.names.index(name)
-        if place < len(self.args):
-            return (*self.args[:place], value, *self.args[place + 1 :]), self.kwargs
-        return self.args, {**self.kwargs, name: value}
-
-    def texts(self) -> dict[str, list]:
-        """What may carry text: every argument with something for each row of the sample, or one for all, but that and
-        the time; row by row."""
-        skipped, rows = {self.sample_name, *_TIMESTEPS}, len(self.sample)
-        found = {}
-        for name, value in named(self.by_name):
-            own = None if name in skipped or "mask" in name else _rows(value, rows)
-            if own is not None:
-                found[name] = own
-        return found
-
-
-def named(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested arguments with their names."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from named(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _rows(value, rows: int) -> list | None:
-    """What of an argument belongs to each row, the first of it where frames have something each; `None` if nothing
-    does."""
-    if torch.is_tensor(value) and value.ndim > 1 and len(value) == 1:
-        return [value[0]] * rows
-    if torch.is_tensor(value) and value.ndim and len(value) and len(value) % rows == 0:
-        return [value[row * (len(value) // rows)] for row in range(rows)]
-    if isinstance(value, list | tuple) and len(value) == rows and any(True for _ in _flat(value)):
-        return list(value)
-    return None
-
-
-def _flat(values) -> Iterator[torch.Tensor | list]:
-    """Tensors, and lists of tensors, among nested values."""
-    for value in values:
-        if torch.is_tensor(value) and value.ndim:
-            yield value
-        elif isinstance(value, dict):
-            yield from _flat(value.values())
-        elif isinstance(value, list | tuple) and value:
-            if all(torch.is_tensor(one) for one in value):
-                yield list(value)
-            yield from _flat(value)
-
-
-def _same(row, other) -> bool:
-    """Whether two rows carry the same; a cast of one counts."""
-    if not torch.is_tensor(row) or not torch.is_tensor(other):
-        ours, others = (list(_flat([value])) if not torch.is_tensor(value) else [value] for value in (row, other))
-        ours, others = ([one for one in values if torch.is_tensor(one)] for values in (ours, others))
-        return bool(ours) and len(ours) == len(others) and all(map(_same, ours, others))
-    return row.shape == other.shape and torch.equal(row, other.to(row))
-
-
-def _same_part(text: list, start: int, stop: int, other, first: int, last: int) -> bool:
-    """Whether the first and the last row of a part carry what two rows of another text do."""
-    return _same(text[start], other[first]) and _same(text[stop - 1], other[last])
-
-
-_NEGATIVE = ("negative", "uncond", "null")
-_NO_TEXT = (
-    "mask", "ids", "size", "crop", "pos", "len", "latent", "noise", "pred", "scale", "model", "out", "sample", "control",
-)  # fmt: skip
-_TEXT = ("encoder_hidden", "text", "pool", "prompt", "cap")  # not pictures, which some pipelines order otherwise
-
-
-def _negatives(variables: dict[str, Any]) -> list[tuple[torch.Tensor | list, torch.Tensor | list | None]]:
-    """Texts of the unconditional part that a pipeline holds, each with that of the conditional part if it has the
-    same name without "negative"."""
-    found = []
-    for name, value in variables.items():
-        mark = next((f"{mark}_" for mark in _NEGATIVE if mark in name), "neg_" if name.startswith("neg_") else None)
-        if mark is None or any(word in name for word in _NO_TEXT):
-            continue
-        ours, theirs = list(_flat([value])), list(_flat([variables.get(name.replace(mark, ""))]))
-        theirs = theirs if len(theirs) == len(ours) else [None] * len(ours)
-        found += list(zip(ours, theirs, strict=True))
-    return found
-
-
 @dataclass
 class _Progress:
     """What is remembered of a generation to tell its calls apart."""
@@ -251,11 +122,10 @@ class _Progress:
     first: float | None = None
     second: float | None = None  # the first other time: rising or falling
     timestep: float | None = None
-    step: Any = None  # which turn of the pipeline's loop
-    ordinal: int = 0  # which call of it
+    place: Any = None  # of this turn in the pipeline's loop
+    turn: Turn = field(default_factory=Turn)
+    ordinal: int = 0  # of this turn's next call
     shapes: dict[str, tuple] = field(default_factory=dict)  # of the sample of each denoiser
-    seen: list[str] = field(default_factory=list)  # roles in this turn
-    texts: dict[str, tuple] = field(default_factory=dict)  # that the conditional rows of this turn carried
     known: dict[tuple, tuple[tuple[str, ...], bool]] = field(default_factory=dict)  # by place in the source
     held: Any = None  # the sampler's timestep, so that its id is not another's
 
@@ -288,7 +158,7 @@ class CallReader:
 
     def _undriven_call(self, arguments: Arguments) -> Call:
         rows, times = len(arguments.sample), _row_times(arguments)
-        time, shape = times[0], _shape(arguments.sample)
+        time, shape = times[0], arguments.shape
         last = None if self._undriven is None else self._undriven[1]
         is_start = last is None or last.shapes[""] != shape or (time > last.timestep and time >= last.first)
         if is_start:
@@ -300,8 +170,9 @@ class CallReader:
             Part("cond", None if len(starts) == 1 else i, start / rows, stop / rows, times[start])
             for i, (start, stop) in enumerate(zip(starts, [*starts[1:], rows], strict=True))
         )
-        grid = _grid(arguments.sample, {}, arguments)
-        return Call(time, parts, rows, rows, rows, grid, None, None, weakref.ref(generation), None, (), is_start)
+        return Call(
+            time, parts, rows, rows, rows, _grid(arguments, {}), weakref.ref(generation), is_start=is_start
+        )  # fmt: skip
 
     def _driven_call(self, arguments: Arguments, caller: Caller, component: str) -> Call:
         family, variables = caller.family, caller.variables
@@ -309,36 +180,35 @@ class CallReader:
             raise ValueError(f"{type(caller.pipeline).__name__} cannot be followed: {family.refused}.")
         progress = caller.generation.kept.setdefault(self, _Progress())
         rows = len(arguments.sample)
-        images, prompts = _images(variables, rows)
+        drawn = Drawn.of(variables, rows)
+        record = {
+            "rows": rows, "images": drawn.images, "prompts": drawn.prompts, "run": weakref.ref(caller.generation),
+            "grid": _grid(arguments, variables, caller.property("vae_scale_factor", 8)), "caller": weakref.ref(caller.pipeline),
+        }  # fmt: skip
         sampler_time, scheduler = caller.value(family.time), _scheduler(caller)
         if _is_aside(arguments, caller, sampler_time):
-            part = Part("other", None, 0.0, 1.0, 0.0)
-            return Call(
-                0.0, (part,), rows, images, prompts, _grid(arguments.sample, variables, arguments), None, None,
-                weakref.ref(caller.generation), weakref.ref(caller.pipeline), (), False,
-            )  # fmt: skip
+            return Call(0.0, (Part("other", None, 0.0, 1.0, 0.0),), **record)
         if sampler_time is None:
             sampler_time = _told(arguments, caller, scheduler)
-        view = tuple(variables.get(name) for name in family.view)
-        time = training_time(_number(sampler_time, caller), scheduler)
-        turn = (id(sampler_time), *(variables.get(name) for name in family.index), *view)
-        if turn != progress.step or not progress.ordinal:
-            progress.step, progress.ordinal, progress.seen, progress.texts = turn, 0, [], {}
+        time, view = training_time(_number(sampler_time, caller), scheduler), tuple(map(variables.get, family.view))
+        place = (id(sampler_time), *map(variables.get, family.index), *view)
+        if place != progress.place:
+            progress.place, progress.turn, progress.ordinal = place, Turn(), 0
         progress.held = sampler_time
-        is_start = self._moves(progress, time, component, (images, *_shape(arguments.sample)[1:]))
-        roles, is_tiled = self._roles(arguments, caller, component, rows, images, prompts, progress)
-        share, ordinal = 1 / len(roles), progress.ordinal
+        is_start = self._moves(progress, time, component, (drawn.images, *arguments.shape[1:]))
+        roles, in_turns = self._roles(arguments, caller, component, drawn, progress)
+        share = 1 / len(roles)
         parts = tuple(
-            Part(role, None if role == "cond" else 100 * ordinal + i, i * share, (i + 1) * share, time)
+            Part(role, None if role == "cond" else 100 * progress.ordinal + i, i * share, (i + 1) * share, time)
             for i, role in enumerate(roles)
         )
         progress.ordinal += 1
-        progress.seen += roles
+        progress.turn.seen += roles
         guidance = caller.property("guidance_scale")
         return Call(
-            time, parts, rows, images, prompts, _grid(arguments.sample, variables, arguments),
-            float(guidance) if isinstance(guidance, int | float) else None, noise_schedule(scheduler),
-            weakref.ref(caller.generation), weakref.ref(caller.pipeline), view, is_start, is_tiled, _given(arguments),
+            time, parts, **record, guidance=float(guidance) if isinstance(guidance, int | float) else None,
+            alphas_cumprod=noise_schedule(scheduler), view=view, is_start=is_start, in_turns=in_turns,
+            given=_given(arguments),
         )  # fmt: skip
 
     def _moves(self, progress: _Progress, time: float, component: str, shape: tuple) -> bool:
@@ -356,121 +226,25 @@ class CallReader:
         return is_start
 
     def _roles(
-        self, arguments: Arguments, caller: Caller, component: str, rows: int, images: int, prompts: int | None,
-        progress: _Progress,
-    ) -> tuple[tuple[str, ...], bool]:  # fmt: skip
-        """What the equal parts of the batch are, and whether its images are of each prompt in turn."""
+        self, arguments: Arguments, caller: Caller, component: str, drawn: Drawn, progress: _Progress
+    ) -> tuple[tuple[str, ...], bool]:
+        """What the equal parts of the batch are, and whether its images are of each prompt in turn; looked at once for
+        each place that calls, as comparing texts makes the device wait."""
         if component in caller.family.components:
             return (caller.family.components[component],), False
         guided = bool(caller.property("do_classifier_free_guidance", False))
-        place = (component, caller.line, progress.ordinal, rows, images, guided)
-        if place not in progress.known or self._names_part(caller):
-            progress.known[place] = self._compare(arguments, caller, rows, images, prompts, guided, progress)
+        place = (
+            component,
+            caller.line,
+            progress.ordinal,
+            len(arguments.sample),
+            drawn.images,
+            guided,
+            named_part(caller),
+        )
+        if place not in progress.known:
+            progress.known[place] = roles_of(arguments, caller, drawn, guided, progress.turn)
         return progress.known[place]
-
-    def _names_part(self, caller: Caller) -> str | None:
-        """The part of guidance that a guider calls for; guiders call once for each, and say which."""
-        for name in ("guider_state_batch", "batch"):
-            identifier = getattr(caller.variables.get(name), "__guidance_identifier__", None)
-            if identifier is not None:
-                return {"pred_cond": "cond", "pred_uncond": "uncond"}.get(identifier, "perturbed")
-        return None
-
-    def _compare(
-        self, arguments: Arguments, caller: Caller, rows: int, images: int, prompts: int | None, guided: bool,
-        progress: _Progress,
-    ) -> tuple[tuple[str, ...], bool]:  # fmt: skip
-        """What the equal parts of a batch are, by the text they carry."""
-        if rows % images:
-            raise ValueError(
-                f"{type(caller.pipeline).__name__} calls the denoiser with {rows} rows for {images} images: this "
-                "layout of guidance is not supported; expected a multiple."
-            )
-        texts, negatives = arguments.texts(), _negatives(caller.variables)
-        bounds = [(start, start + images) for start in range(0, rows, images)]
-        named = self._names_part(caller)
-        if named is not None:
-            roles = (named,)
-        elif len(bounds) > 1:
-            roles = _batch(texts, negatives, bounds, caller, guided)
-        else:
-            roles = (_single(texts, negatives, images, caller.family, progress),)
-        if "cond" not in roles:
-            return roles, False
-        start, stop = bounds[roles.index("cond")]
-        progress.texts = {name: (text[start], text[stop - 1]) for name, text in texts.items()}
-        return roles, prompts is not None and 1 < prompts < images and _take_turns(texts, start, prompts, caller)
-
-
-def _take_turns(texts: dict[str, list], start: int, prompts: int, caller: Caller) -> bool:
-    """Whether the images of several prompts are drawn in turns, one of each prompt."""
-    told = [
-        not beside
-        for name, text in texts.items()
-        if any(word in name for word in _TEXT)
-        and not any(word in name for word in _NO_TEXT)
-        and (beside := _same(text[start], text[start + 1])) != _same(text[start], text[start + prompts])
-    ]
-    if any(told) and not all(told):
-        raise ValueError(
-            f"{type(caller.pipeline).__name__} gives an image the text of one prompt and the pooled text of another, "
-            "where there are several prompts and several images of each: draw one at a time."
-        )
-    return any(told)
-
-
-def _matches(text, start: int, stop: int, known) -> bool:
-    return len(known) > 0 and _same_part(text, start, stop, known, 0, len(known) - 1)
-
-
-def _batch(texts: dict[str, list], negatives: list, bounds: list, caller: Caller, guided: bool) -> tuple[str, ...]:
-    """Of a batch of several parts."""
-    for text in texts.values():
-        for negative, _ in negatives:
-            unconditional = [_matches(text, *bound, negative) for bound in bounds]
-            if any(unconditional) and not all(unconditional):
-                roles, conditional = [], None
-                for bound, is_negative in zip(bounds, unconditional, strict=True):
-                    if is_negative:
-                        roles.append("uncond")
-                    elif conditional is None:
-                        conditional = bound
-                        roles.append("cond")
-                    else:
-                        again = _same_part(text, *bound, text, conditional[0], conditional[1] - 1)
-                        roles.append("perturbed" if again else "other")
-                return tuple(roles)
-    layouts = [tuple(layout.split()) for layout in caller.family.batch] if guided else [("cond",)]
-    if bool(caller.property("do_perturbed_attention_guidance", False)):
-        layouts = [(*layout, "perturbed") for layout in layouts]
-    elif not guided and not negatives:  # guidance that the pipeline has no property for
-        layouts = [tuple(layout.split()) for layout in caller.family.batch]
-    fitting = [layout for layout in layouts if len(layout) == len(bounds)]
-    if not fitting:
-        raise ValueError(
-            f"{type(caller.pipeline).__name__} calls the denoiser with {len(bounds)} rows for each image: this layout "
-            f"of guidance is not supported; expected {' or '.join(' + '.join(layout) for layout in layouts)}."
-        )
-    return fitting[0]
-
-
-def _single(texts: dict[str, list], negatives: list, images: int, family: Family, progress: _Progress) -> str:
-    """Of a call for one part of guidance alone."""
-    either = False
-    for text in texts.values():
-        for negative, positive in negatives:
-            if _matches(text, 0, images, negative):
-                either = True
-                if positive is None or not len(positive) or not _matches(text, 0, images, positive):
-                    return "uncond"
-    if not progress.seen:
-        return family.calls[0]
-    shared = texts.keys() & progress.texts.keys()
-    again = bool(shared) and all(
-        _same(texts[name][0], progress.texts[name][0]) and _same(texts[name][images - 1], progress.texts[name][1])
-        for name in shared
-    )
-    return "perturbed" if again and not (either and "uncond" not in progress.seen) else family.calls[-1]
 
 
 def _is_aside(arguments: Arguments, caller: Caller, sampler_time) -> bool:
@@ -537,39 +311,49 @@ def _given(arguments: Arguments) -> torch.Tensor | None:
     return (told == 0) & (told.amax(1, keepdim=True) > 0)
 
 
-def _images(variables: dict[str, Any], rows: int) -> tuple[int, int | None]:
-    """How many images and prompts are being drawn; the latter `None` where that is not known."""
-    prompts, latents = variables.get("batch_size"), variables.get("latents")
-    each = next((variables[name] for name in _PER_PROMPT if isinstance(variables.get(name), int)), 1)
-    drawn = len(latents) if torch.is_tensor(latents) and latents.ndim and rows % len(latents) == 0 else None
-    if not isinstance(prompts, int) or prompts < 1:
-        return drawn or rows, None
-    if drawn == prompts and prompts % each == 0:  # some pipelines count the images of all prompts in `batch_size`
-        return drawn, prompts // each
-    images = next((count for count in (prompts * each, prompts, drawn) if count and rows % count == 0), rows)
-    return images, prompts if images % prompts == 0 else None
+@dataclass(frozen=True)
+class Grid:
+    """
+    Over what a sample lies.
+
+    Args:
+        frames, height, width (`int`): of the sample; zeros where that is not known.
+        pixels (`int`): of the picture that one of these is; what is smaller is left out.
+    """
+
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+    pixels: int = 1
+
+    def tokens(self, count: int, frames: int) -> tuple[int, int, int] | None:
+        """Frames, height and width of so many tokens over so many frames, if they are patches of it."""
+        known = self.height // self.pixels, self.width // self.pixels
+        for patch in range(1, 17):
+            height, width = known[0] // patch, known[1] // patch
+            if self.pixels == 1 and (known[0] % patch or known[1] % patch):
+                continue
+            for share in (1, 2, 4, 8):  # frames that one token holds
+                if frames % share == 0 and frames // share * height * width == count:
+                    return frames // share, height, width
+        return None
 
 
-def _shape(sample) -> tuple[int, ...]:
-    return tuple(sample.shape) if torch.is_tensor(sample) else (len(sample), *_shape(sample[0]))
-
-
-def _grid(sample, variables: dict[str, Any], arguments: Arguments) -> tuple[int, int, int]:
-    """Frames, height and width over which the sample lies; zeros where that is not known."""
-    shape = _shape(sample)
+def _grid(arguments: Arguments, variables: dict[str, Any], scale: int = 8) -> Grid:
+    """Over what the sample lies; `scale`: pixels of the picture that one of its latents is."""
+    shape = arguments.shape
     if len(shape) == 4:
-        return 1, shape[2], shape[3]
+        return Grid(1, shape[2], shape[3])
     if len(shape) == 5:  # (rows, channels, frames, ...) or (rows, frames, channels, ...)
         frames = shape[1] if shape[2] == arguments.channels != shape[1] else shape[2]
-        return frames, shape[3], shape[4]
-    told = arguments.by_name
-    sizes = [told.get(name) for name in ("num_frames", "height", "width")]
+        return Grid(frames, shape[3], shape[4])
+    sizes = [arguments.by_name.get(name) for name in ("num_frames", "height", "width")]
     if all(isinstance(size, int) for size in sizes):
-        return tuple(sizes)
+        return Grid(*sizes)
     height, width = (variables.get(name) for name in ("height", "width"))
     if isinstance(height, int) and isinstance(width, int):
-        return 1, height, width
-    return 0, 0, 0
+        return Grid(1, height, width, pixels=scale)
+    return Grid()
 
 
 _OVER_TIME = ("motion_modules", "temp_attentions", "temp_convs", "temporal_transformer_blocks", "transformer_in")
@@ -585,7 +369,7 @@ def token_grid(call: Call, site: str, batch: int, space: tuple[int, ...]) -> Tok
         space (`tuple[int, ...]`): the shape of what a row holds: `(height, width)`, `(frames, height, width)` or
             `(tokens,)`.
     """
-    frames, height, width = call.grid
+    frames = call.grid.frames
     if is_text(site) or call.view or any(part in _OVER_TIME for part in site.split(".")):
         return None
     if batch == call.images < call.rows:
@@ -598,13 +382,5 @@ def token_grid(call: Call, site: str, batch: int, space: tuple[int, ...]) -> Tok
         return TokenGrid(*space, 1, beside)
     if len(space) == 3:
         return TokenGrid(*space[1:], space[0], beside)
-    if not height or not width:
-        return None
-    depth = 1 if beside > 1 else frames
-    for share in (1, 2, 4, 8):  # frames that one token holds
-        if depth % share == 0:
-            factor = math.sqrt(height * width * (depth // share) / space[0])
-            patch = round(factor)
-            if patch and abs(factor - patch) < 1e-6 and height % patch == width % patch == 0:
-                return TokenGrid(height // patch, width // patch, depth // share, beside)
-    return None
+    found = call.grid.tokens(space[0], 1 if beside > 1 else frames) if frames else None
+    return None if found is None else TokenGrid(found[1], found[2], found[0], beside)

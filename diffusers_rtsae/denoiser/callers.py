@@ -51,9 +51,7 @@ class Family:
 
 #: The first entry whose names match is the family of a pipeline; whatever is left is called as the last one.
 FAMILIES = (
-    Family(
-        "CosStableDiffusionXLInstructPix2Pix|StableDiffusion(XL)?InstructPix2Pix", batch=("cond uncond uncond",)
-    ),
+    Family("CosStableDiffusionXLInstructPix2Pix|StableDiffusion(XL)?InstructPix2Pix", batch=("cond uncond uncond",)),
     Family("AceStep", batch=("cond uncond",), time=("t_curr", "t_sched")),
     Family("Lumina(?!2)|DiTPipeline|Wuerstchen|StableCascade|ZImage", batch=("cond uncond",)),
     Family("StableDiffusionPanorama", view=("j",)),

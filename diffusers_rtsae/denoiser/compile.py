@@ -9,8 +9,8 @@ import weakref
 import torch
 from torch import nn
 
+from .arguments import Arguments, named
 from .blocks import DENOISERS, Block, unwrapped
-from .call import Arguments, named
 
 _taps: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _numbers = itertools.count()

@@ -19,8 +19,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from .arguments import Arguments
 from .blocks import Block, describe, get_site
-from .call import Arguments, Call, CallReader
+from .call import Call, CallReader
 from .callers import Generation
 from .compile import compiled_begin, compiled_site, is_compiled, register
 

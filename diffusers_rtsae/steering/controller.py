@@ -218,7 +218,7 @@ class Controller:
                 run.checked.add(id(plan))
             run.plans.setdefault(plan.sae.config.site, []).append(((name, plan.sae.config.site), plan))
         for key, state in run.states.items():
-            state.guidance, state.images = call.guidance, call.images if call.is_tiled else None
+            state.guidance, state.images = call.guidance, call.images if call.in_turns else None
             # a cache may leave the block out; then its last change stands
             if key[-1] == call.view and state.timestep is not None and any(part.role == "cond" for part in call.parts):
                 state.timestep = call.timestep
@@ -303,7 +303,7 @@ class _Edited:
         if key not in self.run.states:
             call = self.call
             state = PlanState() if call.caller is None else plan.begin(call.alphas_cumprod, call.guidance)
-            state.images = call.images if call.is_tiled else None
+            state.images = call.images if call.in_turns else None
             self.run.states[key] = state
         return self.run.states[key]
 
@@ -344,10 +344,10 @@ class _Edited:
         return change * ~given[rows, :, None]
 
     def _no_grid(self, tokens: int) -> str:
-        frames, height, width = self.call.grid
+        grid = self.call.grid
         return (
-            f"Cannot lay {tokens} tokens of {self.site} out over a {height}x{width} latent of {frames} frames; spatial "
-            "masks need a grid."
+            f"Cannot lay {tokens} tokens of {self.site} out over a {grid.height}x{grid.width} latent of {grid.frames} "
+            "frames; spatial masks need a grid."
         )
 
     def _report(self, plan: SitePlan, state: PlanState, change: torch.Tensor | None, tokens: torch.Tensor) -> None:
@@ -380,7 +380,7 @@ def _check_batch(edit: Edit, call: Call) -> None:
     """Raise `ValueError` if an edit has another number of strengths or masks than there are prompts."""
     strengths, masks = len(edit.strength_at(1000)), 1 if edit.mask is None else len(edit.mask)
     for what, given in {"strengths": strengths, "masks": masks}.items():
-        per_frame = what == "masks" and edit.mask is not None and edit.mask.ndim == 3 and call.grid[0] > 1
+        per_frame = what == "masks" and edit.mask is not None and edit.mask.ndim == 3 and call.grid.frames > 1
         expected = given if call.prompts is None else call.prompts
         if (given not in (1, expected, call.images) or call.images % given) and not per_frame:
             raise ValueError(f"Expected 1 or as many {what} as prompts ({call.prompts or call.images}), got {given}.")

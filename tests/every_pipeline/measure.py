@@ -12,7 +12,7 @@ import functools
 import inspect
 import traceback
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +108,8 @@ class Watch:
             timestep = args[0] if args else kwargs.get("timestep")
             for call in self.calls:
                 if call.timestep is None and timestep is not None and (not torch.is_tensor(timestep) or timestep.numel() == 1):
-                    call.timestep = training_time(float(timestep), scheduler)
+                    with suppress(ValueError):  # a unit that is not known
+                        call.timestep = training_time(float(timestep), scheduler)
             return step(self_, model_output, *args, **kwargs)
 
         kind.step = told  # of the class, as pipelines copy schedulers
@@ -169,9 +170,17 @@ def _by_row(values, rows: int):
             if are_rows and not all(one.ndim > 2 and len(one) == rows for one in value):  # else one of each layer
                 yield [one.detach().clone() for one in value]
             elif len(value) == rows and all(isinstance(one, list | tuple) and one for one in value):
-                yield [torch.cat([part.flatten().float() for part in _tensors(one)]) for one in value]
+                yield [torch.cat([part.flatten().float() for part in _nested(one)]) for one in value]
             else:
                 yield from _by_row(value, rows)
+
+
+def _nested(value) -> list[torch.Tensor]:
+    """All tensors in nested lists, at least an empty one."""
+    if torch.is_tensor(value):
+        return [value]
+    inner = [part for one in value for part in _nested(one)] if isinstance(value, list | tuple) else []
+    return inner or [torch.zeros(0)]
 
 
 def _tensors(output) -> list[torch.Tensor]:

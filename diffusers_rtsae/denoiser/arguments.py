@@ -1,0 +1,119 @@
+"""The arguments of a denoiser call, however they were passed, and what of them belongs to each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "r", "timestep_img", "bb_ca_time", "decoder_noise_time")
+
+
+class Arguments:
+    """
+    The arguments of a denoiser call by name, however they were passed.
+
+    Args:
+        names (`list[str]`): of the parameters of its `forward`, in order.
+        channels (`int`, *optional*): of its sample.
+    """
+
+    def __init__(self, names: list[str], args: tuple, kwargs: dict, channels: int | None = None):
+        self.names, self.args, self.kwargs, self.channels = names, args, kwargs, channels
+        self.by_name = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.sample_name = next((name for name in names if self.by_name.get(name) is not None), None)
+        if self.sample_name is None:
+            raise ValueError("The denoiser is called without a sample.")
+
+    @property
+    def sample(self) -> torch.Tensor | list:
+        """The noisy latents: `(rows, ...)`, or a list of them."""
+        return self.by_name[self.sample_name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the sample, or of the first of them after their number."""
+        return _shape(self.sample)
+
+    @property
+    def timestep(self) -> torch.Tensor | float | None:
+        """The time that the denoiser is told, in whatever unit it wants."""
+        return next((self.by_name[name] for name in _TIMESTEPS if self.by_name.get(name) is not None), None)
+
+    def with_sample(self, sample) -> tuple[tuple, dict]:
+        """`(args, kwargs)` of the same call with another sample."""
+        return self._with(self.sample_name, sample)
+
+    def with_timestep(self, timestep) -> tuple[tuple, dict]:
+        """`(args, kwargs)` of the same call at another time."""
+        return self._with(next(name for name in _TIMESTEPS if self.by_name.get(name) is not None), timestep)
+
+    def _with(self, name: str, value) -> tuple[tuple, dict]:
+        place = self.names.index(name)
+        if place < len(self.args):
+            return (*self.args[:place], value, *self.args[place + 1 :]), self.kwargs
+        return self.args, {**self.kwargs, name: value}
+
+    def texts(self) -> dict[str, list]:
+        """What may carry text: every argument with something for each row of the sample, or one for all, but that and
+        the time; row by row."""
+        skipped, rows = {self.sample_name, *_TIMESTEPS}, len(self.sample)
+        found = {}
+        for name, value in named(self.by_name):
+            own = None if name in skipped or "mask" in name else _rows(value, rows)
+            if own is not None:
+                found[name] = own
+        return found
+
+
+def _shape(sample) -> tuple[int, ...]:
+    return tuple(sample.shape) if torch.is_tensor(sample) else (len(sample), *_shape(sample[0]))
+
+
+def named(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested arguments with their names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from named(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _rows(value, rows: int) -> list | None:
+    """What of an argument belongs to each row, the first of it where frames have something each; `None` if nothing
+    does."""
+    if torch.is_tensor(value) and value.ndim > 1 and len(value) == 1:
+        return [value[0]] * rows
+    if torch.is_tensor(value) and value.ndim and len(value) and len(value) % rows == 0:
+        return [value[row * (len(value) // rows)] for row in range(rows)]
+    if isinstance(value, list | tuple) and len(value) == rows and any(True for _ in flat(value)):
+        return list(value)
+    return None
+
+
+def flat(values) -> Iterator[torch.Tensor | list]:
+    """Tensors, and lists of tensors, among nested values."""
+    for value in values:
+        if torch.is_tensor(value) and value.ndim:
+            yield value
+        elif isinstance(value, dict):
+            yield from flat(value.values())
+        elif isinstance(value, list | tuple) and value:
+            if all(torch.is_tensor(one) for one in value):
+                yield list(value)
+            yield from flat(value)
+
+
+def same(row, other) -> bool:
+    """Whether two rows carry the same; a cast of one counts."""
+    if not torch.is_tensor(row) or not torch.is_tensor(other):
+        ours, others = (list(flat([value])) if not torch.is_tensor(value) else [value] for value in (row, other))
+        ours, others = ([one for one in values if torch.is_tensor(one)] for values in (ours, others))
+        return bool(ours) and len(ours) == len(others) and all(map(same, ours, others))
+    return row.shape == other.shape and torch.equal(row, other.to(row))
+
+
+def same_part(text: list, start: int, stop: int, other, first: int, last: int) -> bool:
+    """Whether the first and the last row of a part carry what two rows of another text do."""
+    return same(text[start], other[first]) and same(text[stop - 1], other[last])
