@@ -148,6 +148,9 @@ class SimulatedTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
     def tolist(self) -> list:
         _note("wait")
         return self.held.tolist()
@@ -300,7 +303,13 @@ class _Module(_DummyBackendModule):
         return bool(_entered)
 
     def device_count(self) -> int:
-        return 2
+        return len(_entered[:1])
+
+    def get_rng_state(self, *device) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, *device) -> None:
+        torch.set_rng_state(state)
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16, torch.float32]

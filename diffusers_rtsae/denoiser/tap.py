@@ -13,6 +13,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,9 @@ from .blocks import Block, describe, get_site
 from .call import Call, CallReader
 from .callers import Generation
 from .compile import compiled_begin, compiled_site, is_compiled, register
+
+
+_alone: ContextVar[Tap | None] = ContextVar("rtsae_alone", default=None)
 
 
 class Observer(Protocol):
@@ -63,7 +67,7 @@ class Tap:
         self._runs: dict[str, list[_SiteRun]] = {}  # of sites that gradients may run again
         self._is_differentiated = False
         self.component = ""  # of the last call
-        self.is_paused = False
+        self.denoiser: weakref.ref[nn.Module] = _nothing  # of the last call, but not inside compiled code
         self.handle = register(self)
 
     def __getstate__(self) -> dict:
@@ -133,6 +137,20 @@ class Tap:
         if call.is_start:
             self._runs = {}
         self._observer().begin(call, arguments)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Calls of a denoiser in this context inside the `with` block are told to nobody else."""
+        token = _alone.set(self)
+        try:
+            yield
+        finally:
+            _alone.reset(token)
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether another tap is to be alone."""
+        return _alone.get() not in (None, self)
 
     @property
     def call(self) -> Call | None:
@@ -216,17 +234,18 @@ class _CallHook(_Hook):
         return handles
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict):
-        if self.tap.is_paused:
-            return None
         arguments = Arguments(self.names, args, kwargs, self.channels)
         if torch.compiler.is_compiling():
             return arguments.with_sample(compiled_begin(arguments, self.component, self.tap.handle))
+        if self.tap.is_asleep:
+            return None
+        self.tap.denoiser = self.module
         self.tap.renew(self.component, module)
         self.tap.begin(self.component, arguments)
         return None
 
     def end(self, module: nn.Module, args: tuple, output) -> None:
-        if not self.tap.is_paused:
+        if not self.tap.is_asleep:
             self.tap._observer().end(self.tap.call, output)
 
 
@@ -253,7 +272,7 @@ class _SiteHook(_Hook):
 
     def edit(self, args: tuple, kwargs: dict, output):
         """What the module is to return instead of `output`."""
-        if self.tap.is_paused:
+        if not torch.compiler.is_compiling() and self.tap.is_asleep:
             return output
         block_input, hidden_states = self.block.input(args, kwargs), self.block.output(output)
         if torch.compiler.is_compiling():

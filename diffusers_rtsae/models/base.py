@@ -147,6 +147,7 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
 
     matrices = ("encoder", "decoder")  # stored in half precision; all else stays float32
     activations = ("output", "update")  # what of a site it can be of
+    reads_past = False  # whether a code depends on the activations at earlier steps
     summary = ""  # what the model card says of the kind
 
     def __init__(self, anchors: list[int], num_latents: int, activation: str):

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..denoiser import Arguments, Block, Call, Part, Tap, get_site, noise_schedule, token_grid
 from .edits import Edit
+from .past import catch_up
 from .plan import Counts, PlanState, SitePlan
 
 if TYPE_CHECKING:
@@ -67,6 +68,15 @@ class _Run:
     checked: set[int] = field(default_factory=set)  # plans whose edits fit this generation's batch
     counts: _Report = field(default_factory=dict)
     plans: dict[str, list[tuple[tuple, SitePlan]]] = field(default_factory=dict)  # that act at this step, by site
+
+    def state(self, key: tuple, plan: SitePlan, part: Part, call: Call) -> PlanState:
+        """What is remembered of a dictionary; a conditional part with a time of its own has its own."""
+        key = (*key, part.branch if part.role == "cond" else None, call.view)
+        if key not in self.states:
+            state = PlanState() if call.caller is None else plan.begin(call.alphas_cumprod, call.guidance)
+            state.images = call.images if call.in_turns else None
+            self.states[key] = state
+        return self.states[key]
 
     def copy(self) -> _Run:
         """The same, which goes on by itself and tells nobody what it does."""
@@ -217,6 +227,7 @@ class Controller:
                     _check_batch(edit, call)
                 run.checked.add(id(plan))
             run.plans.setdefault(plan.sae.config.site, []).append(((name, plan.sae.config.site), plan))
+        catch_up(run, call, arguments, self._tap)
         for key, state in run.states.items():
             state.guidance, state.images = call.guidance, call.images if call.in_turns else None
             # a cache may leave the block out; then its last change stands
@@ -292,20 +303,10 @@ class _Edited:
                 self._add([change for change in changes if change is not None], rows)
             for part, rows in parts:
                 for key, plan in self.run.plans[self.site]:
-                    memory = self._state(key, plan, part).memories.get(part.branch)
+                    memory = self.run.state(key, plan, part, self.call).memories.get(part.branch)
                     if memory is not None and memory.is_waiting:
                         memory.continue_with(self._tokens(plan, rows, self.edited))
         return self.edited
-
-    def _state(self, key: tuple, plan: SitePlan, part: Part) -> PlanState:
-        """What is remembered of a dictionary; a conditional part with a time of its own has its own."""
-        key = (*key, part.branch if part.role == "cond" else None, self.call.view)
-        if key not in self.run.states:
-            call = self.call
-            state = PlanState() if call.caller is None else plan.begin(call.alphas_cumprod, call.guidance)
-            state.images = call.images if call.in_turns else None
-            self.run.states[key] = state
-        return self.run.states[key]
 
     def _tokens(self, plan: SitePlan, rows: slice, hidden_states: torch.Tensor) -> torch.Tensor:
         """The activation the plan's dictionary is about, `(B, N, d)`."""
@@ -314,7 +315,7 @@ class _Edited:
 
     def _change(self, key: tuple, plan: SitePlan, part: Part, rows: slice) -> torch.Tensor | None:
         """What a plan adds to a part, `(B, N or 1, d)`."""
-        state, tokens = self._state(key, plan, part), self._tokens(plan, rows, self.hidden_states)
+        state, tokens = self.run.state(key, plan, part, self.call), self._tokens(plan, rows, self.hidden_states)
         check_channels(self.site, plan.sae.config.in_channels, tokens.shape[-1])
         reads_input = plan.sae.config.activation == "input"
         written = tokens

@@ -309,6 +309,24 @@ class SitePlan:
         """A new generation on another noise schedule, with this scale of guidance."""
         return PlanState(TimeGrid(self.sae.config.anchors, alphas_cumprod), guidance)
 
+    def reads(self, role: str) -> bool:
+        """Whether latents of rows with this role are read."""
+        return any(edit.read for edit in self.edits if role == "cond" or edit.apply_to == "all")
+
+    def recall(
+        self, state: PlanState, branch: int | None, tokens: torch.Tensor, timestep: float, size: TokenGrid | None
+    ) -> None:
+        """Remember tokens `(B, N, d)` of a step that was before the first one."""
+        self._ready(tokens.device)
+        memory = state.memories.setdefault(branch, self.reader.begin())
+        self.reader.read(memory, tokens, (state.grid or self.grid).step(timestep, size, state.guidance))
+        memory.continue_with(tokens)
+
+    def _ready(self, device: torch.device) -> None:
+        with _loading:  # one thread loads what all of them use
+            if self.device != device:
+                self._load(device)
+
     def conditional(
         self,
         state: PlanState,
@@ -387,9 +405,7 @@ class SitePlan:
         counts: list[Counts] | None = None,
     ) -> list[tuple[_Fold, tuple[torch.Tensor, torch.Tensor]]]:
         """What the folds whose `apply_to` is among these add at this step."""
-        with _loading:  # one thread loads what all of them use
-            if self.device != tokens.device:
-                self._load(tokens.device)
+        self._ready(tokens.device)
         folds = [fold for fold in self.folds if fold.options.apply_to in apply_to]
         reads = any(edit.read for fold in folds for edit in fold.edits)
         step, latents = (state.grid or self.grid).step(timestep, size, state.guidance), None

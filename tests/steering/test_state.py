@@ -279,3 +279,70 @@ def test_blocks_that_are_compiled_by_assignment_are_sites(steered):
     wanted = steered("a star", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np")
     np.testing.assert_allclose(found.images, wanted.images, atol=1e-3)
     assert not np.array_equal(expected.images, wanted.images)
+
+
+@torch.no_grad()
+def latents_read(pipe, timestep: float, draw) -> torch.Tensor:
+    """The codes that an edit reads at a step of a generation, `(images, tokens, latents)`."""
+    found, rows = {}, list(range(256))
+    pipe.set_rtsae_features({(SITE, i): 1.0 for i in rows}, operation="clamp", apply_to="cond")
+    from diffusers_rtsae.models.rtsae import PrefixReader
+
+    read = PrefixReader.read
+
+    def reading(reader, memory, tokens, step):
+        codes = read(reader, memory, tokens, step)
+        found.setdefault(round(step.timestep), codes)
+        return codes
+
+    PrefixReader.read = reading
+    try:
+        draw()
+    finally:
+        PrefixReader.read = read
+        pipe.set_rtsae_features({})
+    return found[timestep]
+
+
+@pytest.mark.parametrize("start", [0.6, 0.4, 0.2])
+def test_what_is_read_from_the_middle_is_what_is_read_from_the_beginning(steered, start):
+    """Clean latents are given, and the noise of one generation from the start and of one from the middle is the same."""
+    steered.scheduler = DDIMScheduler.from_config(steered.scheduler.config)
+    image_to_image = StableDiffusionImg2ImgPipeline(**steered.components, requires_safety_checker=False)
+    image_to_image.set_progress_bar_config(disable=True)
+    prompts = ["a red star", "a large blue heart on the left", "a small green circle"]
+    call = {"num_inference_steps": 10, "output_type": "latent", "guidance_scale": 3.0}
+    clean = steered(prompts, generator=[torch.Generator().manual_seed(i) for i in range(3)], **call).images
+
+    def draw(strength):
+        generators = [torch.Generator().manual_seed(9 + i) for i in range(3)]
+        return image_to_image(prompts, image=clean, strength=strength, generator=generators, **call)
+
+    timestep = int(steered.scheduler.timesteps[round(10 * (1 - start))])
+    middle = latents_read(steered, timestep, lambda: draw(start))
+    # the beginning: the anchors that came before, noised with the same noise, are the steps of a run of its own
+    alphas, anchors = steered.scheduler.alphas_cumprod, [961, 481, 1]
+    noise = torch.cat([torch.randn(1, *clean.shape[1:], generator=torch.Generator().manual_seed(9 + i)) for i in range(3)])
+    text, _ = steered.encode_prompt(prompts, "cpu", 1, False)
+
+    def from_the_beginning():
+        steered.reset_rtsae_state()
+        for t in [*(anchor for anchor in anchors if anchor > timestep), timestep]:
+            noisy = alphas[t].sqrt() * clean + (1 - alphas[t]).sqrt() * noise
+            steered.unet(noisy, torch.tensor(t), encoder_hidden_states=text)
+
+    whole = latents_read(steered, timestep, from_the_beginning)
+    assert torch.cosine_similarity(middle.flatten(1), whole.flatten(1)).min() > 0.9
+
+
+def test_a_past_that_cannot_be_made_up_is_told_once(steered):
+    steered.scheduler = DDIMScheduler.from_config(steered.scheduler.config)
+    image_to_image = StableDiffusionImg2ImgPipeline(**steered.components, requires_safety_checker=False)
+    image_to_image.set_progress_bar_config(disable=True)
+    steered.set_rtsae_features({(SITE, 3): 1.0}, operation="ablate")
+    steered.unet.is_cache_enabled = True
+    try:
+        with pytest.warns(UserWarning, match=r"begins at t = .*, after the anchors \[961\].*a block cache"):
+            image_to_image("a star", image=torch.rand(1, 3, 64, 64), strength=0.6, num_inference_steps=4)
+    finally:
+        del steered.unet.is_cache_enabled
