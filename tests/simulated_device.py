@@ -271,7 +271,9 @@ def _check(func, tensors: list[torch.Tensor], args: tuple, kwargs: dict) -> None
         raise RuntimeError(f"Expected all tensors of {func} to be on the same device, but found them on {found}.")
     generator = _argument("generator", func, args, kwargs)
     if generator is not None and generator.device.type != NAME:
-        raise RuntimeError(f"Expected a generator of {ours[0].device} for {func}, but found one of {generator.device}.")
+        raise RuntimeError(
+            f"Expected a generator of {ours[0].device} for {func}, but found one of {generator.device}."
+        )
     if func in _INDEXING:
         waits = any(isinstance(mask, SimulatedTensor) for mask in masks)
     elif func is _aten.repeat_interleave.Tensor:

@@ -5,8 +5,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffusers_rtsae import RTSAE, Dictionary, Edit, list_sites, load_dictionary
+from diffusers_rtsae.denoiser import describe, get_site
 from diffusers_rtsae.models import KINDS
-from diffusers_rtsae.denoiser import Block, describe, get_site
 from diffusers_rtsae.steering import PlanState, SitePlan
 from tests.benchmarks.memory import WIDTH, tensor_bytes
 
@@ -30,6 +30,11 @@ def pipe():
     return pipe
 
 
+def read(module, output) -> torch.Tensor:
+    block = describe(module)
+    return block.to_tokens(block.output(output))
+
+
 @torch.no_grad()
 def test_every_site_takes_a_dictionary_of_its_width_and_is_steered(pipe):
     sites = [site for site in list_sites(pipe.unet) if get_site(pipe.unet, site) is not pipe.unet]
@@ -44,7 +49,7 @@ def test_every_site_takes_a_dictionary_of_its_width_and_is_steered(pipe):
 
     hooks = [
         get_site(pipe.unet, site).register_forward_hook(
-            lambda module, args, output, site=site: seen.update({site: Block("").to_tokens(describe(module).output(output))})
+            lambda module, args, output, site=site: seen.update({site: read(module, output)})
         )
         for site in sites
     ]

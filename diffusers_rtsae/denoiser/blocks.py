@@ -19,13 +19,8 @@ DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer"
 _SITES = ("Transformer2DModel", "ResnetBlock2D")  # beside what ends in one of these:
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called themselves
 _SITE_ENDINGS = (
-    "TransformerBlock",
-    "DiffuserBlock",
-    "TransformerDecoderBlock",
-    "DiTBlock",
-    "DecoderLayer",
-    "AdaLNBlock",
-)
+    "TransformerBlock", "TransformerDecoderBlock", "DiffuserBlock", "DiTBlock", "AdaLNBlock", "DecoderLayer",
+)  # fmt: skip
 _BLOCK_LISTS = ("blocks", "layers")  # a denoiser's direct children whose own children are sites
 
 
@@ -36,8 +31,8 @@ class Block:
 
     Args:
         argument (`str`): the parameter of its `forward` that its input's hidden states are passed as.
-        index (`int`, *optional*): where in the tuple it returns its hidden states are; `None` if that is not known, and
-            it must return a tensor, a 1-tuple, or a tensor and its skip connections.
+        index (`int`, *optional*): where in the tuple it returns its hidden states are; `None` if that is not known,
+            and it must return a tensor, a 1-tuple, or a tensor and its skip connections.
         layout (`str`): `"tokens"`: `(rows, tokens, channels)`, or `(rows, channels, height, width)`; `"channels"`: the
             channels are the second of three dimensions; `"tokens first"`: `(tokens, rows, channels)`.
         place (`int`): which of the parameters of its `forward` that is.
@@ -91,9 +86,9 @@ class Block:
         if tensors == [0]:  # hidden states and skip connections, or nothing else
             return 0
         raise ValueError(
-            f"This block returns {len(returned)} things, and which of them are the image's hidden states is not known: "
-            "expected a tensor, a tensor with skip connections, or a class that `denoiser/blocks.py` or diffusers' "
-            "`TransformerBlockRegistry` lists."
+            f"This block returns {len(returned)} things, and which of them are the image's hidden states is not "
+            "known: expected a tensor, a tensor with skip connections, or a class that `denoiser/blocks.py` or "
+            "diffusers' `TransformerBlockRegistry` lists."
         )
 
     def to_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -205,8 +200,8 @@ def unwrapped(module):
 
 def get_denoisers(pipeline) -> dict[str, nn.Module]:
     """
-    The denoisers of a pipeline by component: its U-Net or transformer, and those of the same class that take turns with
-    it.
+    The denoisers of a pipeline by component: its U-Net or transformer, and those of the same class that take turns
+    with it.
 
     Raises:
         `ValueError`: it has none.

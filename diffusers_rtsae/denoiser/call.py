@@ -16,6 +16,8 @@ from .callers import Caller, Generation, find_caller
 from .rows import Drawn, Turn, named_part, roles_of
 from .time import noise_schedule, training_time
 
+_PICTURES = ("image_latents", "init_latents", "image", "init_image")  # as pipelines name what they start from
+
 
 @dataclass(frozen=True)
 class Part:
@@ -61,6 +63,7 @@ class Call:
         view (`tuple`): which part of the picture or which window of frames it draws, where a pipeline draws several.
         is_start (`bool`): it begins a trajectory: of the run, or of the next window or chunk drawn in it.
         in_turns (`bool`): the images of several prompts are drawn in turns, one of each prompt.
+        given_latents (`torch.Tensor`, *optional*): the picture that a generation starts from, as latents or as pixels.
         given (`torch.Tensor`, *optional*): tokens that are given and not denoised, `(rows, tokens)`: a first frame.
     """
 
@@ -77,6 +80,7 @@ class Call:
     view: tuple = ()
     is_start: bool = False
     in_turns: bool = False
+    given_latents: torch.Tensor | None = field(default=None, compare=False)
     given: torch.Tensor | None = field(default=None, compare=False)
 
     @property
@@ -182,9 +186,13 @@ class CallReader:
         rows = len(arguments.sample)
         drawn = Drawn.of(variables, rows)
         record = {
-            "rows": rows, "images": drawn.images, "prompts": drawn.prompts, "run": weakref.ref(caller.generation),
-            "grid": _grid(arguments, variables, caller.property("vae_scale_factor", 8)), "caller": weakref.ref(caller.pipeline),
-        }  # fmt: skip
+            "rows": rows,
+            "images": drawn.images,
+            "prompts": drawn.prompts,
+            "grid": _grid(arguments, variables, caller.property("vae_scale_factor", 8)),
+            "run": weakref.ref(caller.generation),
+            "caller": weakref.ref(caller.pipeline),
+        }
         sampler_time, scheduler = caller.value(family.time), _scheduler(caller)
         if _is_aside(arguments, caller, sampler_time):
             return Call(0.0, (Part("other", None, 0.0, 1.0, 0.0),), **record)
@@ -208,6 +216,7 @@ class CallReader:
         return Call(
             time, parts, **record, guidance=float(guidance) if isinstance(guidance, int | float) else None,
             alphas_cumprod=noise_schedule(scheduler), view=view, is_start=is_start, in_turns=in_turns,
+            given_latents=next((variables[n] for n in _PICTURES if torch.is_tensor(variables.get(n))), None),
             given=_given(arguments),
         )  # fmt: skip
 
@@ -274,8 +283,8 @@ def _told(arguments: Arguments, caller: Caller, scheduler) -> float:
         if ((timesteps - candidate).abs() < 1e-3).any():
             return candidate
     raise ValueError(
-        f"{type(caller.pipeline).__name__} calls its denoiser at {told:.4g}, which is none of its sampler's timesteps, "
-        "and has no variable `t` that says where it is: expected either."
+        f"{type(caller.pipeline).__name__} calls its denoiser at {told:.4g}, which is none of its sampler's "
+        "timesteps, and has no variable `t` that says where it is: expected either."
     )
 
 

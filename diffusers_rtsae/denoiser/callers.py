@@ -31,7 +31,7 @@ class Family:
         calls (`tuple[str, ...]`): what the calls of one step are, where their texts do not say it.
         time (`tuple[str, ...]`): variables that hold the sampler's timestep, the first one that is there.
         index (`tuple[str, ...]`): variables that together with the timestep say which step of the loop it is.
-        view (`tuple[str, ...]`): variables that say which part of the picture, or which window of frames, a call draws.
+        view (`tuple[str, ...]`): variables that say which part of the picture, or window of frames, a call draws.
         components (`dict[str, str]`): denoisers that are called for one part of guidance alone.
         aside (`tuple[str, ...]`): calls that are no step of denoising but prepare something: the names of the methods
             they are made in, or `"argument=value"` of what they pass; `"before the loop"`.

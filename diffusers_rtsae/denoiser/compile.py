@@ -1,5 +1,5 @@
-"""Inside compiled code a tap is an operator that the compiler does not look into: one graph, and other edits need no new
-one."""
+"""Inside compiled code a tap is an operator that the compiler does not look into: one graph, and other edits need no
+new one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
-What the rows of a denoiser call are: told by whose text they carry, wherever the pipeline holds the negative one; by the
-layout of its family where it does not.
+What the rows of a denoiser call are: told by whose text they carry, wherever the pipeline holds the negative one; by
+the layout of its family where it does not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ROLES = {
 _NEGATIVE = ("negative", "uncond", "null")
 _TEXT = ("encoder_hidden", "text", "pool", "prompt", "cap")  # not pictures, which some pipelines order otherwise
 _NO_TEXT = (
-    "mask", "ids", "size", "crop", "pos", "len", "latent", "noise", "pred", "scale", "model", "out", "sample", "control",
+    "mask", "ids", "size", "crop", "pos", "len", "latent", "noise", "pred", "scale", "model", "out", "sample",
+    "control",
 )  # fmt: skip
 _LATENTS = ("latents", "decoder_latents")
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
@@ -50,9 +51,10 @@ class Drawn:
         each = next((variables[name] for name in _PER_PROMPT if isinstance(variables.get(name), int)), 1)
         drawn = len(latents) if latents is not None and latents.ndim else None
         if drawn is not None and rows % drawn:
-            if rows < drawn:
+            if rows < drawn and isinstance(prompts, int) and drawn in (prompts, prompts * each):
                 raise ValueError(
-                    f"The denoiser is called for {rows} of {drawn} images at a time, which cannot be followed: draw one alone."
+                    f"The denoiser is called for {rows} of {drawn} images at a time, which cannot be followed: draw "
+                    "one alone."
                 )
             drawn = None
         if not isinstance(prompts, int) or prompts < 1:
@@ -93,8 +95,8 @@ def roles_of(
     rows, images = len(arguments.sample), drawn.images
     if rows % images:
         raise ValueError(
-            f"{type(caller.pipeline).__name__} calls the denoiser with {rows} rows for {images} images: this layout of "
-            "guidance is not supported; expected a multiple."
+            f"{type(caller.pipeline).__name__} calls the denoiser with {rows} rows for {images} images: this layout "
+            "of guidance is not supported; expected a multiple."
         )
     texts, negatives = arguments.texts(), _negatives(caller.variables)
     bounds = [(start, start + images) for start in range(0, rows, images)]
@@ -104,7 +106,7 @@ def roles_of(
     elif len(bounds) > 1:
         roles = _of_batch(texts, negatives, bounds, caller, guided)
     else:
-        roles = (_of_single(texts, negatives, images, caller.family, turn),)
+        roles = (_of_single(texts, negatives, images, caller.family, guided, turn),)
     if "cond" not in roles:
         return roles, False
     start, stop = bounds[roles.index("cond")]
@@ -188,16 +190,13 @@ def _of_batch(texts: dict[str, list], negatives: list, bounds: list, caller: Cal
     return fitting[0]
 
 
-def _of_single(texts: dict[str, list], negatives: list, images: int, family: Family, turn: Turn) -> str:
+def _of_single(texts: dict[str, list], negatives: list, images: int, family: Family, guided: bool, turn: Turn) -> str:
     """Of a call for one part of guidance alone."""
     either = False
     for text in texts.values():
         for negative, positive in negatives:
-            if (
-                images > 1
-                and _matches(text, 0, 1, negative[:1])
-                and not _matches(text, images - 1, images, negative[-1:])
-            ):
+            first, last = _matches(text, 0, 1, negative[:1]), _matches(text, images - 1, images, negative[-1:])
+            if first and not last:
                 raise ValueError(
                     f"Some of the {images} rows that the denoiser is called with carry the negative prompt, and their "
                     "layout is not known."
@@ -214,4 +213,6 @@ def _of_single(texts: dict[str, list], negatives: list, images: int, family: Fam
         same(texts[name][0], turn.texts[name][0]) and same(texts[name][images - 1], turn.texts[name][1])
         for name in shared
     )
-    return "perturbed" if again and not (either and "uncond" not in turn.seen) else family.calls[-1]
+    if again and not (either and "uncond" not in turn.seen):
+        return "perturbed"
+    return family.calls[-1] if guided or negatives else "cond"

@@ -26,7 +26,6 @@ from .call import Call, CallReader
 from .callers import Generation
 from .compile import compiled_begin, compiled_site, is_compiled, register
 
-
 _alone: ContextVar[Tap | None] = ContextVar("rtsae_alone", default=None)
 
 
@@ -45,8 +44,8 @@ class Observer(Protocol):
         """The denoiser returns. Asked only of those who have it."""
 
     def remember(self, call: Call) -> Observer:
-        """Who is to be asked if the backward pass runs a site of this call again, when time has moved on. Asked only of
-        those who have it."""
+        """Who is to be asked if the backward pass runs a site of this call again, when time has moved on. Asked only
+        of those who have it."""
 
 
 class Tap:

@@ -50,8 +50,8 @@ def training_time(timestep: float, scheduler) -> float:
     steps = scheduler.config.get("num_train_timesteps")
     if not steps:
         raise ValueError(
-            f"{type(scheduler).__name__} does not say how many training steps there are: a sampler that counts time in "
-            "another unit cannot be followed."
+            f"{type(scheduler).__name__} does not say how many training steps there are: a sampler that counts time "
+            "in another unit cannot be followed."
         )
     if not -0.001 * steps <= timestep <= 1.001 * steps:
         raise ValueError(

@@ -168,8 +168,8 @@ _REACHED = 0.1  # a step this close before an anchor, in units of anchors, stand
 
 @dataclass
 class Trajectory(Memory):
-    """What a prefix reader remembers of one running generation. The activations at the anchors passed are kept, so that
-    another reader, of other latents, can go on from there."""
+    """What a prefix reader remembers of one running generation. The activations at the anchors passed are kept, so
+    that another reader, of other latents, can go on from there."""
 
     reader: PrefixReader | None = None  # that `committed` and `pending` are of
     committed: torch.Tensor | None = None  # pre-activations from the anchors passed so far

@@ -103,9 +103,9 @@ class Controller:
     offloading, copying and pipeline conversion without entering its `state_dict`, and does not refer back to it. With
     nothing to do there are no hooks.
 
-    Dictionaries belong to the denoiser. Features belong to the pipeline they were set on; a pipeline on which none were
-    set uses those that were last set on another pipeline of this denoiser. What a `with` block steers belongs to the
-    thread or asyncio task that entered it.
+    Dictionaries belong to the denoiser. Features belong to the pipeline they were set on; a pipeline on which none
+    were set uses those that were last set on another pipeline of this denoiser. What a `with` block steers belongs to
+    the thread or asyncio task that entered it.
     """
 
     def __init__(self):
@@ -122,6 +122,7 @@ class Controller:
         self._counts: dict[threading.Thread, _Report] = {}  # of the last generation of each thread
         self._last: _Report = {}
         self._lock = threading.RLock()
+        self._installed_by: weakref.ref | None = None  # the pipeline whose noise schedule calls without one have
         self._warned = False
 
     def __getstate__(self) -> dict:
@@ -174,6 +175,7 @@ class Controller:
     def install(self, denoisers: dict[str, nn.Module], pipeline=None) -> None:
         """Have hooks where something may have to be done, and nowhere else."""
         with self._lock:
+            self._installed_by = None if pipeline is None else weakref.ref(pipeline)
             kept = [*self._default, *(one for edits in [*self._own.values()] for one in edits)]
             kept += [one for entered in self._entered for one in entered.edits or ()]
             sites = {one.site: None for one in kept if self._acts(one)} if self.enabled else {}
@@ -197,7 +199,8 @@ class Controller:
         edits = self._active(pipeline)
         key = tuple(id(one) for one in edits)
         if key not in self._plans:
-            schedule = noise_schedule(getattr(pipeline, "scheduler", None))
+            told_by = self._installed_by() if pipeline is None and self._installed_by is not None else pipeline
+            schedule = noise_schedule(getattr(told_by, "scheduler", None))
             groups: dict[tuple[str, str], list[Edit]] = {}
             for one in edits:
                 scaled = one.edit.scaled(self.adapters[one.adapter].weight)
@@ -260,7 +263,7 @@ class Controller:
         return _Again(self, call.generation.kept[self].copy())
 
     def report(self) -> dict[str, list[dict]]:
-        """For each site, what each edit did at each step of this thread's last generation, or of the last there was."""
+        """For each site, what each edit did at each step of this thread's last generation, or of the last of all."""
         counts = self._counts.get(threading.current_thread(), self._last)
         return {site: [row for one in done for row in one.rows()] for site, done in counts.items()}
 

@@ -204,8 +204,8 @@ def as_strength(strength) -> Strength:
 
 def as_mask(mask) -> torch.Tensor | None:
     """
-    A PIL image, array or tensor as `(1 or n, height, width)`, or `(1 or n, frames, height, width)`, float in [0, 1]. An
-    array `(height, width, 1 or 3)` is a picture, as is one of bytes that are not all 0 or 1.
+    A PIL image, array or tensor as `(1 or n, height, width)`, or `(1 or n, frames, height, width)`, float in [0, 1].
+    An array `(height, width, 1 or 3)` is a picture, as is one of bytes that are not all 0 or 1.
     """
     if mask is None:
         return None

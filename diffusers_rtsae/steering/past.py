@@ -1,10 +1,11 @@
 """
 Reading from the middle: what a trajectory would have been before its first step.
 
-Image-to-image, inpainting and refiners begin in the middle of denoising, where the code of an RTSAE, which is that of a
-whole trajectory, lacks its first anchors. The denoiser is asked then: its own prediction at the first step says what
-picture and what noise it sees, which mixed for an earlier anchor and shown to it give the activations there. That is one
-call more, and one for each anchor that was missed, once in a generation.
+Image-to-image, inpainting and refiners begin in the middle of denoising, where the code of an RTSAE, which is that of
+a whole trajectory, lacks its first anchors. The denoiser is asked then. The picture that is given, or else the
+denoiser's own prediction at the first step, says of what picture and what noise the first latents are made; mixed for
+an earlier anchor and shown to the denoiser they give the activations there. That is one call for each anchor that was
+missed, and one for the prediction, once in a generation.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
                     plan.recall(state, part.branch, tokens, anchor, size)
     except _Unknown as reason:
         warnings.warn(
-            f"This generation begins at t = {call.timestep:.0f}, after the anchors {anchors} of its dictionary, and what "
-            f"was there is not known as {reason}: latents are read as if the first step were the first anchor.",
+            f"This generation begins at t = {call.timestep:.0f}, after the anchors {anchors} of its dictionary, and "
+            f"what was there is not known as {reason}: latents are read as if the first step were the first anchor.",
             stacklevel=2,
         )
 
@@ -110,20 +111,47 @@ def _earlier(call: Call, arguments: Arguments, tap: Tap, anchors: list[int], pas
         raise _Unknown("a block cache must not be shown other steps")
     if not torch.is_tensor(sample) or scheduler is None:
         raise _Unknown("its latents come as a list")
-    told = _told(arguments, call.timestep)
-    prediction = past.show(arguments)
-    prediction = prediction[0] if isinstance(prediction, tuple) else prediction.sample
-    channels = min(sample.shape[1], prediction.shape[1])  # masks and pictures may be beside the latents
-    if sample.ndim == 3 and sample.shape != prediction.shape or channels != sample.shape[1] and sample.ndim < 4:
-        raise _Unknown("there are other tokens beside those that are denoised")
-    noisy, prediction = sample[:, :channels].float(), prediction[:, :channels].float()
-    clean, noise = _unmixed(noisy, prediction, call, scheduler)
+    told, clean = _told(arguments, call.timestep), given_picture(call, sample)
+    keep, add = _shares(call, call.timestep)
+    if clean is not None:
+        channels = clean.shape[1]
+        noise = (sample[:, :channels].float() - keep * clean) / max(add, 1e-4)
+    else:
+        prediction = past.show(arguments)
+        prediction = prediction[0] if isinstance(prediction, tuple) else prediction.sample
+        channels = min(sample.shape[1], prediction.shape[1])  # masks and pictures may be beside the latents
+        if sample.ndim == 3 and sample.shape != prediction.shape or channels != sample.shape[1] and sample.ndim < 4:
+            raise _Unknown("there are other tokens beside those that are denoised")
+        noisy, prediction = sample[:, :channels].float(), prediction[:, :channels].float()
+        clean, noise = _unmixed(noisy, prediction, call, scheduler)
     for anchor in anchors:
         keep, add = _shares(call, anchor)
         mixed = (keep * clean + add * noise).to(sample.dtype)
         args, kwargs = arguments.with_sample(torch.cat([mixed, sample[:, channels:]], 1))
         moved = Arguments(arguments.names, args, kwargs, arguments.channels)
         yield anchor, moved.with_timestep(told(anchor))
+
+
+@torch.no_grad()
+def given_picture(call: Call, sample: torch.Tensor) -> torch.Tensor | None:
+    """
+    The latents of the picture that a generation starts from, for each row of the sample; `None` if none is given, or
+    what is given is not what the first latents were made of.
+    """
+    latents, vae = call.given_latents, getattr(call.pipeline, "vae", None)
+    if latents is None:
+        return None
+    if latents.ndim == sample.ndim == 4 and latents.shape[-2:] != sample.shape[-2:] and vae is not None:  # pixels
+        latents = vae.encode(latents.to(vae.device, vae.dtype)).latent_dist.mode()
+        latents = (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+    if latents.shape[2:] != sample.shape[2:] or latents.shape[1] > sample.shape[1] or len(sample) % len(latents):
+        return None
+    clean = latents.to(sample.device, torch.float32)
+    clean = clean.repeat_interleave(max(call.images // len(clean), 1), 0)
+    clean = clean.repeat(len(sample) // len(clean), *(1 for _ in clean.shape[1:]))
+    keep, add = _shares(call, call.timestep)
+    noise = (sample[:, : clean.shape[1]].float() - keep * clean) / max(add, 1e-4)
+    return clean if 0.8 < float(noise.std()) < 1.25 else None  # noise has a spread of one
 
 
 def _told(arguments: Arguments, timestep: float):
@@ -147,7 +175,9 @@ def _shares(call: Call, timestep: float) -> tuple[float, float]:
     return alpha**0.5, (1 - alpha) ** 0.5
 
 
-def _unmixed(noisy: torch.Tensor, prediction: torch.Tensor, call: Call, scheduler) -> tuple[torch.Tensor, torch.Tensor]:
+def _unmixed(
+    noisy: torch.Tensor, prediction: torch.Tensor, call: Call, scheduler
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The picture and the noise that a prediction sees in noisy latents."""
     keep, add = _shares(call, call.timestep)
     kind = scheduler.config.get("prediction_type", "epsilon")

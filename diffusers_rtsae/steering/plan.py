@@ -243,8 +243,8 @@ class _Fold:
 
 
 def _of_prompts(given: int, rows: int, in_turns: int | None) -> list[int]:
-    """Which of as many things as there are prompts belongs to each row: those of one image, and then of one prompt, lie
-    beside one another, or the prompts take turns from image to image."""
+    """Which of as many things as there are prompts belongs to each row: those of one image, and then of one prompt,
+    lie beside one another, or the prompts take turns from image to image."""
     if in_turns is None or given >= in_turns:
         return [i for i in range(given) for _ in range(rows // given)]
     return [image % given for image in range(in_turns) for _ in range(rows // in_turns)]

@@ -30,7 +30,19 @@ AMOUNT = 3.0  # the length of what an edit adds to each token
 PACKAGE = str(Path(diffusers_rtsae.__file__).parent)
 _TIMES = ("timestep", "timesteps", "t", "r", "timestep_ratio", "timestep_r", "r_timestep", "sigma", "guidance")
 # arguments that depend on the picture so far, or whose first dimension is not the batch
-_NO_TEXT = ("prior_token", "control", "residual", "samples", "latent", "history", "cache", "rotary", "rope", "audio_hidden", "llama3")
+_NO_TEXT = (
+    "prior_token",
+    "control",
+    "residual",
+    "samples",
+    "latent",
+    "history",
+    "cache",
+    "rotary",
+    "rope",
+    "audio_hidden",
+    "llama3",
+)
 
 
 class Wrong(Exception):
@@ -107,7 +119,11 @@ class Watch:
         def told(self_, model_output, *args, **kwargs):
             timestep = args[0] if args else kwargs.get("timestep")
             for call in self.calls:
-                if call.timestep is None and timestep is not None and (not torch.is_tensor(timestep) or timestep.numel() == 1):
+                if (
+                    call.timestep is None
+                    and timestep is not None
+                    and (not torch.is_tensor(timestep) or timestep.numel() == 1)
+                ):
                     with suppress(ValueError):  # a unit that is not known
                         call.timestep = training_time(float(timestep), scheduler)
             return step(self_, model_output, *args, **kwargs)
@@ -188,7 +204,12 @@ def _tensors(output) -> list[torch.Tensor]:
         return [output]
     if hasattr(output, "sample"):
         return [output.sample]
-    return [tensor for one in output if one is not None for tensor in (_tensors(one) if isinstance(one, list | tuple) else [one])]
+    return [
+        tensor
+        for one in output
+        if one is not None
+        for tensor in (_tensors(one) if isinstance(one, list | tuple) else [one])
+    ]
 
 
 def dictionary(site: str, width: int) -> dict[str, RTSAE]:
@@ -222,7 +243,7 @@ class Subject:
             return self.run(ask, site)
 
     def texts(self, ask: Ask, which: int | None = None) -> list[list[str]]:
-        """For each call, what each row is: it follows the prompts (or one of them), the negative prompt, or neither."""
+        """For each call, what each row follows: the prompts (or one of them), the negative prompt, or neither."""
         _, base = self.run(ask)
         prompts = tuple(p + 10 if which in (None, i) else p for i, p in enumerate(ask.prompts))
         _, other = self.run(ask._replace(prompts=prompts))
@@ -235,7 +256,9 @@ class Subject:
             roles = []
             for row in range(one.rows):
                 own = _differs(one, by_prompt, row)
-                roles.append("?" if own is None else "cond" if own else "uncond" if _differs(one, by_negative, row) else rest)
+                roles.append(
+                    "?" if own is None else "cond" if own else "uncond" if _differs(one, by_negative, row) else rest
+                )
             found.append(roles)
         return found
 
@@ -256,7 +279,9 @@ def moved(call: Call, block, vector: torch.Tensor) -> list[torch.Tensor]:
         changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if not torch.equal(a, b)]
         index = 0 if block.index is None or len(before) == 1 else min(block.index, len(before) - 1)
         expected = before[index]
-        strangers = [i for i in changed if not (before[i].shape == expected.shape and torch.equal(before[i], expected))]
+        strangers = [
+            i for i in changed if not (before[i].shape == expected.shape and torch.equal(before[i], expected))
+        ]
         if strangers:
             raise Wrong(f"elements {strangers} of what the block returns changed, expected {index}")
         difference = block.to_tokens(after[index]) - block.to_tokens(before[index])
@@ -378,9 +403,7 @@ def measure(name: str, built: Built) -> dict:
     row["never run"] = [site for site in sites if site not in found]
     if unknown:
         row["unknown blocks"] = sorted({type(get_site(next(iter(denoisers.values())), s)).__name__ for s in unknown})
-    row["blocks"] = sorted(
-        {type(get_site(next(iter(denoisers.values())), site)).__name__ for site in widths}
-    )
+    row["blocks"] = sorted({type(get_site(next(iter(denoisers.values())), site)).__name__ for site in widths})
     results = {}
     settings = {"guided": Ask()} if built.guided else {"plain": Ask(guided=False)}
     if built.guided:
@@ -417,7 +440,8 @@ def _of_setting(subject: Subject, ask: Ask, widths: dict[str, int]) -> dict:
         return {"verdict": "wrong", "why": f"{done[-1] if done else ''}: {wrong}", "done": done}
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        why = f"{done[-1] if done else ''}: {type(error).__name__}: {str(error)[:200]} ({Path(place.filename).name}:{place.lineno})"
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        why = f"{done[-1] if done else ''}: {type(error).__name__}: {str(error)[:200]} ({where})"
         return {"verdict": "crash", "why": why, "done": done}
     if refused:
         return {"verdict": "exact in part", "why": "; ".join(refused), "done": done}

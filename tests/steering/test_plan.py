@@ -7,8 +7,8 @@ from kinds import OTHERS, random_dictionary
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_rtsae import RTSAE, SparseDictionary
-from diffusers_rtsae.models import PLACES, LinearMap, Step, interpolate, waves
 from diffusers_rtsae.denoiser import TimeGrid
+from diffusers_rtsae.models import PLACES, LinearMap, Step, interpolate, waves
 from diffusers_rtsae.steering import Edit, PlanState, SitePlan
 from diffusers_rtsae.steering.edits import OPERATIONS
 

@@ -1,4 +1,4 @@
-"""State that belongs to somebody: threads, tasks, pipelines, running generations, and gradients that run sites again."""
+"""State that belongs to somebody: threads, tasks, pipelines, running generations, gradients that run sites again."""
 
 import asyncio
 import gc
@@ -194,7 +194,7 @@ def test_gradients_through_sites_that_are_run_again(steered):
 def test_a_dropped_denoiser_is_freed_at_once(dictionary, state):
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(**{k: v for k, v in _config().items()})
+    unet = UNet2DConditionModel(**_config())
     pipe = StableDiffusionPipeline(
         vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=DDIMScheduler(), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
@@ -306,7 +306,7 @@ def latents_read(pipe, timestep: float, draw) -> torch.Tensor:
 
 @pytest.mark.parametrize("start", [0.6, 0.4, 0.2])
 def test_what_is_read_from_the_middle_is_what_is_read_from_the_beginning(steered, start):
-    """Clean latents are given, and the noise of one generation from the start and of one from the middle is the same."""
+    """Clean latents are given, and the noise of a generation from the start and of one from the middle is the same."""
     steered.scheduler = DDIMScheduler.from_config(steered.scheduler.config)
     image_to_image = StableDiffusionImg2ImgPipeline(**steered.components, requires_safety_checker=False)
     image_to_image.set_progress_bar_config(disable=True)
@@ -322,7 +322,9 @@ def test_what_is_read_from_the_middle_is_what_is_read_from_the_beginning(steered
     middle = latents_read(steered, timestep, lambda: draw(start))
     # the beginning: the anchors that came before, noised with the same noise, are the steps of a run of its own
     alphas, anchors = steered.scheduler.alphas_cumprod, [961, 481, 1]
-    noise = torch.cat([torch.randn(1, *clean.shape[1:], generator=torch.Generator().manual_seed(9 + i)) for i in range(3)])
+    noise = torch.cat(
+        [torch.randn(1, *clean.shape[1:], generator=torch.Generator().manual_seed(9 + i)) for i in range(3)]
+    )
     text, _ = steered.encode_prompt(prompts, "cpu", 1, False)
 
     def from_the_beginning():
@@ -342,7 +344,7 @@ def test_a_past_that_cannot_be_made_up_is_told_once(steered):
     steered.set_rtsae_features({(SITE, 3): 1.0}, operation="ablate")
     steered.unet.is_cache_enabled = True
     try:
-        with pytest.warns(UserWarning, match=r"begins at t = .*, after the anchors \[961\].*a block cache"):
+        with pytest.warns(UserWarning, match=r"begins at t = .*, after the anchors \[961, 481\].*a block cache"):
             image_to_image("a star", image=torch.rand(1, 3, 64, 64), strength=0.6, num_inference_steps=4)
     finally:
         del steered.unet.is_cache_enabled

@@ -1,6 +1,6 @@
 """
-Every pipeline class of diffusers, built small from random weights: one file a family, one function for the classes that
-are built alike.
+Every pipeline class of diffusers, built small from random weights: one file a family, one function for the classes
+that are built alike.
 
     @builds("FluxPipeline", "FluxImg2ImgPipeline")
     def flux(kind: type) -> Built:
