@@ -122,7 +122,7 @@ def as_long():
 
 seen = {make.__name__: last_block_gets(make, 7) for make in (cogview4, flux, qwen, sd3)}
 for name, (tokens, shape) in seen.items():
-    print(f"{name:9} 16 image and 7 text tokens; after a skipped block: {tokens[0]} and {tokens[1]}; prediction: {shape}")
+    print(f"{name:9} 16 image and 7 text tokens; after a skip: {tokens[0]} and {tokens[1]}; prediction: {shape}")
 seen["as long"] = as_long()
 print("flux, 16 image and 16 text tokens: prediction of the right shape, right values:", seen["as long"])
 expected = {

@@ -22,6 +22,7 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from peft import LoraConfig
 
 print("diffusers", diffusers.__version__, "peft", peft.__version__)
+SELF = r".*attn1?\.to_q"  # of self-attention (in a U-Net's cross-attention to_q is not fused)
 
 
 def flux():
@@ -50,7 +51,7 @@ def unet():
 
 
 def tries(make, fused):
-    """Does the prediction change with a LoRA on all to_q, and with an edited weight; is a hook on to_q called?"""
+    """Does the prediction change with a LoRA on to_q, and with an edited weight; is a hook on to_q called?"""
     model, attention, inputs = make()
     called = []
 
@@ -66,7 +67,7 @@ def tries(make, fused):
         model.fuse_qkv_projections()
         assert not moved(plain)
     attention.to_q.register_forward_hook(lambda *given: called.append(1))
-    model.add_adapter(LoraConfig(r=2, lora_alpha=16, target_modules=["to_q"], init_lora_weights=False), "new")
+    model.add_adapter(LoraConfig(r=2, lora_alpha=16, target_modules=SELF, init_lora_weights=False), "new")
     assert model.active_adapters() == ["new"]
     by_adapter = moved(plain)
     before = predict()
@@ -83,7 +84,7 @@ def tries(make, fused):
 seen = {(make.__name__, fused): tries(make, fused) for make in (flux, unet) for fused in (False, True)}
 for (name, fused), (adapter, edit, hook, *later) in seen.items():
     state = "fused" if fused else "plain"
-    print(f"{name}, {state}: active LoRA acts: {adapter}, edited to_q acts: {edit}, hook on to_q is called: {hook}", end="")
+    print(f"{name}, {state}: LoRA acts: {adapter}, edited to_q acts: {edit}, hook on to_q is called: {hook}", end="")
     print(f"; after unfusing they act: {later[0]}" if later else "")
 expected = {
     (name, fused): (False, False, False, True) if fused else (True, True, True)

@@ -3,8 +3,8 @@
 # Expected: with a skip range of 2, each attention layer is computed at every other denoising step, and kept apart for
 # the two calls of classifier-free guidance, as FirstBlockCache does (pipelines name the calls by `cache_context`).
 # Seen with Wan, whose pipeline calls the transformer twice a step: the layer counts calls, not steps, and has a single
-# memory. Every positive call computes, every negative call is handed the positive one's result of the same step:
-# no step is saved by going without new attention in time, and the two sides that guidance compares share their attention.
+# memory. Every positive call computes, every negative call is handed the positive one's result of the same step. So
+# nothing is carried from step to step, and the two sides that guidance compares share their attention.
 # It matters to all who read attention layers per side of guidance, and to all who wonder where guidance went.
 set -euo pipefail
 room=$(mktemp -d)

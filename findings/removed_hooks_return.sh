@@ -4,7 +4,7 @@
 # hooks that replace the forward, as those for caches and skipped layers do: taking away the inner one also bypasses
 # the outer, which stays listed; taking away the outer one afterwards puts the removed inner one back to work.
 # It matters to all who put a hook of their own on a block that a cache or an ablation also hooks: after
-# `disable_cache()` an ablation has stopped, and after the ablation's end the cache is on again, though it says it's off.
+# `disable_cache()` an ablation has stopped, and after the ablation's end the cache is on again and says it is off.
 set -euo pipefail
 room=$(mktemp -d)
 trap 'rm -rf "$room"' EXIT

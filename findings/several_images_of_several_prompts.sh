@@ -124,7 +124,8 @@ def video():
         block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), layers_per_block=1
     )
     pipe = StableVideoDiffusionPipeline(
-        vae=vae.eval(), image_encoder=encoder, unet=unet, feature_extractor=CLIPImageProcessorPil(size=size, crop_size=size),
+        vae=vae.eval(), image_encoder=encoder, unet=unet,
+        feature_extractor=CLIPImageProcessorPil(size=size, crop_size=size),
         scheduler=EulerDiscreteScheduler(prediction_type="v_prediction"),
     )
     pipe.set_progress_bar_config(disable=True)
@@ -181,7 +182,7 @@ def panorama():
 seen = {make.__name__: make() for make in (pixart, sana, video, panorama)}
 print("PixArt-Sigma, 2 texts of 2 and 6 words, 2 results each: words by mask, results as alone:", *seen["pixart"])
 print("Sana, the same:", *seen["sana"])
-print("Stable Video Diffusion, 2 images, 2 videos each: order of (embeddings, latents), results as alone:", *seen["video"])
+print("Stable Video, 2 images, 2 videos each: order of (embeddings, latents), results as alone:", *seen["video"])
 print("panorama, 1 prompt, 2 results: they change with the prompt, results as alone:", *seen["panorama"])
 expected = {
     "pixart": ([2, 2, 6, 6], [True] * 4),

@@ -46,7 +46,7 @@ _THEIRS = tuple(  # what somebody else does, even if a function of ours called i
     f"/site-packages/{part}/"
     for part in (
         "diffusers/pipelines", "diffusers/modular_pipelines", "diffusers/schedulers", "diffusers/models/unets",
-        "diffusers/models/transformers", "diffusers/models/autoencoders", "transformers",
+        "diffusers/models/transformers", "diffusers/models/autoencoders", "transformers", "accelerate",
     )
 )  # fmt: skip
 _entered: list[SimulatedDevice] = []

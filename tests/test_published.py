@@ -497,7 +497,7 @@ def test_text_streams_and_the_timestep_as_the_transformer_is_called_with_it(tmp_
     _, moved = steered.first
     delta = 2.0 * z[..., [latent]] * case.directions[latent]
     torch.testing.assert_close((moved - output)[-2:], delta, atol=1e-4, rtol=1e-3)
-    with pytest.raises(ValueError, match="Cannot lay 7 tokens out"):
+    with pytest.raises(ValueError, match="Cannot lay 7 tokens of"):
         pipeline.set_rtsae_features({2: 1.0}, mask=torch.ones(4, 4))
         draw()
     with Recorder(pipeline, [site], activation=dictionary.sites[site].config.activation) as recorder:

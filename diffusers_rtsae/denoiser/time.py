@@ -24,6 +24,7 @@ UNITS = {
     "Amused": lambda t, scheduler: 1000 * (t + 1) / len(scheduler.timesteps),  # the share of tokens still masked
     "DDPMWuerstchen": lambda t, scheduler: 1000 * t,
     "ScoreSdeVe": lambda t, scheduler: 1000 * t,
+    "MiniMaxH3": lambda t, scheduler: 1000 * (1 - t),
     "IPNDM": lambda t, scheduler: 1000 * t,
 }
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..denoiser import Arguments, Block, Call, Tap, token_grid
+from ..denoiser import Arguments, Block, Call, Tap, token_grid, training_time
 from .plan import SitePlan
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
         tap (`Tap`): that tells of it.
     """
     late = []
-    for plans in run.plans.values() if call.caller is not None else ():
+    for plans in run.plans.values() if _is_late(call) else ():
         for key, plan in plans:
             for part in call.parts if plan.sae.reads_past else ():
                 if part.role in ("cond", "uncond") and plan.reads(part.role):
@@ -59,6 +59,15 @@ def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
             f"what was there is not known as {reason}: latents are read as if the first step were the first anchor.",
             stacklevel=2,
         )
+
+
+def _is_late(call: Call) -> bool:
+    """Whether a call is after the beginning of its sampler's schedule; few steps from pure noise are not."""
+    scheduler = getattr(call.pipeline, "scheduler", None)
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or not len(timesteps):
+        return False
+    return training_time(float(timesteps[0]), scheduler) - call.timestep > 1e-3
 
 
 class _Unknown(Exception):

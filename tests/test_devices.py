@@ -1,0 +1,387 @@
+"""
+A denoiser on a device that is not the CPU, which is simulated on the CPU: pictures are the CPU's, whatever lies where;
+and steering neither makes the host wait for the device nor copies to it, once it has begun.
+"""
+
+import json
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from kinds import MADE, random_dictionary
+from PIL import Image
+from simulated_device import NAME, SimulatedTensor, simulated
+
+from diffusers_rtsae import Dictionary, load_dictionary
+from diffusers_rtsae.analysis import find, fit
+from diffusers_rtsae.analysis.effect import States
+from diffusers_rtsae.analysis.find import find_features, top_features
+from diffusers_rtsae.analysis.fit import fit_feature
+from diffusers_rtsae.analysis.record import record
+from diffusers_rtsae.analysis.report import write_report
+from diffusers_rtsae.analysis.statistics import measure
+from diffusers_rtsae.models import LinearDynamics
+from diffusers_rtsae.steering.edits import OPERATIONS
+from training.checkpoint import Checkpoints
+from training.collect import anchor_timesteps, collect, read_samples
+from training.dictionary import ARCHITECTURES, KINDS
+from training.evaluate import recovered
+from training.recipe import Recipe
+from training.store import TrajectoryStore
+from training.train import Data, train_dictionaries
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SITE, SITES = "up_blocks.1.attentions.1", [f"transformer_blocks.{i}.attn2" for i in range(6)]
+PLACES = ["cpu", NAME]  # of a dictionary
+RED, ACTIVE = 570, [412, 1224]  # latents of the bundled dictionary, and what is active at two steps
+OWN = {"shapes-sd": {}, "people-dit": {"use_resolution_binning": False, "clean_caption": False}}
+PROMPTS = {"shapes-sd": ["a star", "a large blue heart on the left"], "people-dit": ["a woman", "a cook"]}
+
+
+@pytest.fixture
+def device():
+    with simulated() as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def _pipelines():
+    made = {}
+
+    def pipeline(name: str, place: str, dtype: torch.dtype):
+        if (name, place, dtype) not in made:
+            pipe = DiffusionPipeline.from_pretrained(EXAMPLES / name).to(place, dtype)
+            pipe.set_progress_bar_config(disable=True)
+            made[name, place, dtype] = pipe
+        return made[name, place, dtype]
+
+    yield pipeline
+    made.clear()
+
+
+@pytest.fixture
+def both(_pipelines):
+    """`both(name)`: a bundled pipeline on the CPU and on the device, with this dictionary."""
+    used = []
+
+    def pipelines(name: str = "shapes-sd", dictionary=None, dtype: torch.dtype = torch.float32) -> list:
+        pipes = [_pipelines(name, place, dtype) for place in ("cpu", NAME)]
+        for pipe in pipes:
+            pipe.load_rtsae(dictionary or load_dictionary(EXAMPLES / f"{name.split('-')[0]}-rtsae"))
+        used.extend(pipes)
+        return pipes
+
+    yield pipelines
+    for pipe in used:
+        pipe.unload_rtsae()
+
+
+def draw(pipe, steps: int = 2, images: int = 1, **call) -> np.ndarray:
+    """Latents, which say more than pictures."""
+    name = "shapes-sd" if hasattr(pipe, "unet") else "people-dit"
+    generators = [torch.Generator().manual_seed(seed) for seed in range(images)]
+    call = {"guidance_scale": 4.0, "output_type": "latent"} | OWN[name] | call
+    drawn = pipe(PROMPTS[name][:images], generator=generators, num_inference_steps=steps, **call).images
+    return drawn.float().cpu().numpy() if torch.is_tensor(drawn) else drawn
+
+
+def check_same(pipes: list, features: dict, images: int = 1, steps: int = 2, atol: float = 1e-3, **options) -> None:
+    """The device draws what the CPU draws, wherever the dictionary is, and something else than without features."""
+    for pipe in pipes:
+        pipe.set_rtsae_features(features, **options)
+    expected, told = draw(pipes[0], steps, images), pipes[0].rtsae_report()
+    for place in PLACES:
+        pipes[1].set_rtsae_device(place)
+        np.testing.assert_allclose(draw(pipes[1], steps, images), expected, atol=atol)
+    rows, others = (
+        [[row[name] for name in ("edited", "out_of_range", "relative_size")] for row in sum(report.values(), [])]
+        for report in (told, pipes[1].rtsae_report())
+    )
+    assert max(size for *_, size in rows) > 0.01  # it does something
+    np.testing.assert_allclose(np.array(others, dtype=float), np.array(rows, dtype=float), rtol=0.05, atol=0.02)
+
+
+# The device itself
+
+
+def test_the_simulated_device_refuses_and_counts_as_cuda_does(device):
+    a, b = torch.ones(3, device=NAME), torch.ones(3)
+    for meet in (lambda: a + b, lambda: a @ b, lambda: torch.cat([a, b]), lambda: b * a.sum(), lambda: b[a.long()]):
+        with pytest.raises(RuntimeError, match="same device"):
+            meet()
+    with pytest.raises(RuntimeError, match="same device"):
+        a + a.to(f"{NAME}:1")
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(3, device=NAME, generator=torch.Generator())
+    with pytest.raises(TypeError, match="Use Tensor.cpu"):
+        np.asarray(a)
+    made = a * b.sum() + 2  # a number on the host may join
+    assert made.device == torch.device(NAME, 0) and isinstance(made, SimulatedTensor)
+    for kind, does in {
+        "wait": [
+            lambda: a.sum().item(), a.tolist, lambda: bool(a.isfinite().all()), a.nonzero, lambda: a[a > 0],
+            lambda: torch.equal(a, a), lambda: f"{a.sum():.3g}", lambda: float(a[0]),
+        ],
+        "download": [a.cpu, lambda: a.to("cpu", torch.float16), lambda: b.copy_(a)],
+        "upload": [
+            lambda: b.to(NAME), lambda: torch.tensor([1.0], device=NAME), lambda: a[[0, 1]], lambda: a.new_tensor([1]),
+            lambda: a[torch.tensor([0])], lambda: a.copy_(b), lambda: b.to(a), lambda: torch.asarray(b, device=NAME),
+        ],
+        "transfer": [lambda: a.to(f"{NAME}:1")],
+        None: [
+            lambda: a[0], lambda: a[:2], lambda: a.half(), lambda: torch.zeros_like(a), lambda: a.new_zeros(2),
+            lambda: torch.arange(3, device=NAME), lambda: a.topk(2), lambda: torch.where(a > 0, a, 0.0),
+            lambda: a.clamp(min=1), lambda: torch.eye(2, device=NAME), lambda: a[torch.arange(2, device=NAME)],
+        ],
+    }.items():  # fmt: skip
+        for i, do in enumerate(does):
+            device.reset()
+            do()
+            assert device.kinds == ({} if kind is None else {kind: 1}), (kind, i)
+    assert not device.lines  # this file is not the package
+
+
+def test_modules_optimizers_and_gradients_work_on_the_simulated_device(device):
+    torch.manual_seed(0)
+    layers, rows = [torch.nn.Linear(3, 2) for _ in range(2)], torch.randn(5, 3)
+    layers[1].load_state_dict(layers[0].state_dict())
+    layers[1].to(NAME)
+    for layer in layers:
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+        for _ in range(3):
+            layer(rows.to(layer.weight.device)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert isinstance(layers[1].weight, torch.nn.Parameter) and layers[1].weight.device.type == NAME
+    torch.testing.assert_close(layers[1].cpu().weight, layers[0].weight)
+    with torch.inference_mode():
+        assert rows.to(NAME).to(torch.float16).to(rows).device.type == "cpu"
+
+
+def test_the_simulated_device_is_gone_after_the_block():
+    with simulated() as device:
+        assert torch.accelerator.is_available()
+    torch.ones(2).to(NAME)
+    assert not device.kinds and not torch.accelerator.is_available()
+
+
+# Pictures
+
+
+DTYPES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1, torch.float64: 1e-4}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_plain_pipeline_draws_what_it_draws_on_the_cpu(device, both, name):
+    expected, found = (draw(pipe, 3, 2, output_type="np") for pipe in both(name))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert not device.lines and device.kinds["download"]  # the picture
+
+
+FULL = {"clamp": 0.1, "scale": 3.0}
+
+
+@pytest.mark.filterwarnings("ignore:To read some latents")
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("kind", MADE)
+def test_every_kind_and_operation(device, both, kind, operation):
+    sae = random_dictionary(kind, SITE, 160, [961, 481, 1], 32, 4)
+    sae.typical_activation.fill_(30.0)
+    sae.max_activation.fill_(150.0)
+    sae.mean_activation.fill_(10.0)
+    source = {"source": 20} if operation in ("transfer", "replace") else {}
+    features = {i: FULL.get(operation, 1.0) for i in range(0, 16, 2)}
+    check_same(both(dictionary={SITE: sae}), features, operation=operation, **source)
+
+
+HALF = np.zeros((8, 8), dtype=np.float32)
+HALF[:4] = 1
+OPTIONS = {
+    "everything": {},
+    "no clipping": {"clip": False},
+    "where": {"where": ACTIVE},
+    "a mask": {"mask": HALF},
+    "a mask for each prompt": {"mask": np.stack([HALF, 1 - HALF])},
+    "a mask and where, taken from another": {
+        "mask": Image.fromarray((HALF * 255).astype(np.uint8)), "where": ACTIVE, "operation": "transfer", "source": ACTIVE,
+    },
+    "one strength for each prompt": {"strength": [0.5, 1.0]},
+    "a schedule": {"strength": torch.tensor([1.0, 0.5, 0.0])},
+    "a schedule for each prompt": {"strength": torch.tensor([[1.0, 0.5], [0.0, 0.5]])},
+    "a function": {"strength": lambda progress: 1 - progress},
+    "renormalised": {"renormalise": True},
+    "one half": {"apply_to": "cond"},
+    "both halves": {"apply_to": "all"},
+    "this step alone": {"injection": "residual"},
+    "a window": {"end": 0.5},
+    "a weight": {"weight": 0.5},
+    "absurdly much": {"strength": 50.0, "clip": False},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The edits at")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_of_an_edit(device, both, options):
+    pipes, told = both(), {"strength": 1.0} | OPTIONS[options]
+    for pipe in pipes:
+        pipe.set_rtsae("default", told.get("weight", 1.0))
+    strength = told.pop("strength")
+    told.pop("weight", None)
+    check_same(pipes, {RED: strength, 1320: strength}, images=2, **told)
+
+
+@pytest.mark.parametrize("name, features", {
+    "shapes-sd": {"red": 1.0, "dotted": [0.0, 0.5], ACTIVE[0]: -1.0},
+    "people-dit": {"man": 1.0, "dark": [0.5, -0.5]},
+}.items())  # fmt: skip
+def test_labels_and_maps(device, both, name, features):
+    pipes = both(name)
+    check_same(pipes, features, images=2)
+    check_same(pipes, features, images=2, mask=HALF, renormalise=True)
+
+
+@pytest.mark.parametrize("operation", ["add", "ablate"])
+def test_several_sites(device, both, operation):
+    check_same(both("people-dit"), {(site, latent): 1.0 for site in SITES for latent in range(64)}, operation=operation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name, label", {"shapes-sd": "red", "people-dit": "man"}.items())
+def test_other_precisions(device, both, name, label, dtype):
+    if dtype == torch.float16 and name == "shapes-sd":
+        pytest.skip("CPUs are slow at convolutions in float16")
+    atol = {torch.float16: 0.05, torch.bfloat16: 0.3, torch.float64: 1e-4}[dtype]
+    check_same(both(name, dtype=dtype), {label: 1.0, (SITE, RED) if name == "shapes-sd" else (SITES[0], 5): 1.0}, atol=atol)
+
+
+def test_a_pipeline_that_moves_is_followed(device, both):
+    pipes = both()
+    pipe = pipes[0]
+    pipe.set_rtsae_features({"red": 1.0, RED: 1.0, ACTIVE[0]: 0.5}, mask=HALF)
+    expected = draw(pipe)
+    try:
+        for place in (NAME, f"{NAME}:1", "cpu", NAME):
+            pipe.to(place)
+            np.testing.assert_allclose(draw(pipe), expected, atol=1e-3)
+    finally:
+        pipe.to("cpu")
+
+
+@pytest.mark.parametrize("order", ["before loading", "after loading"])
+def test_model_offloading(device, both, order):
+    expected = both()[0]
+    expected.set_rtsae_features({"red": 1.0, RED: 1.0})
+    pipe = DiffusionPipeline.from_pretrained(EXAMPLES / "shapes-sd")
+    pipe.set_progress_bar_config(disable=True)
+    if order == "before loading":
+        pipe.enable_model_cpu_offload(device=NAME)
+    pipe.load_rtsae(load_dictionary(EXAMPLES / "shapes-rtsae"))
+    pipe.set_rtsae_features({"red": 1.0, RED: 1.0})
+    if order == "after loading":
+        pipe.enable_model_cpu_offload(device=NAME)
+    for _ in range(2):
+        np.testing.assert_allclose(draw(pipe), draw(expected), atol=1e-3)
+    assert pipe.unet.device.type == "cpu" and device.kinds["upload"] > 300
+
+
+# Steps
+
+
+def by_step(pipe, device, monkeypatch, steps: int = 4, **call) -> list[Counter]:
+    """What the package did in each step: until the sampler takes it."""
+    found, take = [], pipe.scheduler.step
+
+    def step(*args, **kwargs):
+        found.append(Counter(device.lines))
+        taken = take(*args, **kwargs)
+        device.reset()
+        return taken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.scheduler, "step", step)
+        device.reset()
+        draw(pipe, steps, **call)
+    assert len(found) == steps
+    return found
+
+
+def later(steps: list[Counter], kinds: tuple[str, ...], of_time: bool = False) -> Counter:
+    """What is done of these kinds after the first step, without (or else with nothing but) the seam to the pipeline,
+    which reads what step it is."""
+    lines = sum(steps[1:], Counter())
+    return Counter(
+        {line: n for line, n in lines.items() if line.startswith(kinds) and ("/denoiser/" in line) == of_time}
+    )
+
+
+WAITS, UPLOADS = ("wait", "download"), ("upload", "transfer")
+READ = {"operation": "ablate"}
+STEPS = {  # dictionary, features, options
+    "nothing": ("shapes", {}, {}),
+    "latents added": ("shapes", {RED: 1.0, 1320: 0.5}, {"clip": False}),
+    "a label": ("shapes", {"red": 1.0}, {}),
+    "latents added in range": ("shapes", {RED: 1.0, 1320: 0.5}, {}),
+    "latents ablated": ("shapes", dict.fromkeys(ACTIVE, 1.0), READ),
+    "latents ablated in both halves": ("shapes", dict.fromkeys(ACTIVE, 1.0), READ | {"apply_to": "all"}),
+    **{f"{kind}, ablated": (kind, {0: 1.0, 2: 1.0}, READ) for kind in MADE if kind != "RTSAE"},
+    "where": ("SparseAutoencoder", {0: 1.0}, {"where": [2, 4]}),
+    "one strength for each prompt": ("SparseAutoencoder", {0: [1.0]}, {}),
+    "a mask": ("SparseAutoencoder", {0: 1.0}, {"mask": HALF}),
+    "a schedule": ("SparseAutoencoder", {0: torch.tensor([1.0, 0.5, 0.0])}, {}),
+    "a function": ("SparseAutoencoder", {0: lambda progress: 1 - progress}, {}),
+    "renormalised": ("SparseAutoencoder", {0: 1.0}, {"renormalise": True}),
+    "a transfer": ("SparseAutoencoder", {0: 1.0}, {"operation": "transfer", "source": [2, 4]}),
+    "a label's maps": ("people", {"man": 1.0}, {}),
+    "latents added at one site": ("people", {(SITES[0], 5): 1.0}, {"clip": False}),
+    "latents added at six sites": ("people", {(site, 5): 1.0 for site in SITES}, {"clip": False}),
+    "latents ablated at one site": ("people", {(SITES[0], 5): 1.0}, READ),
+    "latents ablated at six sites": ("people", {(site, 5): 1.0 for site in SITES}, READ),
+}
+
+
+@pytest.fixture(scope="module")
+def _steps():
+    return {}
+
+
+@pytest.fixture
+def steps_of(device, both, monkeypatch, _steps):
+    """`steps_of(case, place)`: what the package does in each step of the first generation of one of `STEPS`."""
+
+    def steps(case: str, place: str) -> list[Counter]:
+        if (case, place) not in _steps:
+            of, features, options = STEPS[case]
+            own = None if of in ("shapes", "people") else {SITE: random_dictionary(of, SITE, 160, [961, 481, 1], 32, 4)}
+            pipe = both("people-dit" if of == "people" else "shapes-sd", own)[1]
+            pipe.set_rtsae_device(place)
+            pipe.set_rtsae_features(features, **options)
+            _steps[case, place] = by_step(pipe, device, monkeypatch)
+        return _steps[case, place]
+
+    return steps
+
+
+def faults(*known) -> list:
+    """Of every case, place and kind; those that start like one of `known` are expected to fail."""
+    cases = [
+        (case, place, what) for case in STEPS for place in PLACES for what in ("waits", "uploads")
+    ]
+    return [
+        pytest.param(*case, marks=[
+            pytest.mark.xfail(strict=True, reason=reason) for names, reason in known
+            if all(name is None or own in name for own, name in zip(case, names))
+        ])
+        for case in cases
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:To read some latents")
+@pytest.mark.parametrize("case, place, what", faults())
+def test_steps_after_the_first_keep_the_device_busy(steps_of, case, place, what):
+    kinds = {"waits": WAITS, "uploads": UPLOADS}[what]
+    assert not later(steps_of(case, place), kinds)
