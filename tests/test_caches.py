@@ -23,6 +23,7 @@ from packaging.version import Version
 from test_pipelines import FLUX_TEXT, PIXART_TEXT, TRUE_CFG, UNET_SITE, bundled, dictionary, flux, pixart
 
 from diffusers_rtsae import list_sites
+from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.denoiser import describe
 
 STEPS = 6
@@ -308,3 +309,14 @@ def test_token_merging(pipe):
         hook.remove()
     finally:
         tomesd.remove_patch(pipe)
+
+
+def test_a_recording_keeps_the_steps_at_which_a_cached_block_ran():
+    pipe, _, _ = flux(None)
+    pipe.load_rtsae(steady(SITES[1], 32))
+    times = follow(pipe.transformer.get_submodule(SITES[1]))
+    pipe.transformer.enable_cache(CACHES["first block"]())
+    with Recorder(pipe, [SITES[1]]) as recorder:
+        denoise(pipe)
+    assert len(times) == 1 < STEPS
+    assert recorder.trajectories(SITES[1]).shape[2] == 1 and len(recorder.timesteps) == 1

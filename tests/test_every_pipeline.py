@@ -15,6 +15,7 @@ CLASSES = [
     "StableDiffusionXLInstructPix2PixPipeline",  # three parts, the conditional one first
     "FluxPipeline",  # packed tokens, a call for each part, (text, image)
     "CogVideoXPipeline",  # (image, text)
+    "AuraFlowPipeline",  # a first call at t / 1000 = 1
     "LTXImageToVideoPipeline",  # a time for each token, tokens that are given
     "WanPipeline",  # two denoisers that take turns
     "Ideogram4Pipeline",  # a denoiser for each part; time runs backwards

@@ -320,6 +320,7 @@ class _Edited:
         """What a plan adds to a part, `(B, N or 1, d)`."""
         state, tokens = self.run.state(key, plan, part, self.call), self._tokens(plan, rows, self.hidden_states)
         check_channels(self.site, plan.sae.config.in_channels, tokens.shape[-1])
+        state.denoised = self._denoised(rows)
         reads_input = plan.sae.config.activation == "input"
         written = tokens
         if reads_input:
@@ -333,19 +334,17 @@ class _Edited:
             change = plan.unconditional(state, part.branch, tokens, part.timestep, self.grid, written)
         else:
             change = plan.perturbed(state, part.timestep)
-        return None if change is None else self._on_denoised(change, rows, written)
-
-    def _on_denoised(self, change: torch.Tensor, rows: slice, tokens: torch.Tensor) -> torch.Tensor:
-        """A change that leaves given tokens as they are; raises `ValueError` if it is for other tokens."""
-        if change.shape[1] not in (1, tokens.shape[1]):
+        if change is not None and change.shape[1] not in (1, written.shape[1]):
             raise ValueError(
-                f"The unconditional call has {tokens.shape[1]} tokens at {self.site}, the conditional one "
+                f"The unconditional call has {written.shape[1]} tokens at {self.site}, the conditional one "
                 f"{change.shape[1]}: apply_to='contrast' cannot follow it there. Use apply_to='cond'."
             )
+        return change
+
+    def _denoised(self, rows: slice) -> torch.Tensor | None:
+        """1 on tokens that are denoised and 0 on those that are given, `(B, N, 1)`; `None` where all are denoised."""
         given = self.call.given
-        if given is None or given.shape[1] != tokens.shape[1] or len(given) != self.batch:
-            return change
-        return change * ~given[rows, :, None]
+        return None if given is None or len(given) != self.batch else (~given[rows]).float()[..., None]
 
     def _no_grid(self, tokens: int) -> str:
         grid = self.call.grid

@@ -58,6 +58,7 @@ class PlanState:
     grid: TimeGrid | None = None  # of this generation's noise schedule, if that is not the plan's
     guidance: float | None = None  # its scale, if that is known
     images: int | None = None  # where these are of each prompt in turn, instead of one prompt's beside one another
+    denoised: torch.Tensor | None = None  # 0 on tokens that are given and left as they are, `(B, N, 1)`
     memories: dict[int | None, Memory] = field(default_factory=dict)  # of streams that are read, conditional: None
     timestep: float | None = None  # of the conditional call whose change is kept for calls that follow it
     on_conditional: torch.Tensor | None = None
@@ -132,7 +133,7 @@ class _Fold:
         step: Step,
         size: TokenGrid | tuple[int, int] | None,
         counts: list[Counts] | None,
-        in_turns: int | None = None,
+        state: PlanState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         What to add to the activation: amounts `(B, N or 1, c)` of vectors `(B, c, d)`.
@@ -142,9 +143,9 @@ class _Fold:
             latents (`torch.Tensor`, *optional*): what is read, `(B, N, rows)`.
             size (`TokenGrid`, *optional*): token grid, needed for a mask.
             counts (`list`, *optional*): where to tell what was done.
-            in_turns (`int`, *optional*): how many images there are, if these are of each prompt in turn.
+            state (`PlanState`, *optional*): of the generation: how its images lie, and which tokens are given.
         """
-        images, present = len(tokens), None
+        images, present, in_turns = len(tokens), None, state and state.images
         strength = self._strength(step.timestep, images, in_turns)
         if self.options.map is not None:
             wish = change = present = strength * self.map.amounts(tokens, step)
@@ -157,6 +158,8 @@ class _Fold:
             allowed = wanted.clamp(torch.zeros_like(self.highest), present.maximum(self.highest))
             change = allowed - present
         here = self._here(latents, images, size, in_turns)
+        if state is not None and state.denoised is not None and state.denoised.shape[:2] == tokens.shape[:2]:
+            here = state.denoised if here is None else here * state.denoised
         if counts is not None:
             edited, outside = self._any(wish != 0), None
             if here is not None:
@@ -323,9 +326,10 @@ class SitePlan:
         memory.continue_with(tokens)
 
     def _ready(self, device: torch.device) -> None:
-        with _loading:  # one thread loads what all of them use
-            if self.device != device:
-                self._load(device)
+        if self.device != device:
+            with _loading:  # one thread loads what all of them use
+                if self.device != device:
+                    self._load(device)
 
     def conditional(
         self,
@@ -414,4 +418,4 @@ class SitePlan:
                 state.memories[stream] = self.reader.begin()
             latents = self.reader.read(state.memories[stream], tokens, step)
         acting = [fold for fold in folds if fold.options.acts_at(timestep)]
-        return [(fold, fold.change(tokens, latents, step, size, counts, state.images)) for fold in acting]
+        return [(fold, fold.change(tokens, latents, step, size, counts, state)) for fold in acting]

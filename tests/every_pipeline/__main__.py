@@ -4,7 +4,7 @@ A table of every pipeline class of the installed diffusers: is it steered as it 
     python -m tests.every_pipeline                 # all; what is in the table already is kept
     python -m tests.every_pipeline Flux Wan --anew # classes whose names begin so, measured again
     python -m tests.every_pipeline --unexact       # what is not steered exactly, after a change
-    python -m tests.every_pipeline --page          # only write the page again
+    python -m tests.every_pipeline --page          # only write the page, and the README's sentence, again
 
 Writes `pipelines.json` row by row, so that a run which was stopped goes on, and `pipelines.md`.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "pipelines.json", HERE / "pipelines.md"
+README = HERE.parents[1] / "README.md"
 SECONDS = 400  # for one class
 
 
@@ -96,9 +97,11 @@ def main() -> None:
                 print(f"{name}: {row['verdict']} {row.get('why', '')[:300]}", flush=True)
         rows = {name: row for name, row in rows.items() if name in pipeline_classes()}
         write(rows)
-    from .page import page
+    from .page import into_readme, page
 
-    PAGE.write_text(page([rows[name] for name in sorted(rows)]))
+    ordered = [rows[name] for name in sorted(rows)]
+    PAGE.write_text(page(ordered))
+    README.write_text(into_readme(README.read_text(), ordered))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections import Counter
 
 import diffusers
@@ -32,6 +34,17 @@ def sentence(rows: list[dict]) -> str:
         f"exactly, {partly} but for what a sentence refuses (several prompts with several images each, mostly), and "
         f"{found['refused']} are refused with a sentence that says why; {others} do not denoise or cannot be built here"
     )
+
+
+def into_readme(text: str, rows: list[dict]) -> str:
+    """A README with that sentence in the place of an earlier one."""
+    paragraphs = text.split("\n\n")
+    for i, paragraph in enumerate(paragraphs):
+        if "pipeline classes of diffusers" in paragraph:
+            earlier = r"Of the \d+ pipeline classes of diffusers .*? built here"
+            flat = re.sub(earlier, sentence(rows), " ".join(paragraph.split()))
+            paragraphs[i] = textwrap.fill(flat, 119, break_on_hyphens=False, break_long_words=False)
+    return "\n\n".join(paragraphs)
 
 
 def page(rows: list[dict]) -> str:

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 from diffusers_rtsae import Dictionary
+from diffusers_rtsae.steering import past
 
 SITE = "up_blocks.1.attentions.1"
 STEPS = 6
@@ -305,8 +306,11 @@ def latents_read(pipe, timestep: float, draw) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("start", [0.6, 0.4, 0.2])
-def test_what_is_read_from_the_middle_is_what_is_read_from_the_beginning(steered, start):
+@pytest.mark.parametrize("given", [True, False], ids=["a picture is given", "nothing is given"])
+def test_what_is_read_from_the_middle_is_what_is_read_from_the_beginning(steered, monkeypatch, given, start):
     """Clean latents are given, and the noise of a generation from the start and of one from the middle is the same."""
+    if not given:  # as in a refiner: its own prediction must do
+        monkeypatch.setattr(past, "given_picture", lambda call, sample: None)
     steered.scheduler = DDIMScheduler.from_config(steered.scheduler.config)
     image_to_image = StableDiffusionImg2ImgPipeline(**steered.components, requires_safety_checker=False)
     image_to_image.set_progress_bar_config(disable=True)
@@ -334,7 +338,9 @@ def test_what_is_read_from_the_middle_is_what_is_read_from_the_beginning(steered
             steered.unet(noisy, torch.tensor(t), encoder_hidden_states=text)
 
     whole = latents_read(steered, timestep, from_the_beginning)
-    assert torch.cosine_similarity(middle.flatten(1), whole.flatten(1)).min() > 0.9
+    agreement = torch.cosine_similarity(middle.flatten(1), whole.flatten(1))
+    print(f"{timestep} {given} {agreement.tolist()}")
+    assert agreement.min() > 0.98 if given else agreement.mean() > 0.8
 
 
 def test_a_past_that_cannot_be_made_up_is_told_once(steered):
