@@ -132,6 +132,7 @@ class _Progress:
     shapes: dict[str, tuple] = field(default_factory=dict)  # of the sample of each denoiser
     known: dict[tuple, tuple[tuple[str, ...], bool]] = field(default_factory=dict)  # by place in the source
     held: Any = None  # the sampler's timestep, so that its id is not another's
+    timesteps: tuple[torch.Tensor, list[float]] | None = None  # all of the sampler's, and the same on the host
 
 
 class CallReader:
@@ -198,7 +199,8 @@ class CallReader:
             return Call(0.0, (Part("other", None, 0.0, 1.0, 0.0),), **record)
         if sampler_time is None:
             sampler_time = _told(arguments, caller, scheduler)
-        time, view = training_time(_number(sampler_time, caller), scheduler), tuple(map(variables.get, family.view))
+        time = training_time(_number(sampler_time, caller, progress), scheduler)
+        view = tuple(map(variables.get, family.view))
         place = (id(sampler_time), *map(variables.get, family.index), *view)
         if place != progress.place:
             progress.place, progress.turn, progress.ordinal = place, Turn(), 0
@@ -288,7 +290,17 @@ def _told(arguments: Arguments, caller: Caller, scheduler) -> float:
     )
 
 
-def _number(timestep, caller: Caller) -> float:
+def _number(timestep, caller: Caller, progress: _Progress) -> float:
+    """The sampler's timestep, without making a device wait for it at each step."""
+    i, timesteps = caller.variables.get("i"), caller.variables.get("timesteps")
+    on_device = torch.is_tensor(timestep) and timestep.device.type != "cpu"
+    if on_device and timestep.ndim == 0 and isinstance(i, int) and torch.is_tensor(timesteps) and i < len(timesteps):
+        if progress.timesteps is None or progress.timesteps[0] is not timesteps:
+            progress.timesteps = timesteps, timesteps.tolist()
+            if progress.timesteps[1][i] != float(timestep):  # its index is another's
+                progress.timesteps = timesteps, []
+        if progress.timesteps[1]:
+            return progress.timesteps[1][i]
     if torch.is_tensor(timestep) and timestep.numel() > 1:
         first, *others = timestep.flatten().tolist()
         if any(other != first for other in others):

@@ -35,6 +35,7 @@ class LinearMap:
         width = (rows.shape[2] - told) // 2
         self.readers, offsets, self.places, directions = rows.split([width, 1, told, width], 2)
         self.offsets, self.directions = offsets[..., 0], Directions(directions)
+        self._waves: dict[TokenGrid | tuple[int, int], torch.Tensor] = {}
 
     @staticmethod
     def shapes(anchors: int, width: int) -> list[tuple[int, int]]:
@@ -70,7 +71,9 @@ class LinearMap:
             raise ValueError(
                 f"A label's map reads where in the picture a token is, and these {tokens.shape[1]} lie on no grid."
             )
-        return amounts + waves(step.size).to(of_place) @ of_place.T
+        if step.size not in self._waves:
+            self._waves[step.size] = waves(step.size).to(of_place)
+        return amounts + self._waves[step.size] @ of_place.T
 
     def __call__(self, tokens: torch.Tensor, step: Step) -> torch.Tensor:
         """The change of tokens `(B, N, d)` at a step."""

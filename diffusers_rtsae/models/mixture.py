@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -72,12 +73,16 @@ class MixtureSAE(SparseAutoencoder):
         each = (self.config.num_latents - self.shared) // self.config.num_experts
         return torch.where(latents < self.shared, 0, 1 + (latents - self.shared).div(each, rounding_mode="floor"))
 
-    def metadata(self, step: Step, tokens: int) -> torch.Tensor:
-        """What the router is told at a step, `(N or 1, 2 · metadata)`."""
-        known = {"time": torch.tensor([step.timestep / 1000])}
+    def metadata(self, step: Step, tokens: int, at: torch.Tensor | None = None) -> torch.Tensor:
+        """What the router is told at a step, `(N or 1, 2 · metadata)`, with the `places` of the step's grid, if they
+        are known already; on their device."""
+        if at is None and step.size is not None:
+            at = places(step.size)
+        device = None if at is None else at.device
+        known = {"time": torch.full((1,), step.timestep / 1000, device=device)}
         if step.guidance is not None:
-            known["guidance"] = share_of_guidance(step.guidance)[None]
-        if step.size is not None and len(at := places(step.size)) == tokens:
+            known["guidance"] = torch.full((1,), float(share_of_guidance(step.guidance)), device=device)
+        if at is not None and len(at) == tokens:
             known["row"], known["column"] = at.T
         return self.told(known)
 
@@ -89,13 +94,16 @@ class MixtureSAE(SparseAutoencoder):
         length = max([len(pair) for pair in pairs], default=1)
         return torch.cat([like.new_zeros(length, 0), *(pair.expand(length, 2) for pair in pairs)], 1)
 
-    def gates(self, tokens: torch.Tensor, metadata: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def gates(
+        self, tokens: torch.Tensor, metadata: torch.Tensor, router: nn.Linear | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         The shares of the experts `(..., 1 + experts)`, the first that of the shared latents.
 
         Args:
             tokens (`torch.Tensor`): `(..., N, d)`.
             metadata (`torch.Tensor`): `(N or 1, 2 · metadata)`, or as tokens.
+            router (`nn.Linear`, *optional*): a copy of its own where the tokens are.
 
         Returns:
             the shares, and while training (2509.10919, after 1701.06538) the imbalance of the experts: CV of their
@@ -103,7 +111,8 @@ class MixtureSAE(SparseAutoencoder):
         """
         metadata = metadata.to(tokens).expand(*tokens.shape[:-1], metadata.shape[-1])
         seen = torch.cat([tokens, metadata], -1)
-        logits = clean = F.linear(seen, self.router.weight.to(seen), self.router.bias.to(seen))
+        router = router or self.router
+        logits = clean = F.linear(seen, router.weight.to(seen), router.bias.to(seen))
         imbalance = None
         if self.training:
             spread = F.softplus(self.noise(seen)) + 1e-2
@@ -152,8 +161,13 @@ class RoutedReader(StepReader):
     def __init__(self, sae: MixtureSAE, rows: list[int], device: torch.device):
         super().__init__(sae, rows, device)
         self.owner = sae.experts(torch.tensor(rows, dtype=torch.long)).to(device)
+        self.router, self._places = copy.deepcopy(sae.router).to(device), {}
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
+        if step.size not in self._places:
+            at = torch.zeros(0, 2) if step.size is None else places(step.size)
+            self._places[step.size] = at.to(tokens.device)
         tokens = tokens.float()
-        shares, _ = self.sae.gates(tokens, self.sae.metadata(step, tokens.shape[-2]))
+        metadata = self.sae.metadata(step, tokens.shape[-2], self._places[step.size])
+        shares, _ = self.sae.gates(tokens, metadata, self.router)
         return jump_relu((tokens @ self.encoder.T + self.bias) * shares[..., self.owner], self.threshold)

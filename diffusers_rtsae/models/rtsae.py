@@ -204,23 +204,25 @@ class PrefixReader(Reader):
     """
 
     def __init__(self, rtsae: RTSAE, rows: list[int], device: torch.device):
-        self.rtsae = rtsae
-        self.encoder = rtsae.encoder_rows(rows).to(device)
+        self.rtsae, self.device = rtsae, device
+        self.encoder = rtsae.encoder_rows(rows)  # where the dictionary is: only products go to the device
         self.mean, self.scale = rtsae.dynamics.mean.float().to(device), rtsae.dynamics.scale.float().to(device)
-        self.offset = (self.encoder * rtsae.decoder_bias.detach().to(device)).sum(-1)  # (rows, G)
+        self.offset = (self.encoder * rtsae.decoder_bias.detach()).sum(-1).to(device)  # (rows, G)
         self.bias = rtsae.encoder_bias[rows].detach().float().to(device)
         self.threshold = rtsae.threshold.tolist()
         self._products: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        for block in range(len(self.threshold)):  # before they are needed; those of skipped anchors follow on demand
+            self._product(block, ())
+            if block:
+                self._product(block, (block - 1,))
 
     def _product(self, block: int, intervals: tuple[int, ...]) -> torch.Tensor:
         """Encoder rows of an anchor, carried back over whole intervals between anchors; kept, as they are few."""
         if (block, intervals) not in self._products:
-            if intervals:
-                transition = self.rtsae.dynamics.transition[intervals[-1]].to(self.encoder)
-                product = self._product(block, intervals[:-1]) @ transition
-            else:
-                product = self.encoder[:, block] / self.rtsae.dynamics.residual_scale[block].item()
-            self._products[block, intervals] = product
+            product = self.encoder[:, block] / self.rtsae.dynamics.residual_scale[block]
+            for interval in intervals:
+                product = product @ self.rtsae.dynamics.transition[interval].float()
+            self._products[block, intervals] = product.to(self.device)
         return self._products[block, intervals]
 
     def _carry(self, block: int, start: float, end: float) -> torch.Tensor:

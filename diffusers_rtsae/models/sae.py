@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,10 @@ class SparseAutoencoder(SparseDictionary):
             return tokens / gain.clamp(min=1e-20)
         return (tokens - tokens.mean(-1, keepdim=True)) / (gain + 1e-5)
 
+    def shown_on(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        """`shown` for many steps on a device, with all that it needs there."""
+        return self.shown
+
     def hidden(self, shown: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """The inverse of `shown`, of these tokens where an `input_norm` needs them."""
         gain = None if tokens is None else self.gain(tokens)
@@ -161,12 +165,12 @@ class StepReader(Reader):
     """Reads latents that are each decidable alone: O(tokens · d · rows), and no other row."""
 
     def __init__(self, sae: SparseAutoencoder, rows: list[int], device: torch.device):
-        self.sae = sae
+        self.sae, self.shown = sae, sae.shown_on(device)
         self.encoder, self.bias = _rows(sae, rows, device)
         self.threshold = sae.threshold[rows].to(device)
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        shown = self.sae.shown(tokens.float(), step.timestep)
+        shown = self.shown(tokens.float(), step.timestep)
         return jump_relu(shown @ self.encoder.T + self.bias, self.threshold)
 
 
@@ -174,7 +178,7 @@ class TopKReader(Reader):
     """Reads latents of which the k largest of a token are active, so that all must be known: O(tokens · d · m)."""
 
     def __init__(self, sae: SparseAutoencoder, rows: list[int], device: torch.device):
-        self.sae, self.rows = sae, rows
+        self.sae, self.shown, self.rows = sae, sae.shown_on(device), torch.tensor(rows, dtype=torch.long, device=device)
         self.encoder, self.bias = _rows(sae, list(range(sae.config.num_latents)), device)
         self.computes = len(self.encoder)
 
@@ -184,7 +188,7 @@ class TopKReader(Reader):
             yield torch.addmm(self.bias, piece, self.encoder.T)
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        shown, latents = self.sae.shown(tokens.float(), step.timestep).flatten(0, -2), []
+        shown, latents = self.shown(tokens.float(), step.timestep).flatten(0, -2), []
         for pre_activations in self._pieces(shown):
             least = pre_activations.topk(self.sae.config.k, dim=1).values[:, -1:]
             latents.append(_from(pre_activations[:, self.rows], least))
@@ -195,7 +199,7 @@ class PictureReader(TopKReader):
     """Reads latents of which as many as the tokens of a picture share are active."""
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        shown, count = self.sae.shown(tokens.float(), step.timestep), self.sae.kept(tokens.shape[-2])
+        shown, count = self.shown(tokens.float(), step.timestep), self.sae.kept(tokens.shape[-2])
         return torch.stack([self._picture(picture, count) for picture in shown])
 
     def _picture(self, shown: torch.Tensor, count: int) -> torch.Tensor:

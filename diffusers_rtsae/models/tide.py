@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
@@ -70,12 +73,27 @@ class TIDE(SparseAutoencoder):
         return 1 + scale, shift
 
     def _modulate(self, timestep: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        factor, shift = self.modulate(torch.tensor([float(timestep)], device=self.modulation.weight.device))
+        factor, shift = self.modulate(torch.full((1,), float(timestep), device=self.modulation.weight.device))
         return factor[0].to(device), shift[0].to(device)
+
+    def on(self, device: torch.device) -> TIDE:
+        """The same modulation with its weights on a device."""
+        if self.modulation.weight.device == device:
+            return self
+        moved = copy.copy(self)  # shares all but what modulates
+        moved._modules = {
+            name: copy.deepcopy(part).to(device) if name in ("time_mlp", "modulation") else part
+            for name, part in self._modules.items()
+        }
+        return moved
 
     def shown(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
         factor, shift = self._modulate(timestep, tokens.device)
         return super().shown(tokens, timestep) * factor + shift
+
+    @torch.no_grad()
+    def shown_on(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        return self.on(device).shown
 
     def hidden(self, shown: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
         if self.config.undone:
@@ -96,7 +114,7 @@ class _ModulatedDirections(Directions):
         self.tide = tide
 
     def to(self, device: torch.device) -> Directions:
-        return _ModulatedDirections(self.paths.to(device, torch.float32), self.tide)
+        return _ModulatedDirections(self.paths.to(device, torch.float32), self.tide.on(torch.device(device)))
 
     @torch.no_grad()
     def at(self, step: Step) -> torch.Tensor:

@@ -66,6 +66,7 @@ class _Run:
 
     states: dict[tuple, PlanState] = field(default_factory=dict)  # of an adapter at a site, in a view
     checked: set[int] = field(default_factory=set)  # plans whose edits fit this generation's batch
+    measured: set[int] = field(default_factory=set)  # and whose changes were looked at once
     counts: _Report = field(default_factory=dict)
     plans: dict[str, list[tuple[tuple, SitePlan]]] = field(default_factory=dict)  # that act at this step, by site
 
@@ -80,7 +81,9 @@ class _Run:
 
     def copy(self) -> _Run:
         """The same, which goes on by itself and tells nobody what it does."""
-        return _Run({key: state.copy() for key, state in self.states.items()}, self.checked, {}, self.plans)
+        return _Run(
+            {key: state.copy() for key, state in self.states.items()}, self.checked, self.measured, {}, self.plans
+        )
 
 
 @dataclass
@@ -361,7 +364,9 @@ class _Edited:
                 size = _relative_size(change, tokens)
             for one in counts:
                 one.relative_size = size
-            self.controller.warn_of(plan, size)
+            if id(plan) not in self.run.measured:  # once in a generation, as looking at it makes a device wait
+                self.run.measured.add(id(plan))
+                self.controller.warn_of(plan, size)
         self.run.counts.setdefault(self.site, []).extend(counts)
 
     def _add(self, changes: list[torch.Tensor], rows: slice) -> None:

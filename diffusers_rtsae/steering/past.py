@@ -34,7 +34,7 @@ def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
         tap (`Tap`): that tells of it.
     """
     late = []
-    for plans in run.plans.values() if _is_late(call) else ():
+    for plans in run.plans.values() if call.caller is not None else ():
         for key, plan in plans:
             for part in call.parts if plan.sae.reads_past else ():
                 if part.role in ("cond", "uncond") and plan.reads(part.role):
@@ -42,7 +42,7 @@ def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
                     missed = _missed(plan, state.grid or plan.grid, part.timestep)
                     if missed and part.branch not in state.memories:
                         late.append((plan, state, part, missed))
-    if not late:
+    if not late or not _is_late(call):
         return
     anchors = sorted({anchor for *_, missed in late for anchor in missed}, reverse=True)
     past = _Past([plan.sae.config.site for plan, *_ in late])

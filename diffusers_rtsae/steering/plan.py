@@ -93,8 +93,8 @@ class _Fold:
 
     def __init__(self, edits: list[Edit], sae: SparseDictionary, rows: list[int], device: torch.device):
         self.edits, self.options, self.device, self.gain = edits, edits[0], device, sae.gain
-        self._strengths: dict[int, torch.Tensor] = {}
-        self._masks: dict[TokenGrid, torch.Tensor] = {}
+        self._strengths: dict[tuple, torch.Tensor] = {}
+        self._masks: dict[tuple, torch.Tensor] = {}
         if self.options.where is not None:
             self.where = self._index([rows.index(row) for row in self.options.where])
         if self.options.map is not None:
@@ -179,14 +179,14 @@ class _Fold:
 
     def _strength(self, timestep: float, images: int, in_turns: int | None) -> torch.Tensor:
         """Of each image and column, `(B, 1, columns)`."""
-        if images in self._strengths:
-            return self._strengths[images]
+        if (images, in_turns) in self._strengths:
+            return self._strengths[images, in_turns]
         given = [edit.strength_at(timestep) for edit in self.edits]
         with torch.inference_mode(False):  # what is kept may meet autograd later
             each = torch.tensor([[own[i] for i in _of_prompts(len(own), images, in_turns)] for own in given])
             strength = each.to(self.device, torch.float32).T[:, None, self.owners]
         if not any(callable(edit.strength) or torch.is_tensor(edit.strength) for edit in self.edits):
-            self._strengths[images] = strength
+            self._strengths[images, in_turns] = strength
         return strength
 
     def _wish(self, strength: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
@@ -220,14 +220,13 @@ class _Fold:
         if self.options.where is not None:
             here = (latents[..., self.where] > 0).any(-1, keepdim=True).float()
         if self.options.mask is not None:
-            mask = self._mask(TokenGrid(*size), images)
-            mask = mask[_of_prompts(len(mask), images, in_turns)]
+            mask = self._mask(TokenGrid(*size), images, in_turns)
             here = mask if here is None else here * mask
         return here
 
-    def _mask(self, size: TokenGrid, rows: int) -> torch.Tensor:
-        """The mask on a token grid of so many rows, `(1 or more, N, 1)`."""
-        if size not in self._masks:
+    def _mask(self, size: TokenGrid, rows: int, in_turns: int | None) -> torch.Tensor:
+        """The mask on the token grid of so many rows, `(rows, N, 1)`."""
+        if (size, rows, in_turns) not in self._masks:
             mask, frames = self.options.mask.to(self.device), size.frames * size.beside
             if mask.ndim == 3 and rows // size.beside % len(mask):
                 mask = mask[None]  # one for each frame instead of one for each prompt
@@ -237,8 +236,9 @@ class _Fold:
                 else:
                     pooled = F.adaptive_avg_pool3d(mask[:, None], (frames, *size[:2]))[:, 0]
                     pooled = pooled.unflatten(1, (size.beside, size.frames)).flatten(0, 1)
-                self._masks[size] = pooled.flatten(1)[..., None]
-        return self._masks[size]
+                own = pooled.flatten(1)[_of_prompts(len(pooled), rows, in_turns)]
+                self._masks[size, rows, in_turns] = own[..., None]
+        return self._masks[size, rows, in_turns]
 
     def _any(self, columns: torch.Tensor) -> torch.Tensor:
         """Whether any column of an edit is true: `(B, N or 1, columns)` to `(B, N or 1, edits)`."""
