@@ -33,7 +33,7 @@ from .files import (
 from .layouts import check_pickles, choose, find, walk
 from .models import LinearMap, SparseDictionary
 from .published import read, saelens
-from .steering import Edit
+from .steering import OPERATIONS, Edit
 from .weights import DTYPES, load_maps, load_site, save_site, save_tensors, write_tensors
 
 __all__ = [
@@ -419,7 +419,9 @@ def _try_preset(path: Path, name: str, preset: dict) -> None:
 
 
 def _try_edit(path: Path, name: str, moved: dict, options: dict) -> None:
-    source = (0,) if options.get("operation") in ("transfer", "replace") else None  # the caller's to choose
+    asked = options.get("operation", "add")
+    takes = isinstance(asked, str) and asked in OPERATIONS and OPERATIONS[asked].takes
+    source = (0,) if takes else None  # the caller's to choose
     try:
         Edit(strength=1.0, source=source, mask=None, **moved, **options)
     except (TypeError, ValueError) as error:

@@ -6,21 +6,23 @@ A device that is not the CPU, simulated on the CPU, so that code for accelerator
         pipe("a heart")
         print(device.kinds, device.lines)
 
-Tensors of the device hold one of the CPU, which the operations run on, so that results are the CPU's. As on CUDA,
-operands of two devices raise (a CPU tensor without dimensions may join where elements are computed, and indices may lie
-on the CPU), as does a generator of another device; and where the host must wait, or something travels between host and
-device, that is counted:
+A tensor of the device holds one of the CPU, on which operations run, so that results are the CPU's. As on CUDA,
+operands of two devices raise, but for indices that lie on the host, and numbers (tensors without dimensions) there
+where elements are computed; so does a generator of another device. Counted is where the host must wait for the device,
+and what travels between them:
 
     "wait"      the host needs a value: `item`, `tolist`, `bool`, `nonzero`, a mask as index, `torch.equal`, ...
     "download"  device to host, for which the host waits too
-    "upload"    host to device: `to`, `torch.tensor(..., device=...)`, an index that is a list or lies on the host
-    "transfer"  between two of these devices: "simulated:0" and "simulated:1" are two
+    "upload"    host to device, for which CUDA waits as well unless memory is pinned: `to`, `torch.tensor(...,
+                device=...)`, an index that is a list or lies on the host
+    "transfer"  from "simulated:0" to "simulated:1" or back; these are two devices, but only the first has gradients
 
-What it cannot show: other numerics than the CPU's (kernels, precision, random numbers, which are the CPU's generator's
-here), streams and whatever is asynchronous (pinned memory counts like any other, nothing overlaps), memory, and speed.
+What it cannot show: numerics other than the CPU's (kernels, reduced precision; random numbers are the CPU's too),
+streams and all that is asynchronous, memory, and speed. Nor can a tensor move by an assignment to its `data`, as
+diffusers' group offloading does it.
 
-PyTorch allows one backend of this sort in a process. Importing this module registers it for good; without a tensor on
-it nothing changes, and it says that it is available inside a `with` block only.
+PyTorch has room for one backend of this sort in a process. Importing this module registers it for good; it says that
+it is available, and counts, inside a `with` block only.
 """
 
 from __future__ import annotations
@@ -123,10 +125,11 @@ class SimulatedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor, device: torch.device):
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            device=torch.device(NAME, device.index or 0),
-        )  # fmt: skip
+        with torch.inference_mode(False):  # a view made in that mode of what was made before it fails
+            made = torch.Tensor._make_wrapper_subclass(
+                cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+                device=torch.device(NAME, device.index or 0),
+            )  # fmt: skip
         made.held = held
         return made
 
@@ -188,6 +191,8 @@ def _run(func, args: tuple, kwargs: dict):
     """Do on the CPU what is asked of the device."""
     if func.overloadpacket in _CASTS:
         return func.decompose(*args, **kwargs)
+    if func is _aten._has_compatible_shallow_copy_type.default:
+        return all(isinstance(tensor, SimulatedTensor) for tensor in args)
     tensors: list[torch.Tensor] = []
     _each(tensors.append, (args, kwargs), torch.Tensor)
     ours = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]

@@ -23,7 +23,8 @@ from ..analysis.record import record
 from ..analysis.report import STRENGTHS
 from ..contents import parse_feature
 from ..pipeline import own_size
-from ..steering.edits import APPLY_TO, OPERATIONS
+from ..steering.edits import APPLY_TO
+from ..steering.operations import OPERATIONS
 from .studio import AGE, Studio, Wish, side_by_side
 
 FEATURES = 8  # sliders at most
@@ -31,7 +32,7 @@ _LABELS = 48  # of which there are thumbnails
 _HISTORY = 24  # pictures
 _RANK = 8  # of the map of a feature that is made here
 _DEFAULT = {"start": 0.0, "end": 1.0, "operation": "add", "apply_to": "contrast"}
-_WITHOUT_SOURCE = [operation for operation in OPERATIONS if operation not in ("transfer", "replace")]
+_WITHOUT_SOURCE = [name for name, operation in OPERATIONS.items() if not operation.takes]
 
 # every word that is not everyday language, by the label of its field
 TERMS = {

@@ -178,7 +178,11 @@ class TopKReader(Reader):
     """Reads latents of which the k largest of a token are active, so that all must be known: O(tokens · d · m)."""
 
     def __init__(self, sae: SparseAutoencoder, rows: list[int], device: torch.device):
-        self.sae, self.shown, self.rows = sae, sae.shown_on(device), torch.tensor(rows, dtype=torch.long, device=device)
+        self.sae, self.shown, self.rows = (
+            sae,
+            sae.shown_on(device),
+            torch.tensor(rows, dtype=torch.long, device=device),
+        )
         self.encoder, self.bias = _rows(sae, list(range(sae.config.num_latents)), device)
         self.computes = len(self.encoder)
 

@@ -125,18 +125,20 @@ class Controller:
         self._counts: dict[threading.Thread, _Report] = {}  # of the last generation of each thread
         self._last: _Report = {}
         self._lock = threading.RLock()
-        self._installed_by: weakref.ref | None = None  # the pipeline whose noise schedule calls without one have
+        self._installed_by: weakref.ref | None = None  # the pipeline whose noise schedule calls without one have,
+        self._schedule: torch.Tensor | None = None  # and that schedule, for copies
         self._warned = False
 
     def __getstate__(self) -> dict:
         return {
             "adapters": self.adapters, "enabled": self.enabled, "default": self._default, "tap": self._tap,
+            "schedule": self._schedule,
         }  # fmt: skip
 
     def __setstate__(self, state: dict) -> None:
         self.__init__()
         self.adapters, self.enabled, self._default = state["adapters"], state["enabled"], state["default"]
-        self._tap = state["tap"]
+        self._tap, self._schedule = state["tap"], state["schedule"]
 
     # What is to be done
 
@@ -179,6 +181,7 @@ class Controller:
         """Have hooks where something may have to be done, and nowhere else."""
         with self._lock:
             self._installed_by = None if pipeline is None else weakref.ref(pipeline)
+            self._schedule = noise_schedule(getattr(pipeline, "scheduler", None))
             kept = [*self._default, *(one for edits in [*self._own.values()] for one in edits)]
             kept += [one for entered in self._entered for one in entered.edits or ()]
             sites = {one.site: None for one in kept if self._acts(one)} if self.enabled else {}
@@ -203,7 +206,7 @@ class Controller:
         key = tuple(id(one) for one in edits)
         if key not in self._plans:
             told_by = self._installed_by() if pipeline is None and self._installed_by is not None else pipeline
-            schedule = noise_schedule(getattr(told_by, "scheduler", None))
+            schedule = self._schedule if told_by is None else noise_schedule(getattr(told_by, "scheduler", None))
             groups: dict[tuple[str, str], list[Edit]] = {}
             for one in edits:
                 scaled = one.edit.scaled(self.adapters[one.adapter].weight)

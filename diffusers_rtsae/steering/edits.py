@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-OPERATIONS = ("add", "set", "scale", "clamp", "ablate", "ablate_to_mean", "transfer", "replace")
+from .operations import OPERATIONS
+
 APPLY_TO = ("cond", "all", "contrast")
 INJECTIONS = ("trajectory", "residual")
-NEUTRAL = {"add": 0.0, "scale": 1.0, "ablate": 0.0, "ablate_to_mean": 0.0, "transfer": 0.0}  # strengths without effect
 
 Strength = float | tuple[float, ...] | torch.Tensor | Callable[[float], "float | list[float]"]
 
 
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+def _choice(name: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}.")
 
@@ -101,11 +101,12 @@ class Edit:
                 raise ValueError(
                     f"A strength must be a finite number or a list of them, one per prompt; got {self.strength!r}."
                 )
-        if (self.source is None) == (self.operation in ("transfer", "replace")):
+        if (self.source is None) == OPERATIONS[self.operation].takes:
+            takers = " and ".join(repr(name) for name, operation in OPERATIONS.items() if operation.takes)
             raise ValueError(
                 f"{self.operation!r} needs a `source` feature at the same site to take from."
                 if self.source is None
-                else f"`source` is for 'transfer' and 'replace', not for {self.operation!r}."
+                else f"`source` is for {takers}, not for {self.operation!r}."
             )
         if self.map is not None and (self.latents or self.operation != "add" or self.clip):
             raise ValueError("A map adds, unclipped, and to no latents.")
@@ -120,13 +121,14 @@ class Edit:
     @property
     def is_idle(self) -> bool:
         """Whether the edit changes nothing at all."""
-        if callable(self.strength) or self.operation not in NEUTRAL:
+        neutral = OPERATIONS[self.operation].neutral
+        if callable(self.strength) or neutral is None:
             return False
         if torch.is_tensor(self.strength):
             strengths = self.strength.flatten().tolist()
         else:
             strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
-        return all(self._bounded(strength) == NEUTRAL[self.operation] for strength in strengths)
+        return all(self._bounded(strength) == neutral for strength in strengths)
 
     @property
     def moved(self) -> list[int]:
@@ -136,7 +138,7 @@ class Edit:
     @property
     def reads_moved(self) -> bool:
         """Whether the change depends on the present activation of what moves."""
-        return self.operation != "add" or self.clip
+        return OPERATIONS[self.operation].reads or self.clip
 
     @property
     def read(self) -> list[int]:

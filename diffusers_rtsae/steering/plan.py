@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ..denoiser import TimeGrid
 from ..models import LinearMap, Memory, SparseDictionary, Step, TokenGrid
 from .edits import APPLY_TO, Edit
+from .operations import OPERATIONS, Latents
 
 _loading = threading.Lock()
 
@@ -191,26 +192,18 @@ class _Fold:
 
     def _wish(self, strength: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
         """By how much the columns are to change, before clipping: `(B, N or 1, columns)`."""
-        operation, given = self.options.operation, slice(self.given)
-        full = strength[..., given] * self.full
-        if operation == "add":
-            return full
-        now, taken = present[..., given], present[..., self.given :]
-        if operation == "set":
-            return full - now
-        if operation == "scale":
-            return (strength - 1) * now
-        if operation == "clamp":
-            return now.minimum(full) - now
-        if operation == "ablate":
-            return -strength * self.weights * now
-        if operation == "ablate_to_mean":
-            return strength * (self.mean - now)
-        own = slice(self.sources)  # all take from the same
-        level = (taken[..., own] / self.typical[self.given :][own]).amax(-1, keepdim=True)  # 1 at the typical one
-        if operation == "transfer":
-            return torch.cat([level * full, -strength[..., self.given :].clamp(0, 1) * taken], -1)
-        return torch.cat([(level > 0).to(now.dtype) * (full - now), -taken], -1)
+        given, columns = slice(self.given), strength[..., : self.given]
+        now = taken = level = share = None
+        if present is not None:
+            now, taken = present[..., given], present[..., self.given :]
+        if self.sources:
+            own = slice(self.sources)  # all take from the same
+            level = (taken[..., own] / self.typical[self.given :][own]).amax(-1, keepdim=True)
+            share = strength[..., self.given :]
+        latents = Latents(
+            columns, columns * self.full, self.weights, self.mean[given], now, taken, level, share
+        )  # fmt: skip
+        return OPERATIONS[self.options.operation].change(latents)
 
     def _here(
         self, latents: torch.Tensor | None, images: int, size: TokenGrid | tuple[int, int] | None, in_turns: int | None

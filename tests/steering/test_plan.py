@@ -10,7 +10,7 @@ from diffusers_rtsae import RTSAE, SparseDictionary
 from diffusers_rtsae.denoiser import TimeGrid
 from diffusers_rtsae.models import PLACES, LinearMap, Step, interpolate, waves
 from diffusers_rtsae.steering import Edit, PlanState, SitePlan
-from diffusers_rtsae.steering.edits import OPERATIONS
+from diffusers_rtsae.steering.operations import OPERATIONS
 
 ALPHAS = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
 ANCHORS = [961, 721, 481, 241, 1]
