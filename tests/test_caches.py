@@ -320,3 +320,7 @@ def test_a_recording_keeps_the_steps_at_which_a_cached_block_ran():
         denoise(pipe)
     assert len(times) == 1 < STEPS
     assert recorder.trajectories(SITES[1]).shape[2] == 1 and len(recorder.timesteps) == 1
+    with Recorder(pipe, SITES[:2]) as recorder:
+        denoise(pipe)
+    with pytest.raises(ValueError, match="'transformer_blocks.1' was run at other steps than 'transformer_blocks.0'"):
+        recorder.trajectories(SITES[1])

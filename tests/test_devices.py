@@ -26,7 +26,7 @@ from diffusers_rtsae.analysis.record import record
 from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.statistics import measure
 from diffusers_rtsae.models import LinearDynamics
-from diffusers_rtsae.steering.edits import OPERATIONS
+from diffusers_rtsae.steering import OPERATIONS
 from training.checkpoint import Checkpoints
 from training.collect import anchor_timesteps, collect, read_samples
 from training.dictionary import ARCHITECTURES, KINDS
@@ -522,12 +522,7 @@ def test_finding_in_pictures(device, both, place):
     check_found([find_features(pipe, [red], [blue], count=2) for pipe in at(place, both())])
 
 
-ROWS = "`Intervention` brings weights on the host together with rows of a dictionary that is not there"
-
-
-@pytest.mark.parametrize("kind, place", [
-    ("RTSAE", "cpu"), *(two_devices(kind, NAME, reason=ROWS) for kind in ("RTSAE", "TIDE", "MixtureSAE")),
-])  # fmt: skip
+@pytest.mark.parametrize("kind, place", [("RTSAE", "cpu"), ("RTSAE", NAME), ("TIDE", NAME), ("MixtureSAE", NAME)])
 def test_finding_by_effect(device, both, quick, kind, place):
     check_found([
         find_features(pipe, WITH[:1], WITHOUT[:1], 2, seeds=1, verify=1, unchanged=["a circle"], **CALL)
@@ -535,12 +530,8 @@ def test_finding_by_effect(device, both, quick, kind, place):
     ])  # fmt: skip
 
 
-MAPS = "`_Maps` keeps its maps on the host, and they read the denoiser's activation"
-
-
-@pytest.mark.parametrize("rank, place", [
-    two_devices(rank, place, reason=MAPS) for rank in (None, 2) for place in PLACES
-])  # fmt: skip
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rank", [None, 2])
 def test_fitting(device, both, quick, rank, place):
     pipes = at(place, both(dictionary=small("SparseAutoencoder")))
     one, other = (fit_feature(pipe, PAIRS[:1], 4, ["a circle"], rank, progress=False, **CALL) for pipe in pipes)

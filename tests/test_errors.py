@@ -25,7 +25,17 @@ from safetensors.torch import load_file, save_file
 from test_published import dictionary_learning, saelens, sdlens, sparsify
 
 import diffusers_rtsae
-from diffusers_rtsae import RTSAE, TIDE, Dictionary, MixtureSAE, SparseAutoencoder, cli, list_sites, load_dictionary
+from diffusers_rtsae import (
+    RTSAE,
+    TIDE,
+    Dictionary,
+    MixtureSAE,
+    SparseAutoencoder,
+    cli,
+    denoiser,
+    list_sites,
+    load_dictionary,
+)
 from diffusers_rtsae.analysis import find, fit
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops, plot_strip
@@ -34,6 +44,7 @@ from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.analysis.statistics import measure
 from diffusers_rtsae.contents import read_contents, search_labels
+from diffusers_rtsae.denoiser import Arguments, Block, CallReader, rows, training_time
 from diffusers_rtsae.files import MAPS_NAME, read_lines, read_pairs
 from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, convertible
 from diffusers_rtsae.models import PLACES, LinearMap, Step
@@ -66,10 +77,28 @@ class Caller(DiffusionPipeline):
         self.register_modules(unet=pipe.unet, scheduler=pipe.scheduler)
 
     @torch.no_grad()
-    def __call__(self, rows: int, batch_size: int, unconditional: bool = False):
+    def __call__(
+        self, rows: int, batch_size: int, unconditional: bool = False, t: float | None = 999, images: int = 1
+    ):
         text = torch.zeros(rows, 32, 192)
-        negative_prompt_embeds = text if unconditional else None  # noqa: F841 - the clock reads it
-        self.unet(torch.zeros(rows, 4, 16, 16), 999, encoder_hidden_states=text)
+        negative_prompt_embeds = text if unconditional else None  # noqa: F841 - this and what follows is read
+        latents = torch.zeros(images, 4, 16, 16)  # noqa: F841
+        self.unet(torch.zeros(rows, 4, 16, 16), 999.5, encoder_hidden_states=text)
+
+
+class Odd(diffusers.DDIMScheduler):
+    """A sampler that counts in a unit of its own."""
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.timesteps = self.timesteps * 0 + 7000
+
+
+class Cosmos3Like(Caller):
+    """Of a family that is refused."""
+
+
+Cosmos3Like.__name__ = "Cosmos3Like"
 
 
 def steer(value=1.0, **options):
@@ -235,6 +264,28 @@ def another_sampler(scheduler, steps):
     return misuse
 
 
+def told_of(text: list[float], pooled: list[float] | None = None, prompts: int | None = None, **variables):
+    """What rows are that carry these numbers as their texts."""
+    given = {"encoder_hidden_states": text, "pooled_projections": text if pooled is None else pooled}
+    told = {name: torch.tensor(values)[:, None].expand(-1, 3) for name, values in given.items()}
+    arguments = Arguments(["sample", *told], (torch.zeros(len(text), 4),), told)
+    caller = denoiser.Caller(object(), denoiser.Family(""), variables, denoiser.Generation(), 0, "")
+    return rows.roles_of(arguments, caller, rows.Drawn(len(text), prompts), False, rows.Turn())
+
+
+def record_without_a_grid(world):
+    with Recorder(world.pipe, [TEXT_SITE]) as recorder:
+        world.draw(world.pipe, steps=1)
+    recorder.size(TEXT_SITE)
+
+
+def without_scheduler(world):
+    feature("red")(world)
+    pipe = Caller(world.pipe)
+    pipe.scheduler = None
+    pipe(2, 1)
+
+
 def replaced_denoiser(world):
     before = world.pipe.unet
     try:
@@ -266,8 +317,9 @@ def record_elsewhere(world):
 
 
 def record_a_stream_that_is_not_there(world):
-    with Recorder(world.pipe, [SITE], streams=("cond", "perturbed")):
+    with Recorder(world.pipe, [SITE], streams=("cond", "perturbed")) as recorder:
         world.draw(world.pipe, steps=1)
+    recorder.trajectories(SITE)
 
 
 def preset(world, content):
@@ -350,7 +402,7 @@ MISUSE = {
     "a pipeline without denoiser": (
         lambda world: DiffusionPipeline().load_rtsae(world.dictionary),
         ValueError,
-        "DiffusionPipeline has no denoiser: expected a component `unet` or `transformer`.",
+        "DiffusionPipeline has no denoiser: expected a component of ['unet', 'transformer', …].",
     ),
     "a name that is taken": (
         lambda world: world.pipe.load_rtsae(world.dictionary),
@@ -541,17 +593,19 @@ MISUSE = {
     "a mask of one dimension": (
         steer(mask=np.ones(4)),
         ValueError,
-        "A mask must be (height, width) or (prompts, height, width), got shape (4,).",
+        "A mask must be (height, width), (prompts or frames, height, width) or (prompts, frames, height, width), got "
+        "shape (4,).",
     ),
-    "a mask of four dimensions": (
-        steer(mask=np.ones((2, 3, 4, 5))),
+    "a mask of frames for pictures": (
+        lambda world: generate(world, {"red": 1.0}, mask=np.ones((2, 3, 4, 5))),
         ValueError,
-        "A mask must be (height, width) or (prompts, height, width), got shape (2, 3, 4, 5).",
+        "The mask is for 3 frames, and a picture has one.",
     ),
     "a mask without pixels": (
         steer(mask=np.ones((0, 4))),
         ValueError,
-        "A mask must be (height, width) or (prompts, height, width), got shape (1, 0, 4).",
+        "A mask must be (height, width), (prompts or frames, height, width) or (prompts, frames, height, width), got "
+        "shape (1, 0, 4).",
     ),
     "a mask of bytes": (
         steer(mask=np.array([[0, 255]])),
@@ -566,7 +620,7 @@ MISUSE = {
     "a mask where no grid is": (
         lambda world: other(world, TEXT_SITE, mask=np.ones((8, 8))),
         ValueError,
-        "Cannot lay 32 tokens out over a 16x16 latent; spatial masks need a grid.",
+        "Cannot lay 32 tokens of … out over a 16x16 latent of 1 frames; spatial masks need a grid.",
     ),
     # What does not fit the pipeline
     "a site that the model lacks": (
@@ -578,7 +632,7 @@ MISUSE = {
     "the sites of something else": (
         lambda world: list_sites("unet"),
         ValueError,
-        "str has no denoiser: expected a component `unet` or `transformer`.",
+        "str has no denoiser: expected a component of ['unet', 'transformer', …].",
     ),
     "a denoiser put in the place of one with a dictionary": (
         replaced_denoiser,
@@ -619,20 +673,21 @@ MISUSE = {
         f"The dictionary of {SITE} holds NaN or inf in rows [1].",
     ),
     "a sampler with another unit of time": (
-        another_sampler(diffusers.DDIMScheduler(num_train_timesteps=4000), 2),
+        another_sampler(Odd(), 2),
         ValueError,
-        "DDIMScheduler calls with timesteps from 2000 to 0, expected 0 to 1000: a sampler that counts time in "
-        "another unit cannot be followed.",
+        "Odd calls with timestep 7000, expected 0 to 1000: a sampler that counts time in another unit cannot be "
+        "followed.",
     ),
-    "a sampler that counts noise": (
-        another_sampler(diffusers.EDMEulerScheduler(), 1),  # its only timestep, 1.1, could be a training step
+    "a sampler that does not say its unit": (
+        lambda world: training_time(1.0, SimpleNamespace(config={})),
         ValueError,
-        "EDMEulerScheduler counts time in noise levels, not in training steps: it cannot be followed.",
+        "SimpleNamespace does not say how many training steps there are: a sampler that counts time in another unit "
+        "cannot be followed.",
     ),
     "a batch of an unknown layout": (
         lambda world: (feature("red")(world), Caller(world.pipe)(3, 1)),
         ValueError,
-        "Caller calls the denoiser with 3 rows for 1 images: this layout of guidance is not supported; expected "
+        "Caller calls the denoiser with 3 rows for each image: this layout of guidance is not supported; expected "
         "uncond + cond.",
     ),
     "guidance in another order": (
@@ -640,6 +695,67 @@ MISUSE = {
         ValueError,
         "This pipeline calls the denoiser for another part of guidance before the conditional one, which "
         "apply_to='contrast' follows. Use apply_to='cond'.",
+    ),
+    "rows that are told apart by nothing": (
+        lambda world: told_of([0.0, 1.0], negative_prompt_embeds=torch.zeros(1, 3)),
+        ValueError,
+        "Some of the 2 rows that the denoiser is called with carry the negative prompt, and their layout is not "
+        "known.",
+    ),
+    "rows of two prompts at once": (
+        lambda world: told_of([0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0], prompts=2),
+        ValueError,
+        "object gives an image the text of one prompt and the pooled text of another, where there are several prompts "
+        "and several images of each: draw one at a time.",
+    ),
+    "rows at a site that are no multiple": (
+        lambda world: list(CallReader().read(Arguments(["x"], (torch.zeros(2, 3),), {})).parts_of(5)),
+        ValueError,
+        "The denoiser is called with 2 rows and has 5 at this site: expected a multiple, as frames beside one another "
+        "are.",
+    ),
+    "the grid of what has none": (
+        record_without_a_grid,
+        ValueError,
+        "Cannot lay 32 tokens of … out over a 16x16 latent.",
+    ),
+    "some of the images": (
+        lambda world: (feature("red")(world), Caller(world.pipe)(1, 2, images=2)),
+        ValueError,
+        "The denoiser is called for 1 of 2 images at a time, which cannot be followed: draw one alone.",
+    ),
+    "a family that is refused": (
+        lambda world: (feature("red")(world), Cosmos3Like(world.pipe)(1, 1)),
+        ValueError,
+        "Cosmos3Like cannot be followed: it packs prompts into one sequence, which has no rows.",
+    ),
+    "a loop without its timestep": (
+        lambda world: (feature("red")(world), Caller(world.pipe)(2, 1, t=None)),
+        ValueError,
+        "Caller calls its denoiser at 999.5, which is none of its sampler's timesteps, and has no variable `t` that "
+        "says where it is: expected either.",
+    ),
+    "frames at different times": (
+        lambda world: (feature("red")(world), Caller(world.pipe)(2, 1, t=torch.tensor([1.0, 500.0]))),
+        ValueError,
+        "Caller denoises frames at different times in one call: that cannot be followed, as an edit has one time.",
+    ),
+    "a pipeline without scheduler": (
+        without_scheduler,
+        ValueError,
+        "Caller has no scheduler that says at which timestep it is.",
+    ),
+    "a denoiser that is called with nothing": (
+        lambda world: Arguments(["sample"], (), {}),
+        ValueError,
+        "The denoiser is called without a sample.",
+    ),
+    "a block that returns several things": (
+        lambda world: Block("x").output((torch.zeros(1), torch.zeros(1))),
+        ValueError,
+        "This block returns 2 things, and which of them are the image's hidden states is not known: expected a "
+        "tensor, a tensor with skip connections, or a class that `denoiser/blocks.py` or diffusers' "
+        "`TransformerBlockRegistry` lists.",
     ),
     # Dictionaries in memory
     "a dictionary without sites": (lambda world: Dictionary({}), ValueError, "A dictionary needs at least one site."),
@@ -1048,7 +1164,7 @@ MISUSE = {
     "recording a part of guidance that is not there": (
         record_a_stream_that_is_not_there,
         ValueError,
-        "This call of the denoiser has no ['perturbed'], it has ['cond', 'uncond'].",
+        "The step at … has no ['perturbed'], it has ['cond'].",
     ),
     "trajectories that were not recorded": (
         record_elsewhere,
@@ -1426,6 +1542,9 @@ ELSEWHERE = {
     "The new feature needs a name.": ("needs a name", "test_app.py"),
     "There is a feature … already: choose another name.": ("There is a feature 'red' already", "test_app.py"),
     "Expected as many prompts with it as without, got … and ….": ("as without, got 1 and 0", "test_app.py"),
+    "… was run at other steps than …: record it alone.": ("was run at other steps than", "test_caches.py"),
+    "The unconditional call has … tokens at …, the conditional one …: apply_to='contrast' cannot follow it there. Use "
+    "apply_to='cond'.": ("apply_to='contrast' cannot follow it there", "denoiser/test_call.py"),
     "Nothing is painted: features act everywhere.": ("Nothing is painted", "test_app.py"),
     "… is too large: expected at most … MB of JSON.": ("is too large", "test_security.py"),
     "… is nested more than … levels deep.": ("nested more than 32 levels deep", "test_security.py"),
@@ -1446,7 +1565,7 @@ def messages(source: str):
             continue
         assert isinstance(node.exc, ast.Call), f"write the message out: {ast.unparse(node)}"
         kind, text = ast.unparse(node.exc.func), node.exc.args[0]
-        if kind == "gr.Error":  # the app passes on what was raised
+        if kind == "gr.Error" or kind.startswith("_"):  # the app passes on what was raised; caught and said elsewhere
             continue
         for said in (text.body, text.orelse) if isinstance(text, ast.IfExp) else (text,):
             if isinstance(said, ast.Constant) and isinstance(said.value, int):

@@ -86,4 +86,6 @@ def test_a_dictionary_of_full_size_opens_at_once_and_takes_few_bytes(tmp_path, k
         tokens = torch.randn(1, 256, WIDTH, dtype=torch.float16)
         plan.conditional(state, tokens, 981 - 20 * step, None)
         state.memories[None].continue_with(tokens)
-    assert tensor_bytes([plan.reader, plan.folds, state], set()) < 4e6
+    # beside one activation for each anchor before the last, which lets other latents be read in mid-run
+    history = 3 * tokens.nbytes if KINDS[kind].reads_past else 0
+    assert tensor_bytes([plan.reader, plan.folds, state], set()) - history < 4e6

@@ -15,12 +15,15 @@ from ..denoiser import get_denoiser
 from ..hub import Dictionary
 from ..pipeline import get_dictionary, own_size
 from ..steering import as_mask
-from .effect import FirstOrder, Intervention, Part, States, check_pairs, first_order, frozen
+from .effect import FirstOrder, Intervention, Part, Pass, check_pairs, first_order, frozen
 from .record import Recorder, Recording, kind_of, record
+from .states import States
 
 _EARLY = 0.35  # of denoising: what is present then steers
-_PASSES = 20  # backward passes that rank all latents
-_SHORTLIST, _STATES = 3, 8  # as many times the features asked for are then measured, each on so many batches of states
+_PASSES = 16  # backward passes that rank all latents
+_UNTIL = 0.6  # of denoising that is looked at: what a prompt changes later is some 4 % of all
+_SHORTLIST, _STATES = 3, 6  # as many times the features asked for are then measured, each on so many batches of states
+_SAMPLE, _UNSURE = 4, 2.0  # states of such a batch; standard errors by which one must be behind to be left out
 _DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
 
 
@@ -273,7 +276,8 @@ def find_features(
         pairs = check_pairs(list(zip(negative, positive, strict=True)))
         shared = {"adapter_name": adapter_name, "batch_size": batch_size, "progress": progress, **call}
         with frozen(pipeline, checkpointing):
-            table = _rank_by_effect(States(pipeline, pairs * seeds, **shared), count, until, progress)
+            looked = max(until or _EARLY, _UNTIL)
+            table = _rank_by_effect(States(pipeline, pairs * seeds, until=looked, **shared), count, until, progress)
     else:
         with torch.no_grad():
             table = _rank_by_presence(
@@ -287,7 +291,7 @@ def find_features(
         )
         if by == "effect":
             same = [(prompt, prompt) for prompt in unchanged]
-            _judge(best, States(pipeline, pairs * seeds + same, seed=1_000_000, **shared), strength)
+            _judge(best, States(pipeline, pairs * seeds + same, seed=1_000_000, codes=False, **shared), strength)
         if scorer is not None:
             table.sort(key=lambda f: -f.verified.get("gain", float("-inf")))
     return table
@@ -295,22 +299,58 @@ def find_features(
 
 def _rank_by_effect(states: States, count: int, until: float | None, progress: bool) -> FeatureTable:
     model = Intervention({site: Part() for site in states.dictionary.sites}, states)
-    model.read()
-    table, generator = FeatureTable(), torch.Generator().manual_seed(0)
-    orders = first_order(model, {}, _PASSES, generator)
-    drawn = list(states.draw(_STATES, generator))
+    table, passes = FeatureTable(), []
+    orders = first_order(model, {}, _PASSES, torch.Generator().manual_seed(0), passes)
     for site, order in orders.items():
         steps, present, absent = states.presence(site)
         early = sum(1000 - t <= 1000 * (until or _EARLY) for t in steps) or 1
         seen = steps[:early], present[:early], absent[:early]
         shortlist = rank(states.dictionary, site, *seen, _SHORTLIST * count, order)
-        for feature in tqdm(shortlist, desc="measured", unit="latent", leave=False, disable=not progress):
-            added = Intervention({site: Part(added=[feature.index], weights=torch.ones(1))}, states)
-            with torch.no_grad():
-                found = [share * float(states.gained(at, rows, added(at, rows)).mean()) for at, rows, share in drawn]
-            feature.score = round(statistics.mean(found), 4)
+        with tqdm(total=_STATES, desc="measured", unit="batch", leave=False, disable=not progress) as bar:
+            _score(states, shortlist, passes[:_STATES], count, bar)
         table += sorted(shortlist, key=lambda f: -f.score)[:count]
     return table
+
+
+@torch.no_grad()
+def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count: int, bar) -> None:
+    """
+    Write the effect of strength 1 of each feature of a site into its `score`: its slope, and what the effect on some
+    states falls short of their own slopes, which varies less than effects do. Features that are behind the best by
+    more than they may be wrong are measured no further.
+    """
+    short: dict[int, list[float]] = {feature.index: [] for feature in features}
+    left = list(features)
+    for seen in passes:
+        rows, site = range(len(seen.rows))[:_SAMPLE], left[0].site if left else ""
+        chosen = [seen.rows[row] for row in rows]
+        models = [Intervention({site: Part(added=[f.index], weights=torch.ones(1))}, states) for f in left]
+        distances = states.distances(seen.state, chosen)
+        for feature, model, prediction in zip(
+            left, models, states.predictions(seen.state, chosen, models), strict=True
+        ):
+            gained = distances - states.apart(seen.state, chosen, prediction, seen.state.wanted).cpu()
+            path = model.directions(site, [feature.index], seen.state).cpu()[0]
+            typical = float(states.dictionary.sites[site].typical_activation[feature.index])
+            linear = seen.slopes[site][: len(chosen)] @ path * typical
+            short[feature.index].append(seen.weight * float((gained - linear).mean()))
+            feature.score = round(feature.slope + statistics.mean(short[feature.index]), 4)
+        bar.update()
+        left = _in_reach(left, short, count)
+
+
+def _in_reach(left: list[Feature], short: dict[int, list[float]], count: int) -> list[Feature]:
+    """Those of some features that may yet be among the first so many."""
+    ranked = sorted(left, key=lambda f: -f.score)
+    if len(short[ranked[0].index]) < 2 or len(ranked) <= count:
+        return left
+    last, kept = ranked[count - 1], ranked[:count]
+    for feature in ranked[count:]:
+        apart = [a - b for a, b in zip(short[last.index], short[feature.index], strict=True)]
+        error = statistics.stdev(apart) / len(apart) ** 0.5
+        if last.score - feature.score <= _UNSURE * error:
+            kept.append(feature)
+    return kept
 
 
 def _rank_by_presence(
@@ -339,9 +379,7 @@ def _judge(features: Sequence[Feature], states: States, strength: float) -> None
     """Write the true effect and harm of each feature alone on other states into its `verified`."""
     for feature in features:
         part = Part(added=[feature.index], weights=torch.tensor([strength]))
-        model = Intervention({feature.site: part}, states)
-        model.read()
-        effects = states.effects(model)
+        effects = states.effects(Intervention({feature.site: part}, states))
         told = {"effect": round(float(effects[states.told].mean()), 4)}
         if not states.told.all():
             told["harm"] = round(float(-effects[~states.told].mean()), 4)

@@ -12,34 +12,24 @@ from itertools import pairwise
 import torch
 from tqdm.auto import tqdm
 
-from ..models import LinearMap, Step, interpolate, waves
-from .effect import (
-    CHUNK,
-    Changes,
-    Intervention,
-    Pair,
-    Part,
-    State,
-    States,
-    check_pairs,
-    finite,
-    first_order,
-    frozen,
-)
+from .effect import Intervention, Part, check_pairs, first_order, frozen, gradient
+from .maps import Maps, low_rank
+from .states import Changes, Measured, Pair, State, States
 
 _RATE = 0.05  # of Adam, for weights in units of a typical activation
 _ROUND = 4  # latents chosen at once, and the gradients they are chosen by, and the steps that fit them
 _CHOICE, _STEPS, _LAST = 10, 30, 120
 _REMOVED = 256  # candidates, the most active ones, for being taken away by their own activation
 _JUDGES = 32  # pairs held out, of many
-_PICTURES, _CAPTURE = 24, 200  # pairs that are drawn to fit, and what that counts for on the bar
+_PICTURES, _CAPTURE = 16, 200  # pairs that are drawn to fit, at least, and what that counts for on the bar
+_JUDGED, _MEASURED = 7, 20  # steps at which edits are judged, and what a measurement counts for on the bar
 _AWAY = 8  # latents at most that take the concept away at negative strengths
 _FARTHEST = 2.0  # times as far as it was fitted to, at most, a map is made to move
+_STRENGTHS = (1.0, 1.25, 1.5, 2.0)  # that are measured
 _REACHED = 0.9  # share of it that moving farther must keep
 _PAYS = 0.01  # of the effect, that leaving out steps must gain
 _RANK = 8  # of the map that tells what the site can do
 _RIDGES = 0.003, 0.02, 0.1  # of a map's least squares, in units of their mean square: the best is taken
-_THERE = 0.5  # how much it counts that a map leaves alone what is as it should be
 
 
 def optimise(model: Intervention, states: States, steps: int, generator: torch.Generator, bar) -> None:
@@ -58,13 +48,13 @@ def optimise(model: Intervention, states: States, steps: int, generator: torch.G
             errors, pairs = states.errors(state, rows, model(state, rows)), [state.pairs[row] for row in rows]
             harder = (left[pairs] / left[states.told].mean()).clamp(1 / 3, 3)
             loss = (errors * harder.to(errors.device)).mean() * weight
-            for parameter, gradient in zip(fitted, torch.autograd.grad(loss, fitted), strict=True):
-                parameter.grad = finite(gradient)
+            for parameter, own in zip(fitted, gradient(loss, fitted), strict=True):
+                parameter.grad = own
             optimiser.step()
             with torch.no_grad():
                 for part in model.parts.values():
                     part.shares.clamp_(min=0)
-                now = errors.cpu() * states.scale[pairs] / state.distance.cpu()[rows].clamp(min=1e-9)
+                now = errors.cpu() * states.scale[pairs] / state.distance[rows].clamp(min=1e-9)
                 differ = states.told[pairs]
                 for pair, share in zip(torch.tensor(pairs)[differ].tolist(), now[differ].tolist(), strict=True):
                     left[pair] += 0.1 * (min(share, 2.0) - left[pair])
@@ -87,25 +77,23 @@ class _Survey:
 @torch.no_grad()
 def _survey(states: States, site: str) -> _Survey:
     rtsae = states.dictionary.sites[site]
-    count, concerned = rtsae.config.num_latents, list(states.concerned(site))
-    told = [[bool(states.told[pair]) for pair in state.pairs] for state in states.all()]
-    before, gained, fired, inside = (torch.zeros(count) for _ in range(4))
-    for start in range(0, count, CHUNK):
-        part = range(start, min(start + CHUNK, count))
-        for (_, codes), where, rows in zip(states.latents(site, part), concerned, told, strict=True):
-            codes, where, active = codes[rows].cpu(), where[rows].cpu(), (codes[rows] > 0).float().cpu()
-            before[part.start : part.stop] += codes.sum((0, 1))
-            fired[part.start : part.stop] += active.sum((0, 1))
-            inside[part.start : part.stop] += (active * where[..., None]).sum((0, 1))
-        for (state, codes), rows in zip(states.latents(site, part, own=True), told, strict=True):
-            goal = [state.samples[row] != state.texts[row] for row in range(len(state))]
-            start_ = [one and not other for one, other in zip(rows, goal, strict=True)]
-            gained[part.start : part.stop] += (codes[goal].sum((0, 1)) - codes[start_].sum((0, 1))).cpu()
+    count = rtsae.config.num_latents
+    before, gained, fired, inside = torch.zeros(4, count)
+    reached = tokens = 0  # on which the prompts make a difference, and all
+    for state, where in zip(states.all(), states.concerned(site), strict=True):
+        codes, told = state.codes[site], states.told[state.pairs][:, None]
+        plain = state.drawn_plain[:, None]
+        before += codes.sums(told)
+        fired += codes.sums(told, active=True)
+        inside += codes.sums(told & where, active=True)
+        gained += state.goal_codes[site].sums(told & ~plain) - codes.sums(told & plain)
+        reached, tokens = reached + int((told & where).sum()), tokens + int(told.sum()) * where.shape[1]
     typical = rtsae.typical_activation.cpu()
     present = gained / typical
     seen = [i for i in present.topk(min(4, count)).indices.tolist() if present[i] > 0.25 * present.max()]
-    share = torch.cat([where[rows].flatten().float() for where, rows in zip(concerned, told, strict=True)]).mean()
-    gate = ((inside >= 0.97 * fired) & (fired >= 20)).nonzero()[:, 0].tolist() if share < 0.5 else []
+    gate = []
+    if reached < 0.5 * tokens:
+        gate = ((inside >= 0.97 * fired) & (fired >= 20)).nonzero()[:, 0].tolist()
     return _Survey((before / typical).topk(min(_REMOVED, count)).indices.tolist(), gate or None, seen)
 
 
@@ -161,97 +149,21 @@ class _Latents(Intervention):
         return entries, {}
 
 
-class _Maps:
-    """A linear map at each site, as a change of activations like an [`Intervention`]. Each reads what is there after
-    the sites before it have moved, as it does while it steers."""
-
-    def __init__(self, rows: dict[str, torch.Tensor], states: States):
-        self.rows, self.states = rows, states
-        self.maps = {site: LinearMap(own) for site, own in rows.items()}
-
-    def __call__(self, state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
-        grids, sizes = self.states.grids, self.states.sizes
-        steps = {site: grids[site].step(state.timestep, sizes[site]) for site in self.maps}
-        return {site: partial(self._change, site, steps[site], added) for site in self.maps}
-
-    def _change(self, site: str, step: Step, added: float, tokens: torch.Tensor) -> torch.Tensor:
-        return added * self.maps[site](tokens, step)
-
-    def stretched(self, factor: float) -> _Maps:
-        """The same that move by `factor` times as much."""
-        directions = {site: factor * own.directions.paths[:, 0] for site, own in self.maps.items()}
-        return _Maps({site: own.with_directions(directions[site]) for site, own in self.maps.items()}, self.states)
-
-    def entries(self, sign: int, limit: float) -> tuple[list[dict], dict[str, torch.Tensor]]:
-        """Parts of a label that answer strengths of one sign up to `limit`, and the maps that these name."""
-        entries, maps = [], {}
-        for site in self.rows:
-            name = f"{site}.{'away' if sign < 0 else 'towards'}"
-            taken = {"latents": [], "weights": [], "where": None, "map": name}
-            entries.append({"site": site, "bounds": sorted([0.0, sign * limit])} | taken)
-            own = self.maps[site]
-            maps[name] = own.with_directions(sign * own.directions.paths[:, 0])
-        return entries, maps
-
-
 @torch.no_grad()
-def _moments(states: States, site: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Sums over tokens of a site for least squares, at each anchor, from its activation, a constant and, on a grid, the
-    place to what the other prompt changes in it: of the c inputs with themselves `(G c, G c)` and with the changes
-    `(G c, d)`. Each state counts by the root of the size of its change, so that late steps, in which little changes,
-    are not lost.
-    """
-    sae, grid, size = states.dictionary.sites[site], states.grids[site], states.sizes[site]
-    width, anchors, one = sae.config.in_channels, len(sae.config.anchors), float(sae.spread.mean())
-    count = next(states.all()).present[site].shape[1]
-    told = torch.cat([torch.ones(count, 1), *(() if size is None else (waves(size),))], 1).double()
-    square = torch.zeros((width + told.shape[1]) * anchors, (width + told.shape[1]) * anchors, dtype=torch.float64)
-    product = torch.zeros(len(square), width, dtype=torch.float64)
-    for state in states.all():
-        coordinate = grid.coordinate(state.timestep)
-        there = interpolate(torch.eye(anchors), coordinate).double()
-        scale = float(interpolate(sae.spread, coordinate))
-        present, goal = (values[site].double().cpu() / scale for values in (state.present, state.goal))
-        moved = (goal - present)[states.told[state.pairs]].square().sum((1, 2))
-        if not len(moved):
-            continue
-        weight = float(moved.mean().clamp(min=1e-6)) ** -0.5
-        for tokens, change, share in ((present, goal - present, 1.0), (goal, None, _THERE**2)):
-            tokens = torch.cat([tokens, (one / scale * told).expand(len(tokens), -1, -1)], 2).flatten(0, 1)
-            square += share * weight * torch.kron(there[:, None] * there, tokens.T @ tokens)
-            if change is not None:
-                product += weight * torch.kron(there[:, None], tokens.T @ change.flatten(0, 1))
-    return square, product
-
-
-@torch.no_grad()
-def _fit_maps(states: States, judges: States, rank: int) -> _Maps:
+def _fit_maps(states: States, judges: States, rank: int) -> tuple[Maps, Measured]:
     """
     The linear map at each site that takes the activation with the "from" prompt to that with the "to" prompt, token by
     token, and leaves the latter where it is: reduced-rank ridge regression, no gradient, of the ridge with most effect
-    on the held-out pairs.
+    on the held-out pairs; and what it does to these.
     """
-    for site, sae in states.dictionary.sites.items():
-        if sae.config.activation == "input":
+    for site, kind in states.kinds.items():
+        if kind == "input":
             raise ValueError(f"A linear map needs the output of {site}, of which the dictionary reads the input.")
-    moments = {site: _moments(states, site) for site in states.dictionary.sites}
-
-    def solved(ridge: float) -> _Maps:
-        fitted = {}
-        for site, (square, product) in moments.items():
-            sae = states.dictionary.sites[site]
-            regular = square + ridge * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
-            solution = torch.linalg.solve(regular, product)
-            changed = torch.linalg.eigh(solution.T @ regular @ solution).eigenvectors
-            kept = changed[:, -rank:].flip(1)  # along which it changes most
-            readers = (solution @ kept).T.unflatten(1, (len(sae.config.anchors), -1)).float()
-            width, one = sae.config.in_channels, float(sae.spread.mean())
-            offsets, places = one * readers[..., width], one * readers[..., width + 1 :]
-            fitted[site] = LinearMap.rows(readers[..., :width], offsets, kept.T.float(), places)
-        return _Maps(fitted, states)
-
-    return max(map(solved, _RIDGES), key=lambda maps: float(_effect(judges, maps)[judges.told].mean()))
+    tried = [
+        Maps({site: low_rank(moments, ridge, rank) for site, moments in states.moments.items()}, states)
+        for ridge in _RIDGES
+    ]
+    return max(zip(tried, judges.measure(tried), strict=True), key=lambda one: _mean(judges, one[1].effects))
 
 
 def _split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -263,15 +175,10 @@ def _split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 class _Fitter:
-    """States to fit and to judge on, and what to look for at each site."""
+    """States to fit on, and what to look for at each site."""
 
-    def __init__(
-        self, states: States, judges: States, surveys: dict[str, _Survey], generator: torch.Generator, bar
-    ):  # fmt: skip
+    def __init__(self, states: States, surveys: dict[str, _Survey], generator: torch.Generator, bar):
         self.states, self.surveys, self.generator, self.bar = states, surveys, generator, bar
-        for site, survey in self.surveys.items():
-            for group in (states, judges):
-                group.read(site, sorted({*survey.candidates, *(survey.gate or ())}))
 
     def pursue(self, latents: int) -> _Latents:
         """Choose latents a few at a time, fit all weights after each choice, and leave out what that does not use."""
@@ -341,33 +248,66 @@ def _during(model: Callable[..., Changes], window: dict[str, float]) -> Callable
     return changes if window else model
 
 
-def _effect(judges: States, model: Callable[..., Changes], strength: float = 1.0) -> torch.Tensor:
-    """E of a model for each held-out pair, at a strength of its additions."""
-    return judges.effects(lambda state, rows: model(state, rows, added=strength))
+def _mean(judges: States, values: torch.Tensor) -> float:
+    """Over the pairs whose prompts differ."""
+    return float(values[judges.told].mean())
 
 
-def _reach(judges: States, model: Callable[..., Changes]) -> float:
-    """The largest strength, from 1 to 2, at which held-out pairs keep most of the effect that strength 1 has."""
-    effect = {s: float(_effect(judges, model, s)[judges.told].mean()) for s in (1.0, 1.25, 1.5, 2.0)}
-    return max(s for s in effect if effect[s] >= _REACHED * effect[1.0] or s == 1.0)
+def _at(model: Callable[..., Changes], strength: float) -> Callable[[State, Sequence[int]], Changes]:
+    """A model at a strength of its additions."""
+    return lambda state, rows: model(state, rows, added=strength)
 
 
-def _stretched(maps: _Maps, judges: States, window: dict[str, float]) -> _Maps:
+def _reach(judges: States, model: Callable[..., Changes]) -> tuple[float, torch.Tensor]:
+    """The largest strength, from 1 to 2, at which held-out pairs keep most of the effect that strength 1 has; and that
+    effect for each pair."""
+    found = judges.measure([_at(model, strength) for strength in _STRENGTHS])
+    effects = [_mean(judges, one.effects) for one in found]
+    kept = [s for s, own in zip(_STRENGTHS, effects, strict=True) if own >= _REACHED * effects[0] or s == 1.0]
+    return max(kept), found[0].effects
+
+
+def _stretched(maps: Maps, judges: States, window: dict[str, float]) -> Maps:
     """Maps that move predictions as far as the other prompt does, or as far as they keep most of their effect; least
     squares falls short by what it cannot tell. Only towards a concept: instead of it there may be many things, and
     going as far as to one breaks pictures."""
+    model, factors = _during(maps, window), torch.linspace(1.0, _FARTHEST, 101)
+    found = judges.measure([_at(model, strength) for strength in _STRENGTHS])
+    # Between the strengths that are measured, distances are all but linear, and effects parabolas.
+    far = torch.tensor([_mean(judges, one.moved) for one in found]).clamp(min=0).sqrt()
+    effects = torch.tensor([_mean(judges, one.effects) for one in found])
+    strengths = torch.tensor(_STRENGTHS)
+    powers = torch.linalg.lstsq(strengths[:, None] ** torch.arange(3), torch.stack([far, effects], 1)).solution
+    far, effects = ((factors[:, None] ** torch.arange(3)) @ powers).T
+    wanted = int((far < 1).sum().clamp(max=100)) if far[0] < 1 else 0
+    kept = effects >= _REACHED * effects[0]
+    kept[0] = True
+    return maps.stretched(float(factors[: wanted + 1][kept[: wanted + 1]].max()))
 
-    def effect(states: States, factor: float) -> float:
-        return float(_effect(states, _during(maps.stretched(factor), window))[judges.told].mean())
 
-    still, factor = judges.standing(), 1.0
-    for _ in range(2):  # sites that read what others have moved make it other than linear
-        far = 1 - effect(still, factor)  # squared
-        factor = min(max(factor * max(far, 1e-6) ** -0.5, 1.0), _FARTHEST)
-    least = _REACHED * effect(judges, 1.0)
-    while factor > 1.05 and effect(judges, factor) < least:
-        factor = (1 + factor) / 2
-    return maps.stretched(factor)
+def _goal(state: State, rows: Sequence[int]) -> Changes:
+    """The activation with the "to" prompt itself."""
+    return {site: partial(_instead, goal[list(rows)]) for site, goal in state.goal.items()}
+
+
+def _instead(goal: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return goal.float() - tokens.float()
+
+
+@dataclass
+class _Fit:
+    """
+    What was fitted in one direction.
+
+    Args:
+        model: gives changes.
+        effects (`torch.Tensor`): of it on each held-out pair, `(pairs,)`.
+        limit (`float`): the largest strength it may have.
+    """
+
+    model: _Latents | Maps
+    effects: torch.Tensor
+    limit: float
 
 
 def fit_feature(
@@ -417,67 +357,88 @@ def fit_feature(
     if latents < 1 or (rank is not None and rank < 1):
         asked = f"latents={latents!r}" if rank is None else f"rank={rank!r}"
         raise ValueError(f"Expected at least one latent, or a rank of at least one, got {asked}.")
-    fitting, judging = _split(pairs)
-    fitting = (fitting * -(-_PICTURES // len(fitting)))[: max(_PICTURES, len(fitting))]
-    judging = (judging * -(-_PICTURES // 3 // len(judging)))[: max(_PICTURES // 3, len(judging))]
     rounds = [-(-count // _ROUND) * _STEPS + _LAST for count in (latents, min(_AWAY, latents))] if rank is None else []
-    total = 2 * _CAPTURE + sum(rounds)
+    total = 2 * _CAPTURE + sum(rounds) + 6 * _MEASURED
     gradients = frozen(pipeline, checkpointing) if rank is None else contextlib.nullcontext()
     with gradients, tqdm(total=total, disable=not progress) as bar:
         shared = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
-        bar.set_description("pictures")
-        states = States(pipeline, fitting + (same[1::2] or same), seed=seed, **shared)
-        bar.update(_CAPTURE)
-        judges = States(pipeline, judging + same[::2], seed=seed + 1_000_000, **shared)
-        bar.update(_CAPTURE)
+        states, judges = _draw(pipeline, pairs, same, seed, rank is None, bar, shared)
         generator = torch.Generator().manual_seed(seed)
-
-        def fitted(states: States, judges: States, surveys: dict[str, _Survey], latents: int) -> _Latents | _Maps:
-            if rank is not None:
-                return _fit_maps(states, judges, rank)
-            return _Fitter(states, judges, surveys, generator, bar).pursue(latents)
-
         bar.set_description("towards")
         surveys = {site: _survey(states, site) for site in states.dictionary.sites}
-        model = fitted(states, judges, surveys, latents)
-        gains = judges.gains(model)
-        window = _window({timestep: float(own[judges.told].mean()) for timestep, own in gains.items()})
-        model = _stretched(model, judges, window) if rank is not None else model
-        effects = _effect(judges, _during(model, window))
-        limit = _reach(judges, _during(model, window))
-        own = effects if rank is not None else _effect(judges, _fit_maps(states, judges, _RANK))
-        ceiling = judges.effects(
-            lambda state, rows: {s: (state.goal[s] - state.present[s])[list(rows)] for s in state.goal}
-        )
+        able = rank is not None or "input" not in states.kinds.values()
+        mapped = _fit_maps(states, judges, rank or _RANK) if able else None
+        bar.update(_MEASURED)
+        if rank is None:
+            model = _Fitter(states, surveys, generator, bar).pursue(latents)
+            gains = judges.measure([model])[0].gains
+        else:
+            model, gains = mapped[0], mapped[1].gains
+        bar.update(_MEASURED)
+        window = _window({timestep: _mean(judges, own) for timestep, own in gains.items()})
+        if rank is not None:
+            model = _stretched(model, judges, window)
+        towards = _Fit(model, *_reach(judges, _during(model, window))[::-1])
+        bar.update(_MEASURED)
+        ceiling = judges.effects(_goal)
+        bar.update(_MEASURED)
         bar.set_description("away")
-        backwards = [group.reversed() for group in (states, judges)]
-        surveys_away = {site: _survey(backwards[0], site) for site in surveys} if rank is None else {}
-        away = fitted(*backwards, surveys_away, min(_AWAY, latents))
-        limit_away, effect_away = (find(backwards[1], _during(away, window)) for find in (_reach, _effect))
+        states, judges = states.reversed(), judges.reversed()
+        if rank is None:
+            surveys_away = {site: _survey(states, site) for site in surveys}
+            model = _Fitter(states, surveys_away, generator, bar).pursue(min(_AWAY, latents))
+        else:
+            model = _fit_maps(states, judges, rank)[0]
+        bar.update(_MEASURED)
+        away = _Fit(model, *_reach(judges, _during(model, window))[::-1])
         bar.update(total - bar.n)
     told = judges.told
     measured = {
-        "effect": round(float(effects[told].mean()), 4),
-        "lowest": round(float(effects[told].min()), 4),
-        "harm": round(float(-effects[~told].mean()), 4) if not told.all() else None,
-        "map": round(float(own[told].mean()), 4),
-        "ceiling": round(float(ceiling[told].mean()), 4),
-        "effect_away": round(float(effect_away[told].mean()), 4),
-        "latents": model.count if rank is None else None,
+        "effect": _mean(judges, towards.effects),
+        "lowest": float(towards.effects[told].min()),
+        "harm": None if told.all() else float(-towards.effects[~told].mean()),
+        "map": _mean(judges, towards.effects if rank is not None else mapped[1].effects) if mapped else None,
+        "ceiling": _mean(judges, ceiling),
+        "effect_away": _mean(judges, away.effects),
+        "latents": towards.model.count if rank is None else None,
         "rank": rank,
         "pairs": int(told.sum()),
     }
-    entries = [model.entries(1, limit), away.entries(-1, limit_away)]
-    seen = [
-        {"site": site, "latents": latents, "weights": [1.0] * len(latents), "where": None}
-        for site, latents in ((site, survey.seen) for site, survey in surveys.items())
-        if latents
-    ]
+    return _written(towards, away, surveys, window, measured)
+
+
+def _draw(
+    pipeline, pairs: list[Pair], same: list[Pair], seed: int, codes: bool, bar, shared: dict
+) -> tuple[States, States]:
+    """States to fit on and to judge by; `codes`: latents are to be fitted."""
+    fitting, judging = _split(pairs)
+    fitting = (fitting * -(-_PICTURES // len(fitting)))[: max(_PICTURES, len(fitting))]
+    judging = (judging * -(-_PICTURES // 3 // len(judging)))[: max(_PICTURES // 3, len(judging))]
+    bar.set_description("pictures")
+    shared = shared | {"drawn": lambda share: bar.update(share * _CAPTURE)}
+    states = States(pipeline, fitting + (same[1::2] or same), seed=seed, moments=True, **shared)
+    judges = States(pipeline, judging + same[::2], seed=seed + 1_000_000, codes=codes, steps=_JUDGED, **shared)
+    return states, judges
+
+
+def _written(
+    towards: _Fit, away: _Fit, surveys: dict[str, _Survey], window: dict[str, float], measured: dict[str, float | None]
+) -> FittedFeature:
+    """The label that says it."""
+    entries = [towards.model.entries(1, towards.limit), away.model.entries(-1, away.limit)]
     label = {
         "features": [entry for part, _ in entries for entry in part],
-        "seen": seen,
+        "seen": [
+            {"site": site, "latents": survey.seen, "weights": [1.0] * len(survey.seen), "where": None}
+            for site, survey in surveys.items()
+            if survey.seen
+        ],
         "edit": {"apply_to": "cond"} | window,
-        "measured": {name: value for name, value in measured.items() if value is not None},
+        "measured": {
+            name: round(value, 4) if isinstance(value, float) else value
+            for name, value in measured.items()
+            if value is not None
+        },
     }
     if not label["features"]:
         raise ValueError("No latent of the dictionary has an effect on these pairs.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..denoiser import Arguments, Call, get_site
 
 _NOT_BATCHED = ("img_ids", "txt_ids")  # positions, the same for all rows
+_LISTS = nn.ModuleList, nn.ModuleDict  # are never called themselves
 _SHARED = 2**29  # bytes of what a denoiser computes before its sites that are kept, at most
 
 
@@ -39,15 +42,17 @@ class Texts:
     """The conditional rows of arguments that many calls share, of which one copy is enough."""
 
     def __init__(self):
-        self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 
     def own(self, value, batch: int, rows: slice, name: str = ""):
         """`_take`, copied, so that nothing keeps the other rows."""
 
         def copied(original: torch.Tensor) -> torch.Tensor:
-            if id(original) not in self._known:  # with the original, so that its id is not another's
-                self._known[id(original)] = original, _take(original, batch, rows, name).clone()
-            return self._known[id(original)][1]
+            known = self._known.get(id(original))
+            if known is None or known[0]() is not original:
+                known = weakref.ref(original), _take(original, batch, rows, name).clone()
+                self._known[id(original)] = known
+            return known[1]
 
         if torch.is_tensor(value):
             return copied(value)
@@ -94,7 +99,7 @@ class Beginning:
 
     def __init__(self, denoiser: nn.Module, sites: Sequence[str]):
         self._sites = {get_site(denoiser, site) for site in sites}
-        self._modules = list(_beside(denoiser, self._sites)) if sites else []
+        self._modules = [*_beside(denoiser, self._sites)] if sites else []
 
     def __enter__(self) -> Beginning:
         self._kept: dict[nn.Module, list] = {}
@@ -113,10 +118,15 @@ class Beginning:
                 module.forward = forward
         self._kept = {}
 
-    def restart(self) -> None:
-        """The denoiser is called next."""
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """The denoiser is called once inside the `with` block."""
         self._turns.clear()
         self._is_over = self._room < 0
+        try:
+            yield
+        finally:
+            self._is_over = True
 
     def _reach(self, module: nn.Module, forward: Callable, *args, **kwargs):
         self._is_over = True
@@ -151,7 +161,7 @@ def _beside(module: nn.Module, sites: set[nn.Module]) -> Iterator[nn.Module]:
     for child in module.children():
         if child in sites:
             continue
-        if not any(inner in sites for inner in child.modules()) and not isinstance(child, nn.ModuleList):
+        if not any(inner in sites for inner in child.modules()) and not isinstance(child, _LISTS):
             yield child
         else:
             yield from _beside(child, sites)

@@ -205,7 +205,8 @@ class CallReader:
         if place != progress.place:
             progress.place, progress.turn, progress.ordinal = place, Turn(), 0
         progress.held = sampler_time
-        is_start = self._moves(progress, time, component, (drawn.images, *arguments.shape[1:]))
+        shape = (drawn.images, *arguments.shape[1:])  # other calls of a turn may have other tokens
+        is_start = not progress.ordinal and self._moves(progress, time, component, shape)
         roles, in_turns = self._roles(arguments, caller, component, drawn, progress)
         share = 1 / len(roles)
         parts = tuple(

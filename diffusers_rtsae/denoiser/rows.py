@@ -93,11 +93,6 @@ def roles_of(
         `ValueError`: a layout that is not known.
     """
     rows, images = len(arguments.sample), drawn.images
-    if rows % images:
-        raise ValueError(
-            f"{type(caller.pipeline).__name__} calls the denoiser with {rows} rows for {images} images: this layout "
-            "of guidance is not supported; expected a multiple."
-        )
     texts, negatives = arguments.texts(), _negatives(caller.variables)
     bounds = [(start, start + images) for start in range(0, rows, images)]
     named = named_part(caller)

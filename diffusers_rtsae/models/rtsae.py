@@ -175,9 +175,8 @@ class Trajectory(Memory):
     committed: torch.Tensor | None = None  # pre-activations from the anchors passed so far
     past: tuple[float, torch.Tensor] | None = None  # coordinate and activation of the last anchor passed
     pending: tuple[float, float, torch.Tensor] | None = None  # timestep, coordinate, pre-activations
-    shown: torch.Tensor | None = None  # the activation at that step
     continued: torch.Tensor | None = None  # the activation the network really continued with, after any edit
-    anchors: list[tuple[float, float, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    anchors: list[tuple[float, torch.Tensor]] = field(default_factory=list)  # the same of all anchors passed
     is_waiting: bool = False
 
     def continue_with(self, tokens: torch.Tensor) -> None:
@@ -204,7 +203,7 @@ class PrefixReader(Reader):
     """
 
     def __init__(self, rtsae: RTSAE, rows: list[int], device: torch.device):
-        self.rtsae, self.device = rtsae, device
+        self.rtsae, self.rows, self.device = rtsae, list(rows), device
         self.encoder = rtsae.encoder_rows(rows)  # where the dictionary is: only products go to the device
         self.mean, self.scale = rtsae.dynamics.mean.float().to(device), rtsae.dynamics.scale.float().to(device)
         self.offset = (self.encoder * rtsae.decoder_bias.detach()).sum(-1).to(device)  # (rows, G)
@@ -259,24 +258,28 @@ class PrefixReader(Reader):
     def _commit(self, memory: Trajectory, now: float) -> None:
         """Once time moves on to `now`, the step closest to the next anchor becomes the past that later steps are
         predicted from."""
-        timestep, coordinate, pre_activations = memory.pending
+        _, coordinate, pre_activations = memory.pending
         following = 0 if memory.past is None else int(memory.past[0] + _REACHED) + 1
         if coordinate >= following - _REACHED and abs(coordinate - following) <= abs(now - following):
             memory.past, memory.committed = (coordinate, memory.continued), pre_activations
-            memory.anchors.append((timestep, coordinate, memory.shown, memory.continued))
+            memory.anchors.append(memory.past)
 
     def begin(self) -> Trajectory:
         return Trajectory(self)
 
     def _take_over(self, memory: Trajectory) -> None:
-        """Read what another reader's memory was shown."""
-        memory.reader, memory.past, memory.committed = self, None, None
-        for _, coordinate, shown, continued in memory.anchors:
-            memory.committed = self._pre_activations(memory, shown, coordinate)[0].detach()
-            memory.past = (coordinate, continued)
+        """Go on with another reader's memory; other latents are read from what the network continued with."""
+        known, memory.reader = memory.reader.rows, self
+        if known == self.rows:
+            return
+        memory.past = memory.committed = None
+        for coordinate, tokens in memory.anchors:
+            memory.committed = self._pre_activations(memory, tokens, coordinate)[0].detach()
+            memory.past = (coordinate, tokens)
         if memory.pending is not None:
             timestep, coordinate, _ = memory.pending
-            memory.pending = timestep, coordinate, self._pre_activations(memory, memory.shown, coordinate)[0].detach()
+            read, _ = self._pre_activations(memory, memory.continued, coordinate)
+            memory.pending = timestep, coordinate, read.detach()
 
     def _pre_activations(self, memory: Trajectory, tokens: torch.Tensor, coordinate: float) -> tuple:
         """Of this step's code, with the threshold above which they are active."""
@@ -299,5 +302,4 @@ class PrefixReader(Reader):
             self._commit(memory, coordinate)
         pre_activations, threshold = self._pre_activations(memory, tokens, coordinate)
         memory.pending, memory.is_waiting = (timestep, coordinate, pre_activations.detach()), True
-        memory.shown = tokens.detach().clone()  # later layers may write into the activation
         return jump_relu(pre_activations, threshold)

@@ -332,7 +332,11 @@ class _Edited:
         if reads_input:
             written = self.block.to_tokens(self.hidden_states[self.block.rows(self.hidden_states, rows)])
         if self.grid is None and any(edit.mask is not None for edit in plan.edits):
-            raise ValueError(self._no_grid(tokens.shape[1]))
+            over = self.call.grid
+            raise ValueError(
+                f"Cannot lay {tokens.shape[1]} tokens of {self.site} out over a {over.height}x{over.width} latent of "
+                f"{over.frames} frames; spatial masks need a grid."
+            )
         if part.role == "cond":
             change = plan.conditional(state, tokens, part.timestep, self.grid, written)
             self._report(plan, state, change, written)
@@ -351,13 +355,6 @@ class _Edited:
         """1 on tokens that are denoised and 0 on those that are given, `(B, N, 1)`; `None` where all are denoised."""
         given = self.call.given
         return None if given is None or len(given) != self.batch else (~given[rows]).float()[..., None]
-
-    def _no_grid(self, tokens: int) -> str:
-        grid = self.call.grid
-        return (
-            f"Cannot lay {tokens} tokens of {self.site} out over a {grid.height}x{grid.width} latent of {grid.frames} "
-            "frames; spatial masks need a grid."
-        )
 
     def _report(self, plan: SitePlan, state: PlanState, change: torch.Tensor | None, tokens: torch.Tensor) -> None:
         """Keep for the report what was done, and how large the change is."""
@@ -390,6 +387,8 @@ def _relative_size(change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def _check_batch(edit: Edit, call: Call) -> None:
     """Raise `ValueError` if an edit has another number of strengths or masks than there are prompts."""
     strengths, masks = len(edit.strength_at(1000)), 1 if edit.mask is None else len(edit.mask)
+    if edit.mask is not None and edit.mask.ndim == 4 and edit.mask.shape[1] > 1 >= call.grid.frames:
+        raise ValueError(f"The mask is for {edit.mask.shape[1]} frames, and a picture has one.")
     for what, given in {"strengths": strengths, "masks": masks}.items():
         per_frame = what == "masks" and edit.mask is not None and edit.mask.ndim == 3 and call.grid.frames > 1
         expected = given if call.prompts is None else call.prompts

@@ -107,12 +107,12 @@ def test_a_feature_acts_at_the_steps_at_which_it_helps():
 
 def test_a_window_leaves_out_what_does_harm(_pipeline, dictionary, quick, monkeypatch):
     """Fitted wrongly at the first step: that step is left out, and the effect told is that of the others."""
-    right = fit._Maps.__call__
+    right = fit.Maps.__call__
 
     def wrong(self, state, rows, added=1.0):
         return right(self, state, rows, -3 * added if state.timestep > 700 else added)
 
-    monkeypatch.setattr(fit._Maps, "__call__", wrong)
+    monkeypatch.setattr(fit.Maps, "__call__", wrong)
     _pipeline.load_rtsae(dictionary)
     try:
         one = fit_feature(_pipeline, PAIRS, 6, UNCHANGED, 4, progress=False, **CALL)
@@ -132,8 +132,8 @@ def test_maps_are_measured_as_they_steer_and_move_as_far_as_the_prompt(_pipeline
     _pipeline.load_rtsae(Dictionary(sites))
     kept = []
     try:
-        states = States(_pipeline, PAIRS, seed=3, **CALL)
-        maps = fit._stretched(fit._fit_maps(states, states, 4), states, {})
+        states = States(_pipeline, PAIRS, seed=3, moments=True, **CALL)
+        maps = fit._stretched(fit._fit_maps(states, states, 4)[0], states, {})
         entries, rows = maps.entries(1, 1.0)
         label = {"features": entries, "edit": {"apply_to": "cond"}}
         _pipeline.add_rtsae_label("white", fit.FittedFeature(label, rows))
@@ -147,8 +147,8 @@ def test_maps_are_measured_as_they_steer_and_move_as_far_as_the_prompt(_pipeline
         _pipeline.unload_rtsae()
     assert (expected - plain).abs().max() > 0.01
     torch.testing.assert_close(kept[0], expected, atol=2e-3, rtol=2e-3)
-    near, still = (float(fit._effect(group, maps).mean()) for group in (states, states.standing()))
-    assert near > 0.9 and 1 - still == pytest.approx(1, abs=0.1)
+    found = states.measure([maps])[0]
+    assert found.effects.mean() > 0.9 and float(found.moved.mean()) == pytest.approx(1, abs=0.1)
 
 
 def test_what_cannot_be_fitted_is_one_sentence(steered):

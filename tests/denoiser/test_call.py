@@ -13,6 +13,7 @@ from diffusers import (
     SCMScheduler,
 )
 
+from diffusers_rtsae import RTSAE
 from diffusers_rtsae.denoiser import Arguments, Call, CallReader, TimeGrid, noise_schedule, training_time
 
 ALPHAS = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
@@ -156,3 +157,48 @@ def test_time_is_in_training_units(scheduler, timestep, expected):
 def test_a_sampler_with_another_unit_is_refused():
     with pytest.raises(ValueError, match="DDIMScheduler calls with timestep 4000, expected 0 to 1000"):
         training_time(4000, DDIMScheduler())
+
+
+class ToyTransformerBlock(torch.nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states * 1.0
+
+
+class Toy(torch.nn.Module):
+    """A denoiser of one block."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks, self.config = torch.nn.ModuleList([ToyTransformerBlock()]), {}
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states):
+        return (self.transformer_blocks[0](hidden_states),)
+
+
+class CallsEachPart(DiffusionPipeline):
+    """A pipeline whose unconditional call lacks the tokens of the text."""
+
+    do_classifier_free_guidance = True
+
+    def __init__(self):
+        super().__init__()
+        self.transformer, self.scheduler = Toy(), DDIMScheduler()
+
+    def __call__(self, t=500, batch_size=1):
+        prompt_embeds, negative_prompt_embeds = torch.ones(1, 2, 4), torch.zeros(1, 2, 4)
+        first = self.transformer(torch.ones(1, 6, 4), t, prompt_embeds)[0]
+        return first, self.transformer(torch.ones(1, 4, 4), t, negative_prompt_embeds)[0]
+
+
+def test_a_change_of_other_tokens_is_refused():
+    pipe, site = CallsEachPart(), "transformer_blocks.0"
+    sae = RTSAE(site, 4, [961, 1], 4, 2)
+    sae.typical_activation.fill_(10.0)
+    pipe.load_rtsae({site: sae})
+    with pipe.rtsae_steering({0: 1.0}, clip=False):  # one vector for all tokens follows
+        conditional, unconditional = pipe()
+    torch.testing.assert_close(conditional[0, 0] - 1, 1 - unconditional[0, 0])
+    with pipe.rtsae_steering({0: 1.0}), pytest.raises(ValueError, match="apply_to='contrast' cannot follow it there"):
+        pipe()
+    with pipe.rtsae_steering({0: 1.0}, apply_to="cond"):
+        assert torch.equal(pipe()[1], torch.ones(1, 4, 4))

@@ -32,7 +32,8 @@ def sentence(rows: list[dict]) -> str:
     return (
         f"Of the {len(rows)} pipeline classes of diffusers {diffusers.__version__}, {found['exact']} are steered "
         f"exactly, {partly} but for what a sentence refuses (several prompts with several images each, mostly), and "
-        f"{found['refused']} are refused with a sentence that says why; {others} do not denoise or cannot be built here"
+        f"{found['refused']} are refused with a sentence that says why; {others} do not denoise or cannot be built "
+        "here"
     )
 
 
@@ -53,11 +54,14 @@ def page(rows: list[dict]) -> str:
     lines = [
         "# Every pipeline",
         "",
-        f"Made by `python -m tests.every_pipeline` with diffusers {diffusers.__version__}: each class built small "
-        "from random weights, run plainly, idle and steered. The truth comes from elsewhere than the plugin: see "
-        "[measure.py](measure.py).",
+        *textwrap.wrap(
+            f"Made by `python -m tests.every_pipeline` with diffusers {diffusers.__version__}: each class built small "
+            "from random weights, run plainly, idle and steered. The truth comes from elsewhere than the plugin: see "
+            "[measure.py](measure.py).",
+            119,
+        ),
         "",
-        sentence(rows),
+        *textwrap.wrap(sentence(rows) + ".", 119),
         "",
         "| verdict | classes | |",
         "| --- | --- | --- |",
