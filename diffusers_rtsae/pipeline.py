@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .denoiser import DENOISERS, PIPELINES, find_caller, get_denoiser, get_denoisers, unwrapped
+from .denoiser import DENOISERS, PIPELINES, find_caller, get_denoisers, unwrapped
 from .hub import Dictionary, load_dictionary
 from .models import SparseDictionary
 from .steering import Adapter, Controller, Edit, SiteEdit, as_mask, as_strength, check_width
@@ -31,9 +31,13 @@ def own_size(pipeline) -> dict[str, bool]:
     return {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
 
 
+def _controller_or_none(pipeline) -> Controller | None:
+    denoisers = get_denoisers(pipeline).values()
+    return next((vars(one)["_rtsae_controller"] for one in denoisers if _has_controller(one)), None)
+
+
 def _controller(pipeline, create: bool = False) -> Controller:
-    denoisers = get_denoisers(pipeline)
-    controller = next((vars(one)["_rtsae_controller"] for one in denoisers.values() if _has_controller(one)), None)
+    denoisers, controller = get_denoisers(pipeline), _controller_or_none(pipeline)
     if controller is None:
         if not create:
             raise ValueError("No dictionary is loaded; call `load_rtsae` first.")
@@ -249,12 +253,12 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
 
     def get_list_rtsae(self) -> dict[str, list[str]]:
         """The loaded dictionaries and their sites."""
-        controller = vars(get_denoiser(self)).get("_rtsae_controller")
+        controller = _controller_or_none(self)
         return {name: list(a.dictionary.sites) for name, a in controller.adapters.items()} if controller else {}
 
     def get_active_rtsae(self) -> list[str]:
         """The dictionaries that act on the next generation."""
-        controller = vars(get_denoiser(self)).get("_rtsae_controller")
+        controller = _controller_or_none(self)
         return (
             [n for n, a in controller.adapters.items() if a.weight != 0] if controller and controller.enabled else []
         )
@@ -310,10 +314,11 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         """Remove every dictionary; the pipeline is as before `load_rtsae`."""
         vars(self).pop("_rtsae_replaced", None)
         denoisers = get_denoisers(self)
-        controllers = [vars(denoiser).pop("_rtsae_controller", None) for denoiser in denoisers.values()]
-        if controllers[0] is not None:
-            controllers[0].forget(list(controllers[0].adapters))
-            controllers[0].install(denoisers, self)
+        controllers = {vars(denoiser).pop("_rtsae_controller", None) for denoiser in denoisers.values()} - {None}
+        for controller in controllers:
+            controller.forget(list(controller.adapters))
+            controller.install(denoisers, self)
+        vars(self).pop("_rtsae_features", None)
 
     def save_rtsae(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Write a loaded dictionary, with a model card, to a folder that `load_rtsae` reads."""

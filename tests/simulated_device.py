@@ -28,6 +28,7 @@ it is available, and counts, inside a `with` block only.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import linecache
 import sys
 from collections import Counter
@@ -42,10 +43,9 @@ from torch.utils.backend_registration import (
 )
 
 NAME = "simulated"
-ROOT = Path(__file__).parents[1]
-_OURS = (f"{ROOT}/diffusers_rtsae/", f"{ROOT}/training/")
+_OURS = [Path(importlib.util.find_spec(name).origin).parent for name in ("diffusers_rtsae", "training")]
 _THEIRS = tuple(  # what somebody else does, even if a function of ours called it
-    f"/site-packages/{part}/"
+    f"-packages/{part}/"
     for part in (
         "diffusers/pipelines", "diffusers/modular_pipelines", "diffusers/schedulers", "diffusers/models/unets",
         "diffusers/models/transformers", "diffusers/models/autoencoders", "transformers", "accelerate",
@@ -110,9 +110,10 @@ def _line() -> str | None:
         file = frame.f_code.co_filename
         if any(part in file for part in _THEIRS):
             return None
-        if file.startswith(_OURS):
-            source = linecache.getline(file, frame.f_lineno).strip()
-            return f"{Path(file).relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}: {source}"
+        for folder in _OURS:
+            if file.startswith(f"{folder}/"):
+                place = f"{Path(file).relative_to(folder.parent)}:{frame.f_lineno} {frame.f_code.co_name}"
+                return f"{place}: {linecache.getline(file, frame.f_lineno).strip()}"
         frame = frame.f_back
     return None
 
@@ -267,10 +268,9 @@ def _check(func, tensors: list[torch.Tensor], args: tuple, kwargs: dict) -> None
         for _ in [*on_host, *(one for one in values if one.dim() == 0)]:
             _note("upload")
         others = [one for one in values if one.dim() > 0]
-    elif (torch.Tag.pointwise in func.tags or func in _OF_A_NUMBER) and not func._schema.is_mutable:
-        others = [one for one in others if one.dim() > 0]
-    elif func._schema.is_mutable and isinstance(args[0], SimulatedTensor):
-        others = [one for one in others if one.dim() > 0]
+    elif torch.Tag.pointwise in func.tags or func in _OF_A_NUMBER:
+        changed = args[0] if func._schema.is_mutable else None  # must not be a number on the host
+        others = [one for one in others if one.dim() > 0 or one is changed]
     if others or any(one.device != ours[0].device for one in ours):
         found = ", ".join(f"{one.device} {tuple(one.shape)}" for one in tensors)
         raise RuntimeError(f"Expected all tensors of {func} to be on the same device, but found them on {found}.")

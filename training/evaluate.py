@@ -65,10 +65,11 @@ def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
     """
     anchors, spread, is_whole = len(sae.config.anchors), sae.spread[:, None], isinstance(sae, RTSAE)
     unexplained = {name: Unexplained() for name in ("residual", "online", "teacher_forced")}
-    sums, topk_l0 = torch.zeros(3, anchors), 0.0
-    cosine, cosines, length = 0.0, torch.zeros(anchors), max(256, 2**23 // sae.config.num_latents)
+    device = sae.encoder.device
+    sums, topk_l0 = torch.zeros(3, anchors, device=device), 0.0
+    cosine, cosines, length = 0.0, torch.zeros(anchors, device=device), max(256, 2**23 // sae.config.num_latents)
     for part in trajectories.split(length):
-        part = part.float()
+        part = part.to(device, torch.float32)
         codes = [sae.encode(part[:, : g + 1]) for g in range(anchors)]
         online, forced = sae.reconstruct(part), sae.reconstruct(part, teacher_forced=True)
         unexplained["online"].add(online / spread, part / spread)
@@ -141,7 +142,7 @@ class _Calls:
     def begin(self, call: Call, arguments: Arguments) -> None:
         """The denoiser is called."""
         if call.rows_of("cond", call.rows) is not None and (timestep := round(call.timestep)) in self.timesteps:
-            self.kept[timestep] = call, self.tap.component, arguments.args, arguments.kwargs
+            self.kept[timestep] = call, self.tap.last.component, arguments.args, arguments.kwargs
 
 
 def _with(
@@ -205,7 +206,8 @@ class Reconstructing:
         anchor = anchors.index(timestep)
         # a sampler may call twice at one step: the later call stands
         self.seen = {g: own for g, own in self.seen.items() if g < anchor}
-        self.seen[anchor] = block.activation(activation, block_input, hidden_states)[rows].float().cpu()
+        tokens = block.activation(activation, block_input, hidden_states)[rows]
+        self.seen[anchor] = tokens.to(self.sae.encoder.device, torch.float32)
         known = torch.stack(list(self.seen.values()), 2)
         new = self.sae.reconstruct(known.flatten(0, 1))[:, -1].unflatten(0, known.shape[:2])
         return _with(block, hidden_states, block_input, rows, new, activation)
@@ -235,7 +237,7 @@ def recovered(pipe: DiffusionPipeline, sae: SparseDictionary, prompts: Sequence[
     if whole.shape[2] != len(anchors):
         raise ValueError(f"The sampler visited {recorder.timesteps}, not all anchors {anchors}: give its step count.")
     images, tokens = whole.shape[:2]
-    h = whole.flatten(0, 1)
+    h = whole.flatten(0, 1).to(sae.encoder.device)
     errors = {name: torch.zeros(len(anchors), dtype=torch.float64) for name in ("online", "teacher_forced", "mean")}
     for g, timestep in enumerate(anchors):
         call, component, args, kwargs = calls.kept[timestep]

@@ -22,7 +22,7 @@ from .states import States
 _EARLY = 0.35  # of denoising: what is present then steers
 _PASSES = 16  # backward passes that rank all latents
 _UNTIL = 0.6  # of denoising that is looked at: what a prompt changes later is some 4 % of all
-_SHORTLIST, _STATES = 3, 6  # as many times the features asked for are then measured, each on so many batches of states
+_SHORTLIST, _STATES = 3, 12  # as many times the features asked for are then measured, on so many batches of states
 _SAMPLE, _UNSURE = 4, 2.0  # states of such a batch; standard errors by which one must be behind to be left out
 _DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
 

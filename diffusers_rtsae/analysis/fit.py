@@ -22,7 +22,7 @@ _CHOICE, _STEPS, _LAST = 10, 30, 120
 _REMOVED = 256  # candidates, the most active ones, for being taken away by their own activation
 _JUDGES = 32  # pairs held out, of many
 _PICTURES, _CAPTURE = 16, 200  # pairs that are drawn to fit, at least, and what that counts for on the bar
-_JUDGED, _MEASURED = 7, 20  # steps at which edits are judged, and what a measurement counts for on the bar
+_LOOKED, _MEASURED = 7, 20  # steps that are looked at, and what a measurement counts for on the bar
 _AWAY = 8  # latents at most that take the concept away at negative strengths
 _FARTHEST = 2.0  # times as far as it was fitted to, at most, a map is made to move
 _STRENGTHS = (1.0, 1.25, 1.5, 2.0)  # that are measured
@@ -415,9 +415,9 @@ def _draw(
     fitting = (fitting * -(-_PICTURES // len(fitting)))[: max(_PICTURES, len(fitting))]
     judging = (judging * -(-_PICTURES // 3 // len(judging)))[: max(_PICTURES // 3, len(judging))]
     bar.set_description("pictures")
-    shared = shared | {"drawn": lambda share: bar.update(share * _CAPTURE)}
+    shared = shared | {"steps": _LOOKED, "drawn": lambda share: bar.update(share * _CAPTURE)}
     states = States(pipeline, fitting + (same[1::2] or same), seed=seed, moments=True, **shared)
-    judges = States(pipeline, judging + same[::2], seed=seed + 1_000_000, codes=codes, steps=_JUDGED, **shared)
+    judges = States(pipeline, judging + same[::2], seed=seed + 1_000_000, codes=codes, **shared)
     return states, judges
 
 

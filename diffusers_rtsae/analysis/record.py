@@ -109,10 +109,17 @@ class Recorder:
         for timestep, parts in kept:
             if missing := set(self.streams) - parts.keys():
                 raise ValueError(f"The step at {timestep:g} has no {sorted(missing)}, it has {sorted(parts)}.")
+        counts = sorted({part.shape[1] for _, parts in kept for part in parts.values()})
+        if len(counts) > 1:
+            raise ValueError(
+                f"{site!r} has {counts} tokens at one step or part of guidance and another: expected one."
+            )
         return torch.stack([torch.cat([parts[role] for role in self.streams]) for _, parts in kept], dim=2)
 
     def size(self, site: str) -> tuple[int, int]:
         """Height and width of a site's token grid, frames below one another; tokens of text lie in a row."""
+        if not self._kept.get(site):
+            raise ValueError(f"Nothing was recorded at {site!r}: run the pipeline inside the `with` block first.")
         if is_text(site):
             return 1, self._kept[site][0][1][self.streams[0]].shape[1]
         grid = self._grids[site]

@@ -121,7 +121,7 @@ class Calls:
 
     def begin(self, call: Call, arguments: Arguments) -> None:
         """The denoiser is called."""
-        asked = Asked.of(self.denoisers[self._tap.component], call, arguments, self._texts)
+        asked = Asked.of(self.denoisers[self._tap.last.component], call, arguments, self._texts)
         if asked is not None and self.kept and 1000 - asked.timestep > 1000 * self._until:
             raise Ended
         self.call, self._asked, self._tokens = call, asked, {}
@@ -441,15 +441,11 @@ class States:
             self.sizes, self.guidance = calls.sizes, calls.call.guidance
             return calls.kept
 
-    def _ask(
-        self, asked: Asked, rows: list[int], texts: list[int], step: int, shelf: _Shelf | None
-    ) -> torch.Tensor:
+    def _ask(self, asked: Asked, rows: list[int], texts: list[int], step: int, shelf: _Shelf | None) -> torch.Tensor:
         """The prediction of some rows with other prompts; their activations are put on the shelf."""
         if shelf is None:
             return asked.replay(rows, texts)
-        with Calls(
-            {"": asked.denoiser}, self.kinds, lambda _, site, tokens: shelf.put(("other", site, step), tokens)
-        ):
+        with Calls({"": asked.denoiser}, self.kinds, lambda _, site, tokens: shelf.put(("other", site, step), tokens)):
             return asked.replay(rows, texts)
 
     def _take(self, site: str, drawn: _Drawn, run: _Run) -> None:
@@ -494,21 +490,19 @@ class States:
             size = max(1, _READ // (tokens * max(rtsae.config.in_channels, stop - start)))
             for first in range(0, rows, size):
                 some = range(first, min(first + size, rows))
-                memories = reader.begin(), reader.begin()
+                memory = reader.begin()
                 for step, timestep in enumerate(drawn.timesteps):
                     at = self.grids[site].step(timestep, self.sizes[site], self.guidance)
-                    own = drawn.shelf.get(("own", site, step), some.start, some.stop)
-                    sides = [own, own]
+                    own, sides = drawn.shelf.get(("own", site, step), some.start, some.stop), ()
                     if step in drawn.looked:
-                        each = [drawn.sides(site, step, row) for row in some]
-                        sides = [torch.stack(side) for side in zip(*each, strict=True)]
-                    for side, (memory, there) in enumerate(zip(memories, sides, strict=True)):
-                        codes = reader.read(memory, there, at)
-                        memory.continue_with(own)
-                        if step in drawn.looked:
-                            row, token, latent = where = codes.nonzero(as_tuple=True)
-                            active = (row + first) * tokens + token, latent + start, codes[where]
-                            found[drawn.looked.index(step)][side].append(active)
+                        sides = zip(*(drawn.sides(site, step, row) for row in some), strict=True)
+                    for side, there in enumerate(sides):
+                        codes = reader.read(memory.copy(), torch.stack(there), at)
+                        row, token, latent = where = codes.nonzero(as_tuple=True)
+                        active = (row + first) * tokens + token, latent + start, codes[where]
+                        found[drawn.looked.index(step)][side].append(active)
+                    reader.read(memory, own, at)
+                    memory.continue_with(own)
             start = stop
         for sides in found:
             yield tuple(Codes.of(rows, tokens, count, side) for side in sides)
@@ -564,9 +558,7 @@ class States:
         two prompts' predictions over the states of its pair: the average over these is 1 − E."""
         return self.apart(state, rows, self.predict(state, rows, changes), state.wanted)
 
-    def apart(
-        self, state: State, rows: Sequence[int], prediction: torch.Tensor, others: torch.Tensor
-    ) -> torch.Tensor:
+    def apart(self, state: State, rows: Sequence[int], prediction: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """How far, squared, predictions of some of a state's rows are from others of all of them, in that unit."""
         scale = self.scale[[state.pairs[row] for row in rows]].to(prediction.device)
         return (prediction - others[list(rows)].float()).square().flatten(1).sum(1) / scale
@@ -623,7 +615,9 @@ class States:
         tell apart more come more often."""
         states, rows = list(self.all()), min(_ROWS, self.batch_size)
         size = torch.stack([(state.distance / self.scale[state.pairs]).mean() for state in states])
-        chance = 0.8 * size / size.sum() + 0.2 / len(states) if size.sum() > 0 else torch.ones(len(states)) / len(states)
+        if not size.any():
+            size += 1
+        chance = 0.8 * size / size.sum() + 0.2 / len(states)
         places = (torch.arange(count) + torch.rand(1, generator=generator)) / count  # evenly, so that they vary less
         picks = torch.bucketize(places, chance.cumsum(0)).clamp(max=len(states) - 1)
         for pick in picks[torch.randperm(count, generator=generator)].tolist():

@@ -68,7 +68,7 @@ def measure(
         if width != sae.config.in_channels:
             raise ValueError(f"The dictionary of {site} is for {sae.config.in_channels} channels, not for {width}.")
         set_statistics(sae, _codes(sae, seen[site]))
-        if sae.config.sparsity == "threshold":
+        if sae.config.get("sparsity") == "threshold":
             sae.register_to_config(k=max(1, round(float(sae.density.sum()))))
         for g, anchor in enumerate(sae.config.anchors):
             at = [h[:, :, min(range(len(ts)), key=lambda i: abs(ts[i] - anchor))].float() for h, ts in seen[site]]  # noqa: B023
@@ -83,4 +83,4 @@ def _codes(sae: SparseDictionary, seen: list[tuple[torch.Tensor, list[float]]]) 
         for i, timestep in enumerate(timesteps):
             for picture in trajectories[:, :, i].float():
                 for piece in [picture] if share else picture.split(_TOKENS):
-                    yield sae.encode_step(piece, timestep)
+                    yield sae.encode_step(piece.to(sae.encoder.device), timestep)

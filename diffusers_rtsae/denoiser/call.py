@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -126,6 +128,7 @@ class _Progress:
     first: float | None = None
     second: float | None = None  # the first other time: rising or falling
     timestep: float | None = None
+    is_share: bool = False  # of calls that no pipeline makes: time was told as a share of noise, not in training units
     place: Any = None  # of this turn in the pipeline's loop
     turn: Turn = field(default_factory=Turn)
     ordinal: int = 0  # of this turn's next call
@@ -133,17 +136,19 @@ class _Progress:
     known: dict[tuple, tuple[tuple[str, ...], bool]] = field(default_factory=dict)  # by place in the source
     held: Any = None  # the sampler's timestep, so that its id is not another's
     timesteps: tuple[torch.Tensor, list[float]] | None = None  # all of the sampler's, and the same on the host
+    has_time: bool | None = None  # whether the pipeline's variable is the sampler's timestep
 
 
 class CallReader:
     """Makes records of the calls of a denoiser, or of several that take turns."""
 
     def __init__(self):
-        self._undriven: tuple[Generation, _Progress] | None = None  # of calls that no pipeline makes
+        # of calls that no pipeline makes, by the thread or asyncio task that does
+        self._undriven: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def restart(self) -> None:
         """The next call that no pipeline makes begins a generation."""
-        self._undriven = None
+        self._undriven.clear()
 
     def read(self, arguments: Arguments, component: str = "") -> Call:
         """
@@ -162,13 +167,16 @@ class CallReader:
     # A denoiser that somebody calls without a pipeline: all rows are conditional, and each has the time it is told.
 
     def _undriven_call(self, arguments: Arguments) -> Call:
-        rows, times = len(arguments.sample), _row_times(arguments)
+        rows, times, strand = len(arguments.sample), _row_times(arguments), _strand()
+        last = self._undriven.get(strand, (None, None))[1]
+        if _is_share(arguments) and (last is None or last.is_share):
+            times = [1000 * time for time in times]
         time, shape = times[0], arguments.shape
-        last = None if self._undriven is None else self._undriven[1]
         is_start = last is None or last.shapes[""] != shape or (time > last.timestep and time >= last.first)
         if is_start:
-            self._undriven = Generation(), _Progress(first=time, shapes={"": shape})
-        generation, progress = self._undriven
+            progress = _Progress(first=time, shapes={"": shape}, is_share=_is_share(arguments))
+            self._undriven[strand] = Generation(), progress
+        generation, progress = self._undriven[strand]
         progress.timestep = time
         starts = [i for i in range(rows) if i == 0 or times[i] != times[i - 1]]
         parts = tuple(
@@ -185,7 +193,7 @@ class CallReader:
             raise ValueError(f"{type(caller.pipeline).__name__} cannot be followed: {family.refused}.")
         progress = caller.generation.kept.setdefault(self, _Progress())
         rows = len(arguments.sample)
-        drawn = Drawn.of(variables, rows)
+        drawn = Drawn.of(variables, arguments.sample)
         record = {
             "rows": rows,
             "images": drawn.images,
@@ -194,7 +202,7 @@ class CallReader:
             "run": weakref.ref(caller.generation),
             "caller": weakref.ref(caller.pipeline),
         }
-        sampler_time, scheduler = caller.value(family.time), _scheduler(caller)
+        sampler_time, scheduler = _sampler_time(arguments, caller, progress), _scheduler(caller)
         if _is_aside(arguments, caller, sampler_time):
             return Call(0.0, (Part("other", None, 0.0, 1.0, 0.0),), **record)
         if sampler_time is None:
@@ -229,7 +237,7 @@ class CallReader:
         if not is_start and progress.second is not None:
             falls = progress.second < progress.first
             back = time > progress.timestep and time >= progress.first
-            is_start = back if falls else time < progress.timestep and time <= progress.first
+            is_start = back if falls else time < progress.timestep
         if is_start:
             progress.first, progress.second = time, None
         elif progress.second is None and time != progress.first:
@@ -279,10 +287,32 @@ def _scheduler(caller: Caller):
     raise ValueError(f"{type(caller.pipeline).__name__} has no scheduler that says at which timestep it is.")
 
 
+def _sampler_time(arguments: Arguments, caller: Caller, progress: _Progress):
+    """The variable of a pipeline that is the sampler's timestep; `None` if it has none. What others than diffusers
+    call `t` may be anything: it is looked at once whether the denoiser is told the same."""
+    found = caller.value(caller.family.time)
+    if progress.has_time is None:
+        is_number = isinstance(found, int | float) or torch.is_tensor(found) and found.numel()
+        told = arguments.timestep
+        if found is None or not is_number or told is None or caller.is_diffusers:
+            progress.has_time = found is None or bool(is_number)
+        else:
+            now, told = float(torch.as_tensor(found).flatten()[0]), _row_times(arguments)[0]
+            progress.has_time = any(abs(now - one) < 1e-3 * max(now, 1) for one in _units(told))
+    return found if progress.has_time else None
+
+
+def _units(told: float) -> tuple[float, ...]:
+    """What timesteps a denoiser that is told this may be at."""
+    return told, 1000 * told, 1000 * (1 - told)
+
+
 def _told(arguments: Arguments, caller: Caller, scheduler) -> float:
     """The sampler's timestep that the denoiser is told, of a pipeline that keeps none among its variables."""
-    told, timesteps = _row_times(arguments)[0], getattr(scheduler, "timesteps", None)
-    for candidate in (told, 1000 * told, 1000 * (1 - told)) if timesteps is not None else ():
+    (told, *others), timesteps = _row_times(arguments), getattr(scheduler, "timesteps", None)
+    if any(other != told for other in others):
+        raise ValueError(_at_different_times(caller))
+    for candidate in _units(told) if timesteps is not None else ():
         if ((timesteps - candidate).abs() < 1e-3).any():
             return candidate
     raise ValueError(
@@ -291,26 +321,43 @@ def _told(arguments: Arguments, caller: Caller, scheduler) -> float:
     )
 
 
+def _at_different_times(caller: Caller) -> str:
+    return (
+        f"{type(caller.pipeline).__name__} denoises frames or images at different times in one call: that cannot be "
+        "followed, as an edit has one time."
+    )
+
+
 def _number(timestep, caller: Caller, progress: _Progress) -> float:
     """The sampler's timestep, without making a device wait for it at each step."""
-    i, timesteps = caller.variables.get("i"), caller.variables.get("timesteps")
+    times = getattr(_scheduler(caller), "timesteps", None)
     on_device = torch.is_tensor(timestep) and timestep.device.type != "cpu"
-    if on_device and timestep.ndim == 0 and isinstance(i, int) and torch.is_tensor(timesteps) and i < len(timesteps):
-        if progress.timesteps is None or progress.timesteps[0] is not timesteps:
-            progress.timesteps = timesteps, timesteps.tolist()
-            if progress.timesteps[1][i] != float(timestep):  # its index is another's
-                progress.timesteps = timesteps, []
-        if progress.timesteps[1]:
-            return progress.timesteps[1][i]
+    if on_device and timestep.ndim == 0 and torch.is_tensor(times) and times.dtype == timestep.dtype:
+        place = (timestep.data_ptr() - times.data_ptr()) // times.element_size()
+        if 0 <= place < len(times):  # it is one of them
+            if progress.timesteps is None or progress.timesteps[0] is not times:
+                progress.timesteps = times, times.tolist()
+            return progress.timesteps[1][place]
     if torch.is_tensor(timestep) and timestep.numel() > 1:
         first, *others = timestep.flatten().tolist()
         if any(other != first for other in others):
-            raise ValueError(
-                f"{type(caller.pipeline).__name__} denoises frames at different times in one call: that cannot be "
-                "followed, as an edit has one time."
-            )
+            raise ValueError(_at_different_times(caller))
         return float(first)
     return float(timestep)
+
+
+def _strand() -> asyncio.Task | threading.Thread:
+    """The asyncio task or else the thread that runs."""
+    if asyncio._get_running_loop() is None:
+        return threading.current_thread()
+    return asyncio.current_task() or threading.current_thread()
+
+
+def _is_share(arguments: Arguments) -> bool:
+    """Whether the time is told as flow-matching models take it: a share of noise, up to 1."""
+    told = arguments.timestep
+    is_float = told.is_floating_point() if torch.is_tensor(told) else isinstance(told, float)
+    return is_float and 0 < max(_row_times(arguments)) <= 1
 
 
 def _row_times(arguments: Arguments) -> list[float]:

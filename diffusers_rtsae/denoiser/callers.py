@@ -102,6 +102,11 @@ class Caller:
         """The first of these variables that is there."""
         return next((self.variables[name] for name in names if self.variables.get(name) is not None), None)
 
+    @property
+    def is_diffusers(self) -> bool:
+        """Whether the call is one of diffusers' own, whose layouts are known."""
+        return str(type(self.pipeline).__call__.__module__).startswith("diffusers.")
+
     def property(self, name: str, default: Any = None) -> Any:
         """A property of the pipeline, which callbacks may have changed, or else the variable of its name."""
         found = getattr(self.pipeline, name, None)
@@ -109,8 +114,10 @@ class Caller:
 
 
 def family_of(pipeline) -> Family:
-    """How a pipeline calls its denoiser."""
-    return next(family for family in FAMILIES if re.match(family.names, type(pipeline).__name__))
+    """How a pipeline calls its denoiser: as its class, or the nearest class that this one derives from, does."""
+    *known, other = FAMILIES
+    names = (kind.__name__ for kind in type(pipeline).__mro__)
+    return next((family for name in names for family in known if re.match(family.names, name)), other)
 
 
 _MARK = "__rtsae_generation__"  # among the local variables of a pipeline's call; goes when the call returns
@@ -120,8 +127,8 @@ def find_caller() -> Caller | None:
     """
     The innermost pipeline that is running in this thread; `None` if there is none.
 
-    Its generation begins with the outermost of its own methods below other code, so that methods which a call is split
-    into, `invert` and its like, and a pipeline called again in a callback are each told apart.
+    Its generation is the innermost run of its own `__call__`, or else of the outermost of its methods, `invert` and
+    its like; so a call that is split into methods is one, and a pipeline called again in a callback is another.
     """
     frame, pipeline, entry, variables, place = sys._getframe(1), None, None, {}, None
     while frame is not None:
@@ -136,8 +143,8 @@ def find_caller() -> Caller | None:
             variables = {**_variables(local["block_state"]), **local, **variables}
         elif pipeline is not None and owner is pipeline:
             entry, variables = frame, {**frame.f_locals, **variables}
-        elif pipeline is not None and not frame.f_code.co_filename.endswith("contextlib.py"):
-            break  # not a decorator such as torch.no_grad
+        if entry is not None and entry.f_code.co_name == "__call__":
+            break
         frame = frame.f_back
     if pipeline is None:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .arguments import Arguments, flat, same, same_part
-from .callers import Caller, Family
+from .callers import Caller
 
 ROLES = {
     "cond": "follows the prompt",
@@ -44,10 +44,15 @@ class Drawn:
     prompts: int | None
 
     @classmethod
-    def of(cls, variables: dict[str, Any], rows: int) -> Drawn:
-        """From a pipeline's variables and the rows that it calls its denoiser with."""
+    def of(cls, variables: dict[str, Any], sample: torch.Tensor | list) -> Drawn:
+        """From a pipeline's variables and the sample that it calls its denoiser with."""
+        rows = len(sample)
         prompts = variables.get("batch_size")
         latents = next((variables[name] for name in _LATENTS if torch.is_tensor(variables.get(name))), None)
+        if latents is None and torch.is_tensor(sample):  # by another name
+            alike = [v for v in variables.values() if torch.is_tensor(v) and v.shape[1:] == sample.shape[1:]]
+            alike = [v for v in alike if v.ndim and 0 < len(v) < rows and rows % len(v) == 0]
+            latents = min(alike, key=len, default=None)
         each = next((variables[name] for name in _PER_PROMPT if isinstance(variables.get(name), int)), 1)
         drawn = len(latents) if latents is not None and latents.ndim else None
         if drawn is not None and rows % drawn:
@@ -101,7 +106,7 @@ def roles_of(
     elif len(bounds) > 1:
         roles = _of_batch(texts, negatives, bounds, caller, guided)
     else:
-        roles = (_of_single(texts, negatives, images, caller.family, guided, turn),)
+        roles = (_of_single(texts, negatives, images, caller, guided, turn),)
     if "cond" not in roles:
         return roles, False
     start, stop = bounds[roles.index("cond")]
@@ -124,10 +129,11 @@ def _negatives(variables: dict[str, Any]) -> list[tuple[torch.Tensor | list, tor
     same name without "negative"."""
     found = []
     for name, value in variables.items():
-        mark = next((f"{mark}_" for mark in _NEGATIVE if mark in name), "neg_" if name.startswith("neg_") else None)
+        mark = next((mark for mark in _NEGATIVE if mark in name), "neg" if name.startswith("neg_") else None)
         if mark is None or any(word in name for word in _NO_TEXT):
             continue
-        ours, theirs = list(flat([value])), list(flat([variables.get(name.replace(mark, ""))]))
+        positive = name.replace(f"{mark}_", "").replace(f"_{mark}", "")
+        ours, theirs = list(flat([value])), list(flat([variables.get(positive) if positive != name else None]))
         theirs = theirs if len(theirs) == len(ours) else [None] * len(ours)
         found += list(zip(ours, theirs, strict=True))
     return found
@@ -175,6 +181,8 @@ def _of_batch(texts: dict[str, list], negatives: list, bounds: list, caller: Cal
     if bool(caller.property("do_perturbed_attention_guidance", False)):
         layouts = [(*layout, "perturbed") for layout in layouts]
     elif not guided and not negatives:  # guidance that the pipeline has no property for
+        if not caller.is_diffusers:
+            raise ValueError(_untold(caller))
         layouts = [tuple(layout.split()) for layout in caller.family.batch]
     fitting = [layout for layout in layouts if len(layout) == len(bounds)]
     if not fitting:
@@ -185,7 +193,14 @@ def _of_batch(texts: dict[str, list], negatives: list, bounds: list, caller: Cal
     return fitting[0]
 
 
-def _of_single(texts: dict[str, list], negatives: list, images: int, family: Family, guided: bool, turn: Turn) -> str:
+def _untold(caller: Caller) -> str:
+    return (
+        f"{type(caller.pipeline).__name__} does not say which text is the negative one: expected it in a variable of "
+        "its call with `negative` or `uncond` in its name."
+    )
+
+
+def _of_single(texts: dict[str, list], negatives: list, images: int, caller: Caller, guided: bool, turn: Turn) -> str:
     """Of a call for one part of guidance alone."""
     either = False
     for text in texts.values():
@@ -201,7 +216,9 @@ def _of_single(texts: dict[str, list], negatives: list, images: int, family: Fam
                 if positive is None or not len(positive) or not _matches(text, 0, images, positive):
                     return "uncond"
     if not turn.seen:
-        return family.calls[0]
+        return caller.family.calls[0]
+    if "uncond" in turn.seen and "cond" not in turn.seen:
+        return "cond"
     shared = texts.keys() & turn.texts.keys()
     shared = {name for name in shared if any(word in name for word in _TEXT)} or shared
     again = bool(shared) and all(
@@ -210,4 +227,8 @@ def _of_single(texts: dict[str, list], negatives: list, images: int, family: Fam
     )
     if again and not (either and "uncond" not in turn.seen):
         return "perturbed"
-    return family.calls[-1] if guided or negatives else "cond"
+    if guided or negatives:
+        return caller.family.calls[-1]
+    if shared and not again and not caller.is_diffusers:
+        raise ValueError(_untold(caller))
+    return "cond"

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from .arguments import Arguments
+from .arguments import Arguments, flat
 from .blocks import Block, describe, get_site
 from .call import Call, CallReader
 from .callers import Generation
@@ -61,12 +61,11 @@ class Tap:
         self._watched: set[tuple[str, str | None]] = set()  # components and their sites; `None` for the denoiser
         self._hooks: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # their modules keep them
         self._reader = CallReader()
+        self._in_place_of: Call | None = None  # the only call that this tap is for
         self._current: dict[int, weakref.ref[Generation]] = {}
         self._calls: weakref.WeakKeyDictionary[Generation, Call] = weakref.WeakKeyDictionary()
-        self._runs: dict[str, list[_SiteRun]] = {}  # of sites that gradients may run again
-        self._is_differentiated = False
-        self.component = ""  # of the last call
-        self.denoiser: weakref.ref[nn.Module] = _nothing  # of the last call, but not inside compiled code
+        self._runs: list[weakref.ref[_Runs]] = []  # that gradients may repeat, for as long as their graph is
+        self.last = _Last()
         self.handle = register(self)
 
     def __getstate__(self) -> dict:
@@ -128,19 +127,29 @@ class Tap:
 
     def begin(self, component: str, arguments: Arguments) -> None:
         """A denoiser is called with these arguments."""
-        call = self._reader.read(arguments, component)
+        call = self._reader.read(arguments, component) if self._in_place_of is None else self._in_place_of
         generation = call.generation
         self._current[threading.get_ident()], self._calls[generation] = call.run, call
-        self.component = component
-        self._is_differentiated = torch.is_grad_enabled() and hasattr(self._observer(), "remember")
-        if call.is_start:
-            self._runs = {}
+        self.last.component, self.last.runs = component, None
+        if torch.is_grad_enabled() and hasattr(self._observer(), "remember"):
+            self.last.runs = _Runs()
         self._observer().begin(call, arguments)
 
+    def end(self, output) -> None:
+        """The denoiser returns this."""
+        runs, self.last.runs = self.last.runs, None
+        node = next((one.grad_fn for one in flat([output]) if torch.is_tensor(one) and one.grad_fn is not None), None)
+        if runs is not None and node is not None:
+            node.metadata[id(self)] = runs
+            self._runs = [run for run in self._runs if run() is not None] + [weakref.ref(runs)]
+        if hasattr(self._observer(), "end"):
+            self._observer().end(self.call, output)
+
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Calls of a denoiser in this context inside the `with` block are told to nobody else."""
-        token = _alone.set(self)
+    def alone(self, call: Call) -> Iterator[None]:
+        """Calls of a denoiser in this context inside the `with` block are made in place of this one: they are told to
+        nobody else, and this tap is told of no others."""
+        self._in_place_of, token = call, _alone.set(self)
         try:
             yield
         finally:
@@ -148,8 +157,9 @@ class Tap:
 
     @property
     def is_asleep(self) -> bool:
-        """Whether another tap is to be alone."""
-        return _alone.get() not in (None, self)
+        """Whether another tap is to be alone, or this one was and is not any more."""
+        alone = _alone.get()
+        return alone is not self and (alone is not None or self._in_place_of is not None)
 
     @property
     def call(self) -> Call | None:
@@ -161,19 +171,24 @@ class Tap:
         """What the network continues with after a site."""
         call, observer = self.call, self._observer()
         if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs the site again
-            again = self._again(site, block_input)
+            again = self._again(site, _fingerprint(block_input))
             call, observer = (again.call, again.observer) if again else (None, None)
-        elif call is not None and self._is_differentiated:
-            self._runs.setdefault(site, []).append(_SiteRun(block_input.data_ptr(), call, observer.remember(call)))
+        elif call is not None and self.last.runs is not None:
+            run = _SiteRun(_fingerprint(block_input), call, observer.remember(call))
+            self.last.runs.setdefault(site, []).append(run)
         edited = call and observer.site(site, call, block, block_input, hidden_states)
         return hidden_states if edited is None else edited
 
-    def _again(self, site: str, block_input: torch.Tensor) -> _SiteRun | None:
-        """The run of a site that the backward pass repeats: the one that read the same tensor, or, where that is made
-        anew as well, the last one that was not repeated yet."""
-        runs = self._runs.get(site, [])
-        same = [run for run in runs if run.input == block_input.data_ptr()]
-        left = same or [run for run in runs if not run.is_repeated]
+    def _again(self, site: str, read: torch.Tensor) -> _SiteRun | None:
+        """The run of a site that the backward pass repeats: of those that read the same, the last one that was not
+        repeated yet."""
+        runs = [run for runs in [*self._runs] for run in (runs() or {}).get(site, [])]
+        same = [run for run in runs if run.read.shape == read.shape and torch.equal(run.read, read)]
+        left = [run for run in same if not run.is_repeated]
+        if not left:  # the graph is kept, and gone through again
+            for run in same:
+                run.is_repeated = False
+            left = same
         if not left:
             return None
         left[-1].is_repeated = True
@@ -192,14 +207,35 @@ class Tap:
 class _SiteRun:
     """What is needed to run a site again in the backward pass."""
 
-    input: int  # where the tensor that it read lies
+    read: torch.Tensor  # some values of the tensor that it read
     call: Call
     observer: Observer
     is_repeated: bool = False
 
 
+class _Runs(dict):
+    """Of the sites of a call, by their names: `dict[str, list[_SiteRun]]`. Kept by the graph of its output."""
+
+    __hash__ = object.__hash__
+
+
+@torch.no_grad()
+def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    values = tensor.detach().flatten()
+    return values[:: max(len(values) // 64, 1)].clone()
+
+
 def _nothing() -> None:
     return None
+
+
+class _Last(threading.local):
+    """The last call in a thread: the name of its component, the denoiser (but not inside compiled code), and what of
+    it gradients may repeat."""
+
+    component = ""
+    denoiser: weakref.ref[nn.Module] | Callable[[], None] = staticmethod(_nothing)
+    runs: _Runs | None = None
 
 
 class _Hook:
@@ -225,10 +261,11 @@ class _CallHook(_Hook):
     """On a denoiser itself."""
 
     def _register(self, module: nn.Module) -> list:
-        self.names = [*inspect.signature(type(module).forward).parameters][1:]
+        inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # peft passes on what it gets
+        self.names = [*inspect.signature(type(inner).forward).parameters][1:]
         self.channels = getattr(getattr(module, "config", None), "in_channels", None)
         handles = [module.register_forward_pre_hook(self.begin, with_kwargs=True)]
-        if hasattr(self.tap._observer(), "end"):
+        if any(hasattr(self.tap._observer(), name) for name in ("end", "remember")):
             handles.append(module.register_forward_hook(self.end))
         return handles
 
@@ -238,14 +275,19 @@ class _CallHook(_Hook):
             return arguments.with_sample(compiled_begin(arguments, self.component, self.tap.handle))
         if self.tap.is_asleep:
             return None
-        self.tap.denoiser = self.module
+        if torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "The backward pass calls the denoiser again, and an edit cannot know as which call: have its blocks "
+                "checkpointed, by `enable_gradient_checkpointing`, instead of the whole."
+            )
+        self.tap.last.denoiser = self.module
         self.tap.renew(self.component, module)
         self.tap.begin(self.component, arguments)
         return None
 
     def end(self, module: nn.Module, args: tuple, output) -> None:
-        if not self.tap.is_asleep:
-            self.tap._observer().end(self.tap.call, output)
+        if not torch.compiler.is_compiling() and not self.tap.is_asleep:
+            self.tap.end(output)
 
 
 class _SiteHook(_Hook):

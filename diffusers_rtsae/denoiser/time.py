@@ -29,11 +29,16 @@ UNITS = {
 }
 
 
+def config_of(scheduler) -> dict:
+    """What a sampler says of itself."""
+    return getattr(scheduler, "config", {})
+
+
 def _unit(scheduler):
     """The entry of `UNITS` for a sampler, or `None`."""
-    if scheduler.config.get("timestep_type") == "continuous":
+    if config_of(scheduler).get("timestep_type") == "continuous":
         return UNITS["EDM"]
-    if scheduler.config.get("sigma_data") and type(scheduler).__name__.startswith("FlowMatch"):
+    if config_of(scheduler).get("sigma_data") and type(scheduler).__name__.startswith("FlowMatch"):
         return UNITS["Cosmos"]
     return next((unit for name, unit in UNITS.items() if type(scheduler).__name__.startswith(name)), None)
 
@@ -48,7 +53,7 @@ def training_time(timestep: float, scheduler) -> float:
     unit = _unit(scheduler)
     if unit is not None:
         return unit(timestep, scheduler)
-    steps = scheduler.config.get("num_train_timesteps")
+    steps = config_of(scheduler).get("num_train_timesteps")
     if not steps:
         raise ValueError(
             f"{type(scheduler).__name__} does not say how many training steps there are: a sampler that counts time "
@@ -60,13 +65,13 @@ def training_time(timestep: float, scheduler) -> float:
             "counts time in another unit cannot be followed."
         )
     time = timestep * 1000 / steps
-    return 1000 - time if scheduler.config.get("invert_sigmas") else time
+    return 1000 - time if config_of(scheduler).get("invert_sigmas") else time
 
 
 def noise_schedule(scheduler) -> torch.Tensor | None:
     """`alphas_cumprod` of the schedule that a model was trained on; `None` for flow matching and noise levels, of
     which some schedulers keep a schedule that they do not use."""
-    if scheduler is None or scheduler.config.get("prediction_type") == "flow_prediction" or _unit(scheduler):
+    if scheduler is None or config_of(scheduler).get("prediction_type") == "flow_prediction" or _unit(scheduler):
         return None
     return getattr(scheduler, "alphas_cumprod", None)
 

@@ -210,18 +210,18 @@ class PrefixReader(Reader):
         self.bias = rtsae.encoder_bias[rows].detach().float().to(device)
         self.threshold = rtsae.threshold.tolist()
         self._products: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        self.transition = rtsae.dynamics.transition.detach().float().to(device)
         for block in range(len(self.threshold)):  # before they are needed; those of skipped anchors follow on demand
-            self._product(block, ())
+            product = self.encoder[:, block] / rtsae.dynamics.residual_scale[block]
+            self._products[block, ()] = product.to(device)
             if block:
                 self._product(block, (block - 1,))
 
     def _product(self, block: int, intervals: tuple[int, ...]) -> torch.Tensor:
         """Encoder rows of an anchor, carried back over whole intervals between anchors; kept, as they are few."""
         if (block, intervals) not in self._products:
-            product = self.encoder[:, block] / self.rtsae.dynamics.residual_scale[block]
-            for interval in intervals:
-                product = product @ self.rtsae.dynamics.transition[interval].float()
-            self._products[block, intervals] = product.to(self.device)
+            *before, interval = intervals
+            self._products[block, intervals] = self._product(block, tuple(before)) @ self.transition[interval]
         return self._products[block, intervals]
 
     def _carry(self, block: int, start: float, end: float) -> torch.Tensor:

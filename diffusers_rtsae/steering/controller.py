@@ -57,6 +57,8 @@ class _Steering:
 
 _Report = dict[str, list[Counts]]  # by site
 
+_FEATURES = "_rtsae_features"  # in a pipeline's `__dict__`, which is copied with it: the controller and its features
+
 _steering: ContextVar[tuple[_Steering, ...]] = ContextVar("rtsae_steering", default=())
 
 
@@ -115,7 +117,7 @@ class Controller:
         self.adapters: dict[str, Adapter] = {}
         self.enabled = True
         self._default: tuple[SiteEdit, ...] = ()
-        self._own: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of pipelines
+        self._pipelines: weakref.WeakSet = weakref.WeakSet()  # that have features of their own, see `_FEATURES`
         self._begin()
 
     def _begin(self) -> None:
@@ -144,20 +146,29 @@ class Controller:
 
     def features(self, pipeline) -> tuple[SiteEdit, ...]:
         """What is set for a pipeline."""
-        return self._own.get(pipeline, self._default)
+        owner, edits = vars(pipeline).get(_FEATURES, (None, ()))
+        if owner is not self:
+            return self._default
+        self._pipelines.add(pipeline)  # a copy may not be known yet
+        return edits
+
+    def _set(self, pipeline, edits: tuple[SiteEdit, ...]) -> None:
+        vars(pipeline)[_FEATURES] = self, edits
+        self._pipelines.add(pipeline)
 
     def set_features(self, pipeline, adapter: str, edits: tuple[SiteEdit, ...]) -> None:
         """Replace what is set for a pipeline of one dictionary."""
         others = tuple(one for one in self.features(pipeline) if one.adapter != adapter)
-        self._own[pipeline] = self._default = (*others, *edits)
+        self._default = (*others, *edits)
+        self._set(pipeline, self._default)
 
     def forget(self, adapters: list[str]) -> None:
         """Drop dictionaries and what was set of them."""
         for name in adapters:
             del self.adapters[name]
         self._default = tuple(one for one in self._default if one.adapter in self.adapters)
-        for pipeline, edits in [*self._own.items()]:
-            self._own[pipeline] = tuple(one for one in edits if one.adapter in self.adapters)
+        for pipeline in [*self._pipelines]:
+            self._set(pipeline, tuple(one for one in self.features(pipeline) if one.adapter in self.adapters))
 
     @contextlib.contextmanager
     def steering(
@@ -182,7 +193,9 @@ class Controller:
         with self._lock:
             self._installed_by = None if pipeline is None else weakref.ref(pipeline)
             self._schedule = noise_schedule(getattr(pipeline, "scheduler", None))
-            kept = [*self._default, *(one for edits in [*self._own.values()] for one in edits)]
+            if pipeline is not None:
+                self.features(pipeline)
+            kept = [*self._default, *(one for owner in [*self._pipelines] for one in self.features(owner))]
             kept += [one for entered in self._entered for one in entered.edits or ()]
             sites = {one.site: None for one in kept if self._acts(one)} if self.enabled else {}
             self._plans, self._warned = {}, False
@@ -312,7 +325,8 @@ class _Edited:
                 self._add([change for change in changes if change is not None], rows)
             for part, rows in parts:
                 for key, plan in self.run.plans[self.site]:
-                    memory = self.run.state(key, plan, part, self.call).memories.get(part.branch)
+                    stream = None if part.role == "cond" else part.branch  # each has a state of its own
+                    memory = self.run.state(key, plan, part, self.call).memories.get(stream)
                     if memory is not None and memory.is_waiting:
                         memory.continue_with(self._tokens(plan, rows, self.edited))
         return self.edited

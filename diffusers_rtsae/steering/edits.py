@@ -201,7 +201,9 @@ def as_strength(strength) -> Strength:
         return tuple(strength)
     if isinstance(strength, np.ndarray | torch.Tensor) and strength.ndim == 0:
         return strength.item()
-    return torch.tensor(strength) if isinstance(strength, np.ndarray) else strength
+    if isinstance(strength, np.ndarray | torch.Tensor):
+        return torch.as_tensor(strength).cpu()  # looked at on the host, at each step
+    return strength
 
 
 def as_mask(mask) -> torch.Tensor | None:

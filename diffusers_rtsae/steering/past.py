@@ -45,7 +45,7 @@ def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
     if not late or not _is_late(call):
         return
     anchors = sorted({anchor for *_, missed in late for anchor in missed}, reverse=True)
-    past = _Past([plan.sae.config.site for plan, *_ in late])
+    past = _Past(call, [plan.sae.config.site for plan, *_ in late])
     try:
         for anchor, noisy in _earlier(call, arguments, tap, anchors, past):
             past.show(arguments, noisy)
@@ -83,8 +83,8 @@ def _missed(plan: SitePlan, grid, timestep: float) -> list[int]:
 class _Past:
     """Shows noisy latents to a denoiser, and keeps what sites do."""
 
-    def __init__(self, sites: list[str]):
-        self.sites, self.seen, self.tap = list(dict.fromkeys(sites)), {}, Tap(self)
+    def __init__(self, call: Call, sites: list[str]):
+        self.call, self.sites, self.seen, self.tap = call, list(dict.fromkeys(sites)), {}, Tap(self)
 
     def begin(self, call: Call, arguments: Arguments) -> None:
         """The denoiser is called."""
@@ -99,7 +99,7 @@ class _Past:
     def show(self, arguments: Arguments, call: tuple[tuple, dict] | None = None):
         """What the denoiser returns."""
         args, kwargs = (arguments.args, arguments.kwargs) if call is None else call
-        with self.tap.watching({"": self.denoiser}, self.sites), self.tap.alone():
+        with self.tap.watching({"": self.denoiser}, self.sites), self.tap.alone(self.call):
             return self.denoiser(*args, **kwargs)
 
     def tokens(self, plan: SitePlan, call: Call, part) -> tuple[torch.Tensor, object]:
@@ -113,7 +113,7 @@ class _Past:
 
 def _earlier(call: Call, arguments: Arguments, tap: Tap, anchors: list[int], past: _Past):
     """For each anchor, the arguments of a call there."""
-    past.denoiser, sample, scheduler = tap.denoiser(), arguments.sample, getattr(call.pipeline, "scheduler", None)
+    past.denoiser, sample, scheduler = tap.last.denoiser(), arguments.sample, getattr(call.pipeline, "scheduler", None)
     if past.denoiser is None:
         raise _Unknown("the denoiser is compiled as a whole")
     if getattr(past.denoiser, "is_cache_enabled", False):
@@ -151,7 +151,8 @@ def given_picture(call: Call, sample: torch.Tensor) -> torch.Tensor | None:
     if latents is None:
         return None
     if latents.ndim == sample.ndim == 4 and latents.shape[-2:] != sample.shape[-2:] and vae is not None:  # pixels
-        latents = vae.encode(latents.to(vae.device, vae.dtype)).latent_dist.mode()
+        encoded = vae.encode(latents.to(vae.device, vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         latents = (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
     if latents.shape[2:] != sample.shape[2:] or latents.shape[1] > sample.shape[1] or len(sample) % len(latents):
         return None
@@ -166,6 +167,8 @@ def given_picture(call: Call, sample: torch.Tensor) -> torch.Tensor | None:
 def _told(arguments: Arguments, timestep: float):
     """What the denoiser is told instead of a timestep, in the form it was told this one."""
     now = arguments.timestep
+    if now is None:
+        raise _Unknown("the denoiser is told no time")
     first = float(now.flatten()[0]) if torch.is_tensor(now) else float(now)
     if torch.is_tensor(now) and now.numel() > 1 and not bool((now == now.flatten()[0]).all()):
         raise _Unknown("its tokens have times of their own")

@@ -61,6 +61,7 @@ class PlanState:
     images: int | None = None  # where these are of each prompt in turn, instead of one prompt's beside one another
     denoised: torch.Tensor | None = None  # 0 on tokens that are given and left as they are, `(B, N, 1)`
     memories: dict[int | None, Memory] = field(default_factory=dict)  # of streams that are read, conditional: None
+    tokens: dict[int | None, int] = field(default_factory=dict)  # of these, how many
     timestep: float | None = None  # of the conditional call whose change is kept for calls that follow it
     on_conditional: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
@@ -183,9 +184,14 @@ class _Fold:
         if (images, in_turns) in self._strengths:
             return self._strengths[images, in_turns]
         given = [edit.strength_at(timestep) for edit in self.edits]
+        if bad := {len(own) for own in given if images % len(own)}:
+            raise ValueError(f"A schedule gives {min(bad)} strengths at t = {timestep:.0f}, for {images} rows.")
         with torch.inference_mode(False):  # what is kept may meet autograd later
-            each = torch.tensor([[own[i] for i in _of_prompts(len(own), images, in_turns)] for own in given])
-            strength = each.to(self.device, torch.float32).T[:, None, self.owners]
+            strength = torch.empty(images, len(given), device=self.device)
+            for column, own in enumerate(given):  # filled, as sending them would make the device wait at each step
+                for image, prompt in enumerate(_of_prompts(len(own), images, in_turns)):
+                    strength[image, column].fill_(own[prompt])
+            strength = strength[:, None, self.owners]
         if not any(callable(edit.strength) or torch.is_tensor(edit.strength) for edit in self.edits):
             self._strengths[images, in_turns] = strength
         return strength
@@ -229,7 +235,9 @@ class _Fold:
                 else:
                     pooled = F.adaptive_avg_pool3d(mask[:, None], (frames, *size[:2]))[:, 0]
                     pooled = pooled.unflatten(1, (size.beside, size.frames)).flatten(0, 1)
-                own = pooled.flatten(1)[_of_prompts(len(pooled), rows, in_turns)]
+                each = len(pooled) // len(mask)  # frames beside one another that have a mask of their own
+                prompts = _of_prompts(len(mask), rows // each, in_turns)
+                own = pooled.flatten(1)[[prompt * each + frame for prompt in prompts for frame in range(each)]]
                 self._masks[size, rows, in_turns] = own[..., None]
         return self._masks[size, rows, in_turns]
 
@@ -407,6 +415,11 @@ class SitePlan:
         reads = any(edit.read for fold in folds for edit in fold.edits)
         step, latents = (state.grid or self.grid).step(timestep, size, state.guidance), None
         if reads:
+            if self.sae.reads_past and state.tokens.setdefault(stream, tokens.shape[1]) != tokens.shape[1]:
+                raise ValueError(
+                    f"There were {state.tokens[stream]} tokens at {self.sae.config.site} and are {tokens.shape[1]} "
+                    "now: latents that are read from the past of each token cannot follow that."
+                )
             if stream not in state.memories:
                 state.memories[stream] = self.reader.begin()
             latents = self.reader.read(state.memories[stream], tokens, step)
