@@ -101,6 +101,13 @@ class Cosmos3Like(Caller):
 Cosmos3Like.__name__ = "Cosmos3Like"
 
 
+def recorded_at_two_sizes(world):
+    with Recorder(world.pipe, [SITE]) as recorder:
+        for size, t in ((16, 900), (32, 500)):
+            world.pipe.unet(torch.zeros(1, 4, size, size), t, torch.zeros(1, 32, 192))
+    recorder.trajectories(SITE)
+
+
 def steer(value=1.0, **options):
     return lambda world: world.pipe.set_rtsae_features({"red": value}, **options)
 
@@ -738,7 +745,39 @@ MISUSE = {
     "frames at different times": (
         lambda world: (feature("red")(world), Caller(world.pipe)(2, 1, t=torch.tensor([1.0, 500.0]))),
         ValueError,
-        "Caller denoises frames at different times in one call: that cannot be followed, as an edit has one time.",
+        "Caller denoises frames or images at different times in one call: that cannot be followed, as an edit has one "
+        "time.",
+    ),
+    "a schedule that gives another number of strengths later": (
+        lambda world: (
+            world.pipe.set_rtsae_features({"red": lambda progress: 1.0 if progress < 0.5 else [1.0, 2.0]}),
+            world.draw(world.pipe, ["a star"], 4, 0),
+        ),
+        ValueError,
+        "A schedule gives 2 strengths at t = …, for 1 rows.",
+    ),
+    "another number of tokens later": (
+        lambda world: (
+            world.pipe.set_rtsae_features({(SITE, i): 1.0 for i in range(40)}, operation="ablate"),
+            [
+                world.pipe.unet(torch.zeros(1, 4, size, size), t, torch.zeros(1, 32, 192))
+                for size, t in ((16, 900), (16, 500))
+            ],
+            world.pipe.unet.get_submodule(SITE)(torch.zeros(1, 160, 4, 4), torch.zeros(1, 32, 192)),
+        ),
+        ValueError,
+        "There were 64 tokens at up_blocks.1.attentions.1 and are 16 now: latents that are read from the past of each "
+        "token cannot follow that.",
+    ),
+    "recording nothing": (
+        lambda world: Recorder(world.pipe, [SITE]).size(SITE),
+        ValueError,
+        "Nothing was recorded at 'up_blocks.1.attentions.1': run the pipeline inside the `with` block first.",
+    ),
+    "recording another number of tokens later": (
+        recorded_at_two_sizes,
+        ValueError,
+        "'up_blocks.1.attentions.1' has [64, 256] tokens at one step or text and another: expected one number.",
     ),
     "a pipeline without scheduler": (
         without_scheduler,
@@ -1545,6 +1584,13 @@ ELSEWHERE = {
     "… was run at other steps than …: record it alone.": ("was run at other steps than", "test_caches.py"),
     "The unconditional call has … tokens at …, the conditional one …: apply_to='contrast' cannot follow it there. Use "
     "apply_to='cond'.": ("apply_to='contrast' cannot follow it there", "denoiser/test_call.py"),
+    "… does not say which text is the negative one: expected it in a variable of its call with `negative` or `uncond` "
+    "in its name.": ("does not say which text is the negative one", "steering/test_custom_pipelines.py"),
+    "The backward pass calls the denoiser again, and an edit cannot know as which call: have its blocks checkpointed, "
+    "by `enable_gradient_checkpointing`, instead of the whole.": (
+        "have its blocks checkpointed",
+        "steering/test_custom_pipelines.py",
+    ),
     "Nothing is painted: features act everywhere.": ("Nothing is painted", "test_app.py"),
     "… is too large: expected at most … MB of JSON.": ("is too large", "test_security.py"),
     "… is nested more than … levels deep.": ("nested more than 32 levels deep", "test_security.py"),

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.denoiser import get_denoiser
 from diffusers_rtsae.files import whole
 from diffusers_rtsae.hub import CONFIG_NAME, signature, write_json
 from diffusers_rtsae.models import LinearDynamics
-from diffusers_rtsae.pipeline import get_denoiser
 
 from .checkpoint import Checkpoints, step_generator
 from .collect import Sample, anchor_timesteps, collect, read_samples

@@ -111,9 +111,7 @@ class Recorder:
                 raise ValueError(f"The step at {timestep:g} has no {sorted(missing)}, it has {sorted(parts)}.")
         counts = sorted({part.shape[1] for _, parts in kept for part in parts.values()})
         if len(counts) > 1:
-            raise ValueError(
-                f"{site!r} has {counts} tokens at one step or part of guidance and another: expected one."
-            )
+            raise ValueError(f"{site!r} has {counts} tokens at one step or text and another: expected one number.")
         return torch.stack([torch.cat([parts[role] for role in self.streams]) for _, parts in kept], dim=2)
 
     def size(self, site: str) -> tuple[int, int]:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from ..denoiser import get_denoiser
 from ..hub import Dictionary, signature
 from ..models import RTSAE, SparseDictionary
-from ..pipeline import get_denoiser, own_size
+from ..pipeline import own_size
 from .record import Recorder
 
 _TOKENS = 1024  # encoded at once, where tokens do not share their latents

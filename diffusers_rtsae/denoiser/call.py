@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -294,7 +294,7 @@ def _sampler_time(arguments: Arguments, caller: Caller, progress: _Progress):
     if progress.has_time is None:
         is_number = isinstance(found, int | float) or torch.is_tensor(found) and found.numel()
         told = arguments.timestep
-        if found is None or not is_number or told is None or caller.is_diffusers:
+        if not is_number or told is None or caller.is_diffusers or torch.is_tensor(found) and found.numel() > 1:
             progress.has_time = found is None or bool(is_number)
         else:
             now, told = float(torch.as_tensor(found).flatten()[0]), _row_times(arguments)[0]
@@ -311,7 +311,7 @@ def _told(arguments: Arguments, caller: Caller, scheduler) -> float:
     """The sampler's timestep that the denoiser is told, of a pipeline that keeps none among its variables."""
     (told, *others), timesteps = _row_times(arguments), getattr(scheduler, "timesteps", None)
     if any(other != told for other in others):
-        raise ValueError(_at_different_times(caller))
+        _refuse_different_times(caller)
     for candidate in _units(told) if timesteps is not None else ():
         if ((timesteps - candidate).abs() < 1e-3).any():
             return candidate
@@ -321,8 +321,8 @@ def _told(arguments: Arguments, caller: Caller, scheduler) -> float:
     )
 
 
-def _at_different_times(caller: Caller) -> str:
-    return (
+def _refuse_different_times(caller: Caller) -> NoReturn:
+    raise ValueError(
         f"{type(caller.pipeline).__name__} denoises frames or images at different times in one call: that cannot be "
         "followed, as an edit has one time."
     )
@@ -341,7 +341,7 @@ def _number(timestep, caller: Caller, progress: _Progress) -> float:
     if torch.is_tensor(timestep) and timestep.numel() > 1:
         first, *others = timestep.flatten().tolist()
         if any(other != first for other in others):
-            raise ValueError(_at_different_times(caller))
+            _refuse_different_times(caller)
         return float(first)
     return float(timestep)
 

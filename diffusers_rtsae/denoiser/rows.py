@@ -6,7 +6,7 @@ the layout of its family where it does not.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -182,7 +182,7 @@ def _of_batch(texts: dict[str, list], negatives: list, bounds: list, caller: Cal
         layouts = [(*layout, "perturbed") for layout in layouts]
     elif not guided and not negatives:  # guidance that the pipeline has no property for
         if not caller.is_diffusers:
-            raise ValueError(_untold(caller))
+            _refuse_untold(caller)
         layouts = [tuple(layout.split()) for layout in caller.family.batch]
     fitting = [layout for layout in layouts if len(layout) == len(bounds)]
     if not fitting:
@@ -193,8 +193,8 @@ def _of_batch(texts: dict[str, list], negatives: list, bounds: list, caller: Cal
     return fitting[0]
 
 
-def _untold(caller: Caller) -> str:
-    return (
+def _refuse_untold(caller: Caller) -> NoReturn:
+    raise ValueError(
         f"{type(caller.pipeline).__name__} does not say which text is the negative one: expected it in a variable of "
         "its call with `negative` or `uncond` in its name."
     )
@@ -230,5 +230,5 @@ def _of_single(texts: dict[str, list], negatives: list, images: int, caller: Cal
     if guided or negatives:
         return caller.family.calls[-1]
     if shared and not again and not caller.is_diffusers:
-        raise ValueError(_untold(caller))
+        _refuse_untold(caller)
     return "cond"

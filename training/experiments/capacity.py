@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from diffusers_rtsae import list_sites
-from diffusers_rtsae.pipeline import get_denoiser
+from diffusers_rtsae.denoiser import get_denoiser
 
 from ..worlds import KINDS
 from ..worlds.pictures import add_models, load_models, new_parser, parse

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from diffusers_rtsae import RTSAE, Dictionary, list_sites
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.record import Recorder
-from diffusers_rtsae.pipeline import get_denoiser
+from diffusers_rtsae.denoiser import get_denoiser
 
 from ..worlds.pictures import add_models, calling, generate, load_pipeline, new_parser, parse
 from .capacity import is_block
