@@ -10,6 +10,7 @@ own way has an entry in `FAMILIES`.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import weakref
@@ -113,10 +114,11 @@ class Caller:
         return self.variables.get(name, default) if found is None else found
 
 
-def family_of(pipeline) -> Family:
-    """How a pipeline calls its denoiser: as its class, or the nearest class that this one derives from, does."""
+@functools.cache
+def family_of(pipeline_class: type) -> Family:
+    """How pipelines of a class call their denoiser: as this, or the nearest class that it derives from, does."""
     *known, other = FAMILIES
-    names = (kind.__name__ for kind in type(pipeline).__mro__)
+    names = (kind.__name__ for kind in pipeline_class.__mro__)
     return next((family for name in names for family in known if re.match(family.names, name)), other)
 
 
@@ -149,7 +151,7 @@ def find_caller() -> Caller | None:
     if pipeline is None:
         return None
     generation = entry.f_locals.setdefault(_MARK, Generation())
-    return Caller(pipeline, family_of(pipeline), variables, generation, *place)
+    return Caller(pipeline, family_of(type(pipeline)), variables, generation, *place)
 
 
 def _owner(frame) -> Any:

@@ -37,11 +37,11 @@ def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
     for plans in run.plans.values() if call.caller is not None else ():
         for key, plan in plans:
             for part in call.parts if plan.sae.reads_past else ():
-                if part.role in ("cond", "uncond") and plan.reads(part.role):
-                    state = run.state(key, plan, part, call)
-                    missed = _missed(plan, state.grid or plan.grid, part.timestep)
-                    if missed and part.branch not in state.memories:
-                        late.append((plan, state, part, missed))
+                state = run.state(key, plan, part, call)
+                if part.branch in state.memories or part.role not in ("cond", "uncond") or not plan.reads(part.role):
+                    continue
+                if missed := _missed(plan, state.grid or plan.grid, part.timestep):
+                    late.append((plan, state, part, missed))
     if not late or not _is_late(call):
         return
     anchors = sorted({anchor for *_, missed in late for anchor in missed}, reverse=True)
