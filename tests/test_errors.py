@@ -37,6 +37,7 @@ from diffusers_rtsae import (
     load_dictionary,
 )
 from diffusers_rtsae.analysis import find, fit
+from diffusers_rtsae.analysis.effect import Intervention, Part, States, gradient
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops, plot_strip
 from diffusers_rtsae.analysis.record import Recorder, record
@@ -768,6 +769,19 @@ MISUSE = {
         ValueError,
         "There were 64 tokens at up_blocks.1.attentions.1 and are 16 now: latents that are read from the past of each "
         "token cannot follow that.",
+    ),
+    "reading latents of states that were drawn without": (
+        lambda world: Intervention(
+            {SITE: Part(removed=[3], weights=torch.ones(1))},
+            States(world.pipe, [("a star", "a heart")], codes=False, num_inference_steps=2),
+        ).read(),
+        ValueError,
+        "Latents of up_blocks.1.attentions.1 are read, and these states were drawn without: codes=True.",
+    ),
+    "choosing latents of what has no gradient": (
+        lambda world: gradient(torch.zeros(()), []),
+        ValueError,
+        "The denoiser gives no gradient, and by that latents are chosen; a linear map needs none.",
     ),
     "recording nothing": (
         lambda world: Recorder(world.pipe, [SITE]).size(SITE),

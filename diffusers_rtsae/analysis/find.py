@@ -21,9 +21,8 @@ from .states import States
 
 _EARLY = 0.35  # of denoising: what is present then steers
 _PASSES = 16  # backward passes that rank all latents
-_UNTIL = 0.6  # of denoising that is looked at: what a prompt changes later is some 4 % of all
 _SHORTLIST, _STATES = 3, 12  # as many times the features asked for are then measured, on so many batches of states
-_SAMPLE, _UNSURE = 4, 2.0  # states of such a batch; standard errors by which one must be behind to be left out
+_SAMPLE, _UNSURE = 8, 2.0  # states of such a batch; standard errors by which one must be behind to be left out
 _DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
 
 
@@ -276,8 +275,7 @@ def find_features(
         pairs = check_pairs(list(zip(negative, positive, strict=True)))
         shared = {"adapter_name": adapter_name, "batch_size": batch_size, "progress": progress, **call}
         with frozen(pipeline, checkpointing):
-            looked = max(until or _EARLY, _UNTIL)
-            table = _rank_by_effect(States(pipeline, pairs * seeds, until=looked, **shared), count, until, progress)
+            table = _rank_by_effect(States(pipeline, pairs * seeds, **shared), count, until, progress)
     else:
         with torch.no_grad():
             table = _rank_by_presence(

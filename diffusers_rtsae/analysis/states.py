@@ -86,10 +86,6 @@ class _Shelf:
         return torch.frombuffer(read, dtype=dtype).view(stop - start, *shape[1:]).to(device)
 
 
-class Ended(Exception):
-    """What was to be seen of a run has been seen."""
-
-
 class Calls:
     """
     Keeps the conditional part of a denoiser's calls, and tells of the activations of some sites, while a pipeline runs
@@ -98,14 +94,13 @@ class Calls:
     Args:
         kinds (`dict[str, str]`): what is read at each site.
         keep (*optional*): is told of the step, counted from 0, the site and its activation, `(rows, N, d)`.
-        until (`float`): of denoising, 0 to 1; the pipeline is left by [`Ended`] after that.
     """
 
     def __init__(
         self, denoisers: dict[str, nn.Module], kinds: dict[str, str],
-        keep: Callable[[int, str, torch.Tensor], None] | None = None, until: float = 1.0,
+        keep: Callable[[int, str, torch.Tensor], None] | None = None,
     ):  # fmt: skip
-        self.denoisers, self.kinds, self._keep, self._until = denoisers, kinds, keep, until
+        self.denoisers, self.kinds, self._keep = denoisers, kinds, keep
         self._tap = Tap(self)
 
     def __enter__(self) -> Calls:
@@ -122,8 +117,6 @@ class Calls:
     def begin(self, call: Call, arguments: Arguments) -> None:
         """The denoiser is called."""
         asked = Asked.of(self.denoisers[self._tap.last.component], call, arguments, self._texts)
-        if asked is not None and self.kept and 1000 - asked.timestep > 1000 * self._until:
-            raise Ended
         self.call, self._asked, self._tokens = call, asked, {}
 
     def site(
@@ -350,7 +343,6 @@ class States:
         codes (`bool`): read all latents, which parts of an [`Intervention`] need that read any.
         moments (`bool`): sum up what linear maps are fitted by, in `moments`.
         steps (`int`): of a generation that are looked at, at most.
-        until (`float`): of denoising, 0 to 1, that is looked at.
         drawn (*optional*): called after each batch of pictures, with the share that it is of all.
         call: passed to the pipeline.
 
@@ -362,12 +354,12 @@ class States:
     def __init__(
         self, pipeline, pairs: Sequence[Pair], adapter_name: str | None = None, seed: int = 0, batch_size: int = 16,
         progress: bool = False, codes: bool = True, moments: bool = False, steps: int = 13,
-        until: float = 1.0, drawn: Callable[[float], None] | None = None, **call,
+        drawn: Callable[[float], None] | None = None, **call,
     ):  # fmt: skip
         self.pipeline, self.denoiser = pipeline, get_denoiser(pipeline)
         self.dictionary: Dictionary = get_dictionary(pipeline, adapter_name)
         self.pairs, self._seed, self._call, self.batch_size = list(pairs), seed, call, batch_size
-        self._codes, self._steps, self._until = codes, steps, until
+        self._codes, self._steps = codes, steps
         self.moments: dict[str, Moments] | None = {} if moments else None
         check_prompts(pipeline, sorted({prompt for pair in self.pairs for prompt in pair}))
         self.kinds = {site: rtsae.config.activation for site, rtsae in self.dictionary.sites.items()}
@@ -432,12 +424,8 @@ class States:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         call = own_size(self.pipeline) | self._call
         keep = None if shelf is None else lambda step, site, tokens: shelf.put(("own", site, step), tokens)
-        with Calls(denoisers, self.kinds, keep, self._until) as calls:
-            try:
-                self.pipeline(prompts, generator=generators, output_type="latent", **call)
-            except Ended:
-                if hasattr(self.pipeline, "maybe_free_model_hooks"):  # as its call does where it ends by itself
-                    self.pipeline.maybe_free_model_hooks()
+        with Calls(denoisers, self.kinds, keep) as calls:
+            self.pipeline(prompts, generator=generators, output_type="latent", **call)
             self.sizes, self.guidance = calls.sizes, calls.call.guidance
             return calls.kept
 
