@@ -49,7 +49,7 @@ class Drawn:
         rows = len(sample)
         prompts = variables.get("batch_size")
         latents = next((variables[name] for name in _LATENTS if torch.is_tensor(variables.get(name))), None)
-        if latents is None and torch.is_tensor(sample):  # by another name
+        if latents is None and prompts is None and torch.is_tensor(sample):  # nothing is called as diffusers does
             alike = [v for v in variables.values() if torch.is_tensor(v) and v.shape[1:] == sample.shape[1:]]
             alike = [v for v in alike if v.ndim and 0 < len(v) < rows and rows % len(v) == 0]
             latents = min(alike, key=len, default=None)
