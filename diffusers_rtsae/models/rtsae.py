@@ -210,18 +210,18 @@ class PrefixReader(Reader):
         self.bias = rtsae.encoder_bias[rows].detach().float().to(device)
         self.threshold = rtsae.threshold.tolist()
         self._products: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-        self.transition = rtsae.dynamics.transition.detach().float().to(device)
         for block in range(len(self.threshold)):  # before they are needed; those of skipped anchors follow on demand
-            product = self.encoder[:, block] / rtsae.dynamics.residual_scale[block]
-            self._products[block, ()] = product.to(device)
-            if block:
-                self._product(block, (block - 1,))
+            for intervals in ((), (block - 1,), (block - 2,), (block - 1, block - 2)):
+                if min(intervals, default=0) >= 0:
+                    self._product(block, intervals)
 
     def _product(self, block: int, intervals: tuple[int, ...]) -> torch.Tensor:
         """Encoder rows of an anchor, carried back over whole intervals between anchors; kept, as they are few."""
         if (block, intervals) not in self._products:
-            *before, interval = intervals
-            self._products[block, intervals] = self._product(block, tuple(before)) @ self.transition[interval]
+            product = self.encoder[:, block] / self.rtsae.dynamics.residual_scale[block]
+            for interval in intervals:
+                product = product @ self.rtsae.dynamics.transition[interval].float()
+            self._products[block, intervals] = product.to(self.device)
         return self._products[block, intervals]
 
     def _carry(self, block: int, start: float, end: float) -> torch.Tensor:
