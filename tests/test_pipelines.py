@@ -269,7 +269,7 @@ def test_only_the_rows_of_the_steered_prompt_change(case):
     pipeline, site, run, rows = case
     plain = record(pipeline, site, run)
     with pipeline.rtsae_steering({0: [0.0, 1.0]}, apply_to="cond"):
-        steered = record(pipeline, site, run)
+        steered = record(pipeline, site, run)[-len(plain) :]  # before that, what was missed is asked for
     assert [len(a) for a in plain[: len(rows)]] == [count for count, _ in rows]
     assert changed(plain[0], steered[0]) == rows[0][1]
     assert changed(plain[len(rows) - 1], steered[len(rows) - 1]) == rows[-1][1]
@@ -279,7 +279,7 @@ def test_contrast_moves_the_unconditional_rows_the_other_way(case):
     pipeline, site, run, rows = case
     plain = record(pipeline, site, run)
     with pipeline.rtsae_steering({0: [0.0, 1.0]}):
-        steered = record(pipeline, site, run)
+        steered = record(pipeline, site, run)[-len(plain) :]  # before that, what was missed is asked for
     change = (steered[0] - plain[0])[rows[0][1][0]]
     for before, after, (_, wanted) in zip(plain, steered, rows if not rows[-1][1] else rows[:1], strict=False):
         moved = changed(before, after)  # in the first step, where nothing else differs

@@ -88,7 +88,7 @@ def test_pictures_of_reconstructions_are_those_of_the_activation_if_nothing_is_m
         return pipe("a red star", generator=torch.Generator().manual_seed(0), **call).images.float().cpu()
 
     class Exact:
-        config = sae.config
+        config, encoder = sae.config, sae.encoder
 
         def reconstruct(self, known):
             asked.append(known.shape[1])
