@@ -126,6 +126,7 @@ class Controller:
         self._plans: dict[tuple, tuple[tuple[SiteEdit, ...], list[tuple[str, SitePlan]]]] = {}
         self._counts: dict[threading.Thread, _Report] = {}  # of the last generation of each thread
         self._last: _Report = {}
+        self._runs: weakref.WeakValueDictionary[int, _Run] = weakref.WeakValueDictionary()  # by the id of their counts
         self._lock = threading.RLock()
         self._installed_by: weakref.ref | None = None  # the pipeline whose noise schedule calls without one have,
         self._schedule: torch.Tensor | None = None  # and that schedule, for copies
@@ -161,6 +162,14 @@ class Controller:
         others = tuple(one for one in self.features(pipeline) if one.adapter != adapter)
         self._default = (*others, *edits)
         self._set(pipeline, self._default)
+        for thread in [*self._counts]:
+            self._forget_what_is_over(thread)
+        self._last = self._last if id(self._last) in self._runs else {}
+
+    def _forget_what_is_over(self, thread: threading.Thread) -> None:
+        """What a generation did that is over is of what was set before."""
+        if id(self._counts.get(thread)) not in self._runs:
+            self._counts[thread] = {}
 
     def forget(self, adapters: list[str]) -> None:
         """Drop dictionaries and what was set of them."""
@@ -176,6 +185,7 @@ class Controller:
     ) -> Iterator[None]:
         """Steer with these edits too inside the `with` block, in this context alone; with `None` nothing acts."""
         mine = _Steering(self, edits)
+        self._forget_what_is_over(threading.current_thread())
         with self._lock:
             self._entered.append(mine)
         _steering.set((*_steering.get(), mine))
@@ -261,7 +271,7 @@ class Controller:
         if self._counts.get(thread) is not run.counts:
             for other in [other for other in [*self._counts] if not other.is_alive()]:
                 self._counts.pop(other, None)
-            self._counts[thread] = run.counts
+            self._counts[thread], self._runs[id(run.counts)] = run.counts, run
         self._last = run.counts
 
     def site(

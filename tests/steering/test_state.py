@@ -354,3 +354,20 @@ def test_a_past_that_cannot_be_made_up_is_told_once(steered):
             image_to_image("a star", image=torch.rand(1, 3, 64, 64), strength=0.6, num_inference_steps=4)
     finally:
         del steered.unet.is_cache_enabled
+
+
+def test_setting_features_forgets_what_generations_did_that_are_over(steered, draw):
+    def change(pipe, i, t, inputs):
+        pipe.set_rtsae_features({"red": 1.0})
+        return inputs
+
+    steered.set_rtsae_features({"red": 1.0})
+    draw(steered, ["a star"], 3, 0, callback_on_step_end=change)
+    assert len(steered.rtsae_report()[SITE]) == 3
+    steered.set_rtsae_features({"red": 0.0})
+    draw(steered, ["a star"], 2, 0)
+    assert steered.rtsae_report() == {}
+    for strength, steps in ((1.0, 2), (0.0, 0)):
+        with steered.rtsae_steering({"red": strength}):
+            draw(steered, ["a star"], 2, 0)
+        assert len(steered.rtsae_report().get(SITE, [])) == steps
