@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
     timestep: float
     coordinate: float
-    size: TokenGrid | tuple[int, int] | None = None
+    size: tuple[int, ...] | None = None
     guidance: float | None = None
 
 
