@@ -37,7 +37,7 @@ from diffusers_rtsae import (
     load_dictionary,
 )
 from diffusers_rtsae.analysis import find, fit
-from diffusers_rtsae.analysis.effect import Intervention, Part, States, gradient
+from diffusers_rtsae.analysis.effect import Intervention, States, gradient
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops, plot_strip
 from diffusers_rtsae.analysis.record import Recorder, record
@@ -772,9 +772,9 @@ MISUSE = {
     ),
     "reading latents of states that were drawn without": (
         lambda world: Intervention(
-            {SITE: Part(removed=[3], weights=torch.ones(1))},
+            {SITE: [Edit(latents=(3,), weights=(1.0,), strength=1.0, operation="ablate", clip=False)]},
             States(world.pipe, [("a star", "a heart")], codes=False, num_inference_steps=2),
-        ).read(),
+        ),
         ValueError,
         "Latents of up_blocks.1.attentions.1 are read, and these states were drawn without: codes=True.",
     ),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from test_pipelines import FLUX_TEXT, XL_TEXT, flux, sd3
 
 from diffusers_rtsae import TIDE, Dictionary, Edit, SparseAutoencoder, cli, layouts, load_dictionary, published
-from diffusers_rtsae.analysis.effect import Intervention, Part, States, first_order
+from diffusers_rtsae.analysis.effect import Intervention, States, first_order
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.statistics import measure
 from diffusers_rtsae.hub import convertible
@@ -532,12 +532,11 @@ def test_fitting_predicts_what_steering_does(pipe, name):
     pipe.load_rtsae({SITE: sae})
     states = States(pipe, [("a blue star", "a red star")], seed=3, num_inference_steps=1, guidance_scale=3.0)
     state, plan = next(iter(states.all())), SitePlan(sae, EDITS, None)
-    part = Part(added=[3], weights=torch.tensor([1.5]), removed=[5], shares=torch.tensor([0.7]))
-    model = Intervention({SITE: part}, states)
-    model.read()
-    change = plan.conditional(PlanState(), state.present[SITE][:1], state.timestep, None)
-    torch.testing.assert_close(model(state, [0])[SITE], change, atol=1e-4, rtol=1e-4)
-    assert first_order(model, {SITE: [5]}, 1, torch.Generator())[SITE].added.isfinite().all()
+    model, tokens = Intervention({SITE: EDITS}, states), state.present[SITE][:1]
+    change = plan.conditional(PlanState(), tokens, state.timestep, None)
+    torch.testing.assert_close(model(state, [0])[SITE](tokens), change, atol=1e-4, rtol=1e-4)
+    order = first_order(model, 1, torch.Generator(), candidates={SITE: [5]})[SITE]
+    assert order.added.isfinite().all() and order.removed.isfinite().all()
 
 
 EDITS = [

@@ -13,17 +13,19 @@ once (attribution patching: Nanda 2022; Kramár et al. 2024, 2403.00745).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from ..denoiser import get_denoiser, is_compiled
 from ..models import interpolate
+from ..steering import Edit, Fold, fold_edits, read_by, total
 from .states import CHUNK, Changes, Pair, State, States, check_prompts, finite
 
 __all__ = [
-    "CHUNK", "Changes", "FirstOrder", "Intervention", "Pair", "Part", "State", "States", "check_pairs",
+    "CHUNK", "Changes", "FirstOrder", "Intervention", "Pair", "State", "States", "adding", "check_pairs",
     "check_prompts", "finite", "first_order", "frozen",
 ]  # fmt: skip
 
@@ -66,93 +68,77 @@ def frozen(pipeline, checkpointing: bool = False):
             parameter.requires_grad_(True)
 
 
-@dataclass
-class Part:
+class Intervention:
     """
-    Latents that are fitted at one site. On the tokens that `gate` names some are added; others are taken away, each by
-    its own activation.
+    Edits at some sites as changes of a state's activations: what they do when they steer, by the same folds, and
+    differentiable in their weights. It is called with a state and some of its rows.
 
     Args:
-        gate (`list[int]`, *optional*): only tokens on which one of these latents is active; everywhere without it.
-        added (`list[int]`), weights (`torch.Tensor`): latents and how much of their typical activation, `(added,)`.
-        removed (`list[int]`), shares (`torch.Tensor`): latents and which share of their activation, `(removed,)`.
+        edits (`dict[str, list[Edit]]`): of each site; those of no latents and no map are left out.
+        states (`States`): that it acts on, or others of the same dictionary.
+        reached (*optional*): what the changes at a site are multiplied by on each token of some rows of a state,
+            `(rows, N, 1)`.
+
+    Raises:
+        `ValueError`: an edit reads latents, and the states know none.
     """
 
-    gate: list[int] | None = None
-    added: list[int] = field(default_factory=list)
-    weights: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    removed: list[int] = field(default_factory=list)
-    shares: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    @property
-    def read(self) -> list[int]:
-        return sorted({*(self.gate or ()), *self.removed})
-
-    @property
-    def fitted(self) -> list[torch.Tensor]:
-        return [p for p in (self.weights, self.shares) if p.numel()]
-
-
-class Intervention:
-    """Parts at some sites as a change of activations, differentiable in what is fitted. It is called with a state and
-    some of its rows."""
-
-    def __init__(self, parts: dict[str, Part], states: States):
-        self.parts, self.states = parts, states
-        self.dictionary, self.grids = states.dictionary, states.grids
-
-    def read(self) -> None:
-        """Raise `ValueError` if a part reads latents and the states know none."""
-        for site, part in self.parts.items():
-            if part.read and not all(site in state.codes for state in self.states.all()):
+    def __init__(
+        self, edits: dict[str, list[Edit]], states: States,
+        reached: Callable[[str, State, Sequence[int]], torch.Tensor] | None = None,
+    ):  # fmt: skip
+        self.states, self.reached, self._folds, self._rows = states, reached, {}, {}
+        for site, own in edits.items():
+            own = [edit for edit in own if edit.latents or edit.map is not None]
+            rows = self._rows[site] = read_by(own)
+            if rows and not all(site in state.codes for state in states.all()):
                 raise ValueError(f"Latents of {site} are read, and these states were drawn without: codes=True.")
+            self._folds[site] = fold_edits(own, states.dictionary.sites[site], rows, states.device)
 
-    def gate(self, site: str, state: State, rows: Sequence[int]) -> torch.Tensor:
-        """Which tokens a site's additions reach, `(rows, N or 1, 1)`."""
-        part = self.parts[site]
-        if part.gate is None:
-            return torch.ones(len(rows), 1, 1)
-        return (self.active(site, state, rows, part.gate) > 0).any(-1, keepdim=True).float()
+    @property
+    def edits(self) -> dict[str, list[Edit]]:
+        """Its edits, with their weights as they are now."""
+        return {site: [edit for fold in folds for edit in fold.edits_now()] for site, folds in self._folds.items()}
 
-    def gain(self, site: str, state: State, rows: Sequence[int]) -> torch.Tensor | float:
-        """How many times its direction a latent moves each token by, `(rows, N, 1)`, where that varies."""
-        return state.gains[site][list(rows)] if site in state.gains else 1.0
+    def variant(self, **options) -> Intervention:
+        """The same with other options of all its edits, e.g. `strength=1.5`."""
+        edits = {site: [replace(edit, **options) for edit in own] for site, own in self.edits.items()}
+        return Intervention(edits, self.states, self.reached)
 
-    def active(self, site: str, state: State, rows: Sequence[int], latents: Sequence[int]) -> torch.Tensor:
-        """How active some latents are, `(rows, N, latents)`."""
-        return state.codes[site].dense(latents)[list(rows)]
+    def with_edits(self, edits: dict[str, list[Edit]]) -> Intervention:
+        """Other edits that act on the same tokens."""
+        return Intervention(edits, self.states, self.reached)
 
-    def full(self, site: str, state: State, rows: Sequence[int], change: torch.Tensor | None) -> torch.Tensor:
-        """A change of every token of some rows, `(rows, N, d)`, as a leaf."""
-        width = self.dictionary.sites[site].config.in_channels
-        zero = torch.zeros(len(rows), state.tokens[site], width, device=state.device)
-        return zero if change is None else (zero + change).detach()
+    def folds(self) -> list[Fold]:
+        """Of edits of latents, which have weights."""
+        return [fold for folds in self._folds.values() for fold in folds if len(fold.weights)]
 
-    def shares_of_anchors(self, site: str, timestep: float) -> torch.Tensor:
-        """What each anchor's direction weighs at a step, `(G,)`."""
-        anchors = torch.eye(len(self.dictionary.sites[site].config.anchors))
-        return interpolate(anchors, self.grids[site].coordinate(timestep))
+    def changes(
+        self, site: str, state: State, rows: Sequence[int], tokens: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What each fold of a site adds to these tokens `(rows, N, d)`: see [`Fold.change`]."""
+        step, latents = self.states.step(site, state), None
+        if self._rows[site]:
+            latents = state.codes[site].dense(self._rows[site])[list(rows)]
+        reached = None if self.reached is None else self.reached(site, state, rows).to(tokens.device)
+        folds = [fold for fold in self._folds[site] if fold.options.acts_at(state.timestep)]
+        return [fold.change(tokens.to(fold.device), latents, step, reached=reached) for fold in folds]
 
-    def directions(self, site: str, latents: Sequence[int], state: State) -> torch.Tensor:
-        """`(latents, d)` at a state's step, where its activations are."""
-        step = self.grids[site].step(state.timestep)
-        return self.dictionary.sites[site].directions(list(latents)).at(step).to(state.device, torch.float32)
+    def __call__(self, state: State, rows: Sequence[int]) -> Changes:
+        """What to add at each site at which something acts."""
+        acting = {
+            site: any(fold.options.acts_at(state.timestep) for fold in folds) for site, folds in self._folds.items()
+        }
+        return {site: partial(self._change, site, state, rows) for site, acts in acting.items() if acts}
 
-    def __call__(self, state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
-        """What to add at each site; `added` is the strength of the additions alone."""
-        changes = {}
-        for site, part in self.parts.items():
-            rtsae, terms, gain = self.dictionary.sites[site], [], self.gain(site, state, rows)
-            if part.added:
-                amounts = part.weights * rtsae.typical_activation[part.added].to(part.weights)
-                path = amounts.to(state.device) @ self.directions(site, part.added, state)
-                terms.append(added * self.gate(site, state, rows).to(state.device) * gain * path)
-            if part.removed:
-                amounts = gain * part.shares.to(state.device) * self.active(site, state, rows, part.removed)
-                terms.append(-amounts @ self.directions(site, part.removed, state))
-            if terms:
-                changes[site] = sum(terms[1:], terms[0])
-        return changes
+    def _change(self, site: str, state: State, rows: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+        return total(self.changes(site, state, rows, tokens), tokens)
+
+
+def adding(site: str, latent: int, states: States, strength: float = 1.0) -> Intervention:
+    """A latent that is added everywhere, as far as its typical activation times a strength."""
+    edit = Edit(latents=(latent,), weights=(1.0,), strength=strength, clip=False)
+    return Intervention({site: [edit]}, states)
 
 
 @dataclass
@@ -190,57 +176,89 @@ class Pass:
     slopes: dict[str, torch.Tensor]
 
 
+class _Leaves:
+    """Changes of activations by what an intervention does, as leaves to differentiate with respect to; and what
+    probes would add to the same tokens."""
+
+    def __init__(self, model: Intervention, probes: Intervention, state: State, rows: Sequence[int]):
+        self.model, self.probes, self.state, self.rows = model, probes, state, rows
+        self.made: dict[str, torch.Tensor] = {}
+        self.probed: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def __call__(self, sites: Iterable[str]) -> Changes:
+        there = self.model(self.state, self.rows)
+        return {site: partial(self._make, site, there.get(site)) for site in sites}
+
+    def _make(self, site: str, change: Callable | None, tokens: torch.Tensor) -> torch.Tensor:
+        if site not in self.made:  # checkpointed gradients run a site twice
+            with torch.no_grad():
+                leaf = torch.zeros(tokens.shape, device=tokens.device)
+                leaf += 0 if change is None else change(tokens)
+                self.probed[site] = self.probes.changes(site, self.state, self.rows, tokens)
+            self.made[site] = leaf.requires_grad_()
+        return self.made[site]
+
+
 def first_order(
-    model: Intervention, candidates: dict[str, list[int]], count: int, generator: torch.Generator,
-    passes: list[Pass] | None = None,
+    model: Intervention, count: int, generator: torch.Generator, where: dict[str, Sequence[int] | None] | None = None,
+    candidates: dict[str, list[int]] | None = None, passes: list[Pass] | None = None,
 ) -> dict[str, FirstOrder]:  # fmt: skip
     """
-    Attribution patching: all latents of all sites of an intervention at once, from `count` backward passes.
+    Attribution patching: all latents of all sites of a dictionary at once, from `count` backward passes.
 
     Args:
-        candidates (`dict[str, list[int]]`): latents of each site that might be taken away; the states must have read
-            them.
+        where (`dict[str, Sequence[int]]`, *optional*): latents of each site; additions reach tokens on which one of
+            them is active. Without: all tokens that the model reaches.
+        candidates (`dict[str, list[int]]`, *optional*): latents of each site that might be taken away; the states
+            must have read them.
         passes (`list[Pass]`, *optional*): the passes are added to it.
 
     Raises:
         `ValueError`: the denoiser gives no gradient, or one that is NaN or inf.
     """
-    states, dictionary = model.states, model.dictionary
-    configs = {site: dictionary.sites[site].config for site in model.parts}
+    states, dictionary, candidates = model.states, model.states.dictionary, candidates or {}
+    configs = {site: sae.config for site, sae in dictionary.sites.items()}
     sums = {site: torch.zeros(len(config.anchors), config.in_channels) for site, config in configs.items()}
     sizes = {site: torch.zeros(len(config.anchors)) for site, config in configs.items()}
     removed = {site: torch.zeros(2, len(latents)) for site, latents in candidates.items()}
+    probes = model.with_edits({s: _probes((where or {}).get(s), candidates.get(s, ())) for s in configs})
     for state, rows, weight in states.draw(count, generator):
-        there = model(state, rows)
-        changes = {site: model.full(site, state, rows, there.get(site)).requires_grad_() for site in model.parts}
-        gradients = gradient(states.errors(state, rows, changes).sum(), list(changes.values()))
+        leaves = _Leaves(model, probes, state, rows)
+        errors = states.errors(state, rows, leaves(configs)).sum()
+        gradients = gradient(errors, [leaves.made[site] for site in configs])
         seen, share = Pass(state, rows, weight, {}), weight / len(rows)
-        for site, own in zip(changes, gradients, strict=True):
-            gain, at = model.gain(site, state, rows), model.shares_of_anchors(site, state.timestep)
-            gate = model.gate(site, state, rows).to(own.device) * gain
-            slopes = seen.slopes[site] = -(own * gate).sum(1).cpu()
+        for site, own in zip(configs, gradients, strict=True):
+            at = interpolate(torch.eye(len(sums[site])), states.grids[site].coordinate(state.timestep))
+            (reach, _), *taken = leaves.probed[site]
+            slopes = seen.slopes[site] = -(own * reach).sum(1).cpu()
             sums[site] += share * at[:, None] * slopes.sum(0)
-            sizes[site] += weight * at * float(gate.square().mean()) * own.shape[1]
-            if candidates.get(site):
-                active = gain * model.active(site, state, rows, candidates[site])
-                paths = model.directions(site, candidates[site], state)
-                removed[site][0] += share * torch.einsum("bnk,bnd,kd->k", active, own, paths).cpu()
-                removed[site][1] += share * (active.square().sum((0, 1)) * paths.square().sum(1)).cpu()
+            sizes[site] += weight * at * float(reach.square().mean()) * own.shape[1]
+            for amounts, paths in taken:
+                removed[site][0] -= share * torch.einsum("bnk,bnd,bkd->k", amounts, own, paths).cpu()
+                removed[site][1] += share * (amounts.square().sum(1) * paths.square().sum(2)).sum(0).cpu()
         if passes is not None:
             passes.append(seen)
     found = {}
-    for site in model.parts:
-        rtsae = dictionary.sites[site]
-        added = torch.zeros(2, rtsae.config.num_latents)
-        for start in range(0, rtsae.config.num_latents, CHUNK):
-            rows = list(range(start, min(start + CHUNK, rtsae.config.num_latents)))
-            typical = rtsae.typical_activation[rows, None, None].cpu()
-            paths = rtsae.feature_trajectories(rows).detach().float().cpu() * typical
+    for site, sae in dictionary.sites.items():
+        added = torch.zeros(2, sae.config.num_latents)
+        for start in range(0, sae.config.num_latents, CHUNK):
+            rows = list(range(start, min(start + CHUNK, sae.config.num_latents)))
+            typical = sae.typical_activation[rows, None, None].cpu()
+            paths = sae.feature_trajectories(rows).detach().float().cpu() * typical
             added[0, rows] = torch.einsum("mgd,gd->m", paths, sums[site])
             added[1, rows] = torch.einsum("mgd,mgd,g->m", paths, paths, sizes[site])
         gain, square = removed.get(site, torch.zeros(2, 0)) / count
         found[site] = FirstOrder(added[0] / count, (added[1] / count).sqrt(), gain, square.sqrt())
     return found
+
+
+def _probes(where: Sequence[int] | None, candidates: Sequence[int]) -> list[Edit]:
+    """An edit that adds a latent on the tokens that additions reach, and one that takes candidates away."""
+    where, ones = None if where is None else tuple(where), (1.0,) * len(candidates)
+    return [
+        Edit(latents=(0,), weights=(1.0,), strength=1.0, where=where, clip=False),
+        Edit(latents=tuple(candidates), weights=ones, strength=1.0, operation="ablate", clip=False),
+    ]
 
 
 def gradient(loss: torch.Tensor, of: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -15,7 +15,7 @@ from ..denoiser import get_denoiser
 from ..hub import Dictionary
 from ..pipeline import get_dictionary, own_size
 from ..steering import as_mask
-from .effect import FirstOrder, Intervention, Part, Pass, check_pairs, first_order, frozen
+from .effect import FirstOrder, Intervention, Pass, adding, check_pairs, first_order, frozen
 from .record import Recorder, Recording, kind_of, record
 from .states import States
 
@@ -296,9 +296,8 @@ def find_features(
 
 
 def _rank_by_effect(states: States, count: int, until: float | None, progress: bool) -> FeatureTable:
-    model = Intervention({site: Part() for site in states.dictionary.sites}, states)
     table, passes = FeatureTable(), []
-    orders = first_order(model, {}, _PASSES, torch.Generator().manual_seed(0), passes)
+    orders = first_order(Intervention({}, states), _PASSES, torch.Generator().manual_seed(0), passes=passes)
     for site, order in orders.items():
         steps, present, absent = states.presence(site)
         early = sum(1000 - t <= 1000 * (until or _EARLY) for t in steps) or 1
@@ -318,18 +317,16 @@ def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count
     more than they may be wrong are measured no further.
     """
     short: dict[int, list[float]] = {feature.index: [] for feature in features}
-    left = list(features)
+    left, site = list(features), features[0].site if features else ""
+    sae = states.dictionary.sites.get(site)
     for seen in passes:
-        rows, site = range(len(seen.rows))[:_SAMPLE], left[0].site if left else ""
-        chosen = [seen.rows[row] for row in rows]
-        models = [Intervention({site: Part(added=[f.index], weights=torch.ones(1))}, states) for f in left]
+        chosen = seen.rows[:_SAMPLE]
+        models = [adding(f.site, f.index, states) for f in left]
         distances = states.distances(seen.state, chosen)
-        for feature, model, prediction in zip(
-            left, models, states.predictions(seen.state, chosen, models), strict=True
-        ):
+        for feature, prediction in zip(left, states.predictions(seen.state, chosen, models), strict=True):
             gained = distances - states.apart(seen.state, chosen, prediction, seen.state.wanted).cpu()
-            path = model.directions(site, [feature.index], seen.state).cpu()[0]
-            typical = float(states.dictionary.sites[site].typical_activation[feature.index])
+            path = sae.directions([feature.index]).at(states.step(site, seen.state))[0].float().cpu()
+            typical = float(sae.typical_activation[feature.index])
             linear = seen.slopes[site][: len(chosen)] @ path * typical
             short[feature.index].append(seen.weight * float((gained - linear).mean()))
             feature.score = round(feature.slope + statistics.mean(short[feature.index]), 4)
@@ -376,8 +373,7 @@ def _rank_by_presence(
 def _judge(features: Sequence[Feature], states: States, strength: float) -> None:
     """Write the true effect and harm of each feature alone on other states into its `verified`."""
     for feature in features:
-        part = Part(added=[feature.index], weights=torch.tensor([strength]))
-        effects = states.effects(Intervention({feature.site: part}, states))
+        effects = states.effects(adding(feature.site, feature.index, states, strength))
         told = {"effect": round(float(effects[states.told].mean()), 4)}
         if not states.told.all():
             told["harm"] = round(float(-effects[~states.told].mean()), 4)

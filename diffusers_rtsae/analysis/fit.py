@@ -4,16 +4,17 @@ of a label's own."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
 import torch
 from tqdm.auto import tqdm
 
-from .effect import Intervention, Part, check_pairs, first_order, frozen, gradient
-from .maps import Maps, low_rank
+from ..steering import Edit
+from .effect import Intervention, check_pairs, first_order, frozen, gradient
+from .maps import low_rank, scaled
 from .states import Changes, Measured, Pair, State, States
 
 _RATE = 0.05  # of Adam, for weights in units of a typical activation
@@ -29,17 +30,17 @@ _STRENGTHS = (1.0, 1.25, 1.5, 2.0)  # that are measured
 _REACHED = 0.9  # share of it that moving farther must keep
 _PAYS = 0.01  # of the effect, that leaving out steps must gain
 _RANK = 8  # of the map that tells what the site can do
+_TAKEN = "ablate"  # what is done to latents that stand for what is there instead
 _RIDGES = 0.003, 0.02, 0.1  # of a map's least squares, in units of their mean square: the best is taken
 
 
 def optimise(model: Intervention, states: States, steps: int, generator: torch.Generator, bar) -> None:
     """Fit the weights of a model by gradient on the effect (Adam, its rate falls to zero). Pairs of which more is left
     weigh more, so that one that is hard is not given up for many that are easy."""
-    fitted = [p for part in model.parts.values() for p in part.fitted]
-    if not fitted:
+    folds = model.folds()
+    if not folds:
         return
-    for parameter in fitted:
-        parameter.requires_grad_(True)
+    fitted = [fold.weights.requires_grad_() for fold in folds]
     optimiser = torch.optim.Adam(fitted, lr=_RATE, betas=(0.9, 0.98))
     left = torch.ones(len(states.pairs))  # share of each pair's distance
     try:
@@ -52,8 +53,9 @@ def optimise(model: Intervention, states: States, steps: int, generator: torch.G
                 parameter.grad = own
             optimiser.step()
             with torch.no_grad():
-                for part in model.parts.values():
-                    part.shares.clamp_(min=0)
+                for fold in folds:
+                    if fold.options.operation == _TAKEN:
+                        fold.weights.clamp_(min=0)
                 now = errors.cpu() * states.scale[pairs] / state.distance[rows].clamp(min=1e-9)
                 differ = states.told[pairs]
                 for pair, share in zip(torch.tensor(pairs)[differ].tolist(), now[differ].tolist(), strict=True):
@@ -124,33 +126,28 @@ class FittedFeature:
         return f"FittedFeature({'map' if self.maps else 'latents'}: {told})"
 
 
-def _rounded(values: torch.Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]
+def _entry(site: str, edit: Edit, sign: int, limit: float) -> tuple[dict, dict[str, torch.Tensor]]:
+    """An edit as a part of a label, which answers strengths of one sign; what is added up to `limit`. And the map that
+    the part names, if it is one."""
+    limit = 1.0 if edit.operation == _TAKEN else limit
+    part = {"site": site, "bounds": sorted([0.0, sign * limit])}
+    if edit.map is not None:
+        name = f"{site}.{'away' if sign < 0 else 'towards'}"
+        taken = {"latents": [], "weights": [], "where": None, "map": name}
+        return part | taken, {name: scaled(edit.map, sign).cpu()}
+    weights = [round(sign * weight, 4) for weight in edit.weights]
+    where = None if edit.where is None else list(edit.where)
+    part |= {"latents": list(edit.latents), "weights": weights, "where": where}
+    return part | ({} if edit.operation == "add" else {"operation": edit.operation}), {}
 
 
-class _Latents(Intervention):
-    """Latents at each site, as parts of a label."""
-
-    @property
-    def count(self) -> int:
-        return sum(len(part.added) + len(part.removed) for part in self.parts.values())
-
-    def entries(self, sign: int, limit: float) -> tuple[list[dict], dict[str, torch.Tensor]]:
-        """Parts of a label that answer strengths of one sign, the additions up to `limit`; it names no maps."""
-        entries = []
-        for site, part in self.parts.items():
-            if part.added:
-                taken = {"latents": part.added, "weights": _rounded(sign * part.weights), "where": part.gate}
-                entries.append({"site": site, "bounds": sorted([0.0, sign * limit])} | taken)
-            if part.removed:
-                shares = _rounded(sign * part.shares)
-                taken = {"latents": part.removed, "weights": shares, "where": None, "operation": "ablate"}
-                entries.append({"site": site, "bounds": sorted([0.0, float(sign)])} | taken)
-        return entries, {}
+def _map(rows: torch.Tensor) -> Edit:
+    """What a linear map adds."""
+    return Edit(latents=(), weights=(), strength=1.0, map=rows, clip=False)
 
 
 @torch.no_grad()
-def _fit_maps(states: States, judges: States, rank: int) -> tuple[Maps, Measured]:
+def _fit_maps(states: States, judges: States, rank: int) -> tuple[Intervention, Measured]:
     """
     The linear map at each site that takes the activation with the "from" prompt to that with the "to" prompt, token by
     token, and leaves the latter where it is: reduced-rank ridge regression, no gradient, of the ridge with most effect
@@ -160,7 +157,7 @@ def _fit_maps(states: States, judges: States, rank: int) -> tuple[Maps, Measured
         if kind == "input":
             raise ValueError(f"A linear map needs the output of {site}, of which the dictionary reads the input.")
     tried = [
-        Maps({site: low_rank(moments, ridge, rank) for site, moments in states.moments.items()}, states)
+        Intervention({site: [_map(low_rank(own, ridge, rank))] for site, own in states.moments.items()}, states)
         for ridge in _RIDGES
     ]
     return max(zip(tried, judges.measure(tried), strict=True), key=lambda one: _mean(judges, one[1].effects))
@@ -174,51 +171,67 @@ def _split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     return [pair for i, pair in enumerate(pairs) if i % every], pairs[::every]
 
 
-class _Fitter:
-    """States to fit on, and what to look for at each site."""
+class _Pursuit:
+    """Gradient pursuit: latents that are added and that are taken away at each site, chosen a few at a time."""
 
     def __init__(self, states: States, surveys: dict[str, _Survey], generator: torch.Generator, bar):
         self.states, self.surveys, self.generator, self.bar = states, surveys, generator, bar
+        none = {"latents": (), "weights": (), "strength": 1.0, "clip": False}
+        self.edits: dict[tuple[str, str], Edit] = {}  # by site and operation
+        for site, survey in surveys.items():
+            where = None if survey.gate is None else tuple(survey.gate)
+            self.edits[site, "add"] = Edit(where=where, **none)
+            self.edits[site, _TAKEN] = Edit(operation=_TAKEN, bounds=(0.0, 1.0), **none)
 
-    def pursue(self, latents: int) -> _Latents:
-        """Choose latents a few at a time, fit all weights after each choice, and leave out what that does not use."""
-        parts = {site: Part(gate=survey.gate) for site, survey in self.surveys.items()}
-        model = _Latents(parts, self.states)
-        candidates = {site: survey.candidates for site, survey in self.surveys.items()}
+    def run(self, latents: int) -> Intervention:
+        """Fit all weights after each choice, and leave out what that does not use."""
         for start in range(0, latents, _ROUND):
-            for site, added, latent in self.best(model, candidates)[: min(_ROUND, latents - start)]:
-                part = model.parts[site]
-                if added:
-                    part.added, part.weights = [*part.added, latent], torch.cat([part.weights, torch.zeros(1)])
-                else:
-                    part.removed, part.shares = [*part.removed, latent], torch.cat([part.shares, torch.zeros(1)])
-            optimise(model, self.states, _STEPS, self.generator, self.bar)
-        optimise(model, self.states, _LAST, self.generator, self.bar)
-        for part in model.parts.values():
-            part.added, part.weights = _used(part.added, part.weights)
-            part.removed, part.shares = _used(part.removed, part.shares)
-        return model
+            for site, operation, latent in self._best()[: min(_ROUND, latents - start)]:
+                edit = self.edits[site, operation]
+                edit = replace(edit, latents=(*edit.latents, latent), weights=(*edit.weights, 0.0))
+                self.edits[site, operation] = edit
+            self._optimise(_STEPS)
+        self._optimise(_LAST)
+        self.edits = {key: _used(edit) for key, edit in self.edits.items()}
+        return self._model()
 
-    def best(self, model: Intervention, candidates: dict[str, list[int]]) -> list[tuple[str, bool, int]]:
-        """`(site, added or removed, latent)` whose weight the effect depends on most for the size of what it changes,
-        the best first."""
-        found = []
-        for site, order in first_order(model, candidates, _CHOICE, self.generator).items():
-            part, density = model.parts[site], model.dictionary.sites[site].density.cpu()
+    def _model(self) -> Intervention:
+        edits: dict[str, list[Edit]] = {}
+        for (site, _), edit in self.edits.items():
+            edits.setdefault(site, []).append(edit)
+        return Intervention(edits, self.states)
+
+    def _optimise(self, steps: int) -> None:
+        model = self._model()
+        optimise(model, self.states, steps, self.generator, self.bar)
+        self.edits |= {(site, edit.operation): edit for site, own in model.edits.items() for edit in own}
+
+    def _best(self) -> list[tuple[str, str, int]]:
+        """`(site, operation, latent)` whose weight the effect depends on most for the size of what it changes, the
+        best first."""
+        found, sites = [], self.states.dictionary.sites
+        gates = {site: survey.gate for site, survey in self.surveys.items()}
+        candidates = {site: survey.candidates for site, survey in self.surveys.items()}
+        orders = first_order(self._model(), _CHOICE, self.generator, gates, candidates)
+        for site, order in orders.items():
             scores = order.removed / order.removed_length.clamp(min=1e-9)
-            scores[[candidates[site].index(latent) for latent in part.removed]] = 0
-            found += [(s, site, False, i) for s, i in zip(scores.tolist(), candidates[site], strict=True) if s > 0]
+            scores[[candidates[site].index(latent) for latent in self.edits[site, _TAKEN].latents]] = 0
+            taken = zip(scores.tolist(), candidates[site], strict=True)
+            found += [(score, site, _TAKEN, latent) for score, latent in taken if score > 0]
+            density = sites[site].density.cpu()
             scores = torch.where(density > 0, order.added.abs() / order.added_length.clamp(min=1e-9), 0.0)
-            scores[part.added] = 0
+            scores[list(self.edits[site, "add"].latents)] = 0
             top = scores.topk(min(_ROUND, len(scores)))
             added = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            found += [(s, site, True, i) for s, i in added if s > 0]
+            found += [(score, site, "add", latent) for score, latent in added if score > 0]
         return [choice for _, *choice in sorted(found, reverse=True)]
 
 
-def _used(latents: list[int], weights: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-    kept = [i for i, weight in enumerate(weights.tolist()) if abs(weight) >= 0.02]
-    return [latents[i] for i in kept], weights[kept]
+def _used(edit: Edit) -> Edit:
+    """An edit without latents of which next to nothing is used."""
+    kept = [pair for pair in zip(edit.latents, edit.weights, strict=True) if abs(pair[1]) >= 0.02]
+    latents, weights = zip(*kept, strict=True) if kept else ((), ())
+    return replace(edit, latents=latents, weights=weights)
 
 
 def _window(gains: dict[float, float]) -> dict[str, float]:
@@ -235,44 +248,26 @@ def _window(gains: dict[float, float]) -> dict[str, float]:
     return ({"start": between[first - 1]} if first else {}) | ({"end": between[last]} if last < whole[1] else {})
 
 
-def _acts(window: dict[str, float], timestep: float) -> bool:
-    return window.get("start", 0.0) <= 1 - timestep / 1000 <= window.get("end", 1.0)
-
-
-def _during(model: Callable[..., Changes], window: dict[str, float]) -> Callable[..., Changes]:
-    """A model that acts in a window of denoising time alone."""
-
-    def changes(state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
-        return model(state, rows, added) if _acts(window, state.timestep) else {}
-
-    return changes if window else model
-
-
 def _mean(judges: States, values: torch.Tensor) -> float:
     """Over the pairs whose prompts differ."""
     return float(values[judges.told].mean())
 
 
-def _at(model: Callable[..., Changes], strength: float) -> Callable[[State, Sequence[int]], Changes]:
-    """A model at a strength of its additions."""
-    return lambda state, rows: model(state, rows, added=strength)
-
-
-def _reach(judges: States, model: Callable[..., Changes]) -> tuple[float, torch.Tensor]:
+def _reach(judges: States, model: Intervention) -> tuple[float, torch.Tensor]:
     """The largest strength, from 1 to 2, at which held-out pairs keep most of the effect that strength 1 has; and that
     effect for each pair."""
-    found = judges.measure([_at(model, strength) for strength in _STRENGTHS])
+    found = judges.measure([model.variant(strength=strength) for strength in _STRENGTHS])
     effects = [_mean(judges, one.effects) for one in found]
     kept = [s for s, own in zip(_STRENGTHS, effects, strict=True) if own >= _REACHED * effects[0] or s == 1.0]
     return max(kept), found[0].effects
 
 
-def _stretched(maps: Maps, judges: States, window: dict[str, float]) -> Maps:
+def _stretched(maps: Intervention, judges: States) -> Intervention:
     """Maps that move predictions as far as the other prompt does, or as far as they keep most of their effect; least
     squares falls short by what it cannot tell. Only towards a concept: instead of it there may be many things, and
     going as far as to one breaks pictures."""
-    model, factors = _during(maps, window), torch.linspace(1.0, _FARTHEST, 101)
-    found = judges.measure([_at(model, strength) for strength in _STRENGTHS])
+    factors = torch.linspace(1.0, _FARTHEST, 101)
+    found = judges.measure([maps.variant(strength=strength) for strength in _STRENGTHS])
     # Between the strengths that are measured, distances are all but linear, and effects parabolas.
     far = torch.tensor([_mean(judges, one.moved) for one in found]).clamp(min=0).sqrt()
     effects = torch.tensor([_mean(judges, one.effects) for one in found])
@@ -282,7 +277,10 @@ def _stretched(maps: Maps, judges: States, window: dict[str, float]) -> Maps:
     wanted = int((far < 1).sum().clamp(max=100)) if far[0] < 1 else 0
     kept = effects >= _REACHED * effects[0]
     kept[0] = True
-    return maps.stretched(float(factors[: wanted + 1][kept[: wanted + 1]].max()))
+    factor = float(factors[: wanted + 1][kept[: wanted + 1]].max())
+    return maps.with_edits(
+        {site: [replace(edit, map=scaled(edit.map, factor)) for edit in own] for site, own in maps.edits.items()}
+    )
 
 
 def _goal(state: State, rows: Sequence[int]) -> Changes:
@@ -300,14 +298,19 @@ class _Fit:
     What was fitted in one direction.
 
     Args:
-        model: gives changes.
-        effects (`torch.Tensor`): of it on each held-out pair, `(pairs,)`.
+        model (`Intervention`): gives changes.
         limit (`float`): the largest strength it may have.
+        effects (`torch.Tensor`): of it on each held-out pair, `(pairs,)`.
     """
 
-    model: _Latents | Maps
-    effects: torch.Tensor
+    model: Intervention
     limit: float
+    effects: torch.Tensor
+
+    def entries(self, sign: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        """Parts of a label that answer strengths of one sign, and the maps that these name."""
+        found = [_entry(site, edit, sign, self.limit) for site, own in self.model.edits.items() for edit in own]
+        return [entry for entry, _ in found], {name: rows for _, maps in found for name, rows in maps.items()}
 
 
 def fit_feature(
@@ -370,15 +373,16 @@ def fit_feature(
         mapped = _fit_maps(states, judges, rank or _RANK) if able else None
         bar.update(_MEASURED)
         if rank is None:
-            model = _Fitter(states, surveys, generator, bar).pursue(latents)
+            model = _Pursuit(states, surveys, generator, bar).run(latents)
             gains = judges.measure([model])[0].gains
         else:
             model, gains = mapped[0], mapped[1].gains
         bar.update(_MEASURED)
         window = _window({timestep: _mean(judges, own) for timestep, own in gains.items()})
+        model = model.variant(**window)
         if rank is not None:
-            model = _stretched(model, judges, window)
-        towards = _Fit(model, *_reach(judges, _during(model, window))[::-1])
+            model = _stretched(model, judges)
+        towards = _Fit(model, *_reach(judges, model))
         bar.update(_MEASURED)
         ceiling = judges.effects(_goal)
         bar.update(_MEASURED)
@@ -386,11 +390,11 @@ def fit_feature(
         states, judges = states.reversed(), judges.reversed()
         if rank is None:
             surveys_away = {site: _survey(states, site) for site in surveys}
-            model = _Fitter(states, surveys_away, generator, bar).pursue(min(_AWAY, latents))
+            model = _Pursuit(states, surveys_away, generator, bar).run(min(_AWAY, latents))
         else:
             model = _fit_maps(states, judges, rank)[0]
         bar.update(_MEASURED)
-        away = _Fit(model, *_reach(judges, _during(model, window))[::-1])
+        away = _Fit(model, *_reach(judges, model.variant(**window)))
         bar.update(total - bar.n)
     told = judges.told
     measured = {
@@ -400,7 +404,7 @@ def fit_feature(
         "map": _mean(judges, towards.effects if rank is not None else mapped[1].effects) if mapped else None,
         "ceiling": _mean(judges, ceiling),
         "effect_away": _mean(judges, away.effects),
-        "latents": towards.model.count if rank is None else None,
+        "latents": sum(len(edit.latents) for own in model.edits.values() for edit in own) if rank is None else None,
         "rank": rank,
         "pairs": int(told.sum()),
     }
@@ -425,7 +429,7 @@ def _written(
     towards: _Fit, away: _Fit, surveys: dict[str, _Survey], window: dict[str, float], measured: dict[str, float | None]
 ) -> FittedFeature:
     """The label that says it."""
-    entries = [towards.model.entries(1, towards.limit), away.model.entries(-1, away.limit)]
+    entries = [towards.entries(1), away.entries(-1)]
     label = {
         "features": [entry for part, _ in entries for entry in part],
         "seen": [

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
-
 import torch
 
-from ..models import LinearMap, SparseDictionary, Step, TokenGrid, interpolate, waves
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .states import Changes, State, States
+from ..models import LinearMap, SparseDictionary, TokenGrid, interpolate, waves
 
 _THERE = 0.5  # how much it counts that a map leaves alone what is as it should be
 _TOKENS = 4096  # multiplied at once
@@ -162,39 +154,7 @@ def low_rank(moments: Moments | Reversed, ridge: float, rank: int) -> torch.Tens
     return LinearMap.rows(readers[..., : moments.width], offsets, kept.T.float().contiguous(), places)
 
 
-class Maps:
-    """A linear map at each site, as a change of activations like an [`Intervention`]. Each reads what is there after
-    the sites before it have moved, as it does while it steers."""
-
-    def __init__(self, rows: dict[str, torch.Tensor], states: States):
-        self.rows, self.states = rows, states
-        self.maps = {site: LinearMap(own) for site, own in rows.items()}
-
-    def __call__(self, state: State, rows: Sequence[int], added: float = 1.0) -> Changes:
-        grids, sizes = self.states.grids, self.states.sizes
-        steps = {site: grids[site].step(state.timestep, sizes[site]) for site in self.maps}
-        return {site: partial(self._change, site, steps[site], added) for site in self.maps}
-
-    def _change(self, site: str, step: Step, added: float, tokens: torch.Tensor) -> torch.Tensor:
-        if self.rows[site].device != tokens.device:
-            self.rows[site] = self.rows[site].to(tokens.device)
-            self.maps[site] = LinearMap(self.rows[site])
-        return added * self.maps[site](tokens, step)
-
-    def stretched(self, factor: float) -> Maps:
-        """The same that move by `factor` times as much."""
-        return Maps({site: self._scaled(site, factor) for site in self.maps}, self.states)
-
-    def _scaled(self, site: str, factor: float) -> torch.Tensor:
-        own = self.maps[site]
-        return own.with_directions(factor * own.directions.paths[:, 0])
-
-    def entries(self, sign: int, limit: float) -> tuple[list[dict], dict[str, torch.Tensor]]:
-        """Parts of a label that answer strengths of one sign up to `limit`, and the maps that these name."""
-        entries, maps = [], {}
-        for site in self.rows:
-            name = f"{site}.{'away' if sign < 0 else 'towards'}"
-            taken = {"latents": [], "weights": [], "where": None, "map": name}
-            entries.append({"site": site, "bounds": sorted([0.0, sign * limit])} | taken)
-            maps[name] = self._scaled(site, sign).cpu()
-        return entries, maps
+def scaled(rows: torch.Tensor, factor: float) -> torch.Tensor:
+    """Rows of a map that moves by `factor` times as much."""
+    own = LinearMap(rows)
+    return own.with_directions(factor * own.directions.paths[:, 0])

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..denoiser import Arguments, Block, Call, Tap, TimeGrid, get_denoiser, get_denoisers, noise_schedule, token_grid
 from ..hub import Dictionary
-from ..models import TokenGrid
+from ..models import Step, TokenGrid
 from ..pipeline import get_dictionary, own_size, resting
 from .maps import Moments
 from .replay import Asked, Beginning, Texts, prediction_of
@@ -203,8 +203,6 @@ class State:
         kinds (`dict[str, str]`): what the dictionary reads at each site.
         tokens (`dict[str, int]`): how many each site has.
         codes, goal_codes (`dict[str, Codes]`): the latents of each site with the "from" and the "to" prompt.
-        gains, goal_gains (`dict[str, torch.Tensor]`): how many times its direction a latent moves each token by with
-            these, `(states, N, 1)`, where that varies.
     """
 
     call: Asked
@@ -219,8 +217,6 @@ class State:
     tokens: dict[str, int] = field(default_factory=dict)
     codes: dict[str, Codes] = field(default_factory=dict)
     goal_codes: dict[str, Codes] = field(default_factory=dict)
-    gains: dict[str, torch.Tensor] = field(default_factory=dict)
-    goal_gains: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def timestep(self) -> float:
@@ -262,7 +258,7 @@ class State:
         """With the "from" and the "to" prompts exchanged."""
         return replace(
             self, texts=self.wants, wants=self.texts, before=self.wanted, wanted=self.before, codes=self.goal_codes,
-            goal_codes=self.codes, gains=self.goal_gains, goal_gains=self.gains,
+            goal_codes=self.codes,
         )  # fmt: skip
 
 
@@ -444,14 +440,11 @@ class States:
             self.moments[site] = Moments(rtsae, tokens, self.sizes[site])
         concern = torch.zeros(len(rows), tokens)
         for state, step in zip(run.states, drawn.looked, strict=True):
-            changes, gains = torch.zeros(len(rows), tokens), []
+            changes = torch.zeros(len(rows), tokens)
             for row in rows:
                 present, goal = drawn.sides(site, step, row)
                 changes[row] = (present.float() - goal.float()).norm(dim=-1).cpu()
-                gains.append([rtsae.gain(side.float()) for side in (present, goal)])
             concern, state.tokens[site] = concern + changes, tokens
-            if gains[0][0] is not None:
-                state.gains[site], state.goal_gains[site] = (torch.stack(side) for side in zip(*gains, strict=True))
             if self.moments is not None and drawn.differ:
                 at = self.grids[site].coordinate(state.timestep)
                 weight = self.moments[site].weight(at, changes[drawn.differ])
@@ -507,10 +500,14 @@ class States:
         """The states of all runs and steps."""
         return (state for run in self._runs for state in run.states)
 
-    def latents(self, site: str, latents: Sequence[int]) -> Iterator[tuple[State, torch.Tensor]]:
-        """Each state with the activation `(states, N, latents)` that some latents of a site have there."""
-        for state in self.all():
-            yield state, state.codes[site].dense(latents)
+    @property
+    def device(self) -> torch.device:
+        """Where activations are."""
+        return next(self.all()).device
+
+    def step(self, site: str, state: State) -> Step:
+        """Where in a generation a state is, for the dictionary of a site."""
+        return self.grids[site].step(state.timestep, self.sizes.get(site), self.guidance)
 
     def presence(self, site: str) -> tuple[list[float], torch.Tensor, torch.Tensor]:
         """

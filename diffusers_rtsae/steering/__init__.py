@@ -1,5 +1,6 @@
 from .controller import Adapter, Controller, SiteEdit, check_width
 from .edits import Edit, as_mask, as_strength, numbers
+from .fold import Fold, fold_edits, read_by, total
 from .operations import OPERATIONS
 from .plan import PlanState, SitePlan
 
@@ -8,11 +9,15 @@ __all__ = [
     "Adapter",
     "Controller",
     "Edit",
+    "Fold",
     "PlanState",
     "SiteEdit",
     "SitePlan",
     "as_mask",
     "as_strength",
     "check_width",
+    "fold_edits",
     "numbers",
+    "read_by",
+    "total",
 ]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffusers_rtsae.analysis.effect import Intervention, Part, States, check_pairs, first_order, frozen
+from diffusers_rtsae.analysis.effect import Intervention, States, adding, check_pairs, first_order, frozen
+from diffusers_rtsae.steering import Edit
 
 SITE = "up_blocks.1.attentions.1"
 CALL = {"num_inference_steps": 3, "guidance_scale": 3.0}
@@ -20,33 +21,25 @@ def states(_pipeline, dictionary):
         _pipeline.unload_rtsae()
 
 
-def intervention(states, **part) -> Intervention:
-    model = Intervention({SITE: Part(**part)}, states)
-    model.read()
-    return model
-
-
 def test_no_edit_has_no_effect_and_no_harm(states):
-    model = intervention(states, added=[3], weights=torch.zeros(1))
+    model = adding(SITE, 3, states, strength=0.0)
     torch.testing.assert_close(states.effects(model), torch.zeros(2), atol=1e-4, rtol=0)
     assert sum(1 for _ in states.all()) == 3 and [len(state) for state in states.all()] == [3, 3, 3]
 
 
 def test_what_changes_a_prompt_that_is_to_stay_is_harm(states, latent):
-    effects = states.effects(intervention(states, added=[latent("navy")], weights=torch.tensor([3.0])))
+    effects = states.effects(adding(SITE, latent("navy"), states, strength=3.0))
     assert effects[1] < -0.01
 
 
 def test_the_gradient_is_that_of_the_effect(states, latent):
     index, generator = latent("red"), torch.Generator().manual_seed(0)
-    model = intervention(states)
     with frozen(states.pipeline):
-        slope = first_order(model, {}, 60, generator)[SITE].added[index]
+        slope = first_order(Intervention({}, states), 60, generator)[SITE].added[index]
     step = 0.02
     counts = torch.tensor([2.0, 1.0])  # draws weigh states evenly, of which the first pair has twice as many
     ends = [
-        (states.effects(intervention(states, added=[index], weights=torch.tensor([w]))) * counts).sum() / counts.sum()
-        for w in (-step, step)
+        (states.effects(adding(SITE, index, states, strength=w)) * counts).sum() / counts.sum() for w in (-step, step)
     ]
     expected = float((ends[1] - ends[0]) / (2 * step))
     assert float(slope) == pytest.approx(expected, rel=0.3)
@@ -55,11 +48,11 @@ def test_the_gradient_is_that_of_the_effect(states, latent):
 def test_an_intervention_is_what_steering_does(states, _pipeline, latent):
     """The first step of a steered run, before anything else can differ."""
     added, removed = latent("red"), latent("blue")
-    part = Part(
-        gate=[removed], added=[added], weights=torch.tensor([1.5]), removed=[removed], shares=torch.tensor([0.7])
-    )
-    model = Intervention({SITE: part}, states)
-    model.read()
+    edits = [
+        Edit(latents=(added,), weights=(1.5,), strength=1.0, where=(removed,), clip=False),
+        Edit(latents=(removed,), weights=(0.7,), strength=1.0, operation="ablate", clip=False),
+    ]
+    model = Intervention({SITE: edits}, states)
     state = next(iter(states.all()))
     expected = states.predict(state, [0], model(state, [0]))
     plain = states.predict(state, [0], {})

@@ -11,7 +11,7 @@ from diffusers_rtsae.analysis.effect import States
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.files import check_label
-from diffusers_rtsae.models import PLACES
+from diffusers_rtsae.models import PLACES, LinearMap
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SITE = "up_blocks.1.attentions.1"
@@ -107,12 +107,12 @@ def test_a_feature_acts_at_the_steps_at_which_it_helps():
 
 def test_a_window_leaves_out_what_does_harm(_pipeline, dictionary, quick, monkeypatch):
     """Fitted wrongly at the first step: that step is left out, and the effect told is that of the others."""
-    right = fit.Maps.__call__
+    right = LinearMap.amounts
 
-    def wrong(self, state, rows, added=1.0):
-        return right(self, state, rows, -3 * added if state.timestep > 700 else added)
+    def wrong(self, tokens, step):
+        return right(self, tokens, step) * (-3 if step.timestep > 700 else 1)
 
-    monkeypatch.setattr(fit.Maps, "__call__", wrong)
+    monkeypatch.setattr(LinearMap, "amounts", wrong)
     _pipeline.load_rtsae(dictionary)
     try:
         one = fit_feature(_pipeline, PAIRS, 6, UNCHANGED, 4, progress=False, **CALL)
@@ -133,8 +133,8 @@ def test_maps_are_measured_as_they_steer_and_move_as_far_as_the_prompt(_pipeline
     kept = []
     try:
         states = States(_pipeline, PAIRS, seed=3, moments=True, **CALL)
-        maps = fit._stretched(fit._fit_maps(states, states, 4)[0], states, {})
-        entries, rows = maps.entries(1, 1.0)
+        maps = fit._stretched(fit._fit_maps(states, states, 4)[0], states)
+        entries, rows = fit._Fit(maps, 1.0, torch.zeros(1)).entries(1)
         label = {"features": entries, "edit": {"apply_to": "cond"}}
         _pipeline.add_rtsae_label("white", fit.FittedFeature(label, rows))
         state = next(states.all())

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from diffusers_rtsae import RTSAE, Dictionary, SparseDictionary, load_dictionary
-from diffusers_rtsae.analysis.effect import Intervention, Part, States, frozen
+from diffusers_rtsae.analysis.effect import Intervention, States, frozen
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
@@ -84,7 +84,7 @@ def slopes(pipe, like: SparseDictionary, probes: list[Probe], a) -> list[Slope]:
         pairs = list(zip(one.prompts, one.prompted, strict=True))
         states = States(pipe, pairs, **calling(pipe, a))
         with frozen(pipe):
-            found.append(Slope.of(Intervention({like.config.site: Part()}, states)))
+            found.append(Slope.of(Intervention({}, states)))
     pipe.unload_rtsae()
     return found
 

@@ -9,9 +9,10 @@ import torch
 from tqdm import tqdm
 
 from diffusers_rtsae import Dictionary, SparseDictionary
-from diffusers_rtsae.analysis.effect import Intervention, Part, State, States, first_order
+from diffusers_rtsae.analysis.effect import Intervention, State, States, first_order
 from diffusers_rtsae.analysis.fit import optimise
 from diffusers_rtsae.models import interpolate
+from diffusers_rtsae.steering import Edit
 
 from .steering import as_dictionary
 
@@ -31,15 +32,14 @@ def concern(states: States, site: str) -> dict[int, torch.Tensor]:
     return {id(state): where for state, where in zip(states.all(), states.concerned(site), strict=True)}
 
 
-class Concerned(Intervention):
-    """That acts on the tokens on which the two prompts make a difference."""
+def concerned(edits: dict[str, list[Edit]], states: States) -> Intervention:
+    """Edits that act on the tokens on which the two prompts make a difference."""
+    where = {site: concern(states, site) for site in states.dictionary.sites}
 
-    def __init__(self, parts: dict[str, Part], states: States):
-        super().__init__(parts, states)
-        self.where = {site: concern(states, site) for site in parts}
+    def reached(site: str, state: State, rows) -> torch.Tensor:
+        return where[site][id(state)][list(rows)][..., None].float()
 
-    def gate(self, site: str, state: State, rows) -> torch.Tensor:
-        return self.where[site][id(state)][list(rows)][..., None].float()
+    return Intervention(edits, states, reached)
 
 
 @torch.no_grad()
@@ -68,12 +68,12 @@ def free_direction(states: States, steps: int) -> torch.Tensor:
     ((site, sae),) = states.dictionary.sites.items()
     count, unit = sae.config.num_latents, mean_change(states, site).square().mean().sqrt()  # of the optimiser's steps
     sae.typical_activation.fill_(unit)
-    model = Concerned({site: Part(added=list(range(count)), weights=torch.zeros(count))}, states)
-    model.read()
+    edit = Edit(latents=tuple(range(count)), weights=(0.0,) * count, strength=1.0, clip=False)
+    model = concerned({site: [edit]}, states)
     with tqdm(total=steps, desc="free direction", leave=False) as bar:
         optimise(model, states, steps, torch.Generator().manual_seed(0), bar)
     sae.typical_activation.fill_(1.0)
-    return unit * model.parts[site].weights.view(len(sae.config.anchors), -1)
+    return unit * model.folds()[0].weights.cpu().view(len(sae.config.anchors), -1)
 
 
 class Slope(NamedTuple):
@@ -94,10 +94,9 @@ class Slope(NamedTuple):
     def of(cls, model: Intervention) -> Slope:
         """To first order where nothing is added, on the tokens that the model acts on; its states are of a dictionary
         of `axes`."""
-        ((site, sae),) = model.dictionary.sites.items()
+        ((site, sae),) = model.states.dictionary.sites.items()
         shape = len(sae.config.anchors), -1
-        model.read()
-        order = first_order(model, {}, PASSES, torch.Generator().manual_seed(0))[site]
+        order = first_order(model, PASSES, torch.Generator().manual_seed(0))[site]
         size = order.added_length.square().view(shape)[:, 0]
         return cls(order.added.view(shape), size, float(mean_change(model.states, site).norm()))
 

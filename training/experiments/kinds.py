@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from diffusers_rtsae import Dictionary, MixtureSAE, SparseDictionary, load_dictionary
-from diffusers_rtsae.analysis.effect import Part, State, States, frozen
+from diffusers_rtsae.analysis.effect import State, States, frozen
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.models import LinearDynamics, interpolate
 
@@ -32,7 +32,7 @@ from ..recipe import Recipe
 from ..worlds import KINDS, Probe, World
 from ..worlds.pictures import add_models, calling, generate, load_models, new_parser, parse
 from .absorption import mean_absorption
-from .constants import Concerned, Slope, axes, concern, effect_features
+from .constants import Slope, axes, concern, concerned, effect_features
 from .probes import Seen, accuracies, activations, codes, look, pooled
 from .results import Results, add_stability, dictionaries_in, spread, table
 from .samplers import samplers_of, scheduler
@@ -207,7 +207,7 @@ class Target:
         self.judges = States(measures.pipe, found[a.pairs :], seed=1_000_000, **measures.call)
         self.where = concern(self.chooses, site) | concern(self.judges, site)
         with frozen(measures.pipe):
-            self.slope = Slope.of(Concerned({site: Part()}, self.chooses))
+            self.slope = Slope.of(concerned({}, self.chooses))
 
     def effect(self, sae: SparseDictionary, label: dict) -> tuple[float, float]:
         """The strength at which the pairs that choose find a label's effect largest, and its effect there on those

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.analysis.effect import Intervention, Part, States
+from diffusers_rtsae.analysis.effect import States, adding
 from diffusers_rtsae.analysis.find import find_features
 
 from ..worlds.pictures import add_models, calling, load_pipeline, new_parser, parse
@@ -66,9 +66,7 @@ def main() -> None:
         states = States(pipe, found[a.pairs :], seed=1_000_000, **call)
         effects = {}
         for site, latent in dict.fromkeys(ranked["effect"] + ranked["presence"]):
-            model = Intervention({site: Part(added=[latent], weights=torch.ones(1))}, states)
-            model.read()
-            effects[site, latent] = float(states.effects(model).mean())
+            effects[site, latent] = float(states.effects(adding(site, latent, states)).mean())
         best = max(effects, key=effects.get)
         place = {by: ranked[by].index(best) + 1 if best in ranked[by] else 0 for by in RANKINGS}
         row = {"factor": factor, "value": value, "best": best[1], "verified": round(effects[best], 4), "place": place}
