@@ -16,6 +16,8 @@ from kinds import OTHERS, random_dictionary
 from packaging.version import Version
 
 from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.analysis.effect import frozen
+from diffusers_rtsae.analysis.find import find_features
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -130,6 +132,44 @@ def test_layerwise_casting(fresh, dictionary, draw, reference):
     images = draw(fresh, steps=3)
     assert np.array_equal(images[0], plain[0]) and not np.array_equal(images[1], plain[1])
     np.testing.assert_allclose(images[1] - plain[1], reference[1][1] - reference[0][1], atol=0.25)
+    with pytest.raises(ValueError, match="layerwise casting has its weights in another precision"), frozen(fresh):
+        pass
+
+
+class _RowScaled(torch.Tensor):
+    """A weight in whole numbers and a scale for each row, in the way of quantization by hand."""
+
+    @staticmethod
+    def __new__(cls, weight: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+
+    def __init__(self, weight: torch.Tensor):
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.whole = (weight / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            args = [a.whole.float() * a.scale if isinstance(a, cls) else a for a in args]
+            return function(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return cls(function(args[0].whole.float() * args[0].scale, *args[1:], **(kwargs or {})))
+
+
+def test_weights_quantized_by_hand_give_gradients(fresh, dictionary):
+    """As torchao and quanto leave them: whole numbers, that nothing in the denoiser's configuration tells of."""
+    call = {"count": 3, "num_inference_steps": 2, "guidance_scale": 3.0}
+    fresh.load_rtsae(dictionary)
+    plain = find_features(fresh, ["a red star"], ["a blue star"], **call)
+    for module in fresh.unet.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(_RowScaled(module.weight.detach()), requires_grad=False)
+    fresh.unet.is_quantized = True
+    rough = find_features(fresh, ["a red star"], ["a blue star"], **call)
+    assert rough[0].index == plain[0].index and rough[0].slope == pytest.approx(plain[0].slope, rel=0.1)
 
 
 @pytest.mark.way(14)

@@ -49,10 +49,15 @@ def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
 def frozen(pipeline, checkpointing: bool = False):
     """The denoiser can be differentiated with respect to its activations alone inside the `with` block."""
     denoiser = get_denoiser(pipeline)
-    compiled = is_compiled(denoiser, pipeline)
-    if getattr(denoiser, "is_quantized", False) or compiled:
-        kind = "compiled" if compiled else "quantized"
-        raise ValueError(f"Effects are gradients through the denoiser, and a {kind} one gives none; load a plain one.")
+    if is_compiled(denoiser, pipeline):
+        raise ValueError(
+            "Effects are gradients through the denoiser, and a compiled one gives none; load a plain one."
+        )
+    if any(_casts_weights(module) for module in denoiser.modules()):
+        raise ValueError(
+            "Effects are gradients through the denoiser, and layerwise casting has its weights in another precision "
+            "again when these are computed; load one without."
+        )
     wanted = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -66,6 +71,11 @@ def frozen(pipeline, checkpointing: bool = False):
             denoiser.disable_gradient_checkpointing()
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+def _casts_weights(module: torch.nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("layerwise_casting") is not None
 
 
 class Intervention:
