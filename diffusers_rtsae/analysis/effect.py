@@ -73,6 +73,19 @@ def frozen(pipeline, checkpointing: bool = False):
             parameter.requires_grad_(True)
 
 
+@contextlib.contextmanager
+def memory_told(batch_size: int):
+    """Raise `torch.OutOfMemoryError` that says what needs less, if a device runs out of memory inside the `with`
+    block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"The device ran out of memory with batch_size={batch_size}: a smaller one needs less, and "
+            "checkpointing=True less for gradients."
+        ) from error
+
+
 def _casts_weights(module: torch.nn.Module) -> bool:
     registry = getattr(module, "_diffusers_hook", None)
     return registry is not None and registry.get_hook("layerwise_casting") is not None

@@ -15,7 +15,7 @@ from ..denoiser import get_denoiser
 from ..hub import Dictionary
 from ..pipeline import get_dictionary, own_size
 from ..steering import as_mask
-from .effect import FirstOrder, Intervention, Pass, adding, check_pairs, first_order, frozen
+from .effect import FirstOrder, Intervention, Pass, adding, check_pairs, first_order, frozen, memory_told
 from .record import Recorder, Recording, kind_of, record
 from .states import States
 
@@ -254,6 +254,37 @@ def find_features(
         >>> find_features(pipe, ["a red star", "a red circle"], ["a star", "a circle"], verify=True)
         ```
     """
+    by = _ranking(positive, negative, by, until)
+    prompts = [example for example in negative if isinstance(example, str)]
+    if verify and not prompts:
+        raise ValueError("Features are verified on negative prompts, and there are none.")
+    shared = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
+    pairs = check_pairs(list(zip(negative, positive, strict=True))) if by == "effect" else []
+    with memory_told(batch_size):
+        if by == "effect":
+            with frozen(pipeline, checkpointing):
+                states = States(pipeline, pairs * seeds, progress=progress, **shared)
+                table = _rank_by_effect(states, count, until, progress)
+        else:
+            with torch.no_grad():
+                table = _rank_by_presence(
+                    pipeline, positive, negative, count, adapter_name, seeds, until, caption, **call
+                )
+        table.sort(key=lambda f: -f.score)
+        if verify:
+            best = table[: 5 if verify is True else verify]
+            table.plain = verify_features(pipeline, best, prompts, scorer, strength, seeds=seeds, **shared)
+            if by == "effect":
+                held_out = pairs * seeds + [(prompt, prompt) for prompt in unchanged]
+                judges = States(pipeline, held_out, seed=1_000_000, codes=False, progress=progress, **shared)
+                _judge(best, judges, strength)
+            if scorer is not None:
+                table.sort(key=lambda f: -f.verified.get("gain", float("-inf")))
+    return table
+
+
+def _ranking(positive: Sequence, negative: Sequence, by: str | None, until: float | None) -> str:
+    """What these examples are ranked by; raises `ValueError` if they cannot be, or `until` is out of range."""
     if not positive or not negative:
         raise ValueError(f"Expected positive and negative examples, got {len(positive)} and {len(negative)}.")
     if until is not None and not 0 < until <= 1:
@@ -262,37 +293,12 @@ def find_features(
     by = by or ("effect" if are_prompts else "presence")
     if by not in ("effect", "presence") or by == "effect" and not are_prompts:
         raise ValueError(f"Expected by='effect', for prompts, or 'presence', got {by!r}.")
-    dictionary = get_dictionary(pipeline, adapter_name)
-    prompts = [example for example in negative if isinstance(example, str)]
-    if verify and not prompts:
-        raise ValueError("Features are verified on negative prompts, and there are none.")
-    if by == "effect":
-        if len(positive) != len(negative):
-            raise ValueError(
-                f"Expected as many prompts with the concept as without, one to one; got {len(positive)} and "
-                f"{len(negative)}. by='presence' takes any number."
-            )
-        pairs = check_pairs(list(zip(negative, positive, strict=True)))
-        shared = {"adapter_name": adapter_name, "batch_size": batch_size, "progress": progress, **call}
-        with frozen(pipeline, checkpointing):
-            table = _rank_by_effect(States(pipeline, pairs * seeds, **shared), count, until, progress)
-    else:
-        with torch.no_grad():
-            table = _rank_by_presence(
-                pipeline, positive, negative, count, adapter_name, seeds, until, caption, dictionary, **call
-            )
-    table.sort(key=lambda f: -f.score)
-    if verify:
-        best = table[: 5 if verify is True else verify]
-        table.plain = verify_features(
-            pipeline, best, prompts, scorer, strength, adapter_name, seeds, batch_size, **call
+    if by == "effect" and len(positive) != len(negative):
+        raise ValueError(
+            f"Expected as many prompts with the concept as without, one to one; got {len(positive)} and "
+            f"{len(negative)}. by='presence' takes any number."
         )
-        if by == "effect":
-            same = [(prompt, prompt) for prompt in unchanged]
-            _judge(best, States(pipeline, pairs * seeds + same, seed=1_000_000, codes=False, **shared), strength)
-        if scorer is not None:
-            table.sort(key=lambda f: -f.verified.get("gain", float("-inf")))
-    return table
+    return by
 
 
 def _rank_by_effect(states: States, count: int, until: float | None, progress: bool) -> FeatureTable:
@@ -349,7 +355,7 @@ def _in_reach(left: list[Feature], short: dict[int, list[float]], count: int) ->
 
 
 def _rank_by_presence(
-    pipeline, positive, negative, count: int, adapter_name, seeds: int, until, caption: str, dictionary, **call
+    pipeline, positive, negative, count: int, adapter_name, seeds: int, until, caption: str, **call
 ) -> FeatureTable:
     def read(examples: Sequence) -> Recording:
         if isinstance(examples[0], str):
@@ -362,7 +368,7 @@ def _rank_by_presence(
         raise ValueError("Expected examples of one kind: prompts or pictures, for positive and negative alike.")
     until = until or (_EARLY if isinstance(positive[0], str) else 1.0)
     early = [t for t in with_it.timesteps if 1000 - t <= 1000 * until] or with_it.timesteps[:1]
-    table = FeatureTable()
+    table, dictionary = FeatureTable(), get_dictionary(pipeline, adapter_name)
     for site in dictionary.sites:
         present, absent = (r.presence(site).mean(0)[: len(early)] for r in (with_it, without))
         table += rank(dictionary, site, early, present, absent, count)

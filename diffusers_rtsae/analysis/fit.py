@@ -6,14 +6,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
 from tqdm.auto import tqdm
 
 from ..steering import Edit
-from .effect import Intervention, check_pairs, first_order, frozen, gradient
+from .effect import Intervention, check_pairs, first_order, frozen, gradient, memory_told
 from .maps import low_rank, scaled
 from .states import Changes, Measured, Pair, State, States
 
@@ -312,6 +312,63 @@ class _Fit:
         found = [_entry(site, edit, sign, self.limit) for site, own in self.model.edits.items() for edit in own]
         return [entry for entry, _ in found], {name: rows for _, maps in found for name, rows in maps.items()}
 
+    @property
+    def latents(self) -> int:
+        """How many it uses."""
+        return sum(len(edit.latents) for own in self.model.edits.values() for edit in own)
+
+
+class _Fitter:
+    """
+    Fits latents, or maps of a rank, in one direction.
+
+    Args:
+        states, judges (`States`): to fit on, and to judge by.
+        latents (`int`): at most.
+        rank (`int`, *optional*): of maps, instead of latents.
+    """
+
+    def __init__(
+        self, states: States, judges: States, latents: int, rank: int | None, generator: torch.Generator, bar
+    ):  # fmt: skip
+        self.states, self.judges, self.latents, self.rank = states, judges, latents, rank
+        self.generator, self.bar = generator, bar
+
+    @cached_property
+    def surveys(self) -> dict[str, _Survey]:
+        """What is active at each site."""
+        return {site: _survey(self.states, site) for site in self.states.dictionary.sites}
+
+    def reversed(self) -> _Fitter:
+        """In the other direction."""
+        latents = min(_AWAY, self.latents)
+        states, judges = self.states.reversed(), self.judges.reversed()
+        return _Fitter(states, judges, latents, self.rank, self.generator, self.bar)
+
+    def maps(self) -> tuple[Intervention, Measured] | None:
+        """The best linear maps, and what they do; `None` where latents are fitted and there can be no maps."""
+        if self.rank is None and "input" in self.states.kinds.values():
+            return None
+        maps = _fit_maps(self.states, self.judges, self.rank or _RANK)
+        self.bar.update(_MEASURED)
+        return maps
+
+    def fit(self) -> Intervention:
+        """Latents that were chosen and fitted."""
+        model = _Pursuit(self.states, self.surveys, self.generator, self.bar).run(self.latents)
+        self.bar.update(_MEASURED)
+        return model
+
+    def window(self, measured: Measured) -> dict[str, float]:
+        """When what was measured helps, as the options `start` and `end`."""
+        return _window({timestep: _mean(self.judges, own) for timestep, own in measured.gains.items()})
+
+    def judged(self, model: Intervention) -> _Fit:
+        """What was fitted, with how far it may be moved and what it does."""
+        fit = _Fit(model, *_reach(self.judges, model))
+        self.bar.update(_MEASURED)
+        return fit
+
 
 def fit_feature(
     pipeline, pairs: Sequence[Pair], latents: int = 16, unchanged: Sequence[str] = (), rank: int | None = None,
@@ -349,6 +406,7 @@ def fit_feature(
     Raises:
         `ValueError`: the prompts are no pairs, or the denoiser gives no gradient, without which latents cannot be
             chosen.
+        `torch.OutOfMemoryError`: says what needs less; nothing stays behind.
 
     Example:
         ```py
@@ -363,52 +421,38 @@ def fit_feature(
     rounds = [-(-count // _ROUND) * _STEPS + _LAST for count in (latents, min(_AWAY, latents))] if rank is None else []
     total = 2 * _CAPTURE + sum(rounds) + 6 * _MEASURED
     gradients = frozen(pipeline, checkpointing) if rank is None else contextlib.nullcontext()
-    with gradients, tqdm(total=total, disable=not progress) as bar:
+    with memory_told(batch_size), gradients, tqdm(total=total, disable=not progress) as bar:
         shared = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
-        states, judges = _draw(pipeline, pairs, same, seed, rank is None, bar, shared)
-        generator = torch.Generator().manual_seed(seed)
+        drawn, generator = _draw(pipeline, pairs, same, seed, rank is None, bar, shared), torch.Generator()
+        fitter = _Fitter(*drawn, latents, rank, generator.manual_seed(seed), bar)
+        judges = fitter.judges
         bar.set_description("towards")
-        surveys = {site: _survey(states, site) for site in states.dictionary.sites}
-        able = rank is not None or "input" not in states.kinds.values()
-        mapped = _fit_maps(states, judges, rank or _RANK) if able else None
-        bar.update(_MEASURED)
-        if rank is None:
-            model = _Pursuit(states, surveys, generator, bar).run(latents)
-            gains = judges.measure([model])[0].gains
-        else:
-            model, gains = mapped[0], mapped[1].gains
-        bar.update(_MEASURED)
-        window = _window({timestep: _mean(judges, own) for timestep, own in gains.items()})
+        maps = fitter.maps()
+        model, found = maps if rank is not None else (fitter.fit(), None)
+        window = fitter.window(found or judges.measure([model])[0])
         model = model.variant(**window)
-        if rank is not None:
-            model = _stretched(model, judges)
-        towards = _Fit(model, *_reach(judges, model))
-        bar.update(_MEASURED)
+        towards = fitter.judged(model if rank is None else _stretched(model, judges))
         ceiling = judges.effects(_goal)
         bar.update(_MEASURED)
         bar.set_description("away")
-        states, judges = states.reversed(), judges.reversed()
-        if rank is None:
-            surveys_away = {site: _survey(states, site) for site in surveys}
-            model = _Pursuit(states, surveys_away, generator, bar).run(min(_AWAY, latents))
-        else:
-            model = _fit_maps(states, judges, rank)[0]
-        bar.update(_MEASURED)
-        away = _Fit(model, *_reach(judges, model.variant(**window)))
+        backwards = fitter.reversed()
+        model = backwards.fit() if rank is None else backwards.maps()[0]
+        away = backwards.judged(model.variant(**window))
         bar.update(total - bar.n)
     told = judges.told
+    of_map = towards.effects if rank is not None else maps and maps[1].effects
     measured = {
         "effect": _mean(judges, towards.effects),
         "lowest": float(towards.effects[told].min()),
         "harm": None if told.all() else float(-towards.effects[~told].mean()),
-        "map": _mean(judges, towards.effects if rank is not None else mapped[1].effects) if mapped else None,
+        "map": None if of_map is None else _mean(judges, of_map),
         "ceiling": _mean(judges, ceiling),
         "effect_away": _mean(judges, away.effects),
-        "latents": sum(len(edit.latents) for own in model.edits.values() for edit in own) if rank is None else None,
+        "latents": towards.latents if rank is None else None,
         "rank": rank,
         "pairs": int(told.sum()),
     }
-    return _written(towards, away, surveys, window, measured)
+    return _written(towards, away, fitter.surveys, window, measured)
 
 
 def _draw(

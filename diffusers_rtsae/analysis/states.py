@@ -32,7 +32,7 @@ Changes = dict[str, Change]
 TOKENS = Block("")  # of activations that are laid out as tokens
 CHUNK = 4096  # latents looked at together
 _ROWS = 8  # states of one gradient, at most
-_READ = 2**24  # numbers that are read or computed at once where latents are read, or those of one picture
+_READ = 2**22  # numbers that are read or computed at once where latents are read, or those of one picture
 
 
 def check_prompts(pipeline, prompts: Sequence[str]) -> None:
@@ -460,7 +460,7 @@ class States:
         there at the steps before, with the prompt that the noisy latents were made with."""
         rtsae, rows = self.dictionary.sites[site], len(drawn.towards)
         count, device = rtsae.config.num_latents, drawn.sides(site, 0, 0)[0].device
-        together = min(CHUNK, max(256, _READ // (len(rtsae.config.anchors) * rtsae.config.in_channels)))
+        together = min(CHUNK, max(1024, _READ // (len(rtsae.config.anchors) * rtsae.config.in_channels)))
         found, start = [([], []) for _ in drawn.looked], 0
         while start < count:
             stop = min(start + together, count)

@@ -80,6 +80,9 @@ class Reader(ABC):
 
     computes: int | None = None
 
+    def prepare(self) -> None:  # noqa: B027 - most kinds need nothing
+        """Have ready on the device what steps of a usual generation need, so that none of them waits for it."""
+
     def begin(self) -> Memory:
         """The memory of a new generation."""
         return Memory()

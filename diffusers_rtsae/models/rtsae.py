@@ -210,7 +210,9 @@ class PrefixReader(Reader):
         self.bias = rtsae.encoder_bias[rows].detach().float().to(device)
         self.threshold = rtsae.threshold.tolist()
         self._products: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-        for block in range(len(self.threshold)):  # before they are needed; those of skipped anchors follow on demand
+
+    def prepare(self) -> None:
+        for block in range(len(self.threshold)):  # those of steps that skip anchors follow on demand
             for intervals in ((), (block - 1,), (block - 2,), (block - 1, block - 2)):
                 if min(intervals, default=0) >= 0:
                     self._product(block, intervals)

@@ -63,6 +63,8 @@ class SitePlan:
     @torch.no_grad()
     def _load(self, device: torch.device) -> None:
         self.reader = self.sae.reader(self.rows, device) if self.rows else None
+        if self.reader is not None:
+            self.reader.prepare()
         if self.reader is not None and self.reader.computes is not None:
             config = self.sae.config
             warnings.warn(

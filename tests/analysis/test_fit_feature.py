@@ -168,3 +168,28 @@ def test_nothing_stays_behind(steered, fitted, draw):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in parameters)
     assert not any(module._forward_hooks for module in steered.unet.modules())
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_device_that_runs_out_of_memory_is_one_sentence_and_leaves_nothing(_pipeline, dictionary, quick, rank):
+    """In the middle: while pictures are drawn, and while the fit asks the denoiser again."""
+    _pipeline.load_rtsae(dictionary)
+    parameters = [parameter.requires_grad for parameter in _pipeline.unet.parameters()]
+    for calls in (4, 40):
+        left = iter(range(calls))
+
+        def full(module, args, left=left):
+            if next(left, None) is None:
+                raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+        with (
+            _pipeline.unet.mid_block.register_forward_pre_hook(full),
+            pytest.raises(torch.OutOfMemoryError, match="batch_size=16: a smaller one needs less"),
+        ):
+            fit_feature(_pipeline, PAIRS, 4, UNCHANGED, rank, progress=False, **CALL)
+        assert [parameter.requires_grad for parameter in _pipeline.unet.parameters()] == parameters
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            for module in _pipeline.unet.modules()
+        )
+    _pipeline.unload_rtsae()
