@@ -26,7 +26,7 @@ def test_steps_that_are_denoised_beside_one_another_are_refused():
     subject, ask, site = built("StableDiffusionParadigmsPipeline"), Ask(steps=4), "down_blocks.0"
     load(subject, site, ask)
     with pytest.raises(
-        ValueError, match="StableDiffusionParadigmsPipeline denoises .* at different times in one call"
+        ValueError, match="Paradigms.* at different times in one call: that cannot be followed"
     ):
         subject.steered(ask, site, apply_to="cond")
 
