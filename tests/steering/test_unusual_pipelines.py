@@ -25,9 +25,7 @@ def load(subject: Subject, site: str, ask: Ask) -> dict[str, torch.Tensor]:
 def test_steps_that_are_denoised_beside_one_another_are_refused():
     subject, ask, site = built("StableDiffusionParadigmsPipeline"), Ask(steps=4), "down_blocks.0"
     load(subject, site, ask)
-    with pytest.raises(
-        ValueError, match="Paradigms.* at different times in one call: that cannot be followed"
-    ):
+    with pytest.raises(ValueError, match="Paradigms.* at different times in one call: that cannot be followed"):
         subject.steered(ask, site, apply_to="cond")
 
 
