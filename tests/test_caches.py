@@ -20,7 +20,7 @@ from diffusers.hooks import (
 )
 from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from packaging.version import Version
-from test_pipelines import FLUX_TEXT, PIXART_TEXT, TRUE_CFG, UNET_SITE, bundled, dictionary, flux, pixart
+from small_pipelines import FLUX_TEXT, PIXART_TEXT, TRUE_CFG, UNET_SITE, bundled, dictionary, flux, pixart
 
 from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.record import Recorder

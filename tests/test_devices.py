@@ -190,8 +190,15 @@ FULL = {"clamp": 0.1, "scale": 3.0}
 
 
 @pytest.mark.filterwarnings("ignore:To read some latents")
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize(
+    "kind, operation",
+    [
+        pytest.param(kind, operation, marks=[] if quick else pytest.mark.slow)
+        for kind in MADE
+        for operation in OPERATIONS
+        for quick in [kind == "RTSAE" or operation in ("add", "ablate")]
+    ],
+)
 def test_every_kind_and_operation(device, both, kind, operation):
     sae = random_dictionary(kind, SITE, 160, [961, 481, 1], 32, 4)
     sae.typical_activation.fill_(30.0)
@@ -503,7 +510,10 @@ def test_finding_in_pictures(device, both, place):
     check_found([find_features(pipe, [red], [blue], count=2) for pipe in at(place, both())])
 
 
-@pytest.mark.parametrize("kind, place", [("RTSAE", "cpu"), ("RTSAE", NAME), ("TIDE", NAME), ("MixtureSAE", NAME)])
+SLOW = [pytest.param(kind, NAME, marks=pytest.mark.slow) for kind in ("TIDE", "MixtureSAE")]
+
+
+@pytest.mark.parametrize("kind, place", [("RTSAE", "cpu"), ("RTSAE", NAME), *SLOW])
 def test_finding_by_effect(device, both, quick, kind, place):
     check_found([
         find_features(pipe, WITH[:1], WITHOUT[:1], 2, seeds=1, verify=1, unchanged=["a circle"], **CALL)
@@ -511,8 +521,7 @@ def test_finding_by_effect(device, both, quick, kind, place):
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("rank, place", [(None, "cpu"), (2, NAME)])
 def test_fitting(device, both, quick, rank, place):
     pipes = at(place, both(dictionary=small("SparseAutoencoder")))
     one, other = (fit_feature(pipe, PAIRS[:1], 4, ["a circle"], rank, progress=False, **CALL) for pipe in pipes)

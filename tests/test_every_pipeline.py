@@ -32,7 +32,7 @@ CLASSES = [
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_pipeline_is_steered_as_the_table_says(name):
     row = {row["class"]: row for row in json.loads(ROWS.read_text())}[name]
-    found = row_of(name)
+    found = row_of(name, most=3)
     assert found["verdict"] == row["verdict"] == "exact", found
 
 

@@ -11,11 +11,14 @@ from diffusers_rtsae.analysis import fit
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
+LONG = ("training_your_own.py", "fit_feature.py", "who_gets_drawn.py")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in SCRIPTS]
+)
 def test_example_runs_and_writes_pictures(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, "--steps", "4", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [name, "--steps", "3", "--out", str(tmp_path)])
     monkeypatch.syspath_prepend(str(EXAMPLES))
     for constant, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2, "_RIDGES": (0.003,)}.items():
         monkeypatch.setattr(fit, constant, value)
@@ -27,6 +30,7 @@ def test_example_runs_and_writes_pictures(name, tmp_path, monkeypatch, capsys):
         assert len(Image.open(path).convert("RGB").getcolors(1 << 20)) > 20
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_is_stored_with_what_it_shows(monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other take long beside other work

@@ -12,7 +12,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from hub_server import Repository
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from test_pipelines import FLUX_TEXT, XL_TEXT, flux, sd3
+from small_pipelines import FLUX_TEXT, XL_TEXT, flux, sd3
 
 from diffusers_rtsae import TIDE, Dictionary, Edit, SparseAutoencoder, cli, layouts, load_dictionary, published
 from diffusers_rtsae.analysis.effect import Intervention, States, first_order

@@ -33,7 +33,7 @@ SAMPLERS = {
     "TCD": ("TCDScheduler", {}),
     "SA solver": ("SASolverScheduler", {}),
     "IPNDM": ("IPNDMScheduler", {}),
-}  # flow matching is in test_pipelines.py, with the models made for it
+}  # flow matching is in test_guidance_rows.py, with the models made for it
 UNUSUAL = {"IPNDM"}  # not made for this model: it denoises, but to no picture
 
 

@@ -123,7 +123,7 @@ class Controller:
     def _begin(self) -> None:
         self._tap = Tap(self)
         self._entered: list[_Steering] = []
-        self._plans: dict[tuple, tuple[tuple[SiteEdit, ...], list[tuple[str, SitePlan]]]] = {}
+        self._plans: dict[tuple, tuple[list[tuple[SiteEdit, ...]], list[tuple[str, SitePlan]]]] = {}
         self._counts: dict[threading.Thread, _Report] = {}  # of the last generation of each thread
         self._last: _Report = {}
         self._runs: weakref.WeakValueDictionary[int, _Run] = weakref.WeakValueDictionary()  # by the id of their counts
@@ -215,30 +215,30 @@ class Controller:
         adapter = self.adapters.get(one.adapter)
         return adapter is not None and adapter.weight != 0 and not one.edit.is_idle
 
-    def _active(self, pipeline) -> tuple[SiteEdit, ...]:
-        """What acts on a call that this pipeline makes in this context."""
-        edits = self._default if pipeline is None else self.features(pipeline)
+    def _asked(self, pipeline) -> list[tuple[SiteEdit, ...]]:
+        """What is asked of a call that this pipeline makes in this context."""
+        edits = [self._default if pipeline is None else self.features(pipeline)]
         for entered in _steering.get():
             if entered.controller is self:
-                edits = () if entered.edits is None else (*edits, *entered.edits)
-        return tuple(one for one in edits if self._acts(one))
+                edits = [] if entered.edits is None else [*edits, entered.edits]
+        return edits
 
     def _planned(self, pipeline) -> list[tuple[str, SitePlan]]:
-        """The plans of what acts, with the names of their dictionaries."""
-        edits = self._active(pipeline)
-        key = tuple(id(one) for one in edits)
+        """The plans of what acts, with the names of their dictionaries; made anew after `install` alone."""
+        asked = self._asked(pipeline)
+        key = tuple(map(id, asked))
         if key not in self._plans:
             told_by = self._installed_by() if pipeline is None and self._installed_by is not None else pipeline
             schedule = self._schedule if told_by is None else noise_schedule(getattr(told_by, "scheduler", None))
             groups: dict[tuple[str, str], list[Edit]] = {}
-            for one in edits:
+            for one in (one for edits in asked for one in edits if self._acts(one)):
                 scaled = one.edit.scaled(self.adapters[one.adapter].weight)
                 groups.setdefault((one.adapter, one.site), []).append(scaled)
             planned = [
                 (name, SitePlan(self.adapters[name].dictionary.sites[site], group, schedule))
                 for (name, site), group in groups.items()
             ]
-            self._plans[key] = edits, planned  # with the edits, so that no id is used again
+            self._plans[key] = asked, planned  # with the edits, so that no id is used again
         return self._plans[key][1]
 
     # What is done while a denoiser runs
@@ -397,15 +397,15 @@ class _Edited:
         if changes:
             if self.edited is self.hidden_states:
                 self.edited = self.hidden_states.clone()
-            index = self.block.rows(self.edited, rows)
-            self.edited[index] += self.block.from_tokens(sum(changes[1:], changes[0]), self.edited[index])
+            own = self.edited[self.block.rows(self.edited, rows)]
+            own += self.block.from_tokens(sum(changes[1:], changes[0]), own)
 
 
 def _relative_size(change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """The length of a change `(B, N or 1, d)` over that of the activation `(B, N, d)`, of all tokens it moves."""
     moved = torch.linalg.vector_norm(change, dim=-1).expand(tokens.shape[:2])
     length = torch.linalg.vector_norm(tokens.float(), dim=-1) * (moved > 0)
-    return moved.norm() / length.norm().clamp(min=1e-20)
+    return torch.linalg.vector_norm(moved) / torch.linalg.vector_norm(length).clamp(min=1e-20)
 
 
 def _check_batch(edit: Edit, call: Call) -> None:

@@ -230,7 +230,9 @@ class Fold:
 
     def _any(self, columns: torch.Tensor) -> torch.Tensor:
         """Whether any column of an edit is true: `(B, N or 1, columns)` to `(B, N or 1, edits)`."""
-        return columns if self.owned is None else columns.float() @ self.owned > 0
+        if self.owned is None:
+            return columns
+        return columns.any(-1, keepdim=True) if len(self.edits) == 1 else columns.float() @ self.owned > 0
 
 
 def _of_prompts(given: int, rows: int, in_turns: int | None) -> list[int]:
@@ -268,8 +270,10 @@ def total(changes: Sequence[tuple[torch.Tensor, torch.Tensor]], like: torch.Tens
         by_tokens.setdefault(amounts.shape[1], []).append((amounts, vectors))
     whole = None
     for group in by_tokens.values():
-        amounts, vectors = zip(*group, strict=True)
-        amounts, vectors = torch.cat(amounts, -1), torch.cat(vectors, 1)
+        amounts, vectors = group[0]
+        if len(group) > 1:
+            together = zip(zip(*group, strict=True), (-1, 1), strict=True)
+            amounts, vectors = (torch.cat(parts, dim) for parts, dim in together)
         product = amounts @ vectors if like.stride(-1) == 1 else (vectors.mT @ amounts.mT).mT
         whole = product if whole is None else whole + product
     return whole

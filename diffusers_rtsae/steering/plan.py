@@ -57,6 +57,9 @@ class SitePlan:
         self.sae, self.edits = sae, [edit for edit in edits if not edit.is_idle]
         self.grid = TimeGrid(sae.config.anchors, alphas_cumprod)
         self.rows = read_by(self.edits)
+        self.apply_to = {edit.apply_to for edit in self.edits}
+        self.reads_of = {edit.apply_to for edit in self.edits if edit.read}
+        self.renormalises = any(edit.renormalise for edit in self.edits)
         self.device: torch.device | None = None
 
     @torch.inference_mode(False)  # what is kept may meet autograd later
@@ -82,7 +85,7 @@ class SitePlan:
 
     def reads(self, role: str) -> bool:
         """Whether latents of rows with this role are read."""
-        return any(edit.read for edit in self.edits if role == "cond" or edit.apply_to == "all")
+        return bool(self.reads_of) if role == "cond" else "all" in self.reads_of
 
     def recall(
         self, state: PlanState, branch: int | None, tokens: torch.Tensor, timestep: float, size: TokenGrid | None
@@ -138,16 +141,16 @@ class SitePlan:
         written: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """What to add to the rows of an unconditional stream, after `conditional` of the same step."""
-        if any(edit.apply_to == "contrast" for edit in self.edits):
+        if "contrast" in self.apply_to:
             self._follows(state, timestep)
-        changes = self._changes(state, stream, tokens, timestep, size, ("all",))
+        changes = self._changes(state, stream, tokens, timestep, size, ("all",)) if "all" in self.apply_to else []
         own = total([change for _, change in changes], tokens)
         parts = [part for part in (own, None if state.contrast is None else -state.contrast) if part is not None]
         return self._renormalised(sum(parts[1:], parts[0]), tokens, written) if parts else None
 
     def _renormalised(self, change: torch.Tensor, tokens: torch.Tensor, written: torch.Tensor | None) -> torch.Tensor:
         """The change after which tokens have the length they had before, if an edit wants that."""
-        if not any(edit.renormalise for edit in self.edits):
+        if not self.renormalises:
             return change
         tokens = (tokens if written is None else written).float()
         edited = tokens + change
@@ -179,9 +182,8 @@ class SitePlan:
         """What the folds whose `apply_to` is among these add at this step."""
         self._ready(tokens.device)
         folds = [fold for fold in self.folds if fold.options.apply_to in apply_to]
-        reads = any(edit.read for fold in folds for edit in fold.edits)
         step, latents = (state.grid or self.grid).step(timestep, size, state.guidance), None
-        if reads:
+        if self.reads_of & set(apply_to):
             if self.sae.reads_past and state.tokens.setdefault(stream, tokens.shape[1]) != tokens.shape[1]:
                 raise ValueError(
                     f"There were {state.tokens[stream]} tokens at {self.sae.config.site} and are {tokens.shape[1]} "

@@ -6,6 +6,8 @@
     python -m tests.benchmarks.training --peers peers                   # a training step beside other packages
 
 Every figure is a ratio to a baseline of the same run, taken in turns, or a size. On a CPU times are the processor's.
+Waits for the device and copies to and from it are those that the package makes in a step after the first, counted by
+the simulated device of the tests.
 """
 
 from __future__ import annotations
@@ -46,10 +48,13 @@ def table(results: dict) -> str:
         for one in found:
             told = [f"{one['megabytes']:.1f} MB"] if "megabytes" in one else []
             told += [f"{one['seconds']:.4g} s"] if "seconds" in one else []
+            told += [f"{1000 * one['hooks_seconds']:.2f} ms in hooks"] if "hooks_seconds" in one else []
             told += [f"{one['steps_per_second']:.1f} steps/s"] if "steps_per_second" in one else []
-            ratio = (
-                [f"{one['ratio']:.3f}", "{:.3f} to {:.3f}".format(*one["quartiles"])] if "ratio" in one else ["", ""]
-            )
+            if "waits" in one:
+                told += [f"{one['waits']:g} waits and {one['copies']:g} copies a step"]
+            exact = 4 if one.get("ratio", 2) < 1.05 else 3
+            ratio = [f"{x:.{exact}f}" for x in (one["ratio"], *one["quartiles"])] if "ratio" in one else ["", "", ""]
+            ratio = [ratio[0], f"{ratio[1]} to {ratio[2]}" if ratio[1] else ""]
             baseline = f"{one['baseline']}, {one['baseline_seconds']:.4g} s" if "ratio" in one else ""
             lines.append(f"| {one['what']} | {ratio[0]} | {ratio[1]} | {', '.join(told)} | {baseline} |")
         lines.append("")

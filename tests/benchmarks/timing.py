@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -24,16 +25,19 @@ def seconds(work: Callable[[], object]) -> float:
     return clock() - started
 
 
-def take_turns(contenders: dict[str, Callable[[], float]], budget: float, least: int = 2) -> dict[str, list[float]]:
+def take_turns(
+    contenders: dict[str, Callable[[], float]], budget: float, least: int = 2, warm_up: bool = True
+) -> dict[str, list[float]]:
     """
     What each contender returned in each round, after one round that warms up.
 
     Args:
         contenders (`dict`): by name, each returns the seconds it took.
         budget (`float`): seconds to spend; at least `least` rounds are made.
+        warm_up (`bool`): `False` where contenders warm up by themselves.
     """
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    started, rounds = time.perf_counter(), -1
+    started, rounds = time.perf_counter(), -1 if warm_up else 0
     while rounds < least or time.perf_counter() - started < budget:
         for name, contender in contenders.items():
             value = contender()
@@ -51,6 +55,13 @@ def row(what: str, values: list[float], baseline: str, references: list[float]) 
         "what": what, "ratio": statistics.median(ratios), "quartiles": [low, high], "rounds": len(ratios),
         "seconds": statistics.median(values), "baseline": baseline, "baseline_seconds": statistics.median(references),
     }  # fmt: skip
+
+
+def per_step(counts: list[Counter]) -> dict[str, float]:
+    """Of what the simulated device counted in each step, how often the package made the host wait and copied between
+    host and device: the mean of the steps after the first."""
+    total, steps = sum(counts[1:], Counter()), len(counts) - 1
+    return {"waits": total["wait"] / steps, "copies": (sum(total.values()) - total["wait"]) / steps}
 
 
 def rows(taken: dict[str, list[float]], prefix: str = "") -> list[dict]:

@@ -39,8 +39,8 @@ def pipeline_classes() -> dict[str, type]:
     return found
 
 
-def row_of(name: str) -> dict:
-    """Build a class and measure it."""
+def row_of(name: str, most: int | None = None) -> dict:
+    """Build a class and measure it, at no more than so many sites."""
     import diffusers
     import torch
 
@@ -62,7 +62,7 @@ def row_of(name: str) -> dict:
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(SECONDS)
     try:
-        return measure(name, BUILDS[name](pipeline_classes()[name]))
+        return measure(name, BUILDS[name](pipeline_classes()[name]), most)
     except Exception as error:
         return {"class": name, "verdict": "untold", "why": f"{type(error).__name__}: {str(error)[:300]}"}
     finally:

@@ -374,8 +374,8 @@ def widths_of(subject: Subject, sites: list[str], ask: Ask) -> dict[str, int]:
     return found
 
 
-def measure(name: str, built: Built) -> dict:
-    """One row of the table."""
+def measure(name: str, built: Built, most: int | None = None) -> dict:
+    """One row of the table; `most`: how many sites are looked at, the last ones, of all by default."""
     subject = Subject(name, built)
     pipe, row = subject.pipe, {"class": name}
     try:
@@ -397,6 +397,7 @@ def measure(name: str, built: Built) -> dict:
     row["sites"] = len(sites)
     if not sites:
         return row | {"verdict": "wrong", "why": "no sites are listed"}
+    sites = sites[-most:] if most else sites
     found = widths_of(subject, sites, Ask())
     unknown = {site: told for site, told in found.items() if isinstance(told, str)}
     widths = {site: width for site, width in found.items() if not isinstance(width, str)}

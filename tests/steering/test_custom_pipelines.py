@@ -4,11 +4,12 @@ import concurrent.futures
 import copy
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, KandinskyPriorPipeline, StableDiffusionPipeline
 
-from diffusers_rtsae import load_dictionary
+from diffusers_rtsae import RTSAE, load_dictionary
 from diffusers_rtsae.denoiser.callers import FAMILIES, family_of
 
 SITE = "up_blocks.1.attentions.1"
@@ -184,6 +185,45 @@ def test_a_subclass_that_draws_twice_is_steered_alike_both_times(pipe):
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     first, second = own("a star", latents=latents, num_inference_steps=4, output_type="latent")
     assert torch.equal(first.images, second.images)
+
+
+class WithoutConfig:
+    """A sampler that is no diffusers class."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+    def __getattr__(self, name):
+        if name in ("scheduler", "config"):
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)
+
+
+def test_a_sampler_that_does_not_say_its_unit_of_time_is_refused(made):
+    pipe = made(Plain)
+    pipe.set_rtsae_features({"red": 1.0})
+    pipe.scheduler = WithoutConfig(pipe.scheduler)
+    with pytest.raises(ValueError, match="WithoutConfig does not say how many training steps there are"):
+        pipe("a star")
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_denoiser_wrapped_by_peft_is_told_its_time(pipe, by_name):
+    wrapped = peft.get_peft_model(copy.deepcopy(pipe.unet), peft.LoraConfig(r=2, target_modules=["to_q"]))
+    own, site = custom(Plain, pipe), f"base_model.model.{SITE}"
+    own.unet = wrapped
+    own.load_rtsae({site: RTSAE(site, 160, [961, 481, 1], 8, 2)})
+    own.set_rtsae_features({(site, 0): 1.0}, clip=False, start=0.0, end=0.5)
+    text = torch.zeros(1, 32, 192)
+    for time in (900, 300):
+        with torch.no_grad():
+            if by_name:
+                wrapped(torch.zeros(1, 4, 16, 16), timestep=time, encoder_hidden_states=text)
+            else:
+                wrapped(torch.zeros(1, 4, 16, 16), time, text)
+    assert [row["timestep"] for row in own.rtsae_report()[site]] == [900.0]
+    own("a star")
+    assert [row["timestep"] for row in own.rtsae_report()[site]] == [751.0, 501.0]
 
 
 def test_a_subclass_is_called_as_its_class_is():

@@ -343,6 +343,37 @@ def test_what_is_read_from_the_middle_is_what_is_read_from_the_beginning(steered
     assert agreement.min() > 0.98 if given else agreement.mean() > 0.8
 
 
+def test_the_past_is_that_of_its_own_thread(steered, request_of):
+    """Another thread draws a whole picture while the denoiser is asked what was before the first step."""
+    alone, done = {(SITE, i): 1.0 for i in range(8)}, []
+    image_to_image = StableDiffusionImg2ImgPipeline(**steered.components, requires_safety_checker=False)
+    image_to_image.scheduler = DDIMScheduler.from_config(steered.scheduler.config)
+    image_to_image.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        text, negative = steered.encode_prompt("a star", "cpu", 1, True, "")
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        with steered.rtsae_steering(alone, operation="ablate"):
+            return image_to_image(
+                prompt_embeds=text, negative_prompt_embeds=negative, image=torch.zeros(1, 3, 64, 64), strength=0.5,
+                num_inference_steps=4, generator=generator, output_type="np",
+            ).images  # fmt: skip
+
+    expected, mine = draw(), threading.current_thread()
+
+    def in_between(*_):
+        if threading.current_thread() is mine and not done:
+            done.append(steered.unet._forward_pre_hooks.copy())
+            together(request_of)
+
+    hook = steered.unet.conv_out.register_forward_hook(in_between)
+    found = draw()
+    hook.remove()
+    assert len(done[0]) == 2  # ours, and that which asks for the past
+    assert np.array_equal(found, expected)
+
+
 def test_a_past_that_cannot_be_made_up_is_told_once(steered):
     steered.scheduler = DDIMScheduler.from_config(steered.scheduler.config)
     image_to_image = StableDiffusionImg2ImgPipeline(**steered.components, requires_safety_checker=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_rtsae.analysis.record import Recorder
-from tests.test_pipelines import sd3
+from tests.small_pipelines import sd3
 from training.collect import Sample, anchor_timesteps, collect, read_samples, trajectories
 from training.recipe import Collect, Recipe
 from training.store import NOWHERE, TrajectoryStore, told_of
