@@ -1,11 +1,10 @@
-"""Dictionaries: loaded from a folder, the Hub or memory, and saved or pushed there."""
+"""The dictionaries of a model's sites with their labels: looked into, saved, exported and pushed to the Hub."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,40 +12,24 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from ..files import brief, write_json
+from ..formats import FORMATS, Format
+from ..models import SparseDictionary
 from .card import CARD_NAME, is_generated, model_card
-from .contents import FORMAT_VERSION, Contents, locate, read_contents
-from .fetch import HUB_ERRORS, LIBRARY_NAME, known_ones, list_pretrained, reason
-from .files import (
+from .contents import Contents
+from .format import (
     CONFIG_NAME,
+    FORMAT_VERSION,
     LABELS_NAME,
     MAPS_NAME,
     PRESETS_NAME,
     WEIGHTS_NAME,
-    brief,
     check_label,
     check_preset,
-    choose_sites,
     is_site,
-    line,
-    write_json,
 )
-from .layouts import check_pickles, choose, find, walk
-from .models import LinearMap, SparseDictionary
-from .published import read, saelens
-from .steering import OPERATIONS, Edit
-from .weights import DTYPES, load_maps, load_site, save_site, save_tensors, write_tensors
-
-__all__ = [
-    "CONFIG_NAME",
-    "LABELS_NAME",
-    "WEIGHTS_NAME",
-    "Dictionary",
-    "convertible",
-    "list_pretrained",
-    "load_dictionary",
-    "signature",
-    "write_json",
-]
+from .hub import HUB_ERRORS, LIBRARY_NAME, reason
+from .weights import save_site, save_tensors, write_tensors
 
 
 def signature(denoiser: torch.nn.Module) -> dict:
@@ -85,28 +68,27 @@ class Dictionary(Contents):
             raise ValueError("A dictionary needs at least one site.")
         for site, sae in self.sites.items():
             if not isinstance(sae, SparseDictionary) or sae.config.site != site:
-                found = sae.config.site if isinstance(sae, SparseDictionary) else type(sae).__name__
-                raise ValueError(f"Expected a dictionary of site {site!r} under that name, got {found!r}.")
+                actual = sae.config.site if isinstance(sae, SparseDictionary) else type(sae).__name__
+                raise ValueError(f"Expected a dictionary of site {site!r} under that name, got {actual!r}.")
             if not is_site(site):
                 raise ValueError(f"A site is the path of a module, got {brief(site)}.")
 
         for name, label in self.labels.items():
             for entry in label["features"]:
                 if "map" in entry and entry["map"] not in self.maps:
-                    raise ValueError(f"The label {brief(name)} has a map of its own, which is not there.")
+                    raise ValueError(f"The label {brief(name)} has a map of its own, which is missing.")
 
     def add_label(self, name: str, label: dict, maps: dict[str, torch.Tensor]) -> None:
         """Add or replace a label, with the maps that its parts name; raises `ValueError` if it cannot be used."""
         sizes = {site: sae.config.num_latents for site, sae in self.sites.items()}
-        own = {f"{name}.{part}": rows for part, rows in maps.items()}
+        new = {f"{name}.{part}": rows for part, rows in maps.items()}
         features = [
             entry | ({"map": f"{name}.{entry['map']}"} if "map" in entry else {}) for entry in label["features"]
         ]
         label = label | {"features": features}
-        check_label(Path(LABELS_NAME), name, label, sizes, own)
-        _try_label(Path(LABELS_NAME), name, label)
+        check_label(Path(LABELS_NAME), name, label, sizes, new)
         replaced = {e["map"] for e in self.labels.get(name, {}).get("features", []) if "map" in e}
-        self.maps = {key: rows for key, rows in self.maps.items() if key not in replaced} | own
+        self.maps = {key: rows for key, rows in self.maps.items() if key not in replaced} | new
         self.labels[name] = label
 
     @torch.no_grad()
@@ -120,20 +102,16 @@ class Dictionary(Contents):
         amounts = sae.typical_activation[latents].cpu() * torch.tensor(entry["weights"])
         return torch.einsum("n,ngd->gd", amounts, sae.feature_trajectories(latents).cpu())
 
-    def preset(self, name: str) -> tuple[dict, dict]:
-        """The features with their strengths, and the options, of a preset; raises `ValueError` if it is no edit."""
-        found = super().preset(name)
-        _try_preset(Path(PRESETS_NAME), name, self.presets[name])
-        return found
-
     def check(self, denoiser: torch.nn.Module) -> None:
         """Raise `ValueError` unless the dictionary was made for a denoiser like this one."""
-        wanted, found = self.config.get("signature", {}), signature(denoiser)
-        if not isinstance(wanted, dict):
-            raise ValueError(f"The `signature` in {CONFIG_NAME} must be an object, got {brief(wanted)}.")
-        if wanted and wanted != found:
-            different = {k: (wanted.get(k), found.get(k)) for k in wanted | found if wanted.get(k) != found.get(k)}
-            details = ", ".join(f"{name} {brief(a)} there, {b!r} here" for name, (a, b) in different.items())
+        expected, actual = self.config.get("signature", {}), signature(denoiser)
+        if not isinstance(expected, dict):
+            raise ValueError(f"The `signature` in {CONFIG_NAME} must be an object, got {brief(expected)}.")
+        if expected and expected != actual:
+            names = [name for name in expected | actual if expected.get(name) != actual.get(name)]
+            details = ", ".join(
+                f"{name} {brief(expected.get(name))} there, {actual.get(name)!r} here" for name in names
+            )
             raise ValueError(
                 f"The dictionary is for {self.config.get('base_model', 'another model')}, which is no match for this "
                 f"pipeline: {details}."
@@ -171,18 +149,18 @@ class Dictionary(Contents):
 
     def _write(self, folder: Path, repo_id: str | None = None) -> list[str]:
         """Write everything into a new folder; returns the files, the configuration last."""
-        sizes = dict.fromkeys(self.config.get("sites", ())) | {s: r.config.num_latents for s, r in self.sites.items()}
+        sizes = dict.fromkeys(self.config.get("sites", ())) | {
+            site: sae.config.num_latents for site, sae in self.sites.items()
+        }
         labels = {}
         for name, label in self.labels.items():
             check_label(folder / LABELS_NAME, name, label, sizes, self.maps)
-            _try_label(folder / LABELS_NAME, name, label)
-            kept = [entry for entry in label["features"] if entry["site"] in self.sites]
-            labels |= {name: label | {"features": kept}} if kept else {}
+            parts = [entry for entry in label["features"] if entry["site"] in self.sites]
+            labels |= {name: label | {"features": parts}} if parts else {}
         config = {"format_version": FORMAT_VERSION, "sites": list(self.sites)}
         config |= {name: value for name, value in self.config.items() if name not in config}
         for name, preset in self.presets.items():
             check_preset(folder / PRESETS_NAME, name, preset)
-            _try_preset(folder / PRESETS_NAME, name, preset)
         write_json(folder / LABELS_NAME, labels)
         used = {entry["map"] for label in labels.values() for entry in label["features"] if "map" in entry}
         if used:
@@ -210,20 +188,22 @@ class Dictionary(Contents):
         Raises:
             `ValueError`: the library has nothing like a dictionary of that kind.
         """
-        if layout != "saelens":
-            raise ValueError(f"`layout` must be 'saelens', got {layout!r}.")
-        written = {site: saelens(sae, self.config.get("base_model")) for site, sae in self.sites.items()}
+        formats = {name.lower(): one for name, one in FORMATS.items() if type(one).export is not Format.export}
+        if layout not in formats:
+            raise ValueError(f"`layout` must be one of {list(formats)}, got {layout!r}.")
+        to, base_model = formats[layout], self.config.get("base_model")
+        exported = {site: to.export(sae, base_model) for site, sae in self.sites.items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        weights = f"{to.weights}.safetensors"
         with tempfile.TemporaryDirectory(dir=folder, prefix="saving-", suffix=".partial") as partial:
-            for site, (config, tensors) in written.items():
+            for site, (config, tensors) in exported.items():
                 (folder / site).mkdir(exist_ok=True)
-                new = Path(partial)
-                write_tensors(tensors, new / "sae_weights.safetensors")
-                write_json(new / "cfg.json", config)
-                (new / "sae_weights.safetensors").chmod(0o644)
-                for name in ("sae_weights.safetensors", "cfg.json"):
-                    os.replace(new / name, folder / site / name)
+                write_tensors(tensors, Path(partial, weights))
+                write_json(Path(partial, to.config), config)
+                Path(partial, weights).chmod(0o644)
+                for name in (weights, to.config):
+                    os.replace(Path(partial, name), folder / site / name)
 
     def push_to_hub(
         self,
@@ -260,7 +240,7 @@ class Dictionary(Contents):
             files = self._write(folder, repo_id)
             try:
                 api.create_repo(repo_id, private=private, exist_ok=True)
-                if not is_generated(_card_there(repo_id, revision, token, Path(temporary, "cache"))):
+                if not is_generated(_existing_card(repo_id, revision, token, Path(temporary, "cache"))):
                     files.remove(CARD_NAME)
                 commit = api.create_commit(
                     repo_id,
@@ -274,7 +254,7 @@ class Dictionary(Contents):
         return commit.commit_url
 
 
-def _card_there(repo_id: str, revision: str | None, token: str | bool | None, cache: Path) -> Path:
+def _existing_card(repo_id: str, revision: str | None, token: str | bool | None, cache: Path) -> Path:
     """The card a repository has, or a path where none is."""
     try:
         return Path(hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token, cache_dir=cache))
@@ -282,147 +262,3 @@ def _card_there(repo_id: str, revision: str | None, token: str | bool | None, ca
         raise
     except EntryNotFoundError:
         return cache / "none"
-
-
-def load_dictionary(
-    source: str | os.PathLike | dict[str, SparseDictionary] | Dictionary,
-    layers: list[str] | None = None,
-    dtype: torch.dtype | None = None,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-) -> Dictionary:
-    """
-    Open a dictionary from a local folder, the Hub, or memory. Its rows are read from disk when they are used. Files of
-    SDLens, sparsify (SAeUron), SAELens, dictionary_learning and DifFRACT are read too, if they are safetensors. These
-    say nothing about how active latents are (a warning says so): strength 1.0 is then an activation of 1, and the end
-    of the range of the training data is not known.
-
-    Args:
-        source (`str`, `os.PathLike`, `dict` or `Dictionary`): Hub id, folder, or `{site: dictionary of it}`.
-        layers (`list[str]`, *optional*): sites to load; all by default. Others are not downloaded. Of what others
-            published, a site is what the folder (or for DifFRACT the file) is named after: `unet.mid_block_k10…` is of
-            `mid_block`. If nothing says it and there is but one, `layers` names it. Of several of one site the one
-            nearest to the root is taken; `subfolder` chooses another.
-        dtype (`torch.dtype`, *optional*): of the weights in memory: `torch.float16`, `torch.bfloat16` or
-            `torch.float32`; as they are stored by default. Statistics and arithmetic are always float32.
-        subfolder (`str`, *optional*): of the dictionary inside the folder or repository.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        token (`str` or `bool`, *optional*): of the Hub, for private and gated repositories.
-        cache_dir (`str` or `os.PathLike`, *optional*): of what is downloaded.
-        force_download (`bool`, defaults to `False`): download what is in the cache again.
-        local_files_only (`bool`, defaults to `False`): use what is in the cache, and no network.
-
-    Raises:
-        `OSError`: nothing readable there. `ValueError`: readable, but not what was asked for.
-    """
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(f"Expected `dtype` to be one of {list(DTYPES.values())}, got {dtype!r}.")
-    if isinstance(source, Dictionary | dict):
-        if any(option is not None for option in (subfolder, revision, dtype)):
-            raise ValueError(
-                "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed."
-            )
-        dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
-        chosen = {site: dictionary.sites[site] for site in choose_sites(dictionary.sites, layers)}
-        return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets, dictionary.maps)
-    options = {"subfolder": subfolder, "revision": revision, "token": token, "cache_dir": cache_dir}
-    options |= {"force_download": force_download, "local_files_only": local_files_only}
-    return _open(source, locate(source, layers, **options), subfolder, layers, dtype)
-
-
-def convertible(
-    source: str | os.PathLike,
-    layers: list[str] | None = None,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> Dictionary:
-    """
-    Open what others published, as `load_dictionary` does, from pickles too, of which only tensors are read: for
-    `diffusers-rtsae convert`, and for nothing else.
-    """
-    folder = locate(source, layers, pickles=True, subfolder=subfolder, revision=revision, token=token)
-    return _open(source, folder, subfolder, layers, None, pickles=True)
-
-
-def _open(
-    source: str | os.PathLike,
-    folder: Path,
-    subfolder: str | None,
-    layers: list[str] | None,
-    dtype: torch.dtype | None,
-    pickles: bool = False,
-) -> Dictionary:
-    """Read a folder, of ours or of what others published."""
-    if (folder / CONFIG_NAME).is_file() or not folder.is_dir():
-        return _read(folder, layers, dtype)
-    local = Path(source).is_dir()
-    around = (
-        folder.absolute().parts[-2:] if local else Path(subfolder or "").parts
-    )  # the cache's own names say nothing
-    found = find(walk(folder), around)
-    if not found:
-        return _read(folder, layers, dtype)
-    chosen = choose(found, layers, str(source))
-    chosen = {site: chosen[site] for site in choose_sites(chosen, layers)}
-    check_pickles(chosen, str(source), pickles)
-    sites = {site: read(folder, one, site, dtype) for site, one in chosen.items()}
-    if not pickles:
-        warnings.warn(
-            f"{source} does not say how active its latents are: strength 1.0 is an activation of 1. `diffusers-rtsae "
-            "convert` measures it, with --pipeline and --prompts.",
-            stacklevel=3,
-        )
-    config = {"layout": ", ".join(sorted({one.layout for one in chosen.values()}))}
-    if not local:
-        known = next((entry for entry in known_ones() if entry["id"] == source), {})
-        config |= {name: known[name] for name in ("base_model", "license") if known.get(name)} | {"source": source}
-    return Dictionary(sites, config=config)
-
-
-def _read(folder: Path, layers: list[str] | None, dtype: torch.dtype | None) -> Dictionary:
-    """Read a local folder with its tensors."""
-    contents = read_contents(folder, layers)
-    sites = {site: load_site(folder, site, dtype) for site in contents.sites}
-    maps = load_maps(folder / MAPS_NAME) if (folder / MAPS_NAME).is_file() else {}
-    for name, label in contents.labels.items():
-        _try_label(folder / LABELS_NAME, name, label)
-        for entry in label["features"]:
-            sae = sites.get(entry["site"])
-            needed = LinearMap.shapes(len(sae.config.anchors), sae.config.in_channels) if sae else []
-            if "map" in entry and sae and maps[entry["map"]].shape[1:] not in needed:
-                raise ValueError(f"The map of {brief(name)} has another shape than {entry['site']} needs.")
-    for name, preset in contents.presets.items():
-        _try_preset(folder / PRESETS_NAME, name, preset)
-    return Dictionary(sites, contents.labels, contents.config, contents.presets, maps)
-
-
-def _try_label(path: Path, name: str, label: dict) -> None:
-    """Raise `ValueError` unless what a label moves, and its options, make an edit."""
-    for entry in label["features"] + label.get("seen", []):
-        if "map" not in entry:  # the options of a map are those of the label, its operation is its own
-            where = None if entry.get("where") is None else tuple(entry["where"])
-            moved = {"latents": tuple(entry["latents"]), "weights": tuple(entry["weights"]), "where": where}
-            _try_edit(path, name, moved, label.get("edit", {}))
-
-
-def _try_preset(path: Path, name: str, preset: dict) -> None:
-    """Raise `ValueError` unless the options of a preset make an edit, whatever `where` and `source` name."""
-    told = {key: value for key, value in preset.get("options", {}).items() if key not in ("where", "source")}
-    _try_edit(path, name, {"latents": (0,), "weights": (1.0,)}, told)
-
-
-def _try_edit(path: Path, name: str, moved: dict, options: dict) -> None:
-    asked = options.get("operation", "add")
-    takes = isinstance(asked, str) and asked in OPERATIONS and OPERATIONS[asked].takes
-    source = (0,) if takes else None  # the caller's to choose
-    try:
-        Edit(strength=1.0, source=source, mask=None, **moved, **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {brief(name)} cannot be used: {line(error)}") from None
