@@ -1,14 +1,13 @@
 """See and steer what a text-to-image model does while it denoises; importing this gives diffusers pipelines
 `load_rtsae`, those that are imported later too. Nothing heavy is imported before it is needed."""
 
-import importlib
 from typing import TYPE_CHECKING
 
-from .imports import when_imported
+from .imports import on_demand, when_imported
 
 if TYPE_CHECKING:
     from .denoiser import list_sites
-    from .hub import Dictionary, list_pretrained, load_dictionary
+    from .dictionary import Dictionary, list_pretrained, load_dictionary
     from .models import RTSAE, TIDE, MixtureSAE, SparseAutoencoder, SparseDictionary
     from .pipeline import RTSAELoaderMixin
     from .steering import Edit
@@ -29,12 +28,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    for home in ("models", "hub", "denoiser", "steering", "pipeline") if name in __all__ else ():
-        module = importlib.import_module(f".{home}", __name__)
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_demand(__name__, ("models", "dictionary", "denoiser", "steering", "pipeline"), __all__)
 
 
 def _give_methods(name: str):

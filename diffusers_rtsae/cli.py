@@ -102,7 +102,7 @@ def _bundled(name: str, folder: str = "examples") -> Path:
 
 def _contents(dictionary: str | None, weights: bool = True, world: World = WORLDS["shapes"]):
     """What a dictionary says besides its tensors, and the folder in which it lies; they are fetched too."""
-    from .contents import locate, read_contents
+    from .dictionary import locate, read_contents
 
     folder = locate(dictionary or _bundled(world.dictionary), weights=weights)
     return read_contents(folder), folder
@@ -242,7 +242,7 @@ def steer(
         _check_output(path, PICTURES)
     painted = _picture(mask)
     contents, folder = _contents(dictionary, world=world)
-    from .contents import parse_feature
+    from .dictionary import parse_feature
 
     named = {parse_feature(name, contents): strength for name, strength in strengths.items()}
     for feature in named:
@@ -354,7 +354,8 @@ def fit(
 
     Example: diffusers-rtsae fit --from "a blue star" --to "a red star" --name red --rank 8
     """
-    from .files import CONFIG_NAME, read_pairs
+    from .dictionary import CONFIG_NAME
+    from .files import read_pairs
 
     if bool(pairs) == bool(before or after):
         raise ValueError("Expected either --from and --to, or --pairs.")
@@ -401,7 +402,7 @@ def inspect(
     Example: diffusers-rtsae inspect org/sd15-rtsae --label red
     """
     contents, _ = _contents(dictionary, weights=False, world=world)
-    from .contents import search_labels
+    from .dictionary import search_labels
 
     labels = search_labels(contents, label) if label else list(contents.labels)
     metrics = contents.config.get("metrics") or {}
@@ -529,8 +530,8 @@ def convert(
 
     Example: diffusers-rtsae convert Artalmaz31/DifFRACT flux-saes --subfolder temporal-aware-saes
     """
+    from .dictionary import convertible
     from .files import read_lines
-    from .hub import convertible
 
     if (pipeline is None) != (prompts is None):
         raise ValueError("Expected both --pipeline and --prompts, or neither.")
@@ -565,7 +566,7 @@ def list_(
 
     Example: diffusers-rtsae list --refresh
     """
-    from .fetch import list_pretrained
+    from .dictionary import list_pretrained
 
     known = list_pretrained(refresh)
     if as_json:
@@ -592,7 +593,7 @@ def push(
     Example: diffusers-rtsae push runs/sd15 you/sd15-rtsae
     """
     _contents(dictionary)
-    from .hub import load_dictionary
+    from .dictionary import load_dictionary
 
     _say(load_dictionary(dictionary).push_to_hub(repo_id, private=private or None))
 

@@ -1,13 +1,28 @@
-"""What is done once another package's module is there, without importing it before its user does."""
+"""Imports that wait: names of a package that are imported when they are asked for, and what is done once another
+package's module is there."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+
+def on_demand(package: str, modules: Sequence[str], names: Collection[str]) -> Callable[[str], object]:
+    """A package's `__getattr__`, which finds its `names` in these of its modules, and imports each only then."""
+
+    def __getattr__(name: str) -> object:
+        for module in modules if name in names else ():
+            imported = importlib.import_module(f".{module}", package)
+            if hasattr(imported, name):
+                return getattr(imported, name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return __getattr__
 
 
 def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .denoiser import DENOISERS, PIPELINES, find_caller, get_denoisers, unwrapped
-from .hub import Dictionary, load_dictionary
+from .dictionary import Dictionary, load_dictionary
 from .models import SparseDictionary
 from .steering import Adapter, Controller, Edit, SiteEdit, as_mask, as_strength, check_width
 

@@ -20,9 +20,9 @@ import torch
 import typer
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from disk import full_disk
+from foreign import dictionary_learning, saelens, sdlens, sparsify
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_published import dictionary_learning, saelens, sdlens, sparsify
 
 import diffusers_rtsae
 from diffusers_rtsae import (
@@ -44,13 +44,21 @@ from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.analysis.statistics import measure
-from diffusers_rtsae.contents import read_contents, search_labels
 from diffusers_rtsae.denoiser import Arguments, Block, CallReader, rows, training_time
-from diffusers_rtsae.files import MAPS_NAME, read_lines, read_pairs
-from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, convertible
+from diffusers_rtsae.dictionary import (
+    CONFIG_NAME,
+    LABELS_NAME,
+    MAPS_NAME,
+    WEIGHTS_NAME,
+    convertible,
+    read_contents,
+    save_tensors,
+    search_labels,
+)
+from diffusers_rtsae.files import read_lines, read_pairs
+from diffusers_rtsae.formats import FORMATS
 from diffusers_rtsae.models import PLACES, LinearMap, Step
 from diffusers_rtsae.steering import Edit
-from diffusers_rtsae.weights import save_tensors
 from diffusers_rtsae.worlds import WORLDS
 
 SITE = "up_blocks.1.attentions.1"
@@ -1045,6 +1053,11 @@ MISUSE = {
         ValueError,
         "…labels.json: the weights of 'red' must be finite numbers, got ['1'].",
     ),
+    "a label that acts where nothing is": (
+        label(where=[]),
+        ValueError,
+        "…labels.json: `where` of 'red' names no latent, so the edit would act nowhere.",
+    ),
     "a label with options of no edit": (
         rewritten(
             LABELS_NAME,
@@ -1071,7 +1084,7 @@ MISUSE = {
     "labels without their maps": (
         lambda world: Dictionary(world.dictionary.sites, world.dictionary.labels),
         ValueError,
-        "The label 'white' has a map of its own, which is not there.",
+        "The label 'white' has a map of its own, which is missing.",
     ),
     "the path of a label that has nothing but a map": (
         lambda world: Dictionary(
@@ -1165,10 +1178,15 @@ MISUSE = {
         ValueError,
         "…config.json: expected `anchors` as a list of 1 to 1000 timesteps, got [0.5].",
     ),
+    "a configuration with an activation that is no word": (
+        rewritten(f"{SMALL}/config.json", activation=[]),
+        ValueError,
+        "…config.json: expected `activation` as a string, got [].",
+    ),
     "a configuration with another activation": (
         rewritten(f"{SMALL}/config.json", activation="middle"),
         ValueError,
-        "…config.json: expected `activation` as one of ['output', 'update', 'input'], got 'middle'.",
+        "…config.json describes no dictionary: `activation` of RTSAE must be one of …",
     ),
     "a configuration of nothing known": (
         rewritten(f"{SMALL}/config.json", anchors=[1, 900]),
@@ -1416,10 +1434,15 @@ MISUSE = {
         ValueError,
         "SAELens has nothing like the RTSAE of up_blocks.1.attentions.1.",
     ),
+    "exporting to a format that is only read": (
+        lambda world: FORMATS["sparsify"].export(world.dictionary.sites[SITE], None),
+        ValueError,
+        "sparsify is read, and not written.",
+    ),
     "exporting for an unknown library": (
         lambda world: world.dictionary.export("keras", world.empty),
         ValueError,
-        "`layout` must be 'saelens', got 'keras'.",
+        "`layout` must be one of ['saelens'], got 'keras'.",
     ),
     "measuring on nothing": (
         lambda world: measure(world.pipe, world.dictionary, []),
@@ -1576,17 +1599,23 @@ MISUSE = {
 
 # messages that need a server, a browser or huge files: what the tests elsewhere look for, and in which file
 ELSEWHERE = {
-    "it has no rtsae_config.json, and nothing else that is known here.": (
+    "it has no rtsae_config.json, and no files of a format that is read here.": (
         "it has no rtsae_config.json",
-        "test_hub.py",
+        "dictionary/test_dictionary.py",
     ),
-    "… arrived damaged: its SHA-256 is … instead of … .": ("arrived damaged: its SHA-256 is", "test_hub.py"),
-    "… could not be pushed to the Hub: …": ("could not be pushed to the Hub: ", "test_hub.py"),
+    "… arrived damaged: its SHA-256 is … instead of … .": (
+        "arrived damaged: its SHA-256 is",
+        "dictionary/test_dictionary.py",
+    ),
+    "… could not be pushed to the Hub: …": ("could not be pushed to the Hub: ", "dictionary/test_dictionary.py"),
     "… is no folder here, not in the cache, and the Hub does not answer: …": (
         "not in the cache, and the Hub does not answer: ",
-        "test_hub.py",
+        "dictionary/test_dictionary.py",
     ),
-    "The Hub could not be asked for dictionaries: …": ("The Hub could not be asked for dictionaries: ", "test_hub.py"),
+    "The Hub could not be asked for dictionaries: …": (
+        "The Hub could not be asked for dictionaries: ",
+        "dictionary/test_dictionary.py",
+    ),
     "Say what to draw: the prompt is empty.": ("Say what to draw", "test_app.py"),
     "The seed is empty: expected a number.": ("The seed is empty", "test_app.py"),
     "Choose a feature first: a preset of none does nothing.": ("a preset of none", "test_app.py"),
@@ -1606,8 +1635,8 @@ ELSEWHERE = {
         "steering/test_custom_pipelines.py",
     ),
     "Nothing is painted: features act everywhere.": ("Nothing is painted", "test_app.py"),
-    "… is too large: expected at most … MB of JSON.": ("is too large", "test_security.py"),
-    "… is nested more than … levels deep.": ("nested more than 32 levels deep", "test_security.py"),
+    "… is too large: expected at most … MB of JSON.": ("is too large", "dictionary/test_security.py"),
+    "… is nested more than … levels deep.": ("nested more than 32 levels deep", "dictionary/test_security.py"),
 }
 
 

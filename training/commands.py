@@ -72,7 +72,7 @@ def train(prog: str = "python -m training.train", collect_only: bool = False) ->
     with _told(parser):
         if a.dry_run:
             if not Path(bundled(recipe.pipeline)).is_dir():
-                from diffusers_rtsae.fetch import check_available
+                from diffusers_rtsae.dictionary import check_available
 
                 check_available(recipe.pipeline, INDEX)
             from .plan import describe, plan

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers_rtsae import RTSAE, SparseDictionary, load_dictionary
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.denoiser import Arguments, Block, Call, Tap, get_denoisers
-from diffusers_rtsae.hub import write_json
+from diffusers_rtsae.files import write_json
 from diffusers_rtsae.pipeline import own_size
 
 from .collect import anchor_timesteps, read_samples, trajectories

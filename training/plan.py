@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_rtsae.denoiser import Tap
-from diffusers_rtsae.fetch import is_cached
+from diffusers_rtsae.dictionary import is_cached
 
 from .recipe import INDEX, Recipe, bundled
 

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.denoiser import get_denoiser
-from diffusers_rtsae.files import whole
-from diffusers_rtsae.hub import CONFIG_NAME, signature, write_json
+from diffusers_rtsae.dictionary import CONFIG_NAME, signature
+from diffusers_rtsae.files import whole, write_json
 from diffusers_rtsae.models import LinearDynamics
 
 from .checkpoint import Checkpoints, step_generator

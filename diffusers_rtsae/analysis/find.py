@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..denoiser import get_denoiser
-from ..hub import Dictionary
+from ..dictionary import Dictionary
 from ..pipeline import get_dictionary, own_size
 from ..steering import as_mask
 from .effect import FirstOrder, Intervention, Pass, adding, check_pairs, first_order, frozen, memory_told

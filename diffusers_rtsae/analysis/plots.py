@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from ..hub import Dictionary
+from ..dictionary import Dictionary
 from ..models import FeatureTimes, SparseDictionary
 from .find import Feature
 from .record import Recording

@@ -19,9 +19,9 @@ from ..denoiser import (
     noise_schedule,
     token_grid,
 )
-from ..files import ACTIVATIONS, closest
-from ..hub import Dictionary
-from ..models import TokenGrid
+from ..dictionary import Dictionary
+from ..files import closest
+from ..models import ACTIVATIONS, TokenGrid
 from ..pipeline import get_dictionary, own_size
 from ..steering import as_mask
 

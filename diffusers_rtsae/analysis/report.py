@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..dictionary import Dictionary
 from ..files import write_text
-from ..hub import Dictionary
 from ..models import FeatureTimes
 from ..pipeline import get_dictionary, own_size
 from .find import labels_of

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..denoiser import Arguments, Block, Call, Tap, TimeGrid, get_denoiser, get_denoisers, noise_schedule, token_grid
-from ..hub import Dictionary
+from ..dictionary import Dictionary
 from ..models import Step, TokenGrid
 from ..pipeline import get_dictionary, own_size, resting
 from .maps import Moments

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from ..denoiser import get_denoiser
-from ..hub import Dictionary, signature
-from ..models import RTSAE, SparseDictionary
+from ..dictionary import Dictionary, signature
+from ..models import SparseDictionary
 from ..pipeline import own_size
 from .record import Recorder
 
@@ -51,7 +51,7 @@ def measure(
     Raises:
         `ValueError`: there are no prompts, or the dictionary is of trajectories, or of another width.
     """
-    if not prompts or any(isinstance(sae, RTSAE) for sae in dictionary.sites.values()):
+    if not prompts or any(sae.reads_past for sae in dictionary.sites.values()):
         raise ValueError("Statistics are measured on one prompt or more, for dictionaries of single steps.")
     seen: dict[str, list[tuple[torch.Tensor, list[float]]]] = {site: [] for site in dictionary.sites}
     kinds = {sae.config.activation for sae in dictionary.sites.values()}

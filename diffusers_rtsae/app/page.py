@@ -21,7 +21,7 @@ from ..analysis.fit import fit_feature
 from ..analysis.plots import plot_heat_maps
 from ..analysis.record import record
 from ..analysis.report import STRENGTHS
-from ..contents import parse_feature
+from ..dictionary import parse_feature
 from ..pipeline import own_size
 from ..steering.edits import APPLY_TO
 from ..steering.operations import OPERATIONS

@@ -1,7 +1,19 @@
 """Dictionaries: one file a kind, each on `SparseDictionary`."""
 
-from .base import Directions, FeatureTimes, Memory, Reader, SparseDictionary, Step, TokenGrid, interpolate, places
+from .base import (
+    ACTIVATIONS,
+    Directions,
+    FeatureTimes,
+    Memory,
+    Reader,
+    SparseDictionary,
+    Step,
+    TokenGrid,
+    interpolate,
+    places,
+)
 from .dynamics import LinearDynamics
+from .kinds import KINDS, with_tensors, without_weights
 from .linear_map import PLACES, LinearMap, waves
 from .mixture import METADATA, MixtureSAE, share_of_guidance
 from .rtsae import RTSAE, RTSAEOutput
@@ -9,12 +21,8 @@ from .sae import SparseAutoencoder
 from .sparsity import batch_topk, jump_relu, topk
 from .tide import TIDE
 
-# that load, by the `_class_name` in their configuration
-KINDS: dict[str, type[SparseDictionary]] = {
-    kind.__name__: kind for kind in (RTSAE, SparseAutoencoder, TIDE, MixtureSAE)
-}
-
 __all__ = [
+    "ACTIVATIONS",
     "KINDS",
     "METADATA",
     "RTSAE",
@@ -39,4 +47,6 @@ __all__ = [
     "share_of_guidance",
     "topk",
     "waves",
+    "with_tensors",
+    "without_weights",
 ]

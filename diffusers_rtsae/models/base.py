@@ -12,6 +12,8 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
+ACTIVATIONS = ("output", "update", "input")  # what is read at a site; what is changed is its output
+
 
 class TokenGrid(NamedTuple):
     """

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ..files import ACTIVATIONS
-from .base import Directions, Memory, Reader, SparseDictionary, Step
+from .base import ACTIVATIONS, Directions, Memory, Reader, SparseDictionary, Step
 from .sparsity import jump_relu, picture_topk, topk
 
 SPARSITIES = ("threshold", "topk", "batch_topk", "sample_topk")

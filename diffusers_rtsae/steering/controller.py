@@ -20,7 +20,7 @@ from .past import catch_up
 from .plan import Counts, PlanState, SitePlan
 
 if TYPE_CHECKING:
-    from ..hub import Dictionary
+    from ..dictionary import Dictionary
 
 # A change ten times as large as the activation leaves that less than 1 % of the energy: whatever follows reads the
 # edit and no picture any more.

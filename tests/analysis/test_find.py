@@ -13,7 +13,7 @@ from diffusers_rtsae.analysis.plots import (
     plot_similarity,
 )
 from diffusers_rtsae.analysis.record import record
-from diffusers_rtsae.contents import search_labels
+from diffusers_rtsae.dictionary import search_labels
 
 SITE = "up_blocks.1.attentions.1"
 CALL = {"num_inference_steps": 10, "guidance_scale": 3.0}

@@ -10,7 +10,7 @@ from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.analysis.effect import States
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.record import Recorder
-from diffusers_rtsae.files import check_label
+from diffusers_rtsae.dictionary import check_label
 from diffusers_rtsae.models import PLACES, LinearMap
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

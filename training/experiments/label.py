@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.fit import FittedFeature, fit_feature
-from diffusers_rtsae.files import read_json
-from diffusers_rtsae.hub import write_json
+from diffusers_rtsae.files import read_json, write_json
 
 from ..worlds.pictures import add_models, calling, load_pipeline, new_parser, parse
 from .steering import pairs

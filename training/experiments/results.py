@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from diffusers_rtsae import SparseDictionary
-from diffusers_rtsae.files import CONFIG_NAME, write_json
+from diffusers_rtsae.dictionary import CONFIG_NAME
+from diffusers_rtsae.files import write_json
 
 from ..evaluate import stability
 

@@ -26,8 +26,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.analysis.effect import States, frozen
 from diffusers_rtsae.analysis.fit import fit_feature
-from diffusers_rtsae.files import read_json, whole
-from diffusers_rtsae.hub import write_json
+from diffusers_rtsae.files import read_json, whole, write_json
 from diffusers_rtsae.models import SparseDictionary
 
 from ..worlds.pictures import add_models, calling, load_pipeline, new_parser, parse

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.hub import write_json
+from diffusers_rtsae.files import write_json
 
 from ..checkpoint import load_checkpoint, save_checkpoint, step_generator
 from ..muon import Muon, split

@@ -16,8 +16,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.files import whole
-from diffusers_rtsae.hub import write_json
+from diffusers_rtsae.files import whole, write_json
 
 from ..pictures import add_models, contact_sheet, generate, load_models, new_parser, parse
 from .captions import captions

@@ -23,7 +23,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
-from .files import (
+from ..files import read_json
+from ..formats import check_pickles, choose, find, walk
+from .format import (
     CONFIG_NAME,
     LABELS_NAME,
     MAPS_NAME,
@@ -32,9 +34,7 @@ from .files import (
     check_sites,
     choose_sites,
     is_site,
-    read_json,
 )
-from .layouts import check_pickles, choose, find, walk
 
 LIBRARY_NAME = "diffusers-rtsae"
 HUB_ERRORS = (HTTPError, HFValidationError, OSError)
@@ -42,21 +42,21 @@ _PATIENCE = 3.0  # seconds for a first answer; the client itself tries for half 
 
 
 def unreachable() -> Exception | None:
-    """Why the Hub does not answer at all, `None` if it does. Looking its name up counts too, which has no limit of its
-    own: hence the thread."""
-    found: list[Exception | None] = []
+    """Why the Hub does not answer at all, `None` if it does. Resolving its name has no time limit that one could set,
+    so the question is asked in a thread."""
+    answer: list[Exception | None] = []
 
     def ask() -> None:
         try:
             get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-            found.append(None)
+            answer.append(None)
         except HUB_ERRORS as error:
-            found.append(error)
+            answer.append(error)
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(_PATIENCE)
-    return found[0] if found else TimeoutError(f"{constants.ENDPOINT} has not answered in {_PATIENCE:g} s.")
+    return answer[0] if answer else TimeoutError(f"{constants.ENDPOINT} has not answered in {_PATIENCE:g} s.")
 
 
 def is_cached(repo_id: str, name: str) -> bool:
@@ -70,7 +70,8 @@ def check_available(repo_id: str, name: str) -> None:
         raise OSError(f"{repo_id!r} is no folder here, not in the cache, and the Hub does not answer: {reason(error)}")
 
 
-def known_ones() -> list[dict]:
+def known_dictionaries() -> list[dict]:
+    """The published dictionaries that `pretrained.json` lists; see [`list_pretrained`]."""
     return json.loads(Path(__file__).with_name("pretrained.json").read_text(encoding="utf-8"))
 
 
@@ -90,20 +91,20 @@ def list_pretrained(refresh: bool = False, token: str | bool | None = None) -> l
     Raises:
         `OSError`: the Hub did not answer.
     """
-    known = known_ones()
+    known = known_dictionaries()
     if not refresh:
         return known
-    error, found = unreachable(), []
+    error, models = unreachable(), []
     if error is None:
         try:
             api = HfApi(token=token, library_name=LIBRARY_NAME)
-            found = list(api.list_models(filter=LIBRARY_NAME, cardData=True))
+            models = list(api.list_models(filter=LIBRARY_NAME, cardData=True))
         except HUB_ERRORS as failed:
             error = failed
     if error is not None:
         raise OSError(f"The Hub could not be asked for dictionaries: {reason(error)}") from error
     listed = {entry["id"] for entry in known}
-    for model in found:
+    for model in models:
         card = model.card_data.to_dict() if model.card_data else {}  # anybody's: it may say anything
         base_model, sites = card.get("base_model"), card.get("sites")
         entry = {
@@ -129,7 +130,19 @@ def fetch(
     pickles: bool = False,
     **options,
 ) -> Path:
-    """Download what is needed of a repository; returns the folder that mirrors it."""
+    """
+    Download what is needed of a repository; returns the folder that mirrors it.
+
+    Args:
+        subfolder (`str`): of the dictionary in it, `"."` if it is at the root.
+        layers (`list[str]`, *optional*): sites to download; all by default.
+        weights (`bool`): with the tensors, or what describes them only.
+        pickles (`bool`): whether other people's formats may be pickles.
+        options: as of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        `OSError`: there is no such repository, no dictionary in it, or the Hub does not answer.
+    """
     prefix = "" if subfolder == "." else f"{subfolder}/"
 
     def download(names: list[str], revision: str | None, force_download: bool) -> Path:
@@ -148,10 +161,10 @@ def fetch(
             needed = ("config.json", WEIGHTS_NAME) if weights else ("config.json",)
             names = [f"{site}/{name}" for site in sites for name in needed]
         else:
-            found = find(_names(repo_id, prefix, folder, **options), PurePosixPath(subfolder).parts)
-            if not found:
-                raise OSError(f"it has no {prefix}{CONFIG_NAME}, and nothing else that is known here.")
-            chosen = choose(found, layers, repo_id)
+            foreign = find(_names(repo_id, prefix, folder, **options), PurePosixPath(subfolder).parts)
+            if not foreign:
+                raise OSError(f"it has no {prefix}{CONFIG_NAME}, and no files of a format that is read here.")
+            chosen = choose(foreign, layers, repo_id)
             chosen = {site: chosen[site] for site in choose_sites(chosen, layers)}
             check_pickles(chosen, repo_id, pickles)
             names = [name for one in chosen.values() for name in one.files]
@@ -187,11 +200,11 @@ def _check_sum(path: Path) -> None:
     if not re.fullmatch("[0-9a-f]{64}", name):
         return
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != name:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != name:
         path.resolve().unlink()
         path.unlink()
-        raise OSError(f"{path.name} arrived damaged: its SHA-256 is {found[:12]}… instead of {name[:12]}… .")
+        raise OSError(f"{path.name} arrived damaged: its SHA-256 is {digest[:12]}… instead of {name[:12]}… .")
 
 
 def reason(error: Exception, revision: str | None = None) -> str:

@@ -15,8 +15,8 @@ from hub_server import Repository
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from diffusers_rtsae import RTSAE, Dictionary, fetch, load_dictionary
-from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, list_pretrained
+from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
+from diffusers_rtsae.dictionary import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, check_available, list_pretrained
 
 SITE = "mid_block"
 
@@ -172,7 +172,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_save_that_is_interrupted_leaves_the_old_dictionary(folder, monkeypatch):
-    from diffusers_rtsae import weights
+    from diffusers_rtsae.dictionary import weights
 
     before = state(load_dictionary(folder).sites[SITE])
 
@@ -772,11 +772,11 @@ def test_asking_the_hub_for_dictionaries(hub, two_sites, monkeypatch):
 
 def test_a_hub_that_does_not_answer_is_said_soon(hub, monkeypatch):
     """Not after half a minute of the client's attempts: one question, and seconds."""
-    monkeypatch.setattr(fetch, "_PATIENCE", 0.3)
+    monkeypatch.setattr("diffusers_rtsae.dictionary.hub._PATIENCE", 0.3)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it tried again"))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(OSError, match="The Hub could not be asked for dictionaries: "):
             list_pretrained(refresh=True)
         with pytest.raises(OSError, match="not in the cache, and the Hub does not answer: "):
-            fetch.check_available("org/none", "model_index.json")
+            check_available("org/none", "model_index.json")

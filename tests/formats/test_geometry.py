@@ -4,11 +4,11 @@ block of the true path and width: idle, steered, and held in few bytes."""
 import pytest
 import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from test_published import Case
+from foreign import Case
 from torch import nn
 
 from diffusers_rtsae import Dictionary, Edit, load_dictionary
-from diffusers_rtsae.hub import convertible
+from diffusers_rtsae.dictionary import convertible
 from diffusers_rtsae.steering import Adapter, Controller, PlanState, SiteEdit, SitePlan
 from tests.benchmarks.memory import tensor_bytes
 

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from foreign import CASES
 from kinds import random_dictionary
-from test_published import CASES
 
 from diffusers_rtsae import Dictionary, load_dictionary
-from diffusers_rtsae.card import model_card
-from diffusers_rtsae.hub import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, convertible
+from diffusers_rtsae.dictionary import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, convertible, model_card
 from diffusers_rtsae.models import Step
 
 SITE = "mid_block"

@@ -10,25 +10,21 @@ from numbers import Integral
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
-from .files import (
+from ..files import brief, closest, open_tensors, read_json
+from ..formats import find, walk
+from .format import (
     CONFIG_NAME,
+    FORMAT_VERSION,
     LABELS_NAME,
     MAPS_NAME,
     PRESETS_NAME,
-    brief,
     check_files,
     check_label,
     check_preset,
     check_site_config,
     check_sites,
     choose_sites,
-    closest,
-    open_tensors,
-    read_json,
 )
-from .layouts import find, walk
-
-FORMAT_VERSION = 1
 
 
 @dataclass
@@ -155,7 +151,7 @@ def locate(
     if not folder.is_dir():
         if force_download and local_files_only:
             raise ValueError("`force_download` and `local_files_only` exclude each other.")
-        from .fetch import LIBRARY_NAME, fetch
+        from .hub import LIBRARY_NAME, fetch
 
         folder = fetch(
             str(source), inside.as_posix(), layers, revision, force_download, weights, pickles,
@@ -171,7 +167,7 @@ def read_contents(folder: Path, layers: list[str] | None = None) -> Contents:
     since caches are made of them, but only to regular files; nothing is ever written."""
     for name in (CONFIG_NAME, LABELS_NAME):
         if not (folder / name).is_file():
-            others = sorted({one.layout for one in find(walk(folder))}) if folder.is_dir() else []
+            others = sorted({entry.format for entry in find(walk(folder))}) if folder.is_dir() else []
             if others:
                 raise OSError(
                     f"{folder} holds files of {', '.join(others)}, which say neither labels nor how active latents "

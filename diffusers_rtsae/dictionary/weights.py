@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .files import WEIGHTS_NAME, brief, check_files, check_site_config, line, open_tensors, read_json, write_json
-from .models import KINDS, SparseDictionary
+from ..files import brief, line, open_tensors, read_json, write_json
+from ..models import KINDS, SparseDictionary, with_tensors, without_weights
+from .format import WEIGHTS_NAME, check_files, check_site_config
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_MAPPED = ("encoder", "decoder")  # too large to look through: who takes rows of these checks them
 
 
 def load_site(folder: Path, site: str, dtype: torch.dtype | None) -> SparseDictionary:
@@ -22,36 +22,23 @@ def load_site(folder: Path, site: str, dtype: torch.dtype | None) -> SparseDicti
     replaced meanwhile, as saving does, but not cut short."""
     path, weights = folder / site, folder / site / WEIGHTS_NAME
     check_files(path, "config.json", WEIGHTS_NAME)
-    sae = skeleton(read_json(path / "config.json"), path / "config.json", site)
+    sae = _described(path / "config.json", site)
     expected = sae.state_dict()
     with open_tensors(weights) as file:
         _check_header(weights, {name: file.get_slice(name) for name in file.keys()}, expected, sae.matrices)
         tensors = {name: file.get_tensor(name) for name in expected}  # mapped: neither read nor copied
-    return filled(sae, tensors, weights, dtype)
+    return with_tensors(sae, tensors, str(weights), dtype)
 
 
-def filled(
-    sae: SparseDictionary, tensors: dict[str, torch.Tensor], weights: Path, dtype: torch.dtype | None
-) -> SparseDictionary:
-    """A dictionary that `skeleton` made, with its tensors."""
-    for name, tensor in tensors.items():
-        if name not in _MAPPED and not torch.isfinite(tensor).all():
-            raise ValueError(f"{weights} holds NaN or inf in {name!r}.")
-        if name in sae.matrices and dtype is not None:
-            tensors[name] = tensor.to(dtype)
-    sae.load_state_dict(tensors, assign=True)
-    return sae.requires_grad_(False).eval()
-
-
-def skeleton(content: dict, path: Path, site: str) -> SparseDictionary:
-    """The dictionary that the configuration in a file describes, without memory for its weights."""
+def _described(path: Path, site: str) -> SparseDictionary:
+    """The dictionary that a site's config.json describes, without memory for its weights."""
+    content = read_json(path)
     kind = content.get("_class_name")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{path} must name its kind as one of {list(KINDS)}, got {brief(kind)}.")
     config = check_site_config(path, content, site)
     try:
-        with torch.device("meta"):
-            return KINDS[kind](**config)
+        return without_weights(kind, config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} describes no dictionary: {line(error)}") from None
 

@@ -1,0 +1,15 @@
+"""The formats that are read. To add one, write its module and name it here."""
+
+from __future__ import annotations
+
+from .base import Format
+from .dictionary_learning import DictionaryLearning
+from .diffract import DifFRACT
+from .saelens import SAELens
+from .sdlens import SDLens
+from .sparsify import Sparsify
+
+#: The formats by name.
+FORMATS: dict[str, Format] = {
+    one.name: one for one in (Sparsify(), SAELens(), SDLens(), DictionaryLearning(), DifFRACT())
+}

@@ -1,0 +1,33 @@
+"""sparsify, and SAeUron (2501.18052): TopK of a token, or of all tokens."""
+
+from __future__ import annotations
+
+from .base import Description, Format, Settings, Tensors
+
+
+class Sparsify(Format):
+    """cfg.json with sae.safetensors."""
+
+    name, weights, config = "sparsify", "sae", "cfg.json"
+
+    def describe(self, settings: Settings, tensors: Tensors) -> Description:
+        settings.expect("skip_connection", [False], "the linear path around a transcoder has no place here")
+        settings.expect("activation", ["topk"], "only 'topk' is known")
+        settings.expect("signed", [False], "latents are not negative here")
+        width, k = settings.count("d_in"), settings.count("k")
+        count = settings.count("num_latents" if settings.get("num_latents") else "expansion_factor")
+        count = count if settings.get("num_latents") else count * width
+        converted = {
+            "encoder": tensors("encoder.weight", count, width),
+            "encoder_bias": tensors("encoder.bias", count),
+            "decoder": tensors("W_dec", count, width),
+            "decoder_bias": tensors("b_dec", width),
+        }
+        options = {"k": k, "sparsity": "batch_topk" if settings.get("batch_topk") is True else "topk"}
+        if settings.get("sample_topk") is True and options["sparsity"] == "topk":
+            options["sparsity"] = "sample_topk"
+        if settings.get("input_unit_norm") is True:
+            options["input_norm"] = "layer"
+        if settings.get("transcode") is True:
+            options |= {"activation": "input", "centred": False}
+        return Description("SparseAutoencoder", options, converted)
