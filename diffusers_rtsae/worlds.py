@@ -4,6 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+#: holds `examples` and `training`: inside an installed package, or around it in a clone
+ROOT = _PACKAGE / "bundled" if (_PACKAGE / "bundled").is_dir() else _PACKAGE.parent
+
+
+def bundled(name: str) -> Path:
+    """
+    The folder or file of this name that comes with the package.
+
+    Args:
+        name (`str`): `"shapes-sd"` and `"people-dit"` are pipelines, `"shapes-rtsae"` and `"people-rtsae"` their
+            dictionaries, `"shapes-scorer"` and `"people-scorer"` read the factors back from their pictures.
+
+    Returns:
+        `Path`: what `from_pretrained` and `load_rtsae` take, wherever the package is installed.
+
+    Raises:
+        `ValueError`: nothing of this name is bundled; the message lists what is.
+
+    Example:
+        ```py
+        >>> pipe.load_rtsae(diffusers_rtsae.bundled("shapes-rtsae"))
+        ```
+    """
+    folder = ROOT / "examples"
+    exists = sorted(path.name for path in folder.glob("*-*") if path.is_dir() or path.suffix == ".txt")
+    if name not in exists:
+        raise ValueError(f"Nothing called {name!r} comes with the package: expected one of {exists}.")
+    return folder / name
 
 
 @dataclass(frozen=True)
