@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .models import RTSAE, TIDE, MixtureSAE, SparseAutoencoder, SparseDictionary
     from .pipeline import RTSAELoaderMixin
     from .steering import Edit
+    from .worlds import bundled, load_bundled
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,18 +24,24 @@ __all__ = [
     "RTSAELoaderMixin",
     "SparseAutoencoder",
     "SparseDictionary",
+    "bundled",
     "list_pretrained",
     "list_sites",
+    "load_bundled",
     "load_dictionary",
 ]
 
 
 def __getattr__(name: str):
-    for home in ("models", "hub", "denoiser", "steering", "pipeline") if name in __all__ else ():
+    for home in ("worlds", "models", "hub", "denoiser", "steering", "pipeline") if name in __all__ else ():
         module = importlib.import_module(f".{home}", __name__)
         if hasattr(module, name):
             return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def _give_methods(name: str):

@@ -51,4 +51,5 @@ def app_(
     thread = ThreadPoolExecutor(1)
     pipe = thread.submit(load_pipeline, pipeline, folder, world).result()
     names = [str(pipeline or bundled(world.pipeline)), str(dictionary or bundled(world.dictionary))]
-    launch(build(pipe, *names, prompts or GENERAL_PROMPTS, steps, guidance, thread=thread), port, share)
+    known = world if pipeline is None else None
+    launch(build(pipe, *names, prompts or GENERAL_PROMPTS, steps, guidance, thread=thread, world=known), port, share)

@@ -20,7 +20,7 @@ except ImportError as error:
     raise SystemExit(f'The command line needs {error.name}: pip install "diffusers-rtsae[analysis]"') from None
 
 from .. import __version__
-from ..worlds import WORLDS, World, bundled
+from ..worlds import WORLDS, World, bundled, load_bundled
 
 # what is imported below is imported by the command that needs it: torch alone takes a second or two
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -114,7 +114,10 @@ def load_pipeline(pipeline: str | None, dictionary: str | Path, world: World):
         transformers.utils.logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
     dtype = torch.float16 if on_gpu else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(pipeline or bundled(world.pipeline), dtype=dtype)
+    if pipeline is None:
+        pipe = load_bundled(world.pipeline, dtype=dtype)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(pipeline, dtype=dtype)
     pipe.set_progress_bar_config(file=sys.stderr, leave=False)
     pipe.load_rtsae(dictionary)
     return pipe.to("cuda") if on_gpu else pipe
