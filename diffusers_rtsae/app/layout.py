@@ -48,6 +48,7 @@ STYLE = """
     padding: .6em .8em; border: 1px solid var(--border-color-primary); border-radius: 6px; text-align: left;
     background: var(--background-fill-primary); color: var(--body-text-color); box-shadow: var(--shadow-drop-lg)}
 #plain img, #steered img, #strip img, #labels img, #history img, #made img {image-rendering: pixelated}
+.gradio-container {overflow: clip !important} /* or nothing in it could be sticky */
 #pictures {position: sticky; top: 0; align-self: flex-start; z-index: 20; background: var(--body-background-fill)}
 @media (max-width: 760px) {
     #pictures {order: -1; padding-top: 4px}
@@ -148,15 +149,16 @@ function setUp() {
         draw();
         send();
     });
-    element.showPicture = show;
 }
 setUp();
-watch("value", () => {
+function load() {
     if (!props.value) return;
     const image = new Image();
     image.onload = () => { picture = image; setUp(); };
     image.src = props.value;
-});
+}
+load();
+watch("value", load);
 """
 
 
