@@ -9,6 +9,7 @@ import io
 import json
 import random
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..analysis.plots import plot_heat_maps
 from ..analysis.record import record
 from ..analysis.report import STRENGTHS
 from ..contents import parse_feature
-from ..pairs import labels_between, more_pairs
+from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs
 from ..pipeline import own_size
 from ..worlds import World
 from .layout import CLOSE_LIST, DEFAULT_OPTIONS, FEATURES, ON_LOAD
@@ -34,7 +35,7 @@ from .studio import Studio, Wish, side_by_side
 LABELS = 48  # of which there are thumbnails
 _HISTORY = 24  # pictures
 _RANK = 8  # of the map of a feature that is made here
-_PAIRS = 8  # of prompts, from which on some are held out to judge a feature
+_TOLD = 0.4  # seconds between two steps of a progress bar
 
 
 def read_mask(png: str) -> np.ndarray | None:
@@ -86,23 +87,9 @@ def _lines(text: str) -> list[str]:
 
 
 def _numbers(measured: dict, pairs: int) -> str:
-    """What a fitted feature was measured to do, in plain words."""
-    rows = [
-        ("Effect", "effect", "of what changing the prompt does; 1 is all of it"),
-        ("Lowest effect", "lowest", "on the pair where it is smallest"),
-        ("Ceiling", "ceiling", "the most that can be done at this place in the model"),
-        ("Harm", "harm", "change of the prompts that were to stay, in the same unit"),
-        ("Effect of −1", "effect_away", "of what changing the prompt back does"),
-    ]
-    table = [f"| {name} | **{measured[key]:.2f}** | {words} |" for name, key, words in rows if key in measured]
-    if "harm" not in measured:
-        table.append("| Harm | – | not measured: no prompts that were to stay |")
-    judged = "Judged on pairs of prompts that it was not made from."
-    if pairs < _PAIRS:
-        judged = (
-            f"Judged on the {pairs} {'pair' if pairs == 1 else 'pairs'} it was made from, with other noise: with fewer "
-            f"than {_PAIRS} pairs none is held out, and it may do less on other prompts."
-        )
+    """What a fitted feature was measured to do, as a table."""
+    rows, judged = judgement(measured, pairs)
+    table = [f"| {name} | **{figure}** | {meaning} |" for name, figure, meaning in rows]
     return "\n".join(["| | | |", "| --- | --- | --- |", *table, "", judged])
 
 
@@ -115,7 +102,6 @@ class Events:
         components (`SimpleNamespace`): of the page.
         pipeline, dictionary (`str`): where they came from, for the code that is shown.
         world (`World`, *optional*): whose pipeline it is, if it is a bundled one.
-        factors (`dict[str, str]`): of each label, to show it with.
     """
 
     def __init__(
@@ -182,8 +168,13 @@ class Events:
     def generate(self, data, request: gr.Request, progress=gr.Progress()):  # noqa: B008 - how gradio hands it over
         c, number, wish = self.c, self.studio.wishes[request.session_hash], self.wish_of(data)
 
+        told = time.monotonic()
+
         def on_step(step: int, steps: int):
-            progress((step, steps), desc="drawing", unit="steps")
+            nonlocal told
+            if time.monotonic() - told > _TOLD:  # the browser draws each on the cores that the pipeline needs
+                told = time.monotonic()
+                progress((step, steps), desc="drawing", unit="steps")
 
         def wanted() -> bool:
             return self.studio.wishes[request.session_hash] == number
@@ -224,8 +215,8 @@ class Events:
     @_shown_errors()
     def choose(self, names, shown, *values):
         """
-        Sliders for the chosen features, which keep their value; a name that is no feature is taken back. A label brings
-        the options it was verified with.
+        Sliders for the chosen features, which keep their value; a name that is no feature is taken back. A label
+        brings the options it was verified with.
         """
         chosen = list(dict.fromkeys(filter(None, map(self.known, names))))
         if len(chosen) > FEATURES:
@@ -381,8 +372,8 @@ class Events:
         pairs = self.pairs_of(data)
         if not pairs:
             raise ValueError("Give one pair of prompts first: the others are made like it.")
-        pairs += more_pairs(pairs, self.world, _PAIRS - len(pairs)) if self.world else []
-        if len(pairs) < _PAIRS:
+        pairs += more_pairs(pairs, self.world, HELD_OUT_FROM - len(pairs)) if self.world else []
+        if len(pairs) < HELD_OUT_FROM:
             gr.Warning("No more pairs of this kind are known: write some that differ in the same words.")
         return "\n".join(before for before, _ in pairs), "\n".join(after for _, after in pairs)
 
@@ -438,7 +429,7 @@ class Events:
         ]  # fmt: skip
         gr.on(redraws, self.hurry, None, None, **at_once).then(
             self.generate, asked | {c.past}, [c.plain, c.steered, c.compared, c.past, c.canvas, c.status],
-            show_progress_on=[c.plain, c.steered], trigger_mode="always_last", **one_at_a_time,
+            show_progress_on=[c.steered], trigger_mode="always_last", **one_at_a_time,
         )  # fmt: skip
         c.stop.click(self.hurry, None, None, **at_once)
         page.load(None, js=ON_LOAD)

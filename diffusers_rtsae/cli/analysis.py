@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..pairs import HELD_OUT_FROM, judgement, labels_between, left_open, more_pairs
 from ..worlds import WORLDS, bundled
 from .common import (
     PICTURES,
@@ -27,6 +28,7 @@ from .common import (
     load_pipeline,
     read_dictionary,
     say,
+    say_aside,
     show_table,
 )
 
@@ -60,7 +62,7 @@ def find(
         check_output(strip, PICTURES)
     check_prompts(positive, "--with")
     check_prompts(negative, "--without")
-    _, folder = read_dictionary(dictionary, world=world)
+    contents, folder = read_dictionary(dictionary, world=world)
     pipe = load_pipeline(pipeline, folder, world)
     from ..analysis.find import find_features
     from ..files import whole
@@ -78,6 +80,13 @@ def find(
         with whole(strip) as partial:
             plot_strip(table).savefig(partial, format=strip.suffix[1:].lower(), dpi=130)
     print(json.dumps([feature.told() for feature in table]) if as_json else table)
+    labels = labels_between(contents.labels, negative, positive)
+    if labels:
+        of = {(e["site"], i) for name in labels for e in contents.seen(name) for i in e["latents"]}
+        own = [str(f.index) for f in table if (f.site, f.index) in of]
+        among = f"; of these latents {', '.join(own)} see it" if own else ""
+        named = " and ".join(map(repr, labels))
+        say_aside(f"There is a label for this already: {named}{among}. Steer with it: {labels[0]}=1")
 
 
 @app.command()
@@ -91,6 +100,7 @@ def fit(
     unchanged: Annotated[list[str] | None, typer.Option(help="A prompt that is to stay as it is; repeatable.")] = None,
     latents: Annotated[int, typer.Option(min=1, help="At most.")] = 16,
     rank: Annotated[int | None, typer.Option(min=1, help="Fit a linear map of this rank instead of latents.")] = None,
+    more: Annotated[int, typer.Option(min=0, help="Make so many more pairs of the same kind (bundled worlds).")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the dictionary with the label.")] = Path("fitted"),
     steps: Steps = 25,
     guidance: Guidance = 3.0,
@@ -126,6 +136,15 @@ def fit(
     from ..pipeline import get_dictionary
 
     chosen = check_pairs(chosen)
+    if more:
+        if pipeline is not None:
+            raise ValueError("--more makes pairs for the bundled worlds alone: expected --pairs for another pipeline.")
+        made = more_pairs(chosen, world, more)
+        if not made:
+            raise ValueError("--more knows no pairs of this kind: expected --to to bring in a value of the world.")
+        chosen += made
+    of = "one pair" if len(chosen) == 1 else f"{len(chosen)} pairs"
+    say_aside(f"Fitting to {of} of prompts; the bar says how long it takes.")
     pipe = load_pipeline(pipeline, folder, world)
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
@@ -135,11 +154,40 @@ def fit(
     if as_json:
         print(json.dumps({"label": name, "out": str(out), "measured": fitted.measured}))
     else:
-        say(f"{name}: {fitted}")
+        rows, judged = judgement(fitted.measured, len(chosen))
+        show_table([name, "", ""], [list(row) for row in rows])
+        offer = " --more 8 makes pairs of the same kind." if pipeline is None and len(chosen) < HELD_OUT_FROM else ""
+        say(judged + offer)
+        prompts = list(dict.fromkeys([left_open(*chosen[0]), chosen[-1][0] if offer == "" else chosen[0][0]]))
+        drawn = out.with_name(f"{out.name}.png")
+        _draw_both(pipe, prompts, name, drawn, seed, call)
+        say(f"{drawn}: without and with it, " + " and ".join(map(repr, prompts)))
         of = ["--pipeline", pipeline] if pipeline else ["--world", next(n for n, w in WORLDS.items() if w == world)]
         of += ["--dictionary", str(out)]
         command = shlex.join(["diffusers-rtsae", "steer", chosen[0][0], f"{name}=1", *of])
         say(f"{out} holds it: {command}")
+
+
+def _draw_both(pipe, prompts: list[str], label: str, path: Path, seed: int, call: dict) -> None:
+    """Write one picture: a row a prompt, without and with a label."""
+    import torch
+    from PIL import Image
+
+    from ..files import whole
+    from ..pipeline import own_size
+
+    rows = []
+    for strength in (0.0, 1.0):
+        generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+        with pipe.rtsae_steering({label: strength}):
+            rows.append(pipe(prompts, generator=generators, **call | own_size(pipe)).images)
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (2 * width, height * len(prompts)))
+    for x, images in enumerate(rows):
+        for y, image in enumerate(images):
+            sheet.paste(image, (x * width, y * height))
+    with whole(path) as partial:
+        sheet.save(partial, "PNG")
 
 
 @app.command()

@@ -15,6 +15,7 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
+    from rich.padding import Padding
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f'The command line needs {error.name}: pip install "diffusers-rtsae[analysis]"') from None
@@ -81,6 +82,11 @@ def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
+def say_aside(text: str) -> None:
+    """Print a line beside the results, to standard error, as it is."""
+    errors.print(text, markup=False, soft_wrap=True)
+
+
 def show_table(head: list[str], rows: list[list[str]]) -> None:
     """Print a table whose cells are shown whole, as they are."""
     table = Table(*head)
@@ -89,6 +95,13 @@ def show_table(head: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def show_entry(head: str, *lines: str) -> None:
+    """Print a paragraph as wide as the terminal, indented below its head."""
+    console.print(head, markup=False, soft_wrap=True)
+    for line in filter(None, lines):
+        console.print(Padding(escape(line), (0, 0, 0, 4)))
 
 
 def read_dictionary(dictionary: str | None, weights: bool = True, world: World = WORLDS["shapes"]):

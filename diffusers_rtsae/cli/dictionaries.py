@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Guidance, Steps, app, read_dictionary, say, show_table
+from .common import AsJson, Guidance, Steps, app, read_dictionary, say, show_entry
 
 
 @app.command()
@@ -74,14 +74,17 @@ def list_(
     if as_json:
         print(json.dumps(known))
     else:
-        head = ["id", "ours", "base model", "sites", "size", "license", "description"]
-        names = ("base_model", "sites", "size", "license", "description")
-        told = []
         for entry in known:
-            values = [entry[name] or "not known" for name in names]
-            cells = [", ".join(value) if isinstance(value, list) else value for value in values]
-            told.append([entry["id"], "yes" if entry["ours"] else "no", *cells])
-        show_table(head, told)
+            sites = entry["sites"]
+            sites = ", ".join(sites) if isinstance(sites, list) else sites
+            whose = "ours" if entry["ours"] else "by others"
+            show_entry(
+                entry["id"],
+                f"for {entry['base_model'] or 'a model that is not known'}, {whose}, licence "
+                f"{entry['license'] or 'not known'}",
+                f"{sites or 'sites not known'}; {entry['size'] or 'size not known'}",
+                entry["description"] or "",
+            )
 
 
 @app.command()

@@ -27,6 +27,7 @@ from .common import (
     read_dictionary,
     read_picture,
     say,
+    say_aside,
 )
 
 
@@ -94,6 +95,8 @@ def steer(
         contents.features(feature)
     if preset:
         contents.preset(preset)
+    for remark in world.remarks(prompt) if pipeline is None else ():
+        say_aside(remark)
     pipe = load_pipeline(pipeline, folder, world)
     import torch
     from PIL import Image
