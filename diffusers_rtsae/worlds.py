@@ -228,7 +228,7 @@ WORLDS = {
         usual={"who": "woman", "role": "firefighter", "tone": "medium", "style": "noto"},
         phrases={
             "tone": r"\bwith ([\w-]+) skin\b",
-            "style": r"\bin ([\w-]+) style\b|\bdrawn by ([\w-]+)|\bin the style of ([\w-]+)",
+            "style": r"\bin (?!the\b)([\w-]+) style\b|\bdrawn by ([\w-]+)|\bin the style of ([\w-]+)",
         },
     ),
 }

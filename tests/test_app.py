@@ -406,8 +406,11 @@ def test_a_telephone_will_do(browser, app, width):
             go(tab, name)
             assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
         assert tab.locator("#plain").bounding_box()["width"] > 140
+        tab.evaluate("document.querySelector('#strength-0').scrollIntoView({block: 'end'})")
         slide(tab, 0, 0.25)
         shows(tab, "steered", app.sheet({"red": 0.25}))
+        seen, moved = tab.locator("#steered img").bounding_box(), tab.locator("#strength-0").bounding_box()
+        assert 0 <= seen["y"] and seen["y"] + seen["height"] <= moved["y"] and moved["y"] + moved["height"] <= 1100
         tab.hover("#features .has-info")
         assert "What the picture is to have" in tab.inner_text("#features .info-text")
 

@@ -54,6 +54,7 @@ STYLE = """
     #pictures {order: -1; padding-top: 4px}
     #pictures .tab-wrapper, #pictures button[role=tab] {font-size: .85em}
     #plain, #steered {height: 180px !important}
+    .overflow-dropdown {top: auto !important; bottom: 100% !important} /* below it the page may end */
     #strip .grid-container, #labels .grid-container, #made .grid-container {grid-template-columns: repeat(4, 1fr)}
 }
 """
