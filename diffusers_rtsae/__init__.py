@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .models import RTSAE, TIDE, MixtureSAE, SparseAutoencoder, SparseDictionary
     from .pipeline import RTSAELoaderMixin
     from .steering import Edit
+    from .worlds import bundled, load_bundled
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,13 +23,19 @@ __all__ = [
     "RTSAELoaderMixin",
     "SparseAutoencoder",
     "SparseDictionary",
+    "bundled",
     "list_pretrained",
     "list_sites",
+    "load_bundled",
     "load_dictionary",
 ]
 
 
-__getattr__ = on_demand(__name__, ("models", "dictionary", "denoiser", "steering", "pipeline"), __all__)
+__getattr__ = on_demand(__name__, ("worlds", "models", "dictionary", "denoiser", "steering", "pipeline"), __all__)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def _give_methods(name: str):

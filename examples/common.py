@@ -8,17 +8,15 @@ from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 from PIL import Image
 
-import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
-
-HERE = Path(__file__).parent
+from diffusers_rtsae import bundled, load_bundled
 
 
 def arguments(
     description: str, pipeline: str = "shapes-sd", dictionary: str = "shapes-rtsae", steps: int = 25
 ) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--pipeline", default=HERE / pipeline, help="folder or Hub id")
-    parser.add_argument("--dictionary", default=HERE / dictionary, help="folder or Hub id, for that pipeline")
+    parser.add_argument("--pipeline", default=bundled(pipeline), help="folder or Hub id")
+    parser.add_argument("--dictionary", default=bundled(dictionary), help="folder or Hub id, for that pipeline")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--out", type=Path, default=Path("runs/examples"))
     a = parser.parse_args()
@@ -27,7 +25,8 @@ def arguments(
 
 
 def load(a: argparse.Namespace) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(a.pipeline)
+    is_bundled = isinstance(a.pipeline, Path)
+    pipe = load_bundled(a.pipeline.name) if is_bundled else DiffusionPipeline.from_pretrained(a.pipeline)
     pipe.load_rtsae(a.dictionary)
     return pipe
 

@@ -7,13 +7,14 @@ Takes some minutes on two cores. A real one takes more pictures and steps: see t
 
 import itertools
 import sys
+from pathlib import Path
 
 import torch
-from common import HERE, arguments, load, show
+from common import arguments, load, show
 
 from diffusers_rtsae.analysis.fit import fit_feature
 
-sys.path.insert(0, str(HERE.parent))  # the trainer is part of the clone, not of the package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the trainer is part of the clone, not of the package
 from training.recipe import Recipe  # noqa: E402
 from training.train import run  # noqa: E402
 

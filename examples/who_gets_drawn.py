@@ -10,13 +10,14 @@ import random
 from collections import Counter
 
 import torch
-from common import HERE, arguments, load, show
+from common import arguments, load, show
 
+from diffusers_rtsae import bundled
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
 a = arguments(__doc__, "people-dit", "people-rtsae", steps=20)
 pipe = load(a)
-scorer = FactorScorer.from_pretrained(HERE / "people-scorer")
+scorer = FactorScorer.from_pretrained(bundled("people-scorer"))
 roles = ("firefighter", "teacher", "judge", "cook")
 named = [role for role in roles for _ in range(12)]
 values = {factor: scorer.factors[factor] for factor in ("tone", "who")}

@@ -199,8 +199,8 @@ def started(arguments: list, monkeypatch, capsys):
     """What the installed command returns and prints."""
     monkeypatch.setattr(sys, "argv", ["diffusers-rtsae", *map(str, arguments)])
     monkeypatch.chdir(ROOT)
-    for name in ("console", "errors"):
-        monkeypatch.setattr(cli, name, Console(stderr=name == "errors", emoji=False, highlight=False))
+    for module, name in ((cli.common, "console"), (cli, "errors")):
+        monkeypatch.setattr(module, name, Console(stderr=name == "errors", emoji=False, highlight=False))
     with pytest.raises(SystemExit) as end:
         cli.run()
     return end.value.code or 0, capsys.readouterr()
@@ -241,8 +241,8 @@ def test_nothing_is_drawn_before_everything_is_known_to_be_right(wrong, message,
 def test_paths_can_be_copied_and_nothing_in_them_is_markup(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["diffusers-rtsae"])
     long = tmp_path / f"[red]{'a-long-name-' * 12}:smile:[/foo]"
-    for say in (cli._say, cli._fail):
-        monkeypatch.setattr(cli, "console", Console(width=80, emoji=False, highlight=False))
+    for say in (cli.common.say, cli.fail):
+        monkeypatch.setattr(cli.common, "console", Console(width=80, emoji=False, highlight=False))
         monkeypatch.setattr(cli, "errors", Console(width=80, emoji=False, highlight=False))
         with contextlib.suppress(SystemExit):
             say(f"{long} is here")

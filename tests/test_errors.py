@@ -376,8 +376,8 @@ def demo_without_labels(world):
 
 def train_without_the_trainer(world):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "ROOT", world.empty)
-        cli._training("train", [])
+        patch.setattr(cli.training, "ROOT", world.empty)
+        cli.training.run_trainer("train", [])
 
 
 def no_utf8(world):
@@ -393,7 +393,7 @@ def save_on_a_full_disk(world):
 def command_line_without_typer(world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "typer", None)  # what Python finds where it is not installed
-        runpy.run_path(cli.__file__)
+        runpy.run_path(cli.common.__file__)
 
 
 def app_without_gradio(world):
@@ -1478,7 +1478,7 @@ MISUSE = {
     "bundled files that are not there": (
         train_without_the_trainer,
         ValueError,
-        "…commands.py is missing: install diffusers-rtsae again, or pass a folder.",
+        "…commands.py is missing: install diffusers-rtsae again.",
     ),
     "a name that the package has not": (
         lambda world: diffusers_rtsae.RTSAEs,
@@ -1486,12 +1486,12 @@ MISUSE = {
         "module 'diffusers_rtsae' has no attribute 'RTSAEs'",
     ),
     "a world that is not bundled": (
-        lambda world: cli._world("mars"),
+        lambda world: cli.common.parse_world("mars"),
         typer.BadParameter,
         "expected one of ['shapes', 'people'], got 'mars'.",
     ),
     "a guidance that is no number": (
-        lambda world: cli._finite(float("nan")),
+        lambda world: cli.common.finite(float("nan")),
         typer.BadParameter,
         "expected a finite number, got nan.",
     ),
@@ -1511,17 +1511,17 @@ MISUSE = {
         "star.doc must end in .png, .jpg, .jpeg, .webp, .tif, .tiff.",
     ),
     "a picture where a folder is": (
-        lambda world: cli._check_output(world.empty),
+        lambda world: cli.common.check_output(world.empty),
         OSError,
         "… is a folder: expected another name to write to.",
     ),
     "a picture below a file": (
-        lambda world: cli._check_output(world.folder / "rtsae_config.json" / "star.png"),
+        lambda world: cli.common.check_output(world.folder / "rtsae_config.json" / "star.png"),
         OSError,
         "… cannot be written: …rtsae_config.json is a file.",
     ),
     "a picture where nothing may be written": (
-        lambda world: cli._check_output(Path("/proc/star.png")),
+        lambda world: cli.common.check_output(Path("/proc/star.png")),
         OSError,
         "/proc/star.png cannot be written: ….",
     ),
@@ -1571,7 +1571,7 @@ MISUSE = {
         "A preset brings its own --start, --end, --mask and --operation.",
     ),
     "a feature without strength": (
-        lambda world: cli._strengths(["red"]),
+        lambda world: cli.common.parse_strengths(["red"]),
         ValueError,
         "Expected FEATURE=STRENGTH, like red=1.5 or 1234=-0.5, got 'red'.",
     ),

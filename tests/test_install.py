@@ -6,7 +6,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-from diffusers_rtsae import cli
+import pytest
+
+from diffusers_rtsae import cli, worlds
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -50,15 +52,17 @@ def test_a_wheel_has_the_package_the_trainer_and_the_bundled_worlds():
 
 
 def test_the_bundled_files_are_found_beside_the_package_or_in_it(tmp_path, monkeypatch):
-    assert cli._bundled("shapes-sd") == ROOT / "examples" / "shapes-sd"
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    assert worlds.bundled("shapes-sd") == ROOT / "examples" / "shapes-sd"
+    monkeypatch.setattr(worlds, "ROOT", tmp_path)
     (tmp_path / "examples" / "shapes-sd").mkdir(parents=True)
-    assert cli._bundled("shapes-sd") == tmp_path / "examples" / "shapes-sd"
+    assert worlds.bundled("shapes-sd") == tmp_path / "examples" / "shapes-sd"
+    with pytest.raises(ValueError, match="Nothing called 'shapes' comes with the package: .*shapes-sd"):
+        worlds.bundled("shapes")
 
 
 def test_the_extras_are_those_of_the_package():
     names = {"yaml": "pyyaml"}
-    for extra, modules in cli.EXTRAS.items():
+    for extra, modules in cli.common.EXTRAS.items():
         wanted = [re.split("[<>=]", one)[0] for one in PROJECT["project"]["optional-dependencies"][extra]]
         assert sorted(names.get(module, module) for module in modules) == sorted(
             one for one in wanted if not one.startswith("diffusers-rtsae")

@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from ..models import SparseDictionary
+from ..worlds import WORLDS
 from .hub import LIBRARY_NAME
 
 CARD_NAME = "README.md"
@@ -85,8 +86,7 @@ def model_card(
         "generates.",
         *dict.fromkeys(f"**{type(sae).__name__}.** {sae.summary}" for sae in sites.values()),
         "## Use",
-        "```py\nimport diffusers_rtsae  # gives pipelines their methods\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({_quoted(base_model or 'the base model')})\n"
+        f"```py\n{_loading(base_model)}\n"
         f"pipe.load_rtsae({source})\n"
         f"pipe.set_rtsae_features({{{_quoted(feature)}: 1.0}})  # 1.0 is the typical full activation\n"
         'image = pipe("your prompt").images[0]\n```',
@@ -112,6 +112,16 @@ def model_card(
         "hold for what is generated.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _loading(base_model: str | None) -> str:
+    """The lines that load a base model, which may be a bundled one."""
+    if base_model in {world.pipeline for world in WORLDS.values()}:
+        return f"import diffusers_rtsae\n\npipe = diffusers_rtsae.load_bundled({_quoted(base_model)})"
+    return (
+        "import diffusers_rtsae  # gives pipelines their methods\nfrom diffusers import DiffusionPipeline\n\n"
+        f"pipe = DiffusionPipeline.from_pretrained({_quoted(base_model or 'the base model')})"
+    )
 
 
 def _quoted(value: str) -> str:

@@ -51,12 +51,14 @@ tags: [pixart, flow-matching]
 # People: a small pipeline that draws emoji of people in the styles of three foundries
 
 ```python
-from diffusers import PixArtAlphaPipeline
+import diffusers_rtsae
 
-pipe = PixArtAlphaPipeline.from_pretrained("examples/people-dit")
-prompt = "a woman firefighter with dark skin in noto style"
-image = pipe(prompt, guidance_scale=3.0, use_resolution_binning=False).images[0]  # 64x64
+pipe = diffusers_rtsae.load_bundled("people-dit")
+image = pipe("a woman firefighter with dark skin in noto style").images[0]  # 64x64
 ```
+
+With diffusers alone, `PixArtAlphaPipeline.from_pretrained(folder)` needs to be told not to look for the size of a
+published model: `pipe(prompt, guidance_scale=3.0, use_resolution_binning=False)`.
 
 Prompts name who (woman, man, person or gender-neutral), what (firefighter, surfing, with red hair …), the skin tone
 (light, medium-light, medium, medium-dark, dark, yellow) and the style (noto, twemoji, fluent), or leave them open. It

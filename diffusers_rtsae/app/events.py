@@ -1,0 +1,485 @@
+"""What happens on the page when something is clicked, moved, typed or painted."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import io
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from ..analysis.find import find_features
+from ..analysis.fit import fit_feature
+from ..analysis.plots import plot_heat_maps
+from ..analysis.record import record
+from ..analysis.report import STRENGTHS
+from ..dictionary import parse_feature
+from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs
+from ..pipeline import own_size
+from ..worlds import World
+from .layout import CLOSE_LIST, DEFAULT_OPTIONS, FEATURES, ON_LOAD
+from .studio import Studio, Wish, side_by_side
+
+LABELS = 48  # of which there are thumbnails
+_HISTORY = 24  # pictures
+_RANK = 8  # of the map of a feature that is made here
+_TOLD = 0.4  # seconds between two steps of a progress bar
+
+
+def read_mask(png: str) -> np.ndarray | None:
+    """Where something is painted, from a canvas' data address, `(height, width)`: 1 there, 0 elsewhere; `None` if
+    nothing is."""
+    with Image.open(io.BytesIO(base64.b64decode(png.partition(",")[2]))) as image:
+        mask = (np.asarray(image.convert("RGBA"))[..., 3] > 127).astype(np.float32)
+    return mask if mask.any() else None
+
+
+def as_code(pipeline: str, dictionary: str, dtype: torch.dtype, device: str, wish: Wish) -> str:
+    """A script that makes the same picture."""
+    call, arguments = dict(wish.call), [f"{key}={value!r}" for key, value in wish.options.items()]
+    lines = ["import torch", "from diffusers import DiffusionPipeline"]
+    if wish.mask is not None:
+        lines += ["from PIL import Image"]
+        arguments.append('mask=Image.open("mask.png")')
+    generator = f"torch.Generator().manual_seed({wish.seed})"
+    called = [repr(call.pop("prompt")), f"generator={generator}", *(f"{k}={v!r}" for k, v in call.items())]
+    loaded = repr(pipeline) if dtype == torch.float32 else f"{pipeline!r}, dtype={dtype}"
+    moved = "" if device == "cpu" else f".to({device!r})"
+    name, of = ("images", "images") if "num_images_per_prompt" in call else ("image", "images[0]")
+    return "\n".join(
+        [
+            *lines, "", "import diffusers_rtsae", "",
+            f"pipe = DiffusionPipeline.from_pretrained({loaded}){moved}",
+            f"pipe.load_rtsae({dictionary!r})",
+            f"pipe.set_rtsae_features({', '.join([repr(wish.features), *arguments])})",
+            f"{name} = pipe({', '.join(called)}).{of}",
+        ]
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _shown_errors():
+    """Whatever goes wrong is said on the page."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except Exception as error:
+        expected = isinstance(error, OSError | ValueError)
+        message = str(error) if expected else f"{type(error).__name__}: {error}"
+        raise gr.Error(message, print_exception=not expected) from error
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _numbers(measured: dict, pairs: int) -> str:
+    """What a fitted feature was measured to do, as a table."""
+    rows, judged = judgement(measured, pairs)
+    table = [f"| {name} | **{figure}** | {meaning} |" for name, figure, meaning in rows]
+    return "\n".join(["| | | |", "| --- | --- | --- |", *table, "", judged])
+
+
+class Events:
+    """
+    The handlers of the page's events.
+
+    Args:
+        studio (`Studio`): draws.
+        components (`SimpleNamespace`): of the page.
+        pipeline, dictionary (`str`): where they came from, for the code that is shown.
+        world (`World`, *optional*): whose pipeline it is, if it is a bundled one.
+    """
+
+    def __init__(
+        self, studio: Studio, components: SimpleNamespace, pipeline: str, dictionary: str, world: World | None
+    ):
+        self.studio, self.c, self.pipeline, self.source, self.world = studio, components, pipeline, dictionary, world
+        self.pipe, self.dictionary, self.folder = studio.pipe, studio.dictionary, Path(studio.folder.name)
+        self.made: set[str] = set()  # labels made here
+
+    # ---- what is asked for
+
+    def known(self, name: str) -> str | None:
+        """The feature that was typed: itself, or the first label that begins with it or contains it."""
+        try:
+            self.dictionary.features(parse_feature(name, self.dictionary))
+            return name
+        except ValueError as error:
+            typed = name.strip().lower()
+            matches = [label for label in self.dictionary.labels if typed and typed in label.lower()]
+            if matches:
+                return min(matches, key=lambda label: (label.lower() != typed, not label.lower().startswith(typed)))
+            gr.Warning(str(error))
+            return None
+
+    def options_of(self, features: dict, chosen: dict) -> dict:
+        """The options that are not what the features do by themselves."""
+        verified = [self.dictionary.features(feature)[1] for feature in features]
+
+        def differ(*keys: str) -> bool:
+            return any(label.get(key, DEFAULT_OPTIONS[key]) != chosen[key] for label in verified for key in keys)
+
+        if differ("operation"):  # a label's options are for its own
+            return chosen
+        return {k: chosen[k] for keys in (("start", "end"), ("apply_to",)) if differ(*keys) for k in keys}
+
+    def wish_of(self, data: dict) -> Wish:
+        c = self.c
+        if not data[c.text].strip():
+            raise ValueError("Say what to draw: the prompt is empty.")
+        if data[c.seed] is None:
+            raise ValueError("The seed is empty: expected a number.")
+        call = own_size(self.pipe) | {"prompt": data[c.text].strip(), "num_inference_steps": int(data[c.count])}
+        call |= {"guidance_scale": data[c.scale]}
+        call |= {"negative_prompt": data[c.negative].strip()} if (data[c.negative] or "").strip() else {}
+        call |= {name: int(data[side]) for name, side in (("width", c.width), ("height", c.height)) if data[side]}
+        call |= {"num_images_per_prompt": int(data[c.images])} if data[c.images] > 1 else {}
+        named = zip(data[c.shown], (data[slider] for slider in c.strengths), strict=False)
+        features = {parse_feature(name, self.dictionary): strength for name, strength in named}
+        options = self.options_of(features, {name: data[option] for name, option in c.options.items()})
+        return Wish(call, int(data[c.seed]), features, options, data[c.mask])
+
+    def one_picture(self, data: dict) -> Wish:
+        """Of the prompt, without features."""
+        wish = self.wish_of(data)
+        return Wish({k: v for k, v in wish.call.items() if k != "num_images_per_prompt"}, wish.seed)
+
+    # ---- drawing
+
+    def hurry(self, request: gr.Request):
+        """What is drawn for this person is no longer wanted."""
+        self.studio.wishes[request.session_hash] += 1
+
+    @_shown_errors()
+    def generate(self, data, request: gr.Request, progress=gr.Progress()):  # noqa: B008 - how gradio hands it over
+        c, number, wish = self.c, self.studio.wishes[request.session_hash], self.wish_of(data)
+
+        told = time.monotonic()
+
+        def on_step(step: int, steps: int):
+            nonlocal told
+            if time.monotonic() - told > _TOLD:  # the browser draws each on the cores that the pipeline needs
+                told = time.monotonic()
+                progress((step, steps), desc="drawing", unit="steps")
+
+        def wanted() -> bool:
+            return self.studio.wishes[request.session_hash] == number
+
+        drawn = self.studio.draw_both(wish, on_step, wanted)
+        if drawn is None:
+            return [gr.skip()] * 5 + ["Stopped."]
+        (plain, _), (steered, share) = drawn
+        without, with_it = self.studio.file(side_by_side(plain)), self.studio.file(side_by_side(steered))
+        caption = ", ".join(f"{n} {wish.features[parse_feature(n, self.dictionary)]:g}" for n in data[c.shown])
+        entry = {"file": with_it, "caption": caption or "without", "data": [data[field] for field in self.restored]}
+        entry |= {"names": list(data[c.shown]), "strengths": [data[slider] for slider in c.strengths]}
+        history = [old for old in data[c.past] if old["file"] != with_it and Path(old["file"]).exists()]
+        below = f"gradio_api/file={self.studio.file(plain[0])}"
+        said = [self.status(wish, share), *(self.world.remarks(wish.call["prompt"]) if self.world else [])]
+        return without, with_it, (without, with_it), [entry, *history][:_HISTORY], below, " ".join(said)
+
+    def status(self, wish: Wish, share: float | None) -> str:
+        """What was steered, in a sentence."""
+        if share is None:
+            return "Choose a feature to see what it does."
+        if share == 0:
+            return (
+                "Nothing changed: at strength 0 nothing does, and a feature that only acts where it is active is "
+                "nowhere active in this picture."
+            )
+        if wish.mask is not None:
+            return (
+                f"Painted: {wish.mask.mean():.0%} of the picture, which is a part of {share:.0%} of the places on the "
+                "model's coarser grid."
+            )
+        return f"Steered on {share:.0%} of the picture."
+
+    def sliders_of(self, names: list[str], values: Sequence[float]) -> list:
+        moved = [gr.update(visible=True, label=n, value=v) for n, v in zip(names, values, strict=False)]
+        return moved + [gr.update(visible=False)] * (FEATURES - len(moved))
+
+    @_shown_errors()
+    def choose(self, names, shown, *values):
+        """
+        Sliders for the chosen features, which keep their value; a name that is no feature is taken back. A label
+        brings the options it was verified with.
+        """
+        chosen = list(dict.fromkeys(filter(None, map(self.known, names))))
+        if len(chosen) > FEATURES:
+            gr.Warning(f"At most {FEATURES} features have sliders.")
+        chosen, before, brought = chosen[:FEATURES], dict(zip(shown, values, strict=False)), {}
+        for name in chosen:
+            brought |= {} if name in shown else self.dictionary.features(parse_feature(name, self.dictionary))[1]
+        options = [brought.get(name, gr.skip()) for name in self.c.options]
+        sliders = self.sliders_of(chosen, [before.get(name, 1.0) for name in chosen])
+        return [gr.skip() if chosen == names else chosen, chosen, *options, *sliders]
+
+    def restore(self, past, event: gr.SelectData):
+        """All that a picture of the history was made with, but for what was painted."""
+        entry = past[event.index]
+        names, sliders = entry["names"], self.sliders_of(entry["names"], entry["strengths"])
+        return [*entry["data"], names, names, random.random(), *sliders]
+
+    def size_warning(self, width, height):
+        """Say once, when it is typed, that the model was made for another size."""
+        own = self.studio.size
+        if own and any(side and int(side) != own for side in (width, height)):
+            gr.Warning(f"This model was made for {own} × {own} pixels: at another size it may draw something else.")
+
+    # ---- what is written
+
+    def code(self, data):
+        try:
+            wish = self.wish_of(data)
+        except ValueError as error:
+            return f"# {error}"
+        made_here = [name for name in data[self.c.shown] if name in self.made]
+        dictionary = "dictionary" if made_here else self.source
+        code = as_code(self.pipeline, dictionary, self.pipe.dtype, self.pipe.device.type, wish)
+        return f"# dictionary: what “Save” in “Make a feature” gives, unpacked\n{code}" if made_here else code
+
+    @_shown_errors()
+    def export(self, data):
+        wish = self.wish_of(data)
+        if not wish.features:
+            raise ValueError("Choose a feature first: a preset of none does nothing.")
+        features = [[list(f) if isinstance(f, tuple) else f, s] for f, s in wish.features.items()]
+        name = (data[self.c.preset_name] or "").strip() or "preset"
+        path = self.folder / "presets.json"
+        content = {name: {"features": features, "options": wish.options}}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return gr.update(value=str(path), visible=True)
+
+    # ---- where
+
+    @_shown_errors()
+    def paint(self, event: gr.EventData):
+        mask = read_mask(event.png)
+        if mask is None:
+            return None, "Nothing is painted: features act everywhere."
+        return mask, f"Features act on the painted {mask.mean():.0%} of the picture."
+
+    @_shown_errors()
+    def save_mask(self, mask):
+        if mask is None:
+            raise ValueError("Nothing is painted: features act everywhere.")
+        path = self.folder / "mask.png"
+        Image.fromarray((mask * 255).astype(np.uint8)).save(path)
+        return gr.update(value=str(path), visible=True)
+
+    # ---- when
+
+    @_shown_errors()
+    def look(self, data):
+        if not data[self.c.shown]:
+            raise ValueError("Choose a feature first, then see where it is active.")
+        wish = self.one_picture(data)
+        generator, call = torch.Generator().manual_seed(wish.seed), dict(wish.call)
+
+        def recorded():
+            with self.pipe.rtsae_steering({}):
+                return record(self.pipe, call.pop("prompt"), generator=generator, **call)
+
+        recording = self.studio.run(recorded)
+        features = list(self.wish_of(data).features)
+        absent = [str(f) for f, m in zip(features, recording.maps(features)[0], strict=True) if not m.any()]
+        said = [f"{name} is nowhere active in this picture, so it cannot be scaled or taken away." for name in absent]
+        return plot_heat_maps(recording, features), "\n\n".join(said)
+
+    # ---- finding
+
+    @_shown_errors()
+    def find(self, positive, negative, steps, guidance, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        with_it, without = _lines(positive), _lines(negative)
+        by = "effect" if len(with_it) == len(without) else "presence"
+        call = {"num_inference_steps": int(steps), "guidance_scale": guidance}
+
+        def run():
+            with self.pipe.rtsae_steering({}):
+                return find_features(self.pipe, with_it, without, by=by, progress=True, **call)
+
+        table = self.studio.run(run)
+        names = [f"{f.site}:{f.index}" if len(self.dictionary.sites) > 1 else str(f.index) for f in table]
+        rows = [
+            [name, ", ".join(f.labels), None if f.slope is None else round(f.score, 3), round(f.present, 3)]
+            for name, f in zip(names, table, strict=True)
+        ]
+        return gr.update(value=rows, visible=True)
+
+    def say_labels(self, positive, negative):
+        """Labels that stand for what is looked for already."""
+        labels = labels_between(self.dictionary.labels, _lines(negative), _lines(positive))
+        if not labels:
+            return ""
+        named = ", ".join(f"**{label}**" for label in labels)
+        return f"There is a label for this already: {named}. Choose it among the features; the table has its latents."
+
+    def take_row(self, names, event: gr.SelectData):
+        return [*names, event.row_value[0]]
+
+    def take_thumbnail(self, names, event: gr.SelectData):
+        return [*names, event.value["caption"]]
+
+    def thumbnails(self, data):
+        with _shown_errors():
+            plain, pictures = self.one_picture(data), []
+            for name in list(self.dictionary.labels)[:LABELS]:
+                images, _ = self.studio.draw(replace(plain, features={name: 1.0}), lambda step, steps: None)
+                pictures.append((self.studio.file(images[0]), name))
+                yield pictures
+
+    @_shown_errors()
+    def strip(self, data, name: str, progress) -> list[tuple[str, str]]:
+        plain, pictures = self.one_picture(data), []
+        for strength in progress.tqdm(STRENGTHS, desc=f"{name} at all strengths", unit="pictures"):
+            features = {parse_feature(name, self.dictionary): strength}
+            wish = replace(plain, features=features) if strength else plain
+            images, _ = self.studio.draw(wish, lambda step, steps: None)
+            pictures.append((self.studio.file(images[0]), f"{strength:g}".replace("-", "−")))
+        return pictures
+
+    @_shown_errors()
+    def strip_of_chosen(self, data, progress=gr.Progress()):  # noqa: B008
+        if not data[self.c.shown]:
+            raise ValueError("Choose a feature first, then see what its strengths do.")
+        return self.strip(data, data[self.c.shown][-1], progress)
+
+    # ---- making a feature
+
+    def pairs_of(self, data) -> list[tuple[str, str]]:
+        before, after = _lines(data[self.c.before_lines]), _lines(data[self.c.after_lines])
+        if len(before) != len(after):
+            raise ValueError(f"Expected as many prompts with it as without, got {len(after)} and {len(before)}.")
+        return list(zip(before, after, strict=True))
+
+    @_shown_errors()
+    def more(self, data):
+        """Further pairs that differ in the same words."""
+        pairs = self.pairs_of(data)
+        if not pairs:
+            raise ValueError("Give one pair of prompts first: the others are made like it.")
+        pairs += more_pairs(pairs, self.world, HELD_OUT_FROM - len(pairs)) if self.world else []
+        if len(pairs) < HELD_OUT_FROM:
+            gr.Warning("No more pairs of this kind are known: write some that differ in the same words.")
+        return "\n".join(before for before, _ in pairs), "\n".join(after for _, after in pairs)
+
+    @_shown_errors()
+    def make(self, data, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        c, name = self.c, data[self.c.new].strip()
+        if not name:
+            raise ValueError("The new feature needs a name.")
+        if name in self.dictionary.labels and name not in self.made:
+            raise ValueError(f"There is a feature {name!r} already: choose another name.")
+        pairs, unchanged = self.pairs_of(data), _lines(data[c.same_lines])
+        call = {"num_inference_steps": int(data[c.count]), "guidance_scale": data[c.scale]}
+        fitted = self.studio.run(fit_feature, self.pipe, pairs, unchanged=unchanged, rank=_RANK, **call)
+        self.studio.run(self.pipe.add_rtsae_label, name, fitted)
+        self.made.add(name)
+        self.studio.forget()
+        chosen = [*(n for n in data[c.names] if n != name), name]
+        numbers = _numbers(fitted.measured, len(pairs))
+        choices = choices_of(self.dictionary.labels)
+        return "Made.", numbers, gr.update(choices=choices, value=chosen), gr.update(visible=True)
+
+    def strip_of_made(self, data, progress=gr.Progress()):  # noqa: B008
+        return self.strip(data, data[self.c.new].strip(), progress)
+
+    @_shown_errors()
+    def save(self):
+        def saved() -> str:
+            self.dictionary.save(self.folder / "dictionary")
+            return shutil.make_archive(str(self.folder / "dictionary"), "zip", self.folder / "dictionary")
+
+        return gr.update(value=self.studio.run(saved), visible=True)
+
+    # ---- which event calls what
+
+    @functools.cached_property
+    def restored(self) -> list:
+        """The fields that a picture of the history brings back."""
+        c = self.c
+        return [
+            c.text, c.negative, c.width, c.height, c.images, c.count, c.scale, c.seed, *c.options.values()
+        ]  # fmt: skip
+
+    def connect(self, page: gr.Blocks) -> None:
+        c, options = self.c, list(self.c.options.values())
+        asked = {*self.restored, c.shown, c.mask, *c.strengths}
+        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "pipeline"}
+        at_once = {"queue": False, "trigger_mode": "always_last", "show_progress": "hidden"}
+
+        moved = [field.input for field in (*c.strengths, *options, c.count, c.scale, c.images)]
+        typed = [event for field in (c.negative, c.width, c.height) for event in (field.submit, field.blur)]
+        redraws = [
+            c.run.click, page.load, c.seed.change, c.shown.change, c.mask.change, c.again.change, *moved, *typed
+        ]  # fmt: skip
+        gr.on(redraws, self.hurry, None, None, **at_once).then(
+            self.generate, asked | {c.past}, [c.plain, c.steered, c.compared, c.past, c.canvas, c.status],
+            show_progress_on=[c.steered], trigger_mode="always_last", **one_at_a_time,
+        )  # fmt: skip
+        c.stop.click(self.hurry, None, None, **at_once)
+        page.load(None, js=ON_LOAD)
+        c.examples.load_input_event.then(random.random, None, c.again, show_progress="hidden")
+        c.another.click(lambda: random.randrange(2**31), None, c.seed, queue=False)
+        c.names.change(
+            self.choose, [c.names, c.shown, *c.strengths], [c.names, c.shown, *options, *c.strengths],
+            show_progress="hidden",
+        )  # fmt: skip
+        c.names.input(None, js=CLOSE_LIST)
+        gr.on([c.width.change, c.height.change], self.size_warning, [c.width, c.height], None, **at_once)
+        gr.on([page.load, *(field.change for field in asked)], self.code, asked, c.script, **at_once)
+
+        c.canvas.input(self.paint, None, [c.mask, c.where], show_progress="hidden", trigger_mode="always_last")
+        c.keep_mask.click(self.save_mask, c.mask, c.mask_file)
+        c.past.change(
+            lambda past: [(one["file"], one["caption"]) for one in past], c.past, c.pictures, show_progress="hidden"
+        )
+        c.pictures.select(
+            self.restore, c.past, [*self.restored, c.names, c.shown, c.again, *c.strengths], show_progress="hidden"
+        )
+        c.watch.click(self.look, asked, [c.plot, c.nowhere], **one_at_a_time)
+        c.draw_strip.click(self.strip_of_chosen, asked, c.strip, **one_at_a_time)
+        drawing = c.all_features.select(self.thumbnails, asked, c.labels, concurrency_id="thumbnails")
+        c.stop.click(None, cancels=drawing)
+        c.labels.select(self.take_thumbnail, c.names, c.names, **at_once)
+        c.search.click(self.say_labels, [c.positive, c.negative_lines], c.is_label, **at_once)
+        c.search.click(self.find, [c.positive, c.negative_lines, c.count, c.scale], c.table, **one_at_a_time)
+        c.table.select(self.take_row, c.names, c.names, **at_once)
+        lines = {c.before_lines, c.after_lines}
+        c.more.click(self.more, lines, [c.before_lines, c.after_lines], **at_once)
+        made = c.make.click(
+            self.make, asked | {c.names, c.new, c.same_lines} | lines, [c.progress, c.numbers, c.names, c.keep],
+            show_progress_on=[c.progress], **one_at_a_time,
+        )  # fmt: skip
+        made.success(self.strip_of_made, asked | {c.new}, c.made, **one_at_a_time)
+        c.keep.click(self.save, None, c.kept_file)
+        c.write.click(self.export, asked | {c.preset_name}, c.preset_file)
+
+
+def choices_of(labels: dict[str, dict]) -> list[tuple[str, str]]:
+    """Labels as they are shown, with their factor, and meant; one that another contains stands before it, so that an
+    exact match is the first of those that contain what is typed."""
+    factors = list(dict.fromkeys(label.get("factor") or "" for label in labels.values()))
+
+    def place(name: str) -> tuple[int, int]:
+        inside = sum(other != name and other.lower() in name.lower() for other in labels)
+        return factors.index(labels[name].get("factor") or ""), inside
+
+    return [
+        (f"{name} ({labels[name]['factor']})" if labels[name].get("factor") else name, name)
+        for name in sorted(labels, key=place)
+    ]

@@ -1,0 +1,278 @@
+"""Commands that look into a dictionary: `find`, `fit`, `inspect` and `report`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..pairs import HELD_OUT_FROM, judgement, labels_between, left_open, more_pairs
+from ..worlds import WORLDS, bundled
+from .common import (
+    PICTURES,
+    AsJson,
+    BatchSize,
+    Bundled,
+    Guidance,
+    Pipeline,
+    Seed,
+    Source,
+    Steps,
+    app,
+    check_extras,
+    check_output,
+    check_prompts,
+    load_pipeline,
+    read_dictionary,
+    say,
+    say_aside,
+    show_table,
+)
+
+
+@app.command()
+def find(
+    positive: Annotated[list[str], typer.Option("--with", help="A prompt with the concept; repeatable.")],
+    negative: Annotated[list[str], typer.Option("--without", help="A prompt without it; repeatable.")],
+    count: Annotated[int, typer.Option(min=1, help="How many features, of each site.")] = 10,
+    verify: Annotated[int, typer.Option(min=0, help="Steer so many of the best, and measure what that does.")] = 0,
+    by: Annotated[str, typer.Option(help="Rank by effect or by presence.")] = "effect",
+    strip: Annotated[Path | None, typer.Option(help="Picture of what the verified ones do.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 2,
+    until: Annotated[float, typer.Option(help="The beginning of denoising in which presence counts.")] = 0.35,
+    steps: Steps = 25,
+    guidance: Guidance = 3.0,
+    batch_size: BatchSize = 16,
+    world: Bundled = "shapes",
+    pipeline: Pipeline = None,
+    dictionary: Source = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the features that stand for a concept.
+
+    Example: diffusers-rtsae find --with "a red star" --without "a blue star" --verify 3
+    """
+    if strip and not verify:
+        raise ValueError("A --strip shows what verified features do: expected --verify with how many.")
+    if strip:
+        check_extras("analysis")
+        check_output(strip, PICTURES)
+    check_prompts(positive, "--with")
+    check_prompts(negative, "--without")
+    contents, folder = read_dictionary(dictionary, world=world)
+    pipe = load_pipeline(pipeline, folder, world)
+    from ..analysis.find import find_features
+    from ..files import whole
+
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+    pipe.set_progress_bar_config(disable=True)
+    table = find_features(
+        pipe, positive, negative, count, seeds=seeds, verify=verify, until=until, by=by, batch_size=batch_size,
+        progress=not as_json, **call,
+    )  # fmt: skip
+    if strip:
+        from ..analysis.plots import plot_strip
+
+        strip.parent.mkdir(parents=True, exist_ok=True)
+        with whole(strip) as partial:
+            plot_strip(table).savefig(partial, format=strip.suffix[1:].lower(), dpi=130)
+    print(json.dumps([feature.told() for feature in table]) if as_json else table)
+    labels = labels_between(contents.labels, negative, positive)
+    if labels:
+        of = {(e["site"], i) for name in labels for e in contents.seen(name) for i in e["latents"]}
+        own = [str(f.index) for f in table if (f.site, f.index) in of]
+        among = f"; of these latents {', '.join(own)} see it" if own else ""
+        named = " and ".join(map(repr, labels))
+        say_aside(f"There is a label for this already: {named}{among}. Steer with it: {labels[0]}=1")
+
+
+@app.command()
+def fit(
+    name: Annotated[str, typer.Option(help="Of the new label.")],
+    before: Annotated[
+        list[str] | None, typer.Option("--from", help="A prompt without the concept; repeatable.")
+    ] = None,
+    after: Annotated[list[str] | None, typer.Option("--to", help="The same with it; repeatable.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="JSON file of [[from, to], …] instead.")] = None,
+    unchanged: Annotated[list[str] | None, typer.Option(help="A prompt that is to stay as it is; repeatable.")] = None,
+    latents: Annotated[int, typer.Option(min=1, help="At most.")] = 16,
+    rank: Annotated[int | None, typer.Option(min=1, help="Fit a linear map of this rank instead of latents.")] = None,
+    more: Annotated[int, typer.Option(min=0, help="Make so many more pairs of the same kind (bundled worlds).")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the dictionary with the label.")] = Path("fitted"),
+    steps: Steps = 25,
+    guidance: Guidance = 3.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    world: Bundled = "shapes",
+    pipeline: Pipeline = None,
+    dictionary: Source = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a feature from pairs of prompts, by its effect, and write the dictionary with it.
+
+    With an --out that holds a dictionary already, that one gets the label; a label it has is not fitted again.
+
+    Example: diffusers-rtsae fit --from "a blue star" --to "a red star" --name red --rank 8
+    """
+    from ..dictionary import CONFIG_NAME
+    from ..files import read_pairs
+
+    if bool(pairs) == bool(before or after):
+        raise ValueError("Expected either --from and --to, or --pairs.")
+    if len(before or []) != len(after or []):
+        raise ValueError(f"Expected as many --from as --to, got {len(before or [])} and {len(after or [])}.")
+    chosen = read_pairs(pairs) if pairs else list(zip(before, after, strict=True))
+    check_output(out, is_folder=True)
+    if (out / CONFIG_NAME).is_file():
+        if name in read_dictionary(str(out))[0].labels and dictionary is None:
+            say(f"{out} has a label {name} already.")
+            return
+        dictionary = dictionary or str(out)
+    _, folder = read_dictionary(dictionary, world=world)
+    from ..analysis.effect import check_pairs
+    from ..analysis.fit import fit_feature
+    from ..pipeline import get_dictionary
+
+    chosen = check_pairs(chosen)
+    if more:
+        if pipeline is not None:
+            raise ValueError("--more makes pairs for the bundled worlds alone: expected --pairs for another pipeline.")
+        made = more_pairs(chosen, world, more)
+        if not made:
+            raise ValueError("--more knows no pairs of this kind: expected --to to bring in a value of the world.")
+        chosen += made
+    of = "one pair" if len(chosen) == 1 else f"{len(chosen)} pairs"
+    say_aside(f"Fitting to {of} of prompts; the bar says how long it takes.")
+    pipe = load_pipeline(pipeline, folder, world)
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+    pipe.set_progress_bar_config(disable=True)
+    fitted = fit_feature(pipe, chosen, latents, unchanged or [], rank, seed=seed, batch_size=batch_size, **call)
+    pipe.add_rtsae_label(name, fitted)
+    get_dictionary(pipe).save(out)
+    if as_json:
+        print(json.dumps({"label": name, "out": str(out), "measured": fitted.measured}))
+    else:
+        rows, judged = judgement(fitted.measured, len(chosen))
+        show_table([name, "", ""], [list(row) for row in rows])
+        offer = " --more 8 makes pairs of the same kind." if pipeline is None and len(chosen) < HELD_OUT_FROM else ""
+        say(judged + offer)
+        prompts = list(dict.fromkeys([left_open(*chosen[0]), chosen[-1][0] if offer == "" else chosen[0][0]]))
+        drawn = out.with_name(f"{out.name}.png")
+        _draw_both(pipe, prompts, name, drawn, seed, call)
+        say(f"{drawn}: without and with it, " + " and ".join(map(repr, prompts)))
+        of = ["--pipeline", pipeline] if pipeline else ["--world", next(n for n, w in WORLDS.items() if w == world)]
+        of += ["--dictionary", str(out)]
+        command = shlex.join(["diffusers-rtsae", "steer", chosen[0][0], f"{name}=1", *of])
+        say(f"{out} holds it: {command}")
+
+
+def _draw_both(pipe, prompts: list[str], label: str, path: Path, seed: int, call: dict) -> None:
+    """Write one picture: a row a prompt, without and with a label."""
+    import torch
+    from PIL import Image
+
+    from ..files import whole
+    from ..pipeline import own_size
+
+    rows = []
+    for strength in (0.0, 1.0):
+        generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+        with pipe.rtsae_steering({label: strength}):
+            rows.append(pipe(prompts, generator=generators, **call | own_size(pipe)).images)
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (2 * width, height * len(prompts)))
+    for x, images in enumerate(rows):
+        for y, image in enumerate(images):
+            sheet.paste(image, (x * width, y * height))
+    with whole(path) as partial:
+        sheet.save(partial, "PNG")
+
+
+@app.command()
+def inspect(
+    dictionary: Annotated[str | None, typer.Argument(help="Folder or Hub id; the world's by default.")] = None,
+    world: Bundled = "shapes",
+    label: Annotated[str | None, typer.Option(help="Only labels that contain this.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a dictionary holds: its sites, figures, labels and presets.
+
+    Example: diffusers-rtsae inspect org/sd15-rtsae --label red
+    """
+    contents, _ = read_dictionary(dictionary, weights=False, world=world)
+    from ..dictionary import search_labels
+
+    labels = search_labels(contents, label) if label else list(contents.labels)
+    metrics = contents.config.get("metrics") or {}
+    if as_json:
+        sites = {
+            site: {"kind": sae.kind} | vars(sae.config) | {"metrics": metrics.get(site)}
+            for site, sae in contents.sites.items()
+        }
+        told = {"base_model": contents.config.get("base_model"), "sites": sites, "presets": contents.presets}
+        print(json.dumps(told | {"labels": {name: contents.labels[name] for name in labels}}))
+        return
+    say(f"for {contents.config.get('base_model') or 'an unnamed model'}")
+    for site, sae in contents.sites.items():
+        c, m = sae.config, metrics.get(site, {})
+        kept = ("fvu_online", "fvu_teacher_forced", "l0_threshold", "dead")
+        figures = "".join(f" {name} {m[name]}" for name in kept if name in m)
+        say(
+            f"{site}: {sae.kind}, {c.num_latents:,} latents of {c.in_channels} channels at {len(c.anchors)} anchors"
+            f"{figures}"
+        )
+    rows = []
+    for name in labels:
+        measured = contents.labels[name].get("measured", {})
+        latents = [str(i) for entry in contents.seen(name) for i in entry["latents"]]
+        kept = ("effect", "effect_away", "success", "leakage", "valid", "prompts")
+        rows.append([name, ", ".join(latents), ", ".join(f"{k} {measured[k]:.2g}" for k in kept if k in measured)])
+    show_table(["label", "seen by latents", "measured"], rows)
+    if contents.presets:
+        say(f"presets: {', '.join(contents.presets)}")
+
+
+@app.command()
+def report(
+    dictionary: Annotated[str | None, typer.Argument(help="Folder or Hub id; the world's by default.")] = None,
+    world: Bundled = "shapes",
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line: where to look.")] = None,
+    steer_prompts: Annotated[list[str] | None, typer.Option("--steer", help="Prompt to steer; repeatable.")] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    count: Annotated[int, typer.Option(min=0, help="Latents of each site, those active most often.")] = 512,
+    steered: Annotated[int, typer.Option(min=0, help="Features to steer: labels first.")] = 32,
+    full: Annotated[bool, typer.Option(help="More of everything: 2,048 latents, 128 steered.")] = False,
+    steps: Steps = 25,
+    guidance: Guidance = 3.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    pipeline: Pipeline = None,
+) -> None:
+    """Explain a dictionary on one HTML page: its figures, and what each feature sees and does.
+
+    Example: diffusers-rtsae report org/sd15-rtsae --pipeline MODEL --prompts prompts.txt --out report.html
+    """
+    check_output(out, (".html", ".htm"))
+    check_prompts(steer_prompts or [], "--steer")
+    most = None
+    if prompts is None:
+        if pipeline is not None:
+            raise ValueError("A report on another pipeline needs --prompts, a text file with one prompt a line.")
+        prompts, most = bundled(world.prompts), None if full else 64
+        steer_prompts = steer_prompts or [scenes[0][0] for scenes in world.scenes.values()][: None if full else 1]
+    from ..files import read_lines
+
+    texts = read_lines(prompts)[:most]
+    count, steered = (2048, 128) if full else (count, steered)
+    _, folder = read_dictionary(dictionary, world=world)
+    pipe = load_pipeline(pipeline, folder, world)
+    from ..analysis.report import write_report
+
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_report(pipe, out, texts, steer_prompts or (), count, steered, batch_size=batch_size, seed=seed, **call)
+    say(f"{out}, {out.stat().st_size / 2**20:.1f} MiB: open it in a browser")

@@ -1,0 +1,65 @@
+"""The bundled worlds: files by name, pipelines that need a prompt alone, words, and pairs of prompts."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+import diffusers_rtsae
+from diffusers_rtsae.pairs import labels_between, left_open, more_pairs
+from diffusers_rtsae.worlds import WORLDS
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_bundled_pipeline_draws_from_a_prompt_alone(name, tmp_path):
+    world = WORLDS[name]
+    pipe = diffusers_rtsae.load_bundled(world.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    defaults = {k: p.default for k, p in inspect.signature(pipe.__call__).parameters.items()}
+    assert world.call.items() <= defaults.items()
+    prompt = world.sentence.format(**world.usual)
+    call = dict(world.call) | {"num_inference_steps": 2}
+    kind = type(pipe).__mro__[1]  # diffusers' own class of this name
+    assert kind.__module__.startswith("diffusers.") and kind.__name__ == type(pipe).__name__
+    few = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+    image = pipe(prompt, **few).images
+    few["generator"] = torch.Generator().manual_seed(0)
+    same = kind.from_pretrained(diffusers_rtsae.bundled(world.pipeline))(prompt, **call | few).images
+    assert torch.equal(image, same)
+    assert type(pickle.loads(pickle.dumps(pipe))) is type(copy.deepcopy(pipe)) is type(pipe)
+
+
+def test_every_public_name_is_listed():
+    assert set(diffusers_rtsae.__all__) <= set(dir(diffusers_rtsae))
+    with pytest.raises(ValueError, match="No pipeline called 'shapes' comes with the package: .*'shapes-sd'"):
+        diffusers_rtsae.load_bundled("shapes")
+
+
+def test_what_a_world_does_not_know_is_said():
+    shapes, people = WORLDS["shapes"], WORLDS["people"]
+    assert shapes.remarks("a red star on a yellow background") == [
+        "'yellow' is no background here: expected one of white, black, gray, brown, navy."
+    ]
+    assert shapes.remarks("stars on white") == ["This model was not trained on 'stars' (did you mean star?)."]
+    assert people.remarks("a woman with green skin") and people.remarks("a man drawn by disney")
+    for world in WORLDS.values():
+        prompts = diffusers_rtsae.bundled(world.prompts).read_text().splitlines()
+        assert not [prompt for prompt in prompts if world.remarks(prompt)]
+        assert {word for prompt in prompts for word in prompt.replace(",", "").split()} <= set(world.words)
+
+
+def test_more_pairs_bring_in_the_same():
+    for world, pair, value in (
+        ("shapes", ("a blue star", "a red star"), "red"), ("people", ("a woman cook", "a woman running"), "running"),
+    ):  # fmt: skip
+        made = more_pairs([pair], WORLDS[world], 8)
+        assert len(set(made)) == 8 and pair not in made
+        assert all(value in after and value not in before for before, after in made)
+        assert not [prompt for pair in made for prompt in pair if WORLDS[world].remarks(prompt)]
+    assert more_pairs([("a star", "a tiny star")], WORLDS["shapes"], 8) == []
+    assert left_open("an orange star on white", "a red star on white") == "a star on white"
+    labels = ("red", "striped", "dark", "medium-dark")
+    assert labels_between(labels, ["a star"], ["a striped star"]) == ["striped"]
+    assert labels_between(labels, ["a man"], ["a man with medium-dark skin"]) == ["medium-dark"]
