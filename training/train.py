@@ -69,7 +69,7 @@ class Data:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A process' share of `count` random trajectories, with row, column and guidance `(rows, 3)` of each."""
         chosen = processes.share(torch.randint(len(self.train[site]), (count,), generator=generator))
-        return self.train[site][chosen].float(), self.train[told_of(site)][chosen]
+        return self.train[site][chosen], self.train[told_of(site)][chosen]
 
 
 def stored_data(recipe: Recipe, store: TrajectoryStore) -> tuple[Data, list[Path], list[Path]]:
@@ -125,6 +125,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which stays
 
 
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, for which the host need not wait."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def train_dictionaries(
     recipes: dict[str, Recipe],
     data: Data,
@@ -152,7 +159,7 @@ def train_dictionaries(
     for name, recipe in recipes.items():
         sae = new_dictionary(sites[name], anchors, recipe, dynamics[name])
         sample, _ = data.sample(sites[name], 8192, step_generator(recipe.seed, -1))
-        trainers[name] = DictionaryTrainer(sae, recipe.train, dynamics[name], sample, device, processes)
+        trainers[name] = DictionaryTrainer(sae, recipe.train, dynamics[name], sample.float(), device, processes)
         own = recipe.train.model_dump(exclude={"checkpoints", "checkpoint_every", "validate_every", "log_with"})
         marks[name] = json.dumps([collected, recipe.seed, recipe.fit.model_dump(), own], sort_keys=True)
     checkpoints = Checkpoints(work / "checkpoints", first.train.checkpoints, processes)
@@ -176,23 +183,28 @@ def train_dictionaries(
                 continue
             if site not in batches:
                 generator = step_generator(first.seed, step)
-                batches[site] = data.sample(site, first.train.batch_size, generator, processes)
+                sample = data.sample(site, first.train.batch_size, generator, processes)
+                batches[site] = [copied(tensor, device).float() for tensor in sample]
                 shown = int(torch.randint(1, len(anchors), (), generator=generator))
                 prefixed[site] = shown, torch.rand((), generator=generator).item()
             shown, draw = prefixed[site]
             prefix = shown if draw < settings.prefix else None
-            trajectories, told = (tensor.to(device) for tensor in batches[site])
+            trajectories, told = batches[site]
             inputs = processes.whole(trainer.inputs(trajectories), first.train.batch_size)
             told = processes.whole(told, first.train.batch_size)
             parts = zip(inputs.chunk(settings.accumulate), told.chunk(settings.accumulate), strict=True)
             found = [trainer.backward(part, prefix, len(part) / len(inputs), of) for part, of in parts]
-            if not all(torch.isfinite(torch.tensor(f["loss"])) for f in found):
+            trainer.update(step)
+            validates = (step + 1) % settings.validate_every == 0 or step + 1 == settings.steps
+            if validates or (step + 1) % first.train.checkpoint_every == 0:
+                trainer.check()
+            if trainer.failure is not None:
+                failed, loss = trainer.failure
                 raise ValueError(
-                    f"The loss of {name} is {found[-1]['loss']} at step {step}. Lower `learning_rate` and delete "
+                    f"The loss of {name} is {loss} at step {failed}. Lower `learning_rate` and delete "
                     f"{checkpoints.folder}."
                 )
-            trainer.update(step)
-            if (step + 1) % settings.validate_every == 0 or step + 1 == settings.steps:
+            if validates:
                 rate = (step + 1 - done) * first.train.batch_size / (time.perf_counter() - began)
                 validation = data.validation[site][:4096].float().to(device)
                 seen = watch(step + 1, name, trainer, found[-1], validation, rate)
