@@ -24,7 +24,7 @@ from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_feature_trajectories, plot_heat_maps, plot_presence, plot_similarity
 from diffusers_rtsae.analysis.record import record
 from diffusers_rtsae.analysis.report import write_report
-from diffusers_rtsae.analysis.statistics import measure
+from diffusers_rtsae.analysis.statistics import measure, set_statistics
 from diffusers_rtsae.models import LinearDynamics
 from diffusers_rtsae.steering import OPERATIONS
 from training import dictionary
@@ -577,7 +577,8 @@ def test_evaluation(device, kind, place):
     sae, rows = random_dictionary(kind, SITE, 16, [900, 500, 1], 32, 4), torch.randn(50, 3, 16)
     expected = evaluate(sae, rows, 4) | timing(sae)
     found = evaluate(sae.to(place), rows.to(place), 4) | timing(sae)
-    assert found["fvu_online"] == pytest.approx(expected["fvu_online"], rel=1e-3)
+    for key in {"fvu_online", "l0_threshold", "l0_batch_topk"} & expected.keys():
+        assert found[key] == pytest.approx(expected[key], rel=1e-3)
     assert found["peak"] == expected["peak"]
 
 
@@ -620,7 +621,9 @@ def test_collecting(device, both, scorer, tmp_path, streams):
         scheduler = pipe.scheduler
         try:
             anchors, store = anchor_timesteps(pipe, mine.collect, 3), TrajectoryStore(tmp_path / str(i), "x")
+            device.reset()
             collect(pipe, read_samples(mine.collect, 0), mine, anchors, store, scorer.to(pipe.device))
+            assert device.own["download"] == (2 if i else 0)  # one a batch
         finally:
             pipe.scheduler = scheduler
             scorer.to("cpu")
@@ -694,3 +697,11 @@ def test_a_training_step_waits_once_in_a_hundred(device, tmp_path, monkeypatch, 
         batch = sum(count for line, count in new.items() if line.startswith("upload") and "copied" in line)
         assert batch == 2  # trajectories, and what is told of them
         assert new.total() - batch == (step == 5), new
+
+
+def test_statistics_of_many_latents_are_copied_at_once(device):
+    sae = random_dictionary("TIDE", SITE, 16, [900, 500, 1], 64, 4).to(NAME)
+    codes = torch.randn(50, 64, device=NAME).relu()
+    device.reset()
+    set_statistics(sae, [codes])
+    assert device.own["upload"] == 4 and torch.equal(sae.max_activation, codes.amax(0))

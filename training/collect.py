@@ -20,9 +20,15 @@ from diffusers_rtsae.models import places, share_of_guidance
 from diffusers_rtsae.pipeline import own_size
 
 from .checkpoint import step_generator
+from .memory import enough_memory
 from .recipe import Collect, Recipe, bundled
 from .store import NOWHERE, TrajectoryStore, told_of
 from .worlds import load_world, worlds
+
+_REMEDY = (
+    "Free the device and run the same command again, which keeps the shards that are whole; or lower "
+    "`collect.batch_size`, with which all shards are collected anew."
+)
 
 
 class Sample(NamedTuple):
@@ -117,12 +123,13 @@ def trajectories(
     settings, streams = recipe.collect, ("cond",) if recipe.collect.streams == "cond" else ("cond", "uncond")
     guidance = settings.guidance(first)
     generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
-    with Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, streams) as recorder:
+    recorder = Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, streams, device=None)
+    with enough_memory(f"drawing {len(samples)} pictures", lambda: _REMEDY), recorder:
         images = pipe(
             [sample.prompt for sample in samples], generator=generators, num_inference_steps=settings.steps,
             guidance_scale=guidance, output_type="pt" if pictures else "latent", **own_size(pipe),
         ).images  # fmt: skip
-    tensors = {}
+    tensors, of_sites = {}, {}
     for site in recipe.sites:
         whole = recorder.trajectories(site)
         if whole.shape[2] != len(anchors):
@@ -130,7 +137,8 @@ def trajectories(
         kept, generator = min(settings.tokens_per_image, whole.shape[1]), step_generator(recipe.seed + 1, first)
         chosen = torch.stack([torch.randperm(whole.shape[1], generator=generator)[:kept].sort().values for _ in whole])
         of = torch.arange(first, first + len(samples), dtype=torch.int32).repeat(len(streams))
-        tensors[site] = torch.stack([t[c] for t, c in zip(whole, chosen, strict=True)]).flatten(0, 1)
+        rows = (chosen + whole.shape[1] * torch.arange(len(whole))[:, None]).flatten()
+        of_sites[site] = whole.flatten(0, 1)[rows.to(whole.device)]
         tensors[f"{site}/token"] = chosen.flatten().to(torch.int32)
         tensors[f"{site}/image"] = of.repeat_interleave(kept)
         try:
@@ -139,7 +147,15 @@ def trajectories(
             where = torch.full((chosen.numel(), 2), NOWHERE)
         scale = share_of_guidance(guidance).expand(chosen.numel(), 1)
         tensors[told_of(site)] = torch.cat([where, scale], 1)
+    tensors |= on_host(of_sites)
     return tensors, images.float().clamp(0, 1) if pictures else None
+
+
+def on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of one dtype, copied from a device all at once."""
+    whole = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
+    parts = whole.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensors[name].shape).clone() for name, part in zip(tensors, parts, strict=True)}
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[tuple[int, Sequence[Sample]]]:

@@ -37,7 +37,7 @@ def _told(parser: argparse.ArgumentParser):
     """What goes wrong with what the user has is one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 

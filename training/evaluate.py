@@ -79,7 +79,7 @@ def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
         if is_whole:
             residuals = sae.dynamics.residuals(part)
             unexplained["residual"].add(sae.decode_residuals(codes[-1]), residuals)
-            topk_l0 += len(residual_code(sae, residuals, k).values)
+            topk_l0 += (residual_code(sae, residuals, k).values > 0).sum().item()
         for g, code in enumerate(codes):
             both = ((code > 0) & (codes[-1] > 0)).sum()
             sums[:, g] += torch.stack([torch.cosine_similarity(code, codes[-1]).sum(), both, (code > 0).sum()])

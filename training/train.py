@@ -8,12 +8,10 @@ Every stage continues where it was stopped; a GPU is used if there is one, sever
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -39,6 +37,7 @@ from .collect import Sample, anchor_timesteps, collect, read_samples
 from .dictionary import DictionaryTrainer, calibrate, measure_activations, new_dictionary
 from .evaluate import evaluate
 from .fit import fit_dynamics
+from .memory import enough_memory, keep_freed_memory
 from .plan import plan
 from .processes import ALONE, Processes
 from .recipe import Recipe, bundled
@@ -111,18 +110,6 @@ def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) 
         save_file(dynamics.state_dict() | {"told": torch.tensor(list(facts), dtype=torch.uint8)}, partial)
     print(f"{site}: R² of the predictors {found['r2']}", flush=True)
     return dynamics, found
-
-
-def keep_freed_memory() -> None:
-    """
-    Have this process keep the memory of freed tensors for those of the next step, as it is on devices other than CPUs.
-
-    The system zeroes the pages that it hands out; a step that takes and returns gradients as large as the dictionary
-    spent a seventh of its time on that.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other libraries of C have no such
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: everything from the heap,
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which stays
 
 
 def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -363,10 +350,21 @@ def run(
             with accelerator.main_process_first():
                 path = work / "dynamics" / f"{site}-{digest}.safetensors"
                 dynamics[name], facts[name] = fitted(own, site, *source.moments[site], path, mark)
-    trained = train_dictionaries(
-        {name: variants[variant] for name, (variant, _) in names.items()}, source.data, dynamics,
-        {name: site for name, (_, site) in names.items()}, anchors, work, accelerator, source.mark, source.stream,
-    )  # fmt: skip
+    folder = work / "checkpoints"
+
+    def remedy() -> str:
+        latest = Checkpoints(folder, 1).latest()
+        return (
+            "Free the device and run the same command again, which continues from "
+            f"{latest or 'the trajectories, as there was no checkpoint yet'}; or raise `train.accumulate`, lower "
+            f"`train.batch_size` or `train.num_latents`, and delete {folder}: trajectories are kept."
+        )
+
+    with enough_memory("training", remedy):
+        trained = train_dictionaries(
+            {name: variants[variant] for name, (variant, _) in names.items()}, source.data, dynamics,
+            {name: site for name, (_, site) in names.items()}, anchors, work, accelerator, source.mark, source.stream,
+        )  # fmt: skip
     saved = {}
     for variant, own in variants.items() if accelerator.is_main_process else ():
         sites, report = {}, {}
