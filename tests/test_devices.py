@@ -29,9 +29,10 @@ from diffusers_rtsae.models import LinearDynamics
 from diffusers_rtsae.steering import OPERATIONS
 from training import dictionary
 from training.checkpoint import Checkpoints
-from training.collect import anchor_timesteps, collect, read_samples
+from training.collect import anchor_timesteps, collect
 from training.dictionary import ARCHITECTURES, KINDS, DictionaryTrainer
 from training.evaluate import evaluate, recovered, timing
+from training.prompts import read_samples
 from training.recipe import Recipe
 from training.store import TrajectoryStore
 from training.train import Data, train_dictionaries

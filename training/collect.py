@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -15,27 +11,19 @@ from tqdm import tqdm
 from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.denoiser import get_denoiser, noise_schedule
-from diffusers_rtsae.files import read_lines
 from diffusers_rtsae.models import places, share_of_guidance
 from diffusers_rtsae.pipeline import own_size
 
 from .checkpoint import step_generator
 from .memory import enough_memory
-from .recipe import Collect, Recipe, bundled
+from .prompts import Sample
+from .recipe import Collect, Recipe
 from .store import NOWHERE, TrajectoryStore, told_of
-from .worlds import load_world, worlds
 
 _REMEDY = (
     "Free the device and run the same command again, which keeps the shards that are whole; or lower "
     "`collect.batch_size`, with which all shards are collected anew."
 )
-
-
-class Sample(NamedTuple):
-    """One picture to generate."""
-
-    prompt: str
-    seed: int
 
 
 def anchor_timesteps(pipe: DiffusionPipeline, settings: Collect, anchors: int | list[int]) -> list[int]:
@@ -58,47 +46,6 @@ def anchor_timesteps(pipe: DiffusionPipeline, settings: Collect, anchors: int | 
     if unknown := [t for t in anchors if t not in timesteps]:
         raise ValueError(f"The anchors {unknown} are no steps of the sampler, which visits {timesteps}.")
     return sorted(set(anchors), reverse=True)
-
-
-def read_samples(settings: Collect, seed: int) -> list[Sample]:
-    """
-    The pictures a recipe asks for, each prompt and seed once.
-
-    Prompts are the captions of a world (`"shapes"`); the lines of a text file; the rows of a `.jsonl` or
-    `.parquet` file; or those of a dataset on the Hub. Rows without a seed get one each.
-
-    Raises:
-        `ValueError`: if there are none, or the column is not there.
-        `OSError`: if there is no such file or dataset.
-    """
-    source = settings.prompts
-    if source in worlds():
-        prompts = load_world(source).prompts(settings.count, seed)
-        return [Sample(prompt, seed * 1_000_003 + i) for i, prompt in enumerate(prompts)]
-    if source.endswith(".txt"):
-        rows = [{settings.column: line} for line in read_lines(Path(bundled(source)))]
-    elif source.endswith(".jsonl"):
-        rows = [json.loads(line) for line in read_lines(Path(source))]
-    else:
-        from datasets import load_dataset
-
-        parquet = source.endswith(".parquet")
-        loaded = load_dataset("parquet", data_files=source) if parquet else load_dataset(source)
-        loaded = loaded["train" if parquet else settings.split]
-        used = [name for name in loaded.column_names if name in (settings.column, "seed")]
-        rows = (loaded.select_columns(used) if used else loaded.take(1)).to_list()
-    if not rows:
-        raise ValueError(f"{source} holds no prompts: expected one a line.")
-    if missing := [i for i, row in enumerate(rows) if not isinstance(row, dict) or settings.column not in row]:
-        raise ValueError(
-            f"Row {missing[0]} of {source} has no column {settings.column!r}, it has: {rows[missing[0]]!r}."
-        )
-    random.Random(seed).shuffle(rows)
-    samples = []
-    for i, row in enumerate(rows):
-        own = row.get("seed")
-        samples.append(Sample(row[settings.column], seed * 1_000_003 + i if own is None else int(own)))
-    return list(dict.fromkeys(samples))[: settings.count]
 
 
 @torch.no_grad()

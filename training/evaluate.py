@@ -20,8 +20,9 @@ from diffusers_rtsae.denoiser import Arguments, Block, Call, Tap, get_denoisers
 from diffusers_rtsae.hub import write_json
 from diffusers_rtsae.pipeline import own_size
 
-from .collect import anchor_timesteps, read_samples, trajectories
+from .collect import anchor_timesteps, trajectories
 from .dictionary import residual_code
+from .prompts import read_samples
 from .recipe import Collect, Recipe, bundled
 
 

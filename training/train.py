@@ -33,13 +33,15 @@ from diffusers_rtsae.hub import CONFIG_NAME, signature, write_json
 from diffusers_rtsae.models import LinearDynamics
 
 from .checkpoint import Checkpoints, step_generator
-from .collect import Sample, anchor_timesteps, collect, read_samples
+from .collect import anchor_timesteps, collect
 from .dictionary import DictionaryTrainer, calibrate, measure_activations, new_dictionary
 from .evaluate import evaluate
+from .fingerprint import fingerprint
 from .fit import fit_dynamics
 from .memory import enough_memory, keep_freed_memory
 from .plan import plan
 from .processes import ALONE, Processes
+from .prompts import Sample, read_samples
 from .recipe import Recipe, bundled
 from .store import Rows, TrajectoryStore, told_of
 from .stream import Stream
@@ -148,7 +150,8 @@ def train_dictionaries(
         sample, _ = data.sample(sites[name], 8192, step_generator(recipe.seed, -1))
         trainers[name] = DictionaryTrainer(sae, recipe.train, dynamics[name], sample.float(), device, processes)
         own = recipe.train.model_dump(exclude={"checkpoints", "checkpoint_every", "validate_every", "log_with"})
-        marks[name] = json.dumps([collected, recipe.seed, recipe.fit.model_dump(), own], sort_keys=True)
+        mark = {"trajectories": collected, "seed": recipe.seed, "fit": recipe.fit.model_dump(), "train": own}
+        marks[name] = json.dumps(mark, sort_keys=True)
     checkpoints = Checkpoints(work / "checkpoints", first.train.checkpoints, processes)
     done, steps = checkpoints.load(trainers, marks, stream), max(r.train.steps for r in recipes.values())
     renew_every = None
@@ -230,27 +233,6 @@ def announce(recipe: Recipe, samples: int, store: TrajectoryStore) -> None:
         )
 
 
-def open_store(
-    recipe: Recipe,
-    work: Path,
-    samples: list[Sample],
-    anchors: list[int],
-    pipe: DiffusionPipeline,
-    shards: str | None = None,
-) -> TrajectoryStore:
-    """The trajectories of a recipe's run; `shards` may be a URL, then `work` keeps a copy of what is used."""
-    made = recipe.collected + fingerprint(samples, anchors, pipe)
-    return TrajectoryStore(shards or work / "trajectories", made, cache=work / "trajectories")
-
-
-def fingerprint(samples: list[Sample], anchors: list[int], pipe: DiffusionPipeline) -> str:
-    """What a recipe's paths do not say: which prompts and weights lay there."""
-    digest = hashlib.blake2b(json.dumps(samples).encode(), digest_size=8)
-    for parameter in get_denoiser(pipe).parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return json.dumps({"anchors": anchors, "prompts and weights": digest.hexdigest()})
-
-
 def new_accelerator(recipe: Recipe, work: Path, cpu: bool) -> Accelerator:
     """The process' share of the devices, and the recipe's trackers."""
     waits = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the slowest to have collected
@@ -268,7 +250,7 @@ class Source(NamedTuple):
     Args:
         data (`Data`): of all sites.
         moments (`dict`): for each site the parts to fit its dynamics to, and those to judge them on.
-        mark (`str`): how and from what the trajectories were made.
+        mark (`str`): what the trajectories were made of.
         stream (`Stream`, *optional*): that renews the data while training.
     """
 
@@ -288,9 +270,15 @@ def load_pipeline(recipe: Recipe, device: torch.device) -> tuple[DiffusionPipeli
 def collect_stage(
     recipe: Recipe, work: Path, accelerator: Accelerator, shards: str | None, pipe, samples, anchors
 ) -> TrajectoryStore:
-    """Every process makes its shards of the trajectories, and waits for the others."""
+    """
+    Every process makes its shards of the trajectories, and waits for the others.
+
+    Args:
+        shards (`str`, *optional*): a URL they are at; then `work` keeps a copy of what is used.
+    """
     scorer = FactorScorer.from_pretrained(bundled(recipe.scorer)).to(accelerator.device) if recipe.scorer else None
-    store = open_store(recipe, work, samples, anchors, pipe, shards)
+    made_of = fingerprint(recipe, samples, anchors, pipe, scorer)
+    store = TrajectoryStore(shards or work / "trajectories", made_of, cache=work / "trajectories")
     if accelerator.is_main_process:
         announce(recipe, len(samples), store)
     collect(pipe, samples, recipe, anchors, store, scorer, (accelerator.process_index, accelerator.num_processes))
@@ -312,16 +300,15 @@ def from_stream(recipe: Recipe, work: Path, accelerator: Accelerator, pipe, samp
     per_batch = recipe.collect.batch_size * recipe.collect.tokens_per_image
     held = max(2, round(recipe.train.validation * recipe.collect.buffer / per_batch))
     stream = Stream(pipe, samples, recipe, anchors, held)
-    halves = stream.held_out_halves(work / "held-out.safetensors")
+    made_of = fingerprint(recipe, samples, anchors, pipe, None)
+    halves = stream.held_out_halves(work / "held-out.safetensors", made_of)
     latest = Checkpoints(work / "checkpoints", recipe.train.checkpoints).latest()
     if latest is not None:
         stream.load(latest / "stream.safetensors")
     while not stream.is_full:
         stream.renew()
     moments = {site: (stream.buffer[site].split(8192), [half[site] for half in halves]) for site in recipe.sites}
-    return Source(
-        Data(stream.buffer, *halves), moments, recipe.collected + fingerprint(samples, anchors, pipe), stream
-    )
+    return Source(Data(stream.buffer, *halves), moments, made_of, stream)
 
 
 def run(
