@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from diffusers_rtsae.files import whole
 
+from .fingerprint import differences
 from .processes import ALONE, Processes
 
 if TYPE_CHECKING:  # a stream draws prompts of worlds, whose own trainings keep checkpoints
@@ -58,9 +59,10 @@ def load_checkpoint(
     with opened as file:
         metadata = file.metadata()
         if metadata["fingerprint"] != fingerprint:
+            changed = differences(metadata["fingerprint"], fingerprint)
+            what = "; ".join(changed) if changed else metadata["fingerprint"]
             raise ValueError(
-                f"{path} belongs to a run with other settings. Delete it to start again, or restore the settings "
-                f"it was started with: {metadata['fingerprint']}"
+                f"{path} belongs to a run with other settings ({what}). Delete it to start again, or restore them."
             )
         for name, tensor in tensors.items():
             tensor.data.copy_(file.get_tensor(f"state.{name}"))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -15,21 +11,19 @@ from tqdm import tqdm
 from diffusers_rtsae import list_sites
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.denoiser import get_denoiser, noise_schedule
-from diffusers_rtsae.files import read_lines
 from diffusers_rtsae.models import places, share_of_guidance
 from diffusers_rtsae.pipeline import own_size
 
 from .checkpoint import step_generator
-from .recipe import Collect, Recipe, bundled
+from .memory import enough_memory
+from .prompts import Sample
+from .recipe import Collect, Recipe
 from .store import NOWHERE, TrajectoryStore, told_of
-from .worlds import load_world, worlds
 
-
-class Sample(NamedTuple):
-    """One picture to generate."""
-
-    prompt: str
-    seed: int
+_REMEDY = (
+    "Free the device and run the same command again, which keeps the shards that are whole; or lower "
+    "`collect.batch_size`, with which all shards are collected anew."
+)
 
 
 def anchor_timesteps(pipe: DiffusionPipeline, settings: Collect, anchors: int | list[int]) -> list[int]:
@@ -54,47 +48,6 @@ def anchor_timesteps(pipe: DiffusionPipeline, settings: Collect, anchors: int | 
     return sorted(set(anchors), reverse=True)
 
 
-def read_samples(settings: Collect, seed: int) -> list[Sample]:
-    """
-    The pictures a recipe asks for, each prompt and seed once.
-
-    Prompts are the captions of a world (`"shapes"`); the lines of a text file; the rows of a `.jsonl` or
-    `.parquet` file; or those of a dataset on the Hub. Rows without a seed get one each.
-
-    Raises:
-        `ValueError`: if there are none, or the column is not there.
-        `OSError`: if there is no such file or dataset.
-    """
-    source = settings.prompts
-    if source in worlds():
-        prompts = load_world(source).prompts(settings.count, seed)
-        return [Sample(prompt, seed * 1_000_003 + i) for i, prompt in enumerate(prompts)]
-    if source.endswith(".txt"):
-        rows = [{settings.column: line} for line in read_lines(Path(bundled(source)))]
-    elif source.endswith(".jsonl"):
-        rows = [json.loads(line) for line in read_lines(Path(source))]
-    else:
-        from datasets import load_dataset
-
-        parquet = source.endswith(".parquet")
-        loaded = load_dataset("parquet", data_files=source) if parquet else load_dataset(source)
-        loaded = loaded["train" if parquet else settings.split]
-        used = [name for name in loaded.column_names if name in (settings.column, "seed")]
-        rows = (loaded.select_columns(used) if used else loaded.take(1)).to_list()
-    if not rows:
-        raise ValueError(f"{source} holds no prompts: expected one a line.")
-    if missing := [i for i, row in enumerate(rows) if not isinstance(row, dict) or settings.column not in row]:
-        raise ValueError(
-            f"Row {missing[0]} of {source} has no column {settings.column!r}, it has: {rows[missing[0]]!r}."
-        )
-    random.Random(seed).shuffle(rows)
-    samples = []
-    for i, row in enumerate(rows):
-        own = row.get("seed")
-        samples.append(Sample(row[settings.column], seed * 1_000_003 + i if own is None else int(own)))
-    return list(dict.fromkeys(samples))[: settings.count]
-
-
 @torch.no_grad()
 def trajectories(
     pipe: DiffusionPipeline,
@@ -117,12 +70,13 @@ def trajectories(
     settings, streams = recipe.collect, ("cond",) if recipe.collect.streams == "cond" else ("cond", "uncond")
     guidance = settings.guidance(first)
     generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
-    with Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, streams) as recorder:
+    recorder = Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, streams, device=None)
+    with enough_memory(f"drawing {len(samples)} pictures", lambda: _REMEDY), recorder:
         images = pipe(
             [sample.prompt for sample in samples], generator=generators, num_inference_steps=settings.steps,
             guidance_scale=guidance, output_type="pt" if pictures else "latent", **own_size(pipe),
         ).images  # fmt: skip
-    tensors = {}
+    tensors, of_sites = {}, {}
     for site in recipe.sites:
         whole = recorder.trajectories(site)
         if whole.shape[2] != len(anchors):
@@ -130,7 +84,8 @@ def trajectories(
         kept, generator = min(settings.tokens_per_image, whole.shape[1]), step_generator(recipe.seed + 1, first)
         chosen = torch.stack([torch.randperm(whole.shape[1], generator=generator)[:kept].sort().values for _ in whole])
         of = torch.arange(first, first + len(samples), dtype=torch.int32).repeat(len(streams))
-        tensors[site] = torch.stack([t[c] for t, c in zip(whole, chosen, strict=True)]).flatten(0, 1)
+        rows = (chosen + whole.shape[1] * torch.arange(len(whole))[:, None]).flatten()
+        of_sites[site] = whole.flatten(0, 1)[rows.to(whole.device)]
         tensors[f"{site}/token"] = chosen.flatten().to(torch.int32)
         tensors[f"{site}/image"] = of.repeat_interleave(kept)
         try:
@@ -139,7 +94,15 @@ def trajectories(
             where = torch.full((chosen.numel(), 2), NOWHERE)
         scale = share_of_guidance(guidance).expand(chosen.numel(), 1)
         tensors[told_of(site)] = torch.cat([where, scale], 1)
+    tensors |= on_host(of_sites)
     return tensors, images.float().clamp(0, 1) if pictures else None
+
+
+def on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of one dtype, copied from a device all at once."""
+    whole = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
+    parts = whole.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensors[name].shape).clone() for name, part in zip(tensors, parts, strict=True)}
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[tuple[int, Sequence[Sample]]]:

@@ -27,6 +27,14 @@ Works with any pipeline and dictionary; writes report.json, report.md and plots.
 """
 
 
+class Adding(argparse.Action):
+    """The values of a flag that may have several: given again, it adds to them."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog, description=description.format(prog=prog), formatter_class=formatter)
@@ -37,7 +45,7 @@ def _told(parser: argparse.ArgumentParser):
     """What goes wrong with what the user has is one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
@@ -55,7 +63,9 @@ def train(prog: str = "python -m training.train", collect_only: bool = False) ->
         parser.add_argument("--collect-only", action="store_true", help="stop when the trajectories are there")
     parser.add_argument("--work", type=Path, help="shards and checkpoints; runs/<name of the recipe> by default")
     parser.add_argument("--shards", help="where shards lie if not in the work folder: any URL that fsspec knows")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change the recipe: train.k=8")
+    parser.add_argument(
+        "--set", nargs="*", action=Adding, default=[], metavar="KEY=VALUE", help="change the recipe: train.k=8"
+    )
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take, and stop")
     parser.add_argument("--teraflops", type=float, default=50.0, help="what the device sustains, for the dry run")

@@ -14,7 +14,7 @@ from diffusers_rtsae.models import METADATA, LinearDynamics, Step
 
 from .processes import ALONE, Processes
 from .recipe import Recipe, Train
-from .sparse import Code, Gates, above, batch_topk, decode, encode, topk
+from .sparse import Code, Gates, above, batch_topk, decode, encode, most_above, topk
 from .store import NOWHERE
 
 ARCHITECTURES: dict[str, type[BatchTopK]] = {}
@@ -116,7 +116,10 @@ class _Step(torch.autograd.Function):
 
 @register
 class JumpReLU(BatchTopK):
-    """A learned threshold for each latent, pulled to `k` active ones by a penalty on L0 (2407.14435)."""
+    """
+    A learned threshold for each latent, pulled to `k` active ones by a penalty on L0 (2407.14435). The penalty has
+    work to do where many more are active: of a batch, up to `8 k` a row are looked at, those most above it.
+    """
 
     name = "jump_relu"
     shares_budget = False
@@ -140,11 +143,14 @@ class JumpReLU(BatchTopK):
 
     def encode(self, centred, centre, weight, bias, gates, training):
         threshold = self.log_threshold.exp()
-        near = above(centred, weight, bias, threshold.detach() - self.bandwidth / 2, self.dtype, gates)
-        if gates is not None:
-            near = near.where(gates.of(near) > 0)
+        least, most = threshold.detach() - self.bandwidth / 2, _ROOM * self.k * len(centred)
+        near = most_above(centred, weight, bias, least, most, self.dtype, gates)
+        threshold = threshold[near.latents]
+        if gates is not None:  # what is behind a closed gate has no threshold to exceed
+            is_open = gates.of(near) > 0
+            near, threshold = near.where(is_open), threshold.masked_fill(~is_open, torch.inf)
         code = encode(centred, centre, weight, bias, near, gates)
-        values, active = _Step.apply(code.values, threshold[code.latents], self.bandwidth)
+        values, active = _Step.apply(code.values, threshold, self.bandwidth)
         self.active = self.processes.sum(active.sum()) / len(centred)
         return code._replace(values=values)
 
@@ -181,7 +187,7 @@ class AdaptiveMasking(BatchTopK):
         self.settings, self.noting = settings, False
         # magnitude where active, frequency, and by how much it lessens the squared error
         self.running = processes.share(torch.zeros(settings.num_latents, 3, device=device)).clone()
-        self.seen = torch.zeros(1, device=device)  # batches
+        self.seen = torch.zeros(1)  # batches; on the host, which must know
 
     def state(self):
         return {"running": self.running, "seen": self.seen}
@@ -221,9 +227,9 @@ class AdaptiveMasking(BatchTopK):
         pieces = zip(active.rows.split(size), active.latents.split(size), strict=True)
         along = torch.cat([(left[rows] * weight[latents]).sum(1) for rows, latents in pieces])
         lessened = active.values * (2 * along + active.values)  # decoder rows have length 1
-        ones = torch.ones_like(active.values)
         sums = torch.zeros_like(self.running)
-        sums.index_add_(0, active.latents, torch.stack([active.values, ones, lessened], 1))
+        found = torch.stack([active.values, (active.values > 0).float(), lessened], 1)
+        sums.index_add_(0, active.latents, found)
         fired, share = sums[:, 1:2], 1 / min(self.seen.item() + 1, _MEMORY)
         there = torch.cat([sums[:, :1] / fired.clamp(min=1), sums[:, 1:] / len(left)], 1)
         there[:, :1] = torch.where(fired > 0, there[:, :1], self.running[:, :1])
@@ -288,12 +294,13 @@ class Steps(Residuals):
 
     def __init__(self, sae: SparseAutoencoder, dynamics: LinearDynamics, settings: Train, processes: Processes):
         super().__init__(sae, dynamics, settings, processes)
-        self.mean = dynamics.mean.mean(0)
-        apart = (dynamics.mean - self.mean).square().mean(1)
-        self.scale = (dynamics.scale.square() + apart).mean().sqrt()
+        mean, device = dynamics.mean.mean(0), sae.encoder.device
+        apart = (dynamics.mean - mean).square().mean(1)
+        self.mean, self.scale = mean.to(device), (dynamics.scale.square() + apart).mean().sqrt().to(device)
+        self.anchors = torch.tensor(sae.config.anchors, device=device)
 
     def inputs(self, trajectories):
-        return (trajectories - self.mean.to(trajectories.device)) / self.scale.to(trajectories.device)
+        return (trajectories - self.mean) / self.scale
 
     def rows(self, inputs):
         return inputs.flatten(0, 1), None
@@ -301,21 +308,20 @@ class Steps(Residuals):
     @torch.no_grad()
     def finish(self):
         # latents measured in units of the activation: rows of encoder and decoder stay as they are
-        sae, mean, scale = self.sae, self.mean.to(self.sae.encoder.device), self.scale.to(self.sae.encoder.device)
-        sae.encoder_bias.mul_(scale)
-        sae.decoder_bias.mul_(scale).add_(mean)
+        self.sae.encoder_bias.mul_(self.scale)
+        self.sae.decoder_bias.mul_(self.scale).add_(self.mean)
 
 
 class ModulatedSteps(Steps):
     """The same modulated by the timestep; the modulation is learned with the dictionary."""
 
     def rows(self, inputs):
-        factor, shift = self.sae.modulate(torch.tensor(self.sae.config.anchors, device=inputs.device))
+        factor, shift = self.sae.modulate(self.anchors)
         return (inputs * factor + shift).flatten(0, 1), factor.expand_as(inputs).flatten(0, 1)
 
     @torch.no_grad()
     def finish(self):
-        sae, mean, scale = self.sae, self.mean.to(self.sae.encoder.device), self.scale.to(self.sae.encoder.device)
+        sae, mean, scale = self.sae, self.mean, self.scale
         sae.encoder_bias.mul_(scale)
         sae.decoder_bias.mul_(scale)
         for tensor, one in ((sae.modulation.weight, 0), (sae.modulation.bias, 1)):
@@ -328,13 +334,20 @@ class RoutedSteps(Steps):
 
     draws = True
 
+    def __init__(self, sae: MixtureSAE, dynamics: LinearDynamics, settings: Train, processes: Processes):
+        super().__init__(sae, dynamics, settings, processes)
+        places = [METADATA.index(name) for name in sae.config.metadata]
+        self.places = torch.tensor(places, dtype=torch.long, device=sae.encoder.device)
+
     def gates(self, rows, told=None):
-        sae, anchors = self.sae, torch.tensor(self.sae.config.anchors, device=rows.device)
-        known = {"time": (anchors / 1000).repeat(len(rows) // len(anchors))}
+        sae, count = self.sae, len(self.anchors)
+        values = {"time": (self.anchors / 1000).repeat(len(rows) // count)}
         if told is not None:
-            values = dict(zip(METADATA[1:], told.T, strict=True))
-            known |= {name: v.repeat_interleave(len(anchors)) for name, v in values.items() if (v != NOWHERE).all()}
-        metadata = sae.told(known).to(rows)
+            values |= {name: v.repeat_interleave(count) for name, v in zip(METADATA[1:], told.T, strict=True)}
+        metadata = sae.told(values).to(rows)
+        if told is not None:  # what is not known of all counts as zeros
+            known = F.pad((told != NOWHERE).all(0), (1, 0), value=True)
+            metadata = metadata * known[self.places].repeat_interleave(2)
         if sae.training:  # the router must do with less
             kept = torch.rand(len(rows), 1 + len(sae.config.metadata), device=rows.device) >= _UNTOLD
             metadata = metadata * (kept[:, :1] & kept[:, 1:]).repeat_interleave(2, 1)
@@ -354,15 +367,17 @@ class RoutedSteps(Steps):
     @torch.no_grad()
     def finish(self):
         super().finish()
-        width, mean, scale = len(self.mean), self.mean.to(self.sae.encoder.device), self.scale
+        width = len(self.mean)
         for layer in (self.sae.router, self.sae.noise):
-            layer.weight[:, :width].div_(scale)
-            layer.bias.sub_(layer.weight[:, :width] @ mean)
+            layer.weight[:, :width].div_(self.scale)
+            layer.bias.sub_(layer.weight[:, :width] @ self.mean)
 
 
 _BALANCE, _UNMASKED = 0.5, 0.1  # weights of the loss
 _UNTOLD = 0.1  # chance that the router is not told a value, and that it is told nothing
 _MEMORY = 100  # batches that running means go back; before that nothing is masked
+_ROOM = 8  # times k: how many latents of a row near their thresholds JumpReLU looks at, on average
+_EVERY = 100  # steps after which the host looks at a device that is not its own
 KINDS = {
     "rtsae": (RTSAE, Residuals),
     "static": (SparseAutoencoder, Steps),
@@ -378,9 +393,18 @@ def auxiliary_loss(
     dead: torch.Tensor,
     k: int,
     processes: Processes = ALONE,
+    of_these: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """AuxK (2406.04093, appendix A.2): the `k` largest dead latents of each row reconstruct the `error`."""
+    """
+    AuxK (2406.04093, appendix A.2): the `k` largest dead latents of each row reconstruct the `error`.
+
+    Args:
+        dead (`torch.Tensor`): their indices.
+        of_these (`torch.Tensor`, *optional*): which of the indices are meant, `(dead,)` bool; all by default.
+    """
     weight, bias = sae.encoder[dead].flatten(1)[:, : centred.shape[1]], sae.encoder_bias[dead]
+    if of_these is not None:
+        bias = bias.masked_fill(~of_these, -torch.inf)
     centre = torch.zeros(centred.shape[1], device=centred.device)  # what is centred already moves nothing
     code = encode(centred, centre, weight, bias, topk(centred, weight, bias, k, processes=processes))
     guess = decode(code, sae.decoder[dead].flatten(1), len(error), processes)
@@ -447,6 +471,11 @@ class DictionaryTrainer:
         self.quiet = torch.zeros(len(sae.encoder), dtype=torch.long, device=device)
         self.threshold = torch.zeros(1, device=device)  # running mean of the smallest value that a batch kept
         self.done, self.parts = 0, 0  # steps, and what of the present one has been seen
+        # the first step whose loss was no number, and that; -1 if there was none
+        self.broken = torch.tensor([-1.0, 0.0], device=device)
+        self.failure: tuple[int, float] | None = None  # the same, as far as the host has looked
+        self.perhaps_dead: torch.Tensor | None = None  # indices of the latents that may be dead, until it looks again
+        self.some_perhaps_dead, self.margin = 0, 0  # how many in all processes; trajectories until others may be dead
 
     def inputs(self, trajectories: torch.Tensor) -> torch.Tensor:
         """What is trained on, of trajectories `(rows, G, d)`."""
@@ -461,6 +490,29 @@ class DictionaryTrainer:
     def dead(self) -> torch.Tensor:
         """Which of this process' latents have not fired for long."""
         return self.quiet > self.settings.dead_after
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """
+        Have the host look at what is on the device, which it waits for: whether a loss was no number, and which
+        latents are dead or may be before it looks again.
+
+        On a CPU it looks at every batch; elsewhere seldom, at steps that do not depend on when a run was resumed.
+        """
+        ahead = 0 if self.broken.device.type == "cpu" else _EVERY * self.settings.batch_size
+        perhaps = self.quiet > self.settings.dead_after - ahead
+        counts = torch.stack([perhaps.sum(), self.processes.sum(perhaps.sum())])
+        *broken, own, every = torch.cat([self.broken.double(), counts.double()]).tolist()
+        self._note_failure(*broken)
+        self.perhaps_dead = torch.argsort(perhaps, descending=True, stable=True)[: int(own)]
+        self.some_perhaps_dead, self.margin = int(every), ahead
+
+    def check(self) -> None:
+        """Have the host look at whether a loss was no number, alone."""
+        self._note_failure(*self.broken.tolist())
+
+    def _note_failure(self, step: float, loss: float) -> None:
+        self.failure = None if step < 0 else (int(step), loss)
 
     @torch.no_grad()
     def _normalise(self) -> None:
@@ -478,11 +530,16 @@ class DictionaryTrainer:
             told (`torch.Tensor`, *optional*): row, column and guidance of each, `(rows, 3)` from 0 to 1.
 
         Returns:
-            `dict`: FVU of the inputs (per unit of their normalised variance) and L0.
+            `dict`: loss, FVU of the inputs (per unit of their normalised variance) and L0, on the device.
         """
         sae, prefix = self.sae.train(), prefix if self.view.prefixes else None
+        due = self.parts == 0 and (self.done % _EVERY == 0 or self.done % self.settings.checkpoint_every == 0)
+        if due or self.perhaps_dead is None or self.margin <= 0:
+            self.look()
+        self.margin -= len(inputs)
         draws = self.view.draws or self.architecture.draws
-        with torch.random.fork_rng(enabled=draws):  # what is drawn depends on the step alone
+        devices = [inputs.device] if inputs.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=draws):  # what is drawn depends on the step alone
             if draws:
                 torch.manual_seed(1_000_003 * self.done + self.parts)
             target, unit, code, centred, other = self._encode(inputs, prefix, told)
@@ -493,22 +550,27 @@ class DictionaryTrainer:
             unit = None if unit is None else unit.detach()
         loss, fvu, reconstruction = self.architecture.loss(wanted, code, sae.decoder.flatten(1), centre, unit)
         loss = loss + other
-        if prefix is None and (dead := self.processes.sum(self.dead.sum()).item()):
-            k, chosen = min(inputs.shape[2] // 2, dead), self.dead.nonzero()[:, 0]
+        if prefix is None and self.some_perhaps_dead:
+            k, dead = min(inputs.shape[2] // 2, self.some_perhaps_dead), self.dead[self.perhaps_dead]
             error = (target - reconstruction).detach()
-            auxiliary = auxiliary_loss(sae, error, centred.detach(), chosen, k, self.processes)
-            loss = loss + self.settings.auxiliary * auxiliary
+            chosen = self.perhaps_dead, k, self.processes, dead
+            auxiliary = auxiliary_loss(sae, error, centred.detach(), *chosen)
+            loss = loss + self.settings.auxiliary * auxiliary * (self.processes.sum(dead.sum()) > 0)
         (loss * share).backward()
-        active = code.values.detach() > 0
-        self.quiet += len(inputs)
-        self.quiet[code.latents[active]] = 0
-        lowest = code.values.detach().min() if len(active) else target.new_tensor(torch.inf)
+        values, loss = code.values.detach(), loss.detach()
+        active = values > 0
+        fired = torch.zeros_like(self.quiet).index_add_(0, code.latents, active.long())
+        self.quiet.add_(len(inputs)).masked_fill_(fired > 0, 0)
+        lowest = torch.cat([values.masked_fill(~active, torch.inf), values.new_full((1,), torch.inf)]).min()
         told = self.processes.gather(torch.stack([active.sum(), lowest]))
         lowest = told[:, 1].min()
-        if prefix is None and lowest.isfinite():
-            self.threshold.lerp_(lowest, 0.02 if self.threshold > 0 else 1.0)
-        l0 = told[:, 0].sum().item() / len(target)
-        return {"loss": loss.item(), "fvu": fvu.item(), "l0": l0}
+        if prefix is None:
+            weight = torch.ones_like(self.threshold).masked_fill_(self.threshold > 0, 0.02)
+            mean = self.threshold.lerp(lowest, weight)
+            self.threshold.copy_(torch.where(lowest.isfinite(), mean, self.threshold))
+        here = torch.stack([loss.new_full((), self.done), loss])
+        self.broken = torch.where((self.broken[0] < 0) & ~loss.isfinite(), here, self.broken)
+        return {"loss": loss, "fvu": fvu.detach(), "l0": told[:, 0].sum() / len(target)}
 
     def _encode(
         self, inputs: torch.Tensor, prefix: int | None, told: torch.Tensor | None = None

@@ -20,8 +20,9 @@ from diffusers_rtsae.denoiser import Arguments, Block, Call, Tap, get_denoisers
 from diffusers_rtsae.files import write_json
 from diffusers_rtsae.pipeline import own_size
 
-from .collect import anchor_timesteps, read_samples, trajectories
+from .collect import anchor_timesteps, trajectories
 from .dictionary import residual_code
+from .prompts import read_samples
 from .recipe import Collect, Recipe, bundled
 
 
@@ -79,7 +80,7 @@ def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
         if is_whole:
             residuals = sae.dynamics.residuals(part)
             unexplained["residual"].add(sae.decode_residuals(codes[-1]), residuals)
-            topk_l0 += len(residual_code(sae, residuals, k).values)
+            topk_l0 += (residual_code(sae, residuals, k).values > 0).sum().item()
         for g, code in enumerate(codes):
             both = ((code > 0) & (codes[-1] > 0)).sum()
             sums[:, g] += torch.stack([torch.cosine_similarity(code, codes[-1]).sum(), both, (code > 0).sum()])

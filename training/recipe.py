@@ -161,7 +161,8 @@ def load_recipe(path: Path, changes: list[str] = ()) -> Recipe:
     Read a recipe; `changes` are like `"train.k=8"`.
 
     Raises:
-        `ValueError`: if something in it is unknown, missing or out of range; the message names each.
+        `ValueError`: if something in it is unknown, missing or out of range, and the message names each; or if two
+            changes are of one key.
     """
     try:
         content = yaml.safe_load(Path(bundled(path)).read_text(encoding="utf-8"))
@@ -169,6 +170,9 @@ def load_recipe(path: Path, changes: list[str] = ()) -> Recipe:
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no recipe: expected a mapping with {sorted(Recipe.model_fields)}.")
+    names = [change.partition("=")[0] for change in changes]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"Expected each key once, got {twice[0]!r} {names.count(twice[0])} times.")
     for change in changes:
         name, _, value = change.partition("=")
         *parents, last = name.split(".")

@@ -3,6 +3,9 @@
 A code is a list of (row, latent, value), sorted by row. What the dense formulation does with matrix products over all
 latents, decoding and every gradient, is here a weighted sum over the active ones (`embedding_bag`). Only the
 encoder's forward product is dense, made in pieces of a few rows each.
+
+On a CPU a code has as many entries as are active. On other devices the host would have to wait to learn how many these
+are, so a code has as many as there may be, and those of value 0 fill it up: they get no gradient and give none.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ class Code(NamedTuple):
 
     def where(self, kept: torch.Tensor) -> Code:
         """The entries where `kept (active,)` is true."""
-        return Code(self.rows[kept], self.latents[kept], self.values[kept])
+        if self.values.device.type == "cpu":
+            return Code(self.rows[kept], self.latents[kept], self.values[kept])
+        return self._replace(values=self.values.masked_fill(~kept, 0.0))
 
 
 class Gates(NamedTuple):
@@ -56,7 +61,7 @@ def products(
     centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, gates: Gates | None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """`centred @ weight.T` computed in `dtype`, in pieces of rows, each with the index of its first row, and what is
-    still to be added to it: the bias, unless it had to be before the gates."""
+    still to be added to it: the bias, unless it had to be before the gates. Behind a closed gate there is -inf."""
     centred, weight = centred.to(dtype), weight.to(dtype)
     step = max(1, _PIECE // max(1, len(weight)))
     for start in range(0, len(centred), step):
@@ -65,7 +70,8 @@ def products(
             yield start, piece, bias
         else:
             shares = gates.shares[start : start + step].to(dtype)[:, gates.group]
-            yield start, (piece + bias.to(dtype)) * shares, torch.zeros_like(bias)
+            gated = ((piece + bias.to(dtype)) * shares).masked_fill_(shares == 0, -torch.inf)
+            yield start, gated, torch.zeros_like(bias)
 
 
 def _true(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +101,37 @@ def above(
         rows, latents = _true(piece > (threshold - rest).to(dtype))
         found.append((rows + start, latents, piece[rows, latents].float() + rest[latents]))
     return Code(*map(torch.cat, zip(*found, strict=True)))
+
+
+@torch.no_grad()
+def most_above(
+    centred: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    threshold: torch.Tensor,
+    count: int,
+    dtype: torch.dtype = torch.float32,
+    gates: Gates | None = None,
+) -> Code:
+    """
+    The `count` pre-activations of the batch that exceed `threshold`, one per latent, by most. On other devices than
+    CPUs there are others among them if fewer exceed it.
+    """
+    if centred.device.type == "cpu":
+        code = above(centred, weight, bias, threshold, dtype, gates)
+        if len(code.values) <= count:
+            return code
+        return code.where(_largest((code.values - threshold[code.latents])[None], count, ALONE)[0])
+    found = []
+    for start, piece, rest in products(centred, weight, bias, dtype, gates):
+        values = (piece.float() + rest).flatten()
+        over = (values.view_as(piece) - threshold).flatten()
+        at = over.topk(min(count, len(over)), sorted=False).indices
+        found.append((over[at], at + start * len(weight), values[at]))
+    over, at, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    chosen = over.topk(min(count, len(over)), sorted=False).indices
+    at, order = at[chosen].sort()
+    return Code(at // len(weight), at % len(weight), values[chosen][order])
 
 
 def _largest(values: torch.Tensor, k: int, processes: Processes) -> torch.Tensor:
@@ -142,6 +179,13 @@ def batch_topk(
     A few rows tell above which value to look for twice as many; if there are too few, lower.
     """
     count, threshold = k * len(centred), 0.0
+    if centred.device.type != "cpu":
+        code = most_above(centred, weight, bias, torch.zeros_like(bias), count, dtype, gates)
+        kept = code.values > 0
+        if processes.count > 1:
+            values = F.pad(code.values, (0, count - len(code.values)))
+            kept &= _largest(values[None], count, processes)[0, : len(code.values)]
+        return code.where(kept)
 
     def guess(piece: torch.Tensor) -> float:
         nonlocal threshold
@@ -181,13 +225,13 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, centred, centre, weight, bias, rows, latents, values):
-        ctx.save_for_backward(centred, weight, rows, latents)
+        ctx.save_for_backward(centred, weight, rows, latents, values == 0)
         return values.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        centred, weight, rows, latents = ctx.saved_tensors
-        on_centred = None
+        centred, weight, rows, latents, filling = ctx.saved_tensors
+        on_centred, gradient = None, gradient.masked_fill(filling, 0.0)
         if ctx.needs_input_grad[0]:
             on_centred = _sum_by(rows, len(centred), latents, gradient, weight)
         rows, latents, gradient = _by_latent(rows, latents, gradient)
@@ -230,7 +274,7 @@ def encode(
     """
     if gates is not None:
         shares = gates.of(code)
-        alone = code._replace(values=code.values / shares.detach())
+        alone = code._replace(values=code.values / shares.detach().clamp(min=torch.finfo(shares.dtype).tiny))
         return code._replace(values=_Encode.apply(centred, centre, weight, bias, *alone) * shares)
     return code._replace(values=_Encode.apply(centred, centre, weight, bias, *code))
 

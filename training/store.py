@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffusers_rtsae.files import whole
+
+from .fingerprint import differences
 
 NOWHERE = -1.0  # row and column of a token that lies on no grid
 
@@ -27,6 +31,15 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: the activations hold NaN or inf, or overflow float16; nothing was written.")
+
+
+def checksum(tensors: dict[str, torch.Tensor], readings: str) -> str:
+    """Of all that a shard holds."""
+    digest = hashlib.blake2b(readings.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class Rows:
@@ -54,23 +67,31 @@ class Rows:
         return out
 
 
+class Damaged(OSError):
+    """A shard that is not what was written."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path} is damaged ({reason}). Run the same command again, which collects it anew.")
+        self.reason = reason
+
+
 class TrajectoryStore:
     """
     Shards of trajectories of one or more sites.
 
     A shard holds, for each site, `(tokens, G, d)` float16; `<site>/image (tokens,)`, the index of the prompt each
     token comes from; `<site>/token (tokens,)`, its place in the site's grid, row by row; `<site>/told (tokens, 3)`,
-    its row, column and guidance, each from 0 to 1, or `NOWHERE`; and what a scorer read in the shard's images, if one
-    was used.
+    its row, column and guidance, each from 0 to 1, or `NOWHERE`; what a scorer read in the shard's images, if one was
+    used; and a checksum, which is verified when a shard is opened for the first time.
 
     Args:
         folder (`Path | str`): where the shards lie; a folder, or any URL that fsspec knows.
-        fingerprint (`str`): the settings the trajectories were made with; shards of other settings are refused.
+        fingerprint (`str`): what the trajectories are made of; shards made of other things are refused.
         cache (`Path`, *optional*): where shards of a URL are kept while they are read.
     """
 
     def __init__(self, folder: Path | str, fingerprint: str, cache: Path | None = None):
-        self.fingerprint, self.remote = fingerprint, None
+        self.fingerprint, self.remote, self._verified = fingerprint, None, set()
         if "://" in str(folder):
             if cache is None:
                 raise ValueError(f"Shards at {folder} need a local `cache` folder to be read from.")
@@ -95,7 +116,9 @@ class TrajectoryStore:
     def write(self, index: int, tensors: dict[str, torch.Tensor], readings: list[dict] | None = None) -> None:
         check_finite(tensors)
         path = self.path(index)
-        metadata = {"fingerprint": self.fingerprint, "readings": json.dumps(readings or [])}
+        told = json.dumps(readings or [])
+        metadata = {"fingerprint": self.fingerprint, "readings": told, "checksum": checksum(tensors, told)}
+        self._verified.discard(path)
         try:
             with whole(path) as partial:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
@@ -116,24 +139,34 @@ class TrajectoryStore:
         try:
             file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
-            raise OSError(
-                f"{path} is damaged ({error}). Delete it and run the same command again to make it anew."
-            ) from None
+            raise Damaged(path, str(error)) from None
         metadata = file.metadata() or {}
         if metadata.get("fingerprint") != self.fingerprint:
-            raise ValueError(
-                f"{path} was collected with other settings than the recipe has now. Restore the recipe, or delete "
-                f"{self.folder} to collect again. It was made with: {metadata.get('fingerprint')}"
-            )
+            changed = differences(metadata.get("fingerprint"), self.fingerprint)
+            if changed is None:
+                why = "is of an earlier version, which did not note all that trajectories depend on. Delete"
+            else:
+                why = f"was collected otherwise: {'; '.join(changed)}. Restore that, or delete"
+            raise ValueError(f"{path} {why} {self.folder} to collect again.")
+        if path not in self._verified:
+            found = checksum({name: file.get_tensor(name) for name in file.keys()}, metadata["readings"])
+            if found != metadata["checksum"]:
+                raise Damaged(path, "its checksum is another")
+            self._verified.add(path)
         return file
 
     def check(self, index: int) -> bool:
-        """Whether shard `index` is there and belongs to this run."""
+        """Whether shard `index` is there, whole, and belongs to this run; one that is damaged is deleted."""
         path = self.path(index)
         if not (self.remote.exists(f"{self.root}/{path.name}") if self.remote is not None else path.exists()):
             return False
-        with self._open(path):
-            return True
+        try:
+            with self._open(path):
+                return True
+        except Damaged as error:
+            warnings.warn(f"{path} is damaged ({error.reason}): it is collected again.", stacklevel=2)
+            path.unlink()
+            return False
 
     def load(self, path: Path, site: str) -> torch.Tensor:
         """Trajectories `(tokens, G, d)` float16 of one shard, mapped from the file."""

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from diffusers_rtsae.files import whole
 
-from .collect import Sample, batches, trajectories
+from .collect import batches, trajectories
+from .prompts import Sample
 from .recipe import Recipe
 from .store import check_finite, told_of
 
@@ -71,9 +72,9 @@ class Stream:
     def is_full(self) -> bool:
         return self.renewed > 0 and min(self.written.values()) >= self.recipe.collect.buffer
 
-    def held_out_halves(self, path: Path) -> list[dict[str, torch.Tensor]]:
-        """Trajectories of the batches that are set aside, in two halves; kept in `path` once they are generated."""
-        made_with = self.recipe.collected
+    def held_out_halves(self, path: Path, made_with: str) -> list[dict[str, torch.Tensor]]:
+        """Trajectories of the batches that are set aside, in two halves; kept in `path` once they are generated, and
+        generated again if they are made of something else now."""
         if path.exists():
             with safe_open(path, "pt") as file:
                 if file.metadata()["made_with"] == made_with:

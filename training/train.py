@@ -8,12 +8,10 @@ Every stage continues where it was stopped; a GPU is used if there is one, sever
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -35,12 +33,15 @@ from diffusers_rtsae.files import whole, write_json
 from diffusers_rtsae.models import LinearDynamics
 
 from .checkpoint import Checkpoints, step_generator
-from .collect import Sample, anchor_timesteps, collect, read_samples
+from .collect import anchor_timesteps, collect
 from .dictionary import DictionaryTrainer, calibrate, measure_activations, new_dictionary
 from .evaluate import evaluate
+from .fingerprint import fingerprint
 from .fit import fit_dynamics
+from .memory import enough_memory, keep_freed_memory
 from .plan import plan
 from .processes import ALONE, Processes
+from .prompts import Sample, read_samples
 from .recipe import Recipe, bundled
 from .store import Rows, TrajectoryStore, told_of
 from .stream import Stream
@@ -69,7 +70,7 @@ class Data:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A process' share of `count` random trajectories, with row, column and guidance `(rows, 3)` of each."""
         chosen = processes.share(torch.randint(len(self.train[site]), (count,), generator=generator))
-        return self.train[site][chosen].float(), self.train[told_of(site)][chosen]
+        return self.train[site][chosen], self.train[told_of(site)][chosen]
 
 
 def stored_data(recipe: Recipe, store: TrajectoryStore) -> tuple[Data, list[Path], list[Path]]:
@@ -113,16 +114,11 @@ def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) 
     return dynamics, found
 
 
-def keep_freed_memory() -> None:
-    """
-    Have this process keep the memory of freed tensors for those of the next step, as it is on devices other than CPUs.
-
-    The system zeroes the pages that it hands out; a step that takes and returns gradients as large as the dictionary
-    spent a seventh of its time on that.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other libraries of C have no such
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: everything from the heap,
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which stays
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, for which the host need not wait."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def train_dictionaries(
@@ -152,9 +148,10 @@ def train_dictionaries(
     for name, recipe in recipes.items():
         sae = new_dictionary(sites[name], anchors, recipe, dynamics[name])
         sample, _ = data.sample(sites[name], 8192, step_generator(recipe.seed, -1))
-        trainers[name] = DictionaryTrainer(sae, recipe.train, dynamics[name], sample, device, processes)
+        trainers[name] = DictionaryTrainer(sae, recipe.train, dynamics[name], sample.float(), device, processes)
         own = recipe.train.model_dump(exclude={"checkpoints", "checkpoint_every", "validate_every", "log_with"})
-        marks[name] = json.dumps([collected, recipe.seed, recipe.fit.model_dump(), own], sort_keys=True)
+        mark = {"trajectories": collected, "seed": recipe.seed, "fit": recipe.fit.model_dump(), "train": own}
+        marks[name] = json.dumps(mark, sort_keys=True)
     checkpoints = Checkpoints(work / "checkpoints", first.train.checkpoints, processes)
     done, steps = checkpoints.load(trainers, marks, stream), max(r.train.steps for r in recipes.values())
     renew_every = None
@@ -176,23 +173,28 @@ def train_dictionaries(
                 continue
             if site not in batches:
                 generator = step_generator(first.seed, step)
-                batches[site] = data.sample(site, first.train.batch_size, generator, processes)
+                sample = data.sample(site, first.train.batch_size, generator, processes)
+                batches[site] = [copied(tensor, device).float() for tensor in sample]
                 shown = int(torch.randint(1, len(anchors), (), generator=generator))
                 prefixed[site] = shown, torch.rand((), generator=generator).item()
             shown, draw = prefixed[site]
             prefix = shown if draw < settings.prefix else None
-            trajectories, told = (tensor.to(device) for tensor in batches[site])
+            trajectories, told = batches[site]
             inputs = processes.whole(trainer.inputs(trajectories), first.train.batch_size)
             told = processes.whole(told, first.train.batch_size)
             parts = zip(inputs.chunk(settings.accumulate), told.chunk(settings.accumulate), strict=True)
             found = [trainer.backward(part, prefix, len(part) / len(inputs), of) for part, of in parts]
-            if not all(torch.isfinite(torch.tensor(f["loss"])) for f in found):
+            trainer.update(step)
+            validates = (step + 1) % settings.validate_every == 0 or step + 1 == settings.steps
+            if validates or (step + 1) % first.train.checkpoint_every == 0:
+                trainer.check()
+            if trainer.failure is not None:
+                failed, loss = trainer.failure
                 raise ValueError(
-                    f"The loss of {name} is {found[-1]['loss']} at step {step}. Lower `learning_rate` and delete "
+                    f"The loss of {name} is {loss} at step {failed}. Lower `learning_rate` and delete "
                     f"{checkpoints.folder}."
                 )
-            trainer.update(step)
-            if (step + 1) % settings.validate_every == 0 or step + 1 == settings.steps:
+            if validates:
                 rate = (step + 1 - done) * first.train.batch_size / (time.perf_counter() - began)
                 validation = data.validation[site][:4096].float().to(device)
                 seen = watch(step + 1, name, trainer, found[-1], validation, rate)
@@ -231,27 +233,6 @@ def announce(recipe: Recipe, samples: int, store: TrajectoryStore) -> None:
         )
 
 
-def open_store(
-    recipe: Recipe,
-    work: Path,
-    samples: list[Sample],
-    anchors: list[int],
-    pipe: DiffusionPipeline,
-    shards: str | None = None,
-) -> TrajectoryStore:
-    """The trajectories of a recipe's run; `shards` may be a URL, then `work` keeps a copy of what is used."""
-    made = recipe.collected + fingerprint(samples, anchors, pipe)
-    return TrajectoryStore(shards or work / "trajectories", made, cache=work / "trajectories")
-
-
-def fingerprint(samples: list[Sample], anchors: list[int], pipe: DiffusionPipeline) -> str:
-    """What a recipe's paths do not say: which prompts and weights lay there."""
-    digest = hashlib.blake2b(json.dumps(samples).encode(), digest_size=8)
-    for parameter in get_denoiser(pipe).parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return json.dumps({"anchors": anchors, "prompts and weights": digest.hexdigest()})
-
-
 def new_accelerator(recipe: Recipe, work: Path, cpu: bool) -> Accelerator:
     """The process' share of the devices, and the recipe's trackers."""
     waits = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the slowest to have collected
@@ -269,7 +250,7 @@ class Source(NamedTuple):
     Args:
         data (`Data`): of all sites.
         moments (`dict`): for each site the parts to fit its dynamics to, and those to judge them on.
-        mark (`str`): how and from what the trajectories were made.
+        mark (`str`): what the trajectories were made of.
         stream (`Stream`, *optional*): that renews the data while training.
     """
 
@@ -289,9 +270,15 @@ def load_pipeline(recipe: Recipe, device: torch.device) -> tuple[DiffusionPipeli
 def collect_stage(
     recipe: Recipe, work: Path, accelerator: Accelerator, shards: str | None, pipe, samples, anchors
 ) -> TrajectoryStore:
-    """Every process makes its shards of the trajectories, and waits for the others."""
+    """
+    Every process makes its shards of the trajectories, and waits for the others.
+
+    Args:
+        shards (`str`, *optional*): a URL they are at; then `work` keeps a copy of what is used.
+    """
     scorer = FactorScorer.from_pretrained(bundled(recipe.scorer)).to(accelerator.device) if recipe.scorer else None
-    store = open_store(recipe, work, samples, anchors, pipe, shards)
+    made_of = fingerprint(recipe, samples, anchors, pipe, scorer)
+    store = TrajectoryStore(shards or work / "trajectories", made_of, cache=work / "trajectories")
     if accelerator.is_main_process:
         announce(recipe, len(samples), store)
     collect(pipe, samples, recipe, anchors, store, scorer, (accelerator.process_index, accelerator.num_processes))
@@ -313,16 +300,15 @@ def from_stream(recipe: Recipe, work: Path, accelerator: Accelerator, pipe, samp
     per_batch = recipe.collect.batch_size * recipe.collect.tokens_per_image
     held = max(2, round(recipe.train.validation * recipe.collect.buffer / per_batch))
     stream = Stream(pipe, samples, recipe, anchors, held)
-    halves = stream.held_out_halves(work / "held-out.safetensors")
+    made_of = fingerprint(recipe, samples, anchors, pipe, None)
+    halves = stream.held_out_halves(work / "held-out.safetensors", made_of)
     latest = Checkpoints(work / "checkpoints", recipe.train.checkpoints).latest()
     if latest is not None:
         stream.load(latest / "stream.safetensors")
     while not stream.is_full:
         stream.renew()
     moments = {site: (stream.buffer[site].split(8192), [half[site] for half in halves]) for site in recipe.sites}
-    return Source(
-        Data(stream.buffer, *halves), moments, recipe.collected + fingerprint(samples, anchors, pipe), stream
-    )
+    return Source(Data(stream.buffer, *halves), moments, made_of, stream)
 
 
 def run(
@@ -351,10 +337,21 @@ def run(
             with accelerator.main_process_first():
                 path = work / "dynamics" / f"{site}-{digest}.safetensors"
                 dynamics[name], facts[name] = fitted(own, site, *source.moments[site], path, mark)
-    trained = train_dictionaries(
-        {name: variants[variant] for name, (variant, _) in names.items()}, source.data, dynamics,
-        {name: site for name, (_, site) in names.items()}, anchors, work, accelerator, source.mark, source.stream,
-    )  # fmt: skip
+    folder = work / "checkpoints"
+
+    def remedy() -> str:
+        latest = Checkpoints(folder, 1).latest()
+        return (
+            "Free the device and run the same command again, which continues from "
+            f"{latest or 'the trajectories, as there was no checkpoint yet'}; or raise `train.accumulate`, lower "
+            f"`train.batch_size` or `train.num_latents`, and delete {folder}: trajectories are kept."
+        )
+
+    with enough_memory("training", remedy):
+        trained = train_dictionaries(
+            {name: variants[variant] for name, (variant, _) in names.items()}, source.data, dynamics,
+            {name: site for name, (_, site) in names.items()}, anchors, work, accelerator, source.mark, source.stream,
+        )  # fmt: skip
     saved = {}
     for variant, own in variants.items() if accelerator.is_main_process else ():
         sites, report = {}, {}

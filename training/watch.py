@@ -33,9 +33,11 @@ class Watch:
             write_text(self.path, "".join(line for line in lines if json.loads(line)["step"] <= done))
 
     def __call__(
-        self, step: int, name: str, trainer: DictionaryTrainer, train: dict, validation: torch.Tensor, rate: float
-    ) -> dict:
-        seen = {f"{key}_train": value for key, value in train.items()}
+        self, step: int, name: str, trainer: DictionaryTrainer, train: dict[str, torch.Tensor],
+        validation: torch.Tensor, rate: float,
+    ) -> dict:  # fmt: skip
+        figures = torch.stack([*train.values()]).tolist()
+        seen = {f"{key}_train": value for key, value in zip(train, figures, strict=True)}
         seen |= trainer.measure(trainer.inputs(validation))
         seen |= {"trajectories_per_second": round(rate)}
         self._warn(name, "dead", seen["dead"] > 0.2, f"{seen['dead']:.0%} of the latents are dead")

@@ -36,8 +36,9 @@ class Recorder:
         timesteps (`list[float]`, *optional*): steps to keep, to the nearest integer; all by default.
         activation (`str`, defaults to `"output"`): keep a site's `"output"`, its `"update"` (output − input) or its
             `"input"`.
-        dtype (`torch.dtype`, defaults to `torch.float32`): of what is kept, on the CPU.
+        dtype (`torch.dtype`, defaults to `torch.float32`): of what is kept.
         streams (`tuple[str, ...]`, defaults to `("cond",)`): parts of guidance to keep, one after the other.
+        device (`str`, *optional*, defaults to `"cpu"`): where it is kept; `None` for where the denoiser is.
 
     Example:
         ```py
@@ -49,7 +50,7 @@ class Recorder:
 
     def __init__(
         self, pipeline, sites: list[str], timesteps: list[float] | None = None, activation: str = "output",
-        dtype: torch.dtype = torch.float32, streams: tuple[str, ...] = ("cond",),
+        dtype: torch.dtype = torch.float32, streams: tuple[str, ...] = ("cond",), device: str | None = "cpu",
     ):  # fmt: skip
         if activation not in ACTIVATIONS:
             raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {activation!r}.")
@@ -57,7 +58,7 @@ class Recorder:
         for site in sites:
             get_site(next(iter(self.denoisers.values())), site)
         self.sites, self.wanted, self.activation = list(sites), timesteps, activation
-        self.dtype, self.streams = dtype, streams
+        self.dtype, self.streams, self.device = dtype, streams, device
         self.call: Call | None = None
         self._tap = Tap(self)
         self._kept: dict[str, list[tuple[float, dict[str, torch.Tensor]]]] = {}
@@ -90,7 +91,7 @@ class Recorder:
         if not kept or kept[-1][0] != call.timestep:
             kept.append((call.timestep, {}))
         for role, rows in found.items():  # where a sampler calls twice at one timestep, the later call stands
-            kept[-1][1][role] = tokens[rows].detach().to("cpu", self.dtype, copy=True)
+            kept[-1][1][role] = tokens[rows].detach().to(self.device, self.dtype, copy=True)
 
     @property
     def timesteps(self) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from ..denoiser import get_denoiser
 from ..dictionary import Dictionary, signature
@@ -28,11 +29,12 @@ def set_statistics(sae: SparseDictionary, codes: Iterable[torch.Tensor]) -> None
     order = torch.argsort(values)
     order = order[torch.argsort(columns[order], stable=True)]  # by latent, each ascending
     sizes = torch.bincount(columns, minlength=sae.config.num_latents)
-    for j, active in enumerate(values[order].split(sizes.tolist())):
-        sae.density[j] = len(active) / count
-        sae.mean_activation[j] = active.sum() / count
-        sae.typical_activation[j] = active[int(0.99 * (len(active) - 1))] if len(active) else 1.0
-        sae.max_activation[j] = active[-1] if len(active) else 1.0
+    values, ends = torch.cat([values[order].double(), torch.ones(1)]), sizes.cumsum(0)
+    sums, starts, last = F.pad(values.cumsum(0), (1, 0)), ends - sizes, len(values) - 1  # where a 1 stands
+    sae.density.copy_(sizes / count)
+    sae.mean_activation.copy_((sums[ends] - sums[starts]) / count)
+    sae.typical_activation.copy_(values[torch.where(sizes > 0, starts + (0.99 * (sizes - 1)).long(), last)])
+    sae.max_activation.copy_(values[torch.where(sizes > 0, ends - 1, last)])
 
 
 @torch.no_grad()

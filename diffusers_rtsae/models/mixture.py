@@ -124,7 +124,7 @@ class MixtureSAE(SparseAutoencoder):
             ahead = logits.topk(_ROUTED + 1, dim=-1).values if logits.shape[-1] > _ROUTED else best.values
             chosen = logits >= best.values[..., -1:]
             least = torch.where(chosen, ahead[..., -1:], best.values[..., -1:])
-            load = torch.distributions.Normal(0.0, 1.0).cdf((clean - least) / spread)
+            load = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf((clean - least) / spread)
             imbalance = 0.01 * (_variation(shares) + _variation(load))
         return torch.cat([torch.ones_like(shares[..., :1]), shares], -1), imbalance
 

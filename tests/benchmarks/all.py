@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from training.commands import Adding
+
 from . import app, collection, memory, overhead, startup, training
 from .timing import CUDA
 
@@ -63,7 +65,7 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=USUAL)
+    parser.add_argument("--only", nargs="*", action=Adding, choices=list(PARTS), default=USUAL)
     parser.add_argument("--minutes", type=float, default=7.0, help="to spend; a slow device may take longer")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="without its ending")
     a = parser.parse_args()

@@ -29,10 +29,11 @@ import torch
 import torch.distributed as dist
 
 from diffusers_rtsae.models import LinearDynamics
+from training.commands import Adding
 from training.dictionary import DictionaryTrainer, new_dictionary
+from training.memory import keep_freed_memory
 from training.processes import ALONE, Processes
 from training.recipe import Recipe
-from training.train import keep_freed_memory
 
 from .timing import CUDA, DEVICE, rows, seconds, take_turns
 
@@ -290,7 +291,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of each; the first is not counted")
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--data", type=Path, help="train on stored trajectories instead, and report the FVU")
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="*", action=Adding, default=list(CONTENDERS))
     a = parser.parse_args()
     if a.data:
         data = load(a.data)

@@ -1,13 +1,12 @@
 """Collection with the bundled pipeline: which prompts, what lands in the shards, and what happens after a kill."""
 
-import json
-
 import pytest
 import torch
+from small_pipelines import sd3
 
 from diffusers_rtsae.analysis.record import Recorder
-from tests.small_pipelines import sd3
-from training.collect import Sample, anchor_timesteps, collect, read_samples, trajectories
+from training.collect import anchor_timesteps, collect, trajectories
+from training.prompts import read_samples
 from training.recipe import Collect, Recipe
 from training.store import NOWHERE, TrajectoryStore, told_of
 
@@ -124,40 +123,6 @@ def test_anchors_are_steps_of_the_sampler_from_first_to_last(pipe):
     assert anchor_timesteps(pipe, whole, [1, 481, 961]) == [961, 481, 1]
     with pytest.raises(ValueError, match=r"anchors \[500\] are no steps of the sampler, which visits \[961, 921"):
         anchor_timesteps(pipe, whole, [961, 500])
-
-
-def prompts(path, content: str, **changes) -> list[Sample]:
-    path.write_text(content)
-    return read_samples(recipe(prompts=str(path), **changes).collect, seed=0)
-
-
-def test_prompts_from_a_text_file(tmp_path):
-    found = prompts(tmp_path / "prompts.txt", "a cat\n\n  a dog \n")
-    assert sorted(sample.prompt for sample in found) == ["a cat", "a dog"] and len({s.seed for s in found}) == 2
-    assert len(prompts(tmp_path / "prompts.txt", "a cat\n" * 9, count=4)) == 4  # a prompt again, another picture
-
-
-def test_prompts_with_seeds_are_taken_once_each(tmp_path):
-    rows = [{"caption": "a cat", "seed": 1}, {"caption": "a cat", "seed": 2}, {"caption": "a cat", "seed": 1}]
-    found = prompts(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)), column="caption")
-    assert sorted(found) == [("a cat", 1), ("a cat", 2)]
-
-
-def test_prompts_from_parquet(tmp_path, monkeypatch):
-    from datasets import Dataset
-
-    Dataset.from_dict({"prompt": ["a cat", "a dog"]}).to_parquet(tmp_path / "rows.parquet")
-    found = read_samples(recipe(prompts=str(tmp_path / "rows.parquet")).collect, seed=0)
-    assert sorted(sample.prompt for sample in found) == ["a cat", "a dog"]
-
-
-def test_prompts_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="holds no prompts: expected one a line"):
-        prompts(tmp_path / "empty.txt", "\n\n")
-    with pytest.raises(ValueError, match="Row 0 of .* has no column 'prompt', it has: {'text': 'a cat'}"):
-        prompts(tmp_path / "rows.jsonl", '{"text": "a cat"}')
-    with pytest.raises(FileNotFoundError):
-        read_samples(recipe(prompts=str(tmp_path / "none.txt")).collect, seed=0)
 
 
 def test_a_transformer_that_was_trained_on_flows_keeps_its_own_sampler(pipe, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import training.stream
 from diffusers_rtsae import load_dictionary
@@ -66,6 +67,42 @@ def test_a_killed_command_continues(tmp_path):
     whole = run(Recipe(**RECIPE), tmp_path / "whole", tmp_path / "other")[""]
     again = load_dictionary(out)
     assert again.config["metrics"] == whole.config["metrics"]
+
+
+class Exhausted:
+    """A hook that runs out of memory when it is called for the nth time."""
+
+    def __init__(self, count: int):
+        self.left = count
+
+    def __call__(self, *arguments) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def test_a_device_that_runs_out_of_memory_loses_nothing(tmp_path):
+    recipe, work, out = Recipe(**RECIPE), tmp_path / "work", tmp_path / "out"
+    calls = RECIPE["collect"]["steps"] * 3 - 1  # of the denoiser: in the middle of the third shard
+    drawing = Exhausted(calls)
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: drawing() if type(module).__name__ == "UNet2DConditionModel" else None
+    )
+    with handle, pytest.raises(MemoryError, match="while drawing 2 pictures. .* or lower `collect.batch_size`"):
+        run(recipe, out, work)
+    shards = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    assert [path.name for path in sorted(shards)] == ["shard-00000.safetensors", "shard-00001.safetensors"]
+
+    handle = register_optimizer_step_pre_hook(Exhausted(RECIPE["train"]["steps"] // 2 + 3))
+    try:
+        with pytest.raises(MemoryError, match="while training. .*step-00000010; or raise `train.accumulate`"):
+            run(recipe, out, work)
+    finally:
+        handle.remove()
+    assert not out.exists() and not list(work.rglob("*.partial"))
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    found, whole = run(recipe, out, work)[""], run(recipe, tmp_path / "whole", tmp_path / "other")[""]
+    assert load_dictionary(out).config["metrics"] == found.config["metrics"] == whole.config["metrics"]
 
 
 def streaming(**train) -> Recipe:

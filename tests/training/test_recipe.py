@@ -1,9 +1,11 @@
 """A recipe says what is wrong with it before anything is computed."""
 
+import argparse
 from pathlib import Path
 
 import pytest
 
+from training.commands import Adding
 from training.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -47,3 +49,14 @@ def test_a_variant_changes_only_what_it_names():
     variant = recipe.variant("a")
     assert (variant.train.k, variant.fit.residualize, variant.seed) == (8, False, 3)
     assert isinstance(variant, Recipe) and variant.collect == recipe.collect and recipe.train.k == 16
+
+
+def test_flags_with_several_values_add_up_and_a_key_is_set_once():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--set", nargs="*", action=Adding, default=[])
+    parser.add_argument("--of", nargs="*", action=Adding, default=[1, 2], type=int)
+    found = parser.parse_args(["--set", "train.k=8", "--of", "3", "--set", "train.steps=20", "seed=1", "--of", "4"])
+    assert found.set == ["train.k=8", "train.steps=20", "seed=1"] and found.of == [3, 4]
+    assert parser.parse_args([]).of == [1, 2]
+    with pytest.raises(ValueError, match=r"Expected each key once, got 'train.k' 2 times"):
+        load_recipe(SHAPES, ["train.k=8", "seed=1", "train.k=4"])

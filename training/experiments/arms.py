@@ -26,6 +26,7 @@ from diffusers_rtsae.analysis.effect import Intervention, States, frozen
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
+from ..commands import Adding
 from ..evaluate import recovered
 from ..worlds import Probe, World
 from ..worlds.pictures import add_models, calling, generate, load_models, new_parser, parse
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/arms.json"))
     parser.add_argument("--pairs", type=int, default=4, help="that choose the features of a target, and to steer")
     parser.add_argument("--features", type=int, default=8)
-    parser.add_argument("--strengths", nargs="*", type=float, default=[0.5, 1.0, 2.0, 3.0])
+    parser.add_argument("--strengths", nargs="*", action=Adding, type=float, default=[0.5, 1.0, 2.0, 3.0])
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     folders = dictionaries_in(a.dictionaries, "arms")

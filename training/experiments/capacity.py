@@ -15,6 +15,7 @@ from tqdm import tqdm
 from diffusers_rtsae import list_sites
 from diffusers_rtsae.denoiser import get_denoiser
 
+from ..commands import Adding
 from ..worlds import KINDS
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .results import Results, table
@@ -50,11 +51,14 @@ def main() -> None:
     add_models(parser, "pipeline", "scorer")
     parser.add_argument("--out", type=Path, default=Path("runs/capacity.json"))
     parser.add_argument(
-        "--sites", nargs="*", help="sites, or sets of sites joined by +; every attention block by default"
+        "--sites",
+        nargs="*",
+        action=Adding,
+        help="or sets of sites joined by +; every attention block by default",
     )
-    parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 2.0, 4.0])
-    parser.add_argument("--apply-to", nargs="*", default=["cond", "contrast"])
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--strengths", nargs="*", action=Adding, type=float, default=[1.0, 2.0, 4.0])
+    parser.add_argument("--apply-to", nargs="*", action=Adding, default=["cond", "contrast"])
+    parser.add_argument("--kinds", nargs="*", action=Adding, choices=KINDS, default=list(KINDS))
     parser.add_argument("--images", type=int, default=16, help="prompts for each target value")
     parser.add_argument("--samples", type=int, default=512, help="pictures behind the means")
     a, world = parse(parser)

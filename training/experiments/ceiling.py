@@ -20,6 +20,7 @@ from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.denoiser import get_denoiser
 
+from ..commands import Adding
 from ..worlds.pictures import add_models, calling, generate, load_pipeline, new_parser, parse
 from .capacity import is_block
 from .results import Results, table
@@ -45,7 +46,9 @@ def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline")
     parser.add_argument("--out", type=Path, default=Path("runs/ceiling.json"))
-    parser.add_argument("--sites", nargs="*", help="every attention block by default; of several at once: a+b")
+    parser.add_argument(
+        "--sites", nargs="*", action=Adding, help="every attention block by default; of several at once: a+b"
+    )
     parser.add_argument("--values", type=int, default=2, help="of each factor, the first ones")
     parser.add_argument("--pairs", type=int, default=16, help="of prompts; a quarter of them leave the factor open")
     parser.add_argument("--rank", type=int, default=8, help="of the map")

@@ -22,6 +22,7 @@ from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.plots import plot_strengths
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
+from ..commands import Adding
 from ..worlds import Probe, World
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .results import Results, table
@@ -94,7 +95,9 @@ def main() -> None:
     add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/dose.json"))
     parser.add_argument("--prompts", type=int, default=16, help="for each label")
-    parser.add_argument("--strip", nargs="+", default=[], metavar="LABEL", help="to draw to a PNG beside the JSON")
+    parser.add_argument(
+        "--strip", nargs="+", action=Adding, default=[], metavar="LABEL", help="to draw to a PNG beside the JSON"
+    )
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from diffusers_rtsae import load_dictionary
 
+from ..commands import Adding
 from ..worlds import Probe
 from ..worlds.pictures import add_models, generate, load_models, new_parser, parse
 from .results import Results, best, figures, table
@@ -77,8 +78,8 @@ def main() -> None:
     add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/hard.json"))
     parser.add_argument("--prompts", type=int, default=8, help="for each label")
-    parser.add_argument("--strengths", nargs="*", type=float, default=[1.0, 1.25, 1.5])
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--strengths", nargs="*", action=Adding, type=float, default=[1.0, 1.25, 1.5])
+    parser.add_argument("--methods", nargs="*", action=Adding, choices=METHODS, default=list(METHODS))
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     dictionary = load_dictionary(a.dictionary)

@@ -26,6 +26,7 @@ from diffusers_rtsae.analysis.effect import State, States, frozen
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.models import LinearDynamics, interpolate
 
+from ..commands import Adding
 from ..dictionary import DictionaryTrainer, new_dictionary
 from ..evaluate import Reconstructing, recovered
 from ..recipe import Recipe
@@ -300,7 +301,9 @@ def main() -> None:
     add_models(parser, "pipeline", "scorer")
     parser.add_argument("--dictionaries", type=Path, default=Path("runs/kinds"), help="folder of `<kind>-<seed>` ones")
     parser.add_argument("--out", type=Path, default=Path("runs/kinds.json"))
-    parser.add_argument("--measures", nargs="*", choices=MEASURES, default=list(MEASURES), help="of these alone")
+    parser.add_argument(
+        "--measures", nargs="*", action=Adding, choices=MEASURES, default=list(MEASURES), help="of these alone"
+    )
     parser.add_argument("--labelled", type=int, default=1000, help="pictures for probes to learn from")
     parser.add_argument("--judged", type=int, default=400, help="pictures to judge probes on")
     parser.add_argument("--absorbed", type=int, default=500, help="pictures to measure absorption on")

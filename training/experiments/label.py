@@ -18,6 +18,7 @@ from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.fit import FittedFeature, fit_feature
 from diffusers_rtsae.files import read_json, write_json
 
+from ..commands import Adding
 from ..worlds.pictures import add_models, calling, load_pipeline, new_parser, parse
 from .steering import pairs
 
@@ -36,7 +37,7 @@ def main() -> None:
     add_models(parser, "pipeline", "dictionary")
     parser.add_argument("--out", type=Path, help="dictionary to write; the same by default")
     parser.add_argument("--work", type=Path, default=Path("runs/labels"), help="where what is fitted is kept")
-    parser.add_argument("--values", nargs="*", help="that are to be labelled; all by default")
+    parser.add_argument("--values", nargs="*", action=Adding, help="that are to be labelled; all by default")
     parser.add_argument("--pairs", type=int, default=24, help="of prompts; a third of them leave the factor open")
     parser.add_argument("--latents", type=int, default=24)
     parser.add_argument("--rank", type=int, default=8, help="of a linear map; 0 fits latents instead")

@@ -29,6 +29,7 @@ from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.files import read_json, whole, write_json
 from diffusers_rtsae.models import SparseDictionary
 
+from ..commands import Adding
 from ..worlds.pictures import add_models, calling, load_pipeline, new_parser, parse
 from .constants import axes, free_direction, mean_change
 from .results import contents
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/rivals"))
     parser.add_argument("--latents", type=int, default=16)
     parser.add_argument("--every", type=int, default=3, help="of the values, that rivals are fitted for")
-    parser.add_argument("--only", nargs="*", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--only", nargs="*", action=Adding, choices=RIVALS, default=list(RIVALS))
     a, world = parse(parser)
     pipe = load_pipeline(a.pipeline, a.device, a.dtype)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.denoiser import noise_schedule
 
+from ..commands import Adding
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .results import Results, table
 from .steering import mean, measure, run, score
@@ -104,9 +105,9 @@ def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/samplers.json"))
-    parser.add_argument("--labels", nargs="*", help="all of the dictionary by default")
+    parser.add_argument("--labels", nargs="*", action=Adding, help="all of the dictionary by default")
     parser.add_argument("--prompts", type=int, default=4, help="for each label")
-    parser.add_argument("--step-counts", nargs="*", type=int, default=[25, 4, 10, 50, 100])
+    parser.add_argument("--step-counts", nargs="*", action=Adding, type=int, default=[25, 4, 10, 50, 100])
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     dictionary = load_dictionary(a.dictionary)

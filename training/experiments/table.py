@@ -24,6 +24,7 @@ from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.models import LinearMap
 
+from ..commands import Adding
 from ..worlds import KINDS, Probe, World
 from ..worlds.pictures import add_models, load_models, new_parser, parse
 from .results import Results, best, contents, figures, folded, table
@@ -176,10 +177,10 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true", help="read by the judge, which chose nothing")
     parser.add_argument("--rivals", type=Path, help="what `rivals` wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/labels.json"))
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--kinds", nargs="*", action=Adding, choices=KINDS, default=list(KINDS))
+    parser.add_argument("--methods", nargs="*", action=Adding, choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=16, help="for each label, kind and seed")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="*", action=Adding, type=int, default=[0])
     parser.add_argument("--samples", type=int, default=192, help="pictures behind the difference of means")
     a, world = parse(parser)
     if a.judge:

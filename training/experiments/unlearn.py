@@ -25,6 +25,7 @@ from tqdm import tqdm
 from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.analysis.find import Feature, find_features
 
+from ..commands import Adding
 from ..worlds import Probe
 from ..worlds.pictures import add_models, calling, load_models, new_parser, parse
 from .results import Results, table
@@ -67,8 +68,8 @@ def main() -> None:
     add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/unlearn.json"))
     parser.add_argument("--prompts", type=int, default=12, help="that name the concept, and that name another value")
-    parser.add_argument("--features", nargs="*", type=int, default=[8, 32], help="latents of a concept")
-    parser.add_argument("--scales", nargs="*", type=float, default=[0.0, -1.0, -2.0])
+    parser.add_argument("--features", nargs="*", action=Adding, type=int, default=[8, 32], help="latents of a concept")
+    parser.add_argument("--scales", nargs="*", action=Adding, type=float, default=[0.0, -1.0, -2.0])
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     dictionary: Dictionary = load_dictionary(a.dictionary)

@@ -143,9 +143,9 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if (step + 1) % 100 == 0:
-            mean = round(sum(losses) / len(losses), 4)
+            mean = round(torch.stack(losses).mean().item(), 4)
             losses.clear()
             progress.set_postfix(loss=mean)
             with (work / "log.jsonl").open("a") as log:

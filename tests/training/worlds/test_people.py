@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from training.collect import anchor_timesteps, collect, read_samples
+from training.collect import anchor_timesteps, collect
+from training.prompts import read_samples
 from training.recipe import Collect, Recipe
 from training.store import TrajectoryStore
 from training.worlds.people import pipeline as training

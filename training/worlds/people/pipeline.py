@@ -212,21 +212,21 @@ def train_denoiser(
             if losses:
                 save_checkpoint(checkpoint, done, state, optimizer, mark)
             break
-        generator = step_generator(seed, step, device)
+        generator = step_generator(seed, step)  # of the host, which looks up what the pictures show
         optimizer.set_rate(min((step + 1) / settings["warmup"], 1, (steps - step) / settings["cooldown"]))
         size = settings["batch_size"]
-        chosen = torch.randint(len(people), (size,), generator=generator, device=device)
+        chosen = torch.randint(len(people), (size,), generator=generator)
         text, mask = batch_of_text(people, chosen.tolist(), tokenizer, settings, random.Random(f"{seed}-{step}"))
-        clean = latents[chosen].float()
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        timesteps = (1000 * torch.sigmoid(torch.randn(size, generator=generator, device=device))).round()
-        sigma = timesteps[:, None, None, None] / 1000
+        clean = latents[chosen.to(device)].float()
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        timesteps = (1000 * torch.sigmoid(torch.randn(size, generator=generator))).round().to(device)
+        text, mask, sigma = text.to(device), mask.to(device), timesteps[:, None, None, None] / 1000
         with precision(recipe, device):
-            hidden = text_encoder(text.to(device), attention_mask=mask.to(device)).last_hidden_state
+            hidden = text_encoder(text, attention_mask=mask).last_hidden_state
             prediction = transformer(
                 (1 - sigma) * clean + sigma * noise,
                 encoder_hidden_states=hidden,
-                encoder_attention_mask=mask.to(device),
+                encoder_attention_mask=mask,
                 timestep=timesteps,
             ).sample
         loss = F.mse_loss(prediction.float(), noise - clean)
