@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -31,8 +32,14 @@ def set_statistics(sae: SparseDictionary, codes: Iterable[torch.Tensor]) -> None
     for j, active in enumerate(values[order].split(sizes.tolist())):
         sae.density[j] = len(active) / count
         sae.mean_activation[j] = active.sum() / count
-        sae.typical_activation[j] = active[int(0.99 * (len(active) - 1))] if len(active) else 1.0
+        sae.typical_activation[j] = _quantile(active, 0.99) if len(active) else 1.0
         sae.max_activation[j] = active[-1] if len(active) else 1.0
+
+
+def _quantile(ascending: torch.Tensor, share: float) -> torch.Tensor:
+    """A quantile of sorted values, linear between them."""
+    place = share * (len(ascending) - 1)
+    return ascending[math.floor(place)].lerp(ascending[math.ceil(place)], place % 1)
 
 
 @torch.no_grad()
@@ -79,9 +86,8 @@ def measure(
 
 
 def _codes(sae: SparseDictionary, seen: list[tuple[torch.Tensor, list[float]]]) -> Iterator[torch.Tensor]:
-    share = sae.config.get("sparsity") in ("batch_topk", "sample_topk")
     for trajectories, timesteps in seen:
         for i, timestep in enumerate(timesteps):
             for picture in trajectories[:, :, i].float():
-                for piece in [picture] if share else picture.split(_TOKENS):
+                for piece in [picture] if sae.shares_picture else picture.split(_TOKENS):
                     yield sae.encode_step(piece.to(sae.encoder.device), timestep)

@@ -116,9 +116,12 @@ def test_the_nearest_of_a_site_is_taken_and_subfolders_choose(tmp_path):
 def test_a_site_that_no_name_says_is_told(tmp_path):
     folder = sparsify().write(tmp_path) / f"unet.{SITE}"
     folder.rename(tmp_path / "my sae")
-    with pytest.raises(ValueError, match="No name in .* says which site it is of: name the site by `layers`"):
+    with pytest.raises(ValueError, match="No name in .* says which site it is of: name the site by `site`"):
         load_dictionary(tmp_path / "my sae")
     assert list(load_dictionary(tmp_path / "my sae", layers=["mid_block"]).sites) == ["mid_block"]
+    (tmp_path / "my sae").rename(tmp_path / "sae_v1.5")  # which is no path of a module
+    for told in ({"site": "mid_block"}, {"layers": ["mid_block"]}):
+        assert list(load_dictionary(tmp_path / "sae_v1.5", **told).sites) == ["mid_block"]
 
 
 def on_hub(hub, folder: Path, name: str = "org/saes") -> None:
