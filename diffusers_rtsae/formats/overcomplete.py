@@ -87,28 +87,22 @@ def _rows(settings: Settings, tensors: Tensors):
 def _encoder(settings: Settings, tensors: Tensors, rows):
     """The encoder's rows `(m, d)` and bias `(m,)`, with a batch norm after it multiplied in."""
     count, width = rows.shape
-    zeros = rows.new_zeros(count)
-    if "encoder.final_block.0.weight" not in tensors:  # an encoder that may be tied to the dictionary
-        bias = tensors("encoder.bias", count) if "encoder.bias" in tensors else zeros
-        if "encoder.weight" in tensors:
-            return tensors("encoder.weight", count, width), bias
-        if any(name.startswith("encoder.") and not name.startswith("encoder.tied_to.") and name != "encoder.bias"
-               for name in tensors.names):  # fmt: skip
-            raise ValueError(f"{tensors.path} has an encoder of many layers; only a linear one is one row a latent.")
-        return rows, bias
-    if any(name.startswith(("encoder.mlp_blocks.", "encoder.attention_blocks.", "encoder.resnet_blocks."))
-           for name in tensors.names):  # fmt: skip
+    known = ("encoder.weight", "encoder.bias", "encoder.tied_to.", "encoder.final_block.")
+    if any(name.startswith("encoder.") and not name.startswith(known) for name in tensors.names):
         raise ValueError(f"{tensors.path} has an encoder of many layers; only a linear one is one row a latent.")
+    if "encoder.final_block.0.weight" not in tensors:  # made by tied() or untied()
+        weight = tensors("encoder.weight", count, width) if "encoder.weight" in tensors else rows
+        return weight, tensors("encoder.bias", count) if "encoder.bias" in tensors else rows.new_zeros(count)
     weight = tensors("encoder.final_block.0.weight", count, width).float()
     bias = tensors("encoder.final_block.0.bias", count).float()
-    if "encoder.final_block.1.running_var" in tensors:
-        mean, variance, gain, shift = (
-            tensors(f"encoder.final_block.1.{part}", count).float()
-            for part in ("running_mean", "running_var", "weight", "bias")
-        )
-        eps = "encoder.final_block.1.eps"
-        gain = gain / (variance + (1e-5 if settings.get(eps) is None else settings.number(eps))).sqrt()
-        return weight * gain[:, None], (bias - mean) * gain + shift
-    if "encoder.final_block.1.weight" in tensors:
+    if "encoder.final_block.1.weight" not in tensors:
+        return weight, bias
+    if "encoder.final_block.1.running_var" not in tensors:
         raise ValueError(f"{tensors.path} normalises all latents of a token together, so that none is one row.")
-    return weight, bias
+    mean, variance, gain, shift = (
+        tensors(f"encoder.final_block.1.{part}", count).float()
+        for part in ("running_mean", "running_var", "weight", "bias")
+    )
+    eps = "encoder.final_block.1.eps"
+    gain = gain / (variance + (1e-5 if settings.get(eps) is None else settings.number(eps))).sqrt()
+    return weight * gain[:, None], (bias - mean) * gain + shift

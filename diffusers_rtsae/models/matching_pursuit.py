@@ -54,10 +54,10 @@ class MatchingPursuitSAE(SparseAutoencoder):
         return PursuitReader(self, latents, device)
 
     def encode_step(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
-        return self.pursue(self.normalize(tokens.float(), timestep) - self.centre, self.decoder.float())
+        return self.pursue(self.normalize(tokens.float(), timestep) - self.centre, self.encoder.float())
 
     def pursue(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Latents `(..., m)` of normalised and centred tokens `(..., d)`, with the decoder's rows where these are."""
+        """Latents `(..., m)` of normalised and centred tokens `(..., d)`, with all rows `(m, d)` where these are."""
         left = tokens.flatten(0, -2)
         latents = left.new_zeros(len(left), len(rows))
         going = torch.ones_like(left[:, :1], dtype=torch.bool)
@@ -80,10 +80,10 @@ class PursuitReader(Reader):
 
     def __init__(self, sae: MatchingPursuitSAE, rows: list[int], device: torch.device):
         self.sae, self.computes = sae, sae.config.num_latents * sae.config.k
-        sae.encoder_rows(rows)  # raises if one holds NaN or inf
-        self.decoder, self.centre = sae.decoder.detach().float().to(device), sae.centre.detach().to(device)
+        self.encoder = sae.encoder_rows(list(range(sae.config.num_latents))).to(device)
+        self.centre = sae.centre.detach().to(device)
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
         normalized = self.sae.normalize(tokens.float(), step.timestep) - self.centre
-        return self.sae.pursue(normalized, self.decoder)[..., self.rows]
+        return self.sae.pursue(normalized, self.encoder)[..., self.rows]

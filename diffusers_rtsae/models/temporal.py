@@ -112,7 +112,7 @@ class TemporalReader(Reader):
     """Reads latents that depend on all codes of the tokens before."""
 
     def __init__(self, sae: TemporalSAE, rows: list[int], device: torch.device):
-        sae.encoder_rows(rows)  # raises if one holds NaN or inf
+        sae.encoder_rows(list(range(sae.config.num_latents)))  # raises if one holds NaN or inf
         self.sae = sae if sae.encoder.device == device else copy.deepcopy(sae).to(device)
         self.rows, self.computes = torch.tensor(rows, dtype=torch.long, device=device), sae.config.num_latents
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from diffusers_rtsae import Edit
+from diffusers_rtsae import Dictionary, Edit, SparseAutoencoder
 from diffusers_rtsae.dictionary import convertible
 from diffusers_rtsae.files import write_json, write_text
 from diffusers_rtsae.steering import PlanState, SitePlan
@@ -41,6 +41,32 @@ EXACT = 2e-5  # of the largest value
 IN_BFLOAT16 = (
     "jumprelu, bfloat16",
 )  # as the package computes there, where latents near their threshold go either way
+
+
+SITE, D, M, K = "up_blocks.1.attentions.1", 32, 128, 8  # as there
+TRANSCODES = {"activation": "input", "centred": False}
+EXPORTED = {  # to SAELens
+    "ReLU": {},
+    "JumpReLU, not centred": {"centred": False},
+    "TopK": {"sparsity": "topk"},
+    "JumpReLU, layer norm": {"input_norm": "layer"},
+    "ReLU, constant norm": {"input_norm": "length"},
+    "transcoder": TRANSCODES,
+    "skip transcoder, JumpReLU, layer norm": TRANSCODES | {"skip": True, "input_norm": "layer", "undone": False},
+}
+
+
+@torch.no_grad()
+def export(out: Path) -> None:
+    """Write autoencoders of this package in the format of SAELens."""
+    for name, options in EXPORTED.items():
+        torch.manual_seed(0)
+        sae = SparseAutoencoder(SITE, D, [1], M, K, **options)
+        for parameter in sae.parameters():
+            parameter.normal_(0, D**-0.5)
+        if "JumpReLU" in name:
+            sae.threshold.uniform_(0, 0.8)
+        Dictionary({SITE: sae}).export("saelens", out / f"exported {name}" / "files")
 
 
 def environment(folder: Path, requirements: list[str]) -> Path:
@@ -117,6 +143,9 @@ def main() -> None:
         for name, requirements in PACKAGES.items():
             python = environment((arguments.environments or Path(temporary)) / name, requirements)
             out = Path(temporary, "made", name)
+            out.mkdir(parents=True)
+            if name == "saelens":
+                export(out)
             script = HERE / "peers" / f"{name}.py"
             run = subprocess.run([python, script, out], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
             if run.returncode:

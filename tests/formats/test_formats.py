@@ -351,6 +351,11 @@ EXPORTED = {
     "a length": ({"input_norm": "length"}, "standard"),
     "a transcoder": ({"activation": "input", "centred": False}, "transcoder"),
     "a JumpReLU transcoder": ({"activation": "input", "centred": False}, "jumprelu_transcoder"),
+    "a skip transcoder": ({"activation": "input", "centred": False, "skip": True}, "skip_transcoder"),
+    "a transcoder of a length": (
+        {"activation": "input", "centred": False, "input_norm": "length", "undone": False},
+        "jumprelu_transcoder",
+    ),
 }
 
 
@@ -374,48 +379,3 @@ def test_what_is_exported_is_read_again(tmp_path, name):
     torch.testing.assert_close(again.encode_step(x, 1.0), z)
     torch.testing.assert_close(again.decode_step(z, 1.0, x), sae.decode_step(z, 1.0, x))
     assert not list(tmp_path.rglob("*.partial"))
-
-
-@pytest.mark.parametrize("name", EXPORTED)
-def test_saelens_reads_what_is_exported(tmp_path, name):
-    lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
-    sae, x = exported(name, tmp_path), torch.randn(12, D)
-    theirs = (lens.Transcoder if "transcoder" in name else lens.SAE).load_from_disk(tmp_path / SITE)
-    assert theirs.cfg.metadata.hook_name == SITE
-    z = theirs.encode(x)
-    torch.testing.assert_close(sae.encode_step(x, 1.0), z, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(sae.decode_step(z, 1.0, x), theirs.decode(z), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("SAELens")])
-def test_saelens_says_the_same(tmp_path, name):
-    lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
-    torch.manual_seed(0)
-    case, x = CASES[name](), torch.randn(12, D)
-    if "matryoshka" in name:  # it is jumprelu there once it is trained
-        case.files[f"{SITE}/cfg.json"]["architecture"] = "jumprelu"
-    case.write(tmp_path)
-    theirs = (lens.Transcoder if "transcoder" in name else lens.SAE).load_from_disk(tmp_path / SITE)
-    sae = load_dictionary(tmp_path).sites[SITE]
-    z = theirs.encode(x)
-    torch.testing.assert_close(sae.encode_step(x, 1.0), z, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(sae.decode_step(z, 1.0, x), theirs.decode(z), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("dictionary_learning")])
-def test_dictionary_learning_says_the_same(tmp_path, name):
-    theirs = pytest.importorskip("dictionary_learning.dictionary", reason="dictionary_learning is not installed")
-    name = name.split(", ")[1]
-    if name == "AutoEncoderTopK":
-        theirs = pytest.importorskip("dictionary_learning.trainers.top_k")
-    if not hasattr(theirs, name):
-        pytest.skip(f"this version has no {name}")
-    torch.manual_seed(0)
-    case, x = dictionary_learning(name), torch.randn(12, D)
-    case.write(tmp_path)
-    weights = case.files[f"{SITE}/ae.pt"]
-    ae = getattr(theirs, name)(D, M, K) if name == "AutoEncoderTopK" else getattr(theirs, name)(D, M)
-    ae.load_state_dict({n: weights[n] for n in ae.state_dict() if n in weights}, strict=False)
-    sae, z = convertible(tmp_path).sites[SITE], ae.encode(x)
-    torch.testing.assert_close(sae.encode_step(x, 1.0), z, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(sae.decode_step(z, 1.0, x), ae.decode(z), atol=1e-5, rtol=1e-4)

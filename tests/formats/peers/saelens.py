@@ -64,6 +64,9 @@ def say(folder: Path, name: str, sae) -> None:
 @torch.no_grad()
 def main(out: Path) -> None:
     warnings.simplefilter("ignore")
+    for folder in sorted(out.iterdir()):  # what was exported to its format
+        loader = Transcoder if "transcoder" in folder.name else SAE
+        say(folder, folder.name, loader.load_from_disk(folder / "files" / SITE))
     shape = {"d_in": D, "d_sae": M, "device": "cpu"}
     for name, options in CASES.items():
         torch.manual_seed(0)
