@@ -1,11 +1,14 @@
 """Autoencoders in the formats of others: read, encoded, decoded and steered as their publishers' formulas say."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from foreign import CASES, SITE, Case, D, K, M, dictionary_learning, diffract, sdlens, sparsify
+import torch.nn.functional as F
+from foreign import CASES, SITE, Case, D, K, M, dictionary_learning, diffract, rand, sdlens, sparsify, topk
 from hub_server import Repository
 from huggingface_hub import constants
 from test_pipelines import FLUX_TEXT, XL_TEXT, flux, sd3
@@ -379,3 +382,52 @@ def test_what_is_exported_is_read_again(tmp_path, name):
     torch.testing.assert_close(again.encode_step(x, 1.0), z)
     torch.testing.assert_close(again.decode_step(z, 1.0, x), sae.decode_step(z, 1.0, x))
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def pickled_model(tmp_path: Path, monkeypatch, steps) -> tuple[Path, torch.nn.Module]:
+    """A model as overcomplete pickles it, of classes that are gone afterwards; its `steps` are an attribute."""
+    theirs = ModuleType("overcomplete.sae.base")
+    monkeypatch.setitem(sys.modules, "overcomplete", ModuleType("overcomplete"))
+    monkeypatch.setitem(sys.modules, "overcomplete.sae", ModuleType("overcomplete.sae"))
+    monkeypatch.setitem(sys.modules, "overcomplete.sae.base", theirs)
+
+    def normalize_l2(x):
+        return F.normalize(x)
+
+    for name in ("TopKSAE", "MLPEncoder", "DictionaryLayer"):
+        setattr(theirs, name, type(name, (torch.nn.Module,), {"__module__": theirs.__name__}))
+    normalize_l2.__module__, normalize_l2.__qualname__, theirs.normalize_l2 = (
+        theirs.__name__,
+        "normalize_l2",
+        normalize_l2,
+    )
+    model = theirs.TopKSAE()
+    model.top_k, model.steps, model.encoder, model.dictionary = K, steps, theirs.MLPEncoder(), theirs.DictionaryLayer()
+    model.encoder.final_block = torch.nn.Sequential(torch.nn.Linear(D, M), torch.nn.BatchNorm1d(M))
+    model.encoder.final_activation = torch.nn.ReLU()
+    model.dictionary._weights = torch.nn.Parameter(rand(M, D))
+    model.dictionary.normalization = normalize_l2
+    torch.nn.init.normal_(model.encoder.final_block[1].bias)
+    model.encoder.final_block[1].running_var.uniform_(0.5, 2)
+    (tmp_path / SITE).mkdir()
+    torch.save(model.eval(), tmp_path / SITE / "overcomplete.pt")
+    for name in ("overcomplete", "overcomplete.sae", "overcomplete.sae.base"):
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path, model
+
+
+@torch.no_grad()
+def test_a_pickled_model_is_read_without_its_package(tmp_path, monkeypatch):
+    folder, model = pickled_model(tmp_path, monkeypatch, steps=3)
+    sae, x = convertible(folder).sites[SITE], torch.randn(12, D)
+    torch.testing.assert_close(sae.encode_step(x, 1.0), topk(model.encoder.final_block(x).relu(), K))
+    torch.testing.assert_close(sae.decoder, F.normalize(model.dictionary._weights))
+    with pytest.raises(ValueError, match="has pickles"):
+        load_dictionary(folder)
+
+
+def test_a_pickled_model_with_anything_else_is_not_read(tmp_path, monkeypatch):
+    folder, _ = pickled_model(tmp_path, monkeypatch, Evil(tmp_path / "evil"))
+    with pytest.raises(OSError, match="holds more than tensors"):
+        convertible(folder)
+    assert not (tmp_path / "evil").exists()
