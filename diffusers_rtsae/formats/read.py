@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ..files import line, open_tensors, read_json
 from .base import Published, Settings, Tensors
-from .pickles import unpickled
 from .registry import FORMATS
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ def read(folder: Path, published: Published, site: str, dtype: torch.dtype | Non
     import torch
 
     from ..models import with_tensors, without_weights
+    from .pickles import unpickled
 
     weights = folder / published.weights
     config_path = folder / published.config if published.config else weights
