@@ -20,7 +20,7 @@ import torch
 import typer
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from disk import full_disk
-from foreign import dictionary_learning, saelens, sdlens, sparsify
+from foreign import dictionary_learning, overcomplete, saelens, sdlens, sparsify
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -57,7 +57,7 @@ from diffusers_rtsae.dictionary import (
 )
 from diffusers_rtsae.files import read_lines, read_pairs
 from diffusers_rtsae.formats import FORMATS
-from diffusers_rtsae.models import PLACES, LinearMap, Step
+from diffusers_rtsae.models import PLACES, LinearMap, MatchingPursuitSAE, QuantizedSAE, Step, TemporalSAE
 from diffusers_rtsae.steering import Edit
 from diffusers_rtsae.worlds import WORLDS
 
@@ -148,6 +148,13 @@ def theirs(world, case, load=load_dictionary, rename: str | None = None, **files
     if rename:
         folder = next(folder.iterdir()).rename(world.empty / rename)
     return load(folder) if load else folder
+
+
+def with_tensor(case, name: str, tensor: torch.Tensor):
+    """The files of a case with another tensor."""
+    tensors = next(content for file, content in case.files.items() if file.endswith(".safetensors"))
+    tensors[name] = tensor
+    return case
 
 
 def map_of_a_transcoder(world):
@@ -838,17 +845,17 @@ MISUSE = {
     "a subfolder of what is in memory": (
         lambda world: world.pipe.load_rtsae(world.dictionary, "second", subfolder="v2"),
         ValueError,
-        "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
+        "`site`, `subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
     ),
     "a revision of what is in memory": (
         lambda world: world.pipe.load_rtsae(world.dictionary, "second", revision="v2"),
         ValueError,
-        "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
+        "`site`, `subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
     ),
     "a dtype of what is in memory": (
         lambda world: world.pipe.load_rtsae(world.dictionary, "second", dtype=torch.float16),
         ValueError,
-        "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
+        "`site`, `subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
     ),
     "an unknown layer in memory": (
         lambda world: world.pipe.load_rtsae(world.dictionary, "second", layers=["down"]),
@@ -878,19 +885,52 @@ MISUSE = {
     "an unknown sparsity": (
         lambda world: SparseAutoencoder(SMALL, 8, [900, 1], 8, 2, sparsity="relu"),
         ValueError,
-        "`sparsity` must be one of ['threshold', 'topk', 'batch_topk', 'sample_topk'], with k up to 8, got 'relu' "
-        "with 2.",
+        "`sparsity` must be one of ['threshold', 'topk', 'batch_topk', 'sample_topk', 'groupmax'], with k up to 8, "
+        "got 'relu' with 2.",
+    ),
+    "groups of different sizes": (
+        lambda world: SparseAutoencoder(SMALL, 8, [900, 1], 8, 3, sparsity="groupmax"),
+        ValueError,
+        "With 'groupmax', k must divide the number of latents, got 8 with 3.",
+    ),
+    "one level": (
+        lambda world: QuantizedSAE(SMALL, 8, [900, 1], 8, 2, num_levels=1),
+        ValueError,
+        "Expected `num_levels` from 2 to 1024, and bools `hard` and `centred`, got 1, True and True.",
+    ),
+    "a pursuit that ends before it begins": (
+        lambda world: MatchingPursuitSAE(SMALL, 8, [900, 1], 8, 2, residual_threshold=-1.0),
+        ValueError,
+        "Expected bools `centred` and `stop_on_duplicate`, and a number from 0 up as `residual_threshold`, got True, "
+        "True and -1.0.",
+    ),
+    "a pursuit of an unknown norm": (
+        lambda world: MatchingPursuitSAE(SMALL, 8, [900, 1], 8, 2, input_norm="batch"),
+        ValueError,
+        "`input_norm` must be one of [None, 'layer', 'length'], got 'batch'.",
+    ),
+    "heads that do not divide": (
+        lambda world: TemporalSAE(SMALL, 8, [900, 1], 8, 2, heads=3, key_channels=6),
+        ValueError,
+        "Expected `heads` that divide 8 latents and the `key_channels`, and `layers`, got 3, 6 and 1.",
+    ),
+    "a temporal one of an unknown sparsity": (
+        lambda world: TemporalSAE(SMALL, 8, [900, 1], 8, 2, "output", "relu", heads=2, key_channels=4),
+        ValueError,
+        "Expected `sparsity` 'topk' or 'threshold', k up to 8, and `input_norm` one of [None, 'layer', 'length'], got "
+        "'relu', 2 and None.",
     ),
     "an unknown norm of the input": (
         lambda world: SparseAutoencoder(SMALL, 8, [900, 1], 8, 2, input_norm="batch"),
         ValueError,
-        "`centred` must be a bool and `input_norm` one of [None, 'layer', 'length'], got True and 'batch'.",
+        "`centred`, `undone` and `skip` must be bools and `input_norm` one of [None, 'layer', 'length'], got True, "
+        "True, False and 'batch'.",
     ),
     "a scale of time that is no number": (
         lambda world: TIDE(SMALL, 8, [900, 1], 8, 2, time_scale=float("nan")),
         ValueError,
-        "Expected bools `undone` and `flip_sin_to_cos`, and numbers `time_scale` and `downscale_freq_shift`, got "
-        "True, True, nan and 0.0.",
+        "Expected a bool `flip_sin_to_cos`, and numbers `time_scale` and `downscale_freq_shift`, got "
+        "True, nan and 0.0.",
     ),
     "an odd embedding of time": (
         lambda world: TIDE(SMALL, 8, [900, 1], 8, 2, time_channels=7),
@@ -1165,8 +1205,7 @@ MISUSE = {
     "a configuration of a kind of somebody else": (
         rewritten(f"{SMALL}/config.json", _class_name="UNet2DConditionModel"),
         ValueError,
-        "…config.json must name its kind as one of ['RTSAE', 'SparseAutoencoder', 'TIDE', 'MixtureSAE'], got "
-        "'UNet2DConditionModel'.",
+        "…config.json must name its kind as one of ['RTSAE', …], got 'UNet2DConditionModel'.",
     ),
     "a configuration without width": (
         rewritten(f"{SMALL}/config.json", in_channels=None),
@@ -1374,8 +1413,8 @@ MISUSE = {
     "a published one whose folder says nothing": (
         lambda world: theirs(world, sparsify(), rename="sae"),
         ValueError,
-        "No name in …sae says which site it is of: name the site by `layers`, and if there are several, one folder of "
-        "['.'] by `subfolder`.",
+        "No name in …sae says which site it is of: name the site by `site` (--site of diffusers-rtsae convert), and "
+        "if there are several, one folder of ['.'] by `subfolder`.",
     ),
     "several published ones of a site": (
         lambda world: load_dictionary(sparsify().write(sparsify().write(world.empty / "a").parent / "b").parent),
@@ -1406,18 +1445,62 @@ MISUSE = {
     "a published one that was scaled by what is not told": (
         lambda world: theirs(world, saelens("standard", normalize_activations="expected_average_only_in")),
         ValueError,
-        "…cfg.json says normalize_activations = 'expected_average_only_in', and the factor that it was trained with "
-        "is in no file.",
+        "…cfg.json says normalize_activations = 'expected_average_only_in', and the factor that activations were "
+        "multiplied by is in no file.",
     ),
     "a published one of an unknown kind": (
-        lambda world: theirs(world, saelens("matching_pursuit")),
+        lambda world: theirs(world, saelens("crosscoder")),
         ValueError,
-        "…cfg.json says architecture = 'matching_pursuit', and it is of a kind that is not known here.",
+        "…cfg.json says architecture = 'crosscoder', and it is of a kind that is not known here.",
     ),
-    "a transcoder around which something passes": (
-        lambda world: theirs(world, sparsify(transcode=True, skip_connection=True)),
+    "a published one whose class nothing says": (
+        lambda world: theirs(world, overcomplete("SAE"), **{f"{SITE}/overcomplete.json": b"{}"}),
         ValueError,
-        "…cfg.json says skip_connection = True, and the linear path around a transcoder has no place here.",
+        "…overcomplete.json says class = None, and a state dict does not say it: name the `class` of the model there.",
+    ),
+    "a published one without a threshold": (
+        lambda world: theirs(
+            world, overcomplete("SAE"), **{f"{SITE}/overcomplete.json": b'{"class": "BatchTopKSAE"}'}
+        ),
+        ValueError,
+        "…overcomplete.json must have 'running_threshold' as a number, got None.",
+    ),
+    "a published one that may round or not": (
+        lambda world: theirs(
+            world, overcomplete("QSAE"), **{f"{SITE}/overcomplete.json": b'{"class": "QSAE", "hard": "no"}'}
+        ),
+        ValueError,
+        "…overcomplete.json must have 'hard' as true or false, got 'no'.",
+    ),
+    "a published one whose rows are not normalised": (
+        lambda world: theirs(world, with_tensor(overcomplete("SAE"), "dictionary._weights", torch.randn(24, 6))),
+        ValueError,
+        "…overcomplete.safetensors has a dictionary that is not normalised: call eval() before its state dict is "
+        "saved, or convert the pickled model.",
+    ),
+    "a published one with a deep encoder": (
+        lambda world: theirs(
+            world, with_tensor(overcomplete("SAE"), "encoder.mlp_blocks.0.0.weight", torch.zeros(6, 6))
+        ),
+        ValueError,
+        "…overcomplete.safetensors has an encoder of many layers; only a linear one is one row a latent.",
+    ),
+    "a published one whose latents are normalised together": (
+        lambda world: theirs(world, with_tensor(overcomplete("SAE"), "encoder.final_block.1.weight", torch.ones(24))),
+        ValueError,
+        "…overcomplete.safetensors normalises all latents of a token together, so that none is one row.",
+    ),
+    "a site for several": (
+        lambda world: load_dictionary(
+            sparsify().write(sparsify().write(world.empty / "a").parent / "b").parent, site=SITE
+        ),
+        ValueError,
+        "`site` says what one autoencoder is of, but … has several: choose one of ['a/…'] by `subfolder`.",
+    ),
+    "a site for what says it": (
+        lambda world: load_dictionary(world.folder, site=SITE),
+        ValueError,
+        "`site` says what somebody else's files are of, but … says it itself.",
     ),
     "a published one with other tensors": (
         lambda world: theirs(world, sparsify(d_in=7)),
@@ -1428,6 +1511,13 @@ MISUSE = {
         lambda world: convertible(theirs(world, dictionary_learning("CrossCoder"), None)),
         ValueError,
         "…config.json must name a `dict_class` that is known here, got 'CrossCoder'.",
+    ),
+    "exporting what adds two things": (
+        lambda world: Dictionary({SMALL: SparseAutoencoder(SMALL, 8, [1], 8, 2, skip=True)}).export(
+            "saelens", world.empty
+        ),
+        ValueError,
+        "SAELens has nothing like the settings of mid_block: threshold, output.",
     ),
     "exporting trajectories": (
         lambda world: world.dictionary.export("saelens", world.empty),

@@ -226,7 +226,11 @@ FOREIGN = {  # layout -> files that are damaged
     "SDLens, safetensors": ("config.json", "state_dict.safetensors"),
     "DifFRACT, sae_txt_6.safetensors": ("sae_txt_6.safetensors",),
 }
-PICKLED = {"SDLens": ("config.json", "state_dict.pth", "mean.pt"), "dictionary_learning, BatchTopKSAE": ("ae.pt",)}
+PICKLED = {
+    "SDLens": ("config.json", "state_dict.pth", "mean.pt"),
+    "overcomplete, pickled": ("overcomplete.json",),
+    "dictionary_learning, BatchTopKSAE": ("ae.pt",),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*how active its latents are")
