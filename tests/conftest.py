@@ -74,7 +74,7 @@ def scorer():
 def draw():
     """Generate reproducibly: `draw(pipe, prompts, steps, seed, **call)` -> images `(n, 64, 64, 3)`."""
 
-    def generate(pipe, prompts=("a star", "a large blue heart on the left"), steps=6, seed=0, **call) -> np.ndarray:
+    def generate(pipe, prompts=("a star", "a large blue heart on the left"), steps=4, seed=0, **call) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)
         call = {"guidance_scale": 4.0, "output_type": "np", "num_inference_steps": steps} | call
         prompts = list(prompts) if not isinstance(prompts, str) else prompts
