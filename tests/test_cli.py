@@ -174,6 +174,7 @@ def test_app_listens_on_this_machine_alone():
     (["steer", "a star"], "Expected either features, like red=1.5, or --preset."),
     (["steer", "a star", "red"], "Expected FEATURE=STRENGTH, like red=1.5 or 1234=-0.5, got 'red'."),
     (["steer", "a star", "redd=1"], "no feature labelled 'redd'"),
+    (["steer", "a cook", "red=1", "--world", "people"], "It has style: noto, twemoji, fluent; tone: yellow, light,"),
     (["inspect", "nowhere/at-all"], "is no folder here"),
     (["push", "nowhere/at-all", "you/name"], "is no folder here"),
     (["demo", "--dictionary", "examples"], "expected rtsae_config.json in it"),

@@ -446,7 +446,7 @@ MISUSE = {
     "a misspelt label": (
         feature("purpel"),
         ValueError,
-        "The dictionary has no feature labelled 'purpel'. Did you mean ['purple', …]?",
+        "The dictionary has no feature labelled 'purpel'. Did you mean ['purple']?",
     ),
     "a label like none": (
         feature("x"),

@@ -3,11 +3,14 @@
 import copy
 import inspect
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import diffusers_rtsae
+from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.pairs import labels_between, left_open, more_pairs
 from diffusers_rtsae.worlds import WORLDS
 
@@ -63,3 +66,25 @@ def test_more_pairs_bring_in_the_same():
     labels = ("red", "striped", "dark", "medium-dark")
     assert labels_between(labels, ["a star"], ["a striped star"]) == ["striped"]
     assert labels_between(labels, ["a man"], ["a man with medium-dark skin"]) == ["medium-dark"]
+
+
+def printed() -> list[tuple[str, str]]:
+    """The prompts that the pages have bundled pipelines draw, and those that the app opens with."""
+    root = Path(__file__).parents[1]
+    text = "".join((root / page).read_text() for page in ("README.md", "diffusers_rtsae/README.md"))
+    called = re.findall(r'pipe\((?:\[)?((?:"[^"]+"(?:, )?)+)', text) + re.findall(r'rtsae steer ("[^"]+")', text)
+    prompts = {prompt for group in called for prompt in re.findall(r'"([^"]+)"', group)} - {"a photo of a car"}
+    shown = [(name, scenes[0][0]) for name, w in WORLDS.items() for scenes in [*w.scenes.values()][:3]]
+    return [*(("shapes", prompt) for prompt in sorted(prompts)), ("people", "a woman firefighter"), *shown]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, prompt", printed())
+def test_the_prompts_of_the_pages_are_drawn_well(name, prompt):
+    world = WORLDS[name]
+    pipe = diffusers_rtsae.load_bundled(world.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(50)]
+    images = pipe([prompt] * 50, generator=generators, output_type="pt").images.clamp(0, 1)
+    readings = FactorScorer.from_pretrained(diffusers_rtsae.bundled(world.scorer)).read(images)
+    assert sum(reading["valid"] == "yes" for reading in readings) >= 49
