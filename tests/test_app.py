@@ -107,7 +107,7 @@ def take(tab, typed: str, label: str | None = None) -> None:
     tab.keyboard.type(typed)
     tab.keyboard.press("Enter")
     tab.wait_for_selector(f"label:has-text('{label or typed}') >> visible=true")
-    tab.keyboard.press("Escape")
+    tab.wait_for_selector("#features ul.options", state="detached")  # the list closes by itself
 
 
 def leave(tab, label: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import diffusers_rtsae
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.pairs import labels_between, left_open, more_pairs
+from diffusers_rtsae.pairs import judgement, labels_between, left_open, more_pairs
 from diffusers_rtsae.worlds import WORLDS
 
 
@@ -63,6 +63,12 @@ def test_more_pairs_bring_in_the_same():
         assert not [prompt for pair in made for prompt in pair if WORLDS[world].remarks(prompt)]
     assert more_pairs([("a star", "a tiny star")], WORLDS["shapes"], 8) == []
     assert left_open("an orange star on white", "a red star on white") == "a star on white"
+    assert judgement({"effect": 0.8}, 2)[1].startswith("Judged on the 2 pairs it was made from, with other noise")
+    assert judgement({"effect": 0.8}, 8) == (
+        [("Effect", "0.80", "of what changing the prompt does; 1 is all of it"),
+         ("Harm", "–", "not measured: no prompts that were to stay")],
+        "Judged on pairs of prompts that it was not made from.",
+    )  # fmt: skip
     labels = ("red", "striped", "dark", "medium-dark")
     assert labels_between(labels, ["a star"], ["a striped star"]) == ["striped"]
     assert labels_between(labels, ["a man"], ["a man with medium-dark skin"]) == ["medium-dark"]
