@@ -378,6 +378,7 @@ def test_settings_of_the_pipeline(tab, app):
     tab.press("#negative textarea", "Enter")
     tab.fill("#width input", "96")
     tab.press("#width input", "Enter")
+    says(tab, "made for 64 × 64 pixels")
     tab.fill("#images input[type=number]", "2")
     call = {"negative_prompt": "blue", "width": 96, "num_images_per_prompt": 2}
     shows(tab, "steered", app.sheet({"red": 1}, call=call))

@@ -234,11 +234,13 @@ class Events:
         names, sliders = entry["names"], self.sliders_of(entry["names"], entry["strengths"])
         return [*entry["data"], names, names, random.random(), *sliders]
 
-    def size_warning(self, width, height):
-        """Say once, when it is typed, that the model was made for another size."""
+    def size_warning(self, width, height, warned: bool) -> bool:
+        """Say once that the model was made for another size."""
         own = self.studio.size
-        if own and any(side and int(side) != own for side in (width, height)):
-            gr.Warning(f"This model was made for {own} × {own} pixels: at another size it may draw something else.")
+        if warned or not own or all(not side or int(side) == own for side in (width, height)):
+            return warned
+        gr.Warning(f"This model was made for {own} × {own} pixels: at another size it may draw something else.")
+        return True
 
     # ---- what is written
 
@@ -440,7 +442,8 @@ class Events:
             show_progress="hidden",
         )  # fmt: skip
         c.names.input(None, js=CLOSE_LIST)
-        gr.on([c.width.change, c.height.change], self.size_warning, [c.width, c.height], None, **at_once)
+        sizes = [event for field in (c.width, c.height) for event in (field.submit, field.blur)]
+        gr.on(sizes, self.size_warning, [c.width, c.height, c.warned], c.warned, **at_once)
         gr.on([page.load, *(field.change for field in asked)], self.code, asked, c.script, **at_once)
 
         c.canvas.input(self.paint, None, [c.mask, c.where], show_progress="hidden", trigger_mode="always_last")
