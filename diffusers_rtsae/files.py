@@ -32,7 +32,7 @@ def closest(name, known: Iterable[str]) -> str:
     """How a message on an unknown name ends: with those that may have been meant, which are spelled alike or contain
     it, or else with all there are; labels, a mapping, by their factor."""
     known, name = list(known) if not isinstance(known, Mapping) else known, str(name)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+    near = difflib.get_close_matches(name, known, n=3)
     near += [other for other in known if len(name) > 1 and name.lower() in other.lower() and other not in near]
     if near:
         return f"Did you mean {near[:5]}?"

@@ -441,7 +441,7 @@ class Events:
             self.choose, [c.names, c.shown, *c.strengths], [c.names, c.shown, *options, *c.strengths],
             show_progress="hidden",
         )  # fmt: skip
-        c.names.input(None, js=CLOSE_LIST)
+        c.names.change(None, js=CLOSE_LIST)
         sizes = [event for field in (c.width, c.height) for event in (field.submit, field.blur)]
         gr.on(sizes, self.size_warning, [c.width, c.height, c.warned], c.warned, **at_once)
         gr.on([page.load, *(field.change for field in asked)], self.code, asked, c.script, **at_once)
