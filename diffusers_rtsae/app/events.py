@@ -443,7 +443,8 @@ class Events:
         )  # fmt: skip
         c.names.change(None, js=CLOSE_LIST)
         sizes = [event for field in (c.width, c.height) for event in (field.submit, field.blur)]
-        gr.on(sizes, self.size_warning, [c.width, c.height, c.warned], c.warned, **at_once)
+        # in the queue, without which gradio shows no warnings
+        gr.on(sizes, self.size_warning, [c.width, c.height, c.warned], c.warned, show_progress="hidden")
         gr.on([page.load, *(field.change for field in asked)], self.code, asked, c.script, **at_once)
 
         c.canvas.input(self.paint, None, [c.mask, c.where], show_progress="hidden", trigger_mode="always_last")
@@ -463,7 +464,7 @@ class Events:
         c.search.click(self.find, [c.positive, c.negative_lines, c.count, c.scale], c.table, **one_at_a_time)
         c.table.select(self.take_row, c.names, c.names, **at_once)
         lines = {c.before_lines, c.after_lines}
-        c.more.click(self.more, lines, [c.before_lines, c.after_lines], **at_once)
+        c.more.click(self.more, lines, [c.before_lines, c.after_lines], show_progress="hidden")
         made = c.make.click(
             self.make, asked | {c.names, c.new, c.same_lines} | lines, [c.progress, c.numbers, c.names, c.keep],
             show_progress_on=[c.progress], **one_at_a_time,
