@@ -1137,6 +1137,14 @@ def messages(source: str):
 def test_every_message_is_written_out_where_it_is_raised():
     said = [one for path in PACKAGE.rglob("*.py") for one in messages(path.read_text())]
     assert {kind for kind, _ in said} == {
-        *("ValueError", "OSError", "SystemExit", "typer.BadParameter", "AttributeError", "ModuleNotFoundError")
+        *(
+            "ValueError",
+            "OSError",
+            "SystemExit",
+            "typer.BadParameter",
+            "AttributeError",
+            "ModuleNotFoundError",
+            "torch.OutOfMemoryError",
+        )
     }
     assert not [words for _, words in said if len(words) < 10]

@@ -533,10 +533,9 @@ class States:
 
     def predict(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
         """v(x, from) of some of a state's rows with `changes` added at the sites; differentiable in these."""
-        adding = _Adding(changes, self.kinds)
+        adding = _Adding(self.kinds)
         with adding.tap.watching({"": state.call.denoiser}, changes):
-            texts = [state.texts[row] for row in rows]
-            return state.call.replay([state.samples[row] for row in rows], texts).float()
+            return adding.predict(state, rows, changes)
 
     def errors(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
         """‖v(x, from; changes) − v(x, to)‖² of some of a state's rows, `(rows,)`, in units of the mean distance of the
@@ -589,11 +588,15 @@ class States:
         self, state: State, rows: Sequence[int], edits: Sequence[Callable[[State, Sequence[int]], Changes]]
     ) -> Iterator[torch.Tensor]:
         """`predict` for each of several edits."""
-        with Beginning(state.call.denoiser, self.kinds if len(edits) > 1 else ()) as beginning:
+        denoiser, adding = state.call.denoiser, _Adding(self.kinds)
+        with (
+            Beginning(denoiser, self.kinds if len(edits) > 1 else ()) as beginning,
+            adding.tap.watching({"": denoiser}, self.kinds),
+        ):
             for edit in edits:
                 changes = edit(state, rows)
                 with beginning.again():
-                    yield self.predict(state, rows, changes) if changes else state.before[list(rows)].float()
+                    yield adding.predict(state, rows, changes) if changes else state.before[list(rows)].float()
 
     def draw(self, count: int, generator: torch.Generator) -> Iterator[tuple[State, list[int], float]]:
         """Random rows of random states, with the weight that makes their average that of all; states that the prompts
@@ -611,19 +614,27 @@ class States:
 
 
 class _Adding:
-    """Adds changes to activations."""
+    """Adds changes to activations at sites that its tap watches."""
 
-    def __init__(self, changes: Changes, kinds: dict[str, str]):
-        self.changes, self.kinds, self.tap = changes, kinds, Tap(self)
+    def __init__(self, kinds: dict[str, str]):
+        self.changes: Changes = {}
+        self.kinds, self.tap = kinds, Tap(self)
+
+    def predict(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
+        """What the denoiser answers to some rows of a state with these changes."""
+        self.changes = changes
+        return state.call.replay([state.samples[row] for row in rows], [state.texts[row] for row in rows]).float()
 
     def begin(self, call: Call, arguments: Arguments) -> None:
         """The denoiser is called."""
 
     def site(
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """The activation with the change."""
-        change = self.changes[name]
+        change = self.changes.get(name)
+        if change is None:
+            return None
         if callable(change):
             change = change(block.activation(self.kinds[name], block_input, hidden_states))
         return hidden_states + block.from_tokens(change.to(hidden_states.device), hidden_states)
