@@ -22,7 +22,7 @@ from .states import States
 _EARLY = 0.35  # of denoising: what is present then steers
 _PASSES = 16  # backward passes that rank all latents
 _SHORTLIST, _STATES = 3, 12  # as many times the features asked for are then measured, on so many batches of states
-_SAMPLE, _UNSURE = 8, 2.0  # states of such a batch; standard errors by which one must be behind to be left out
+_SAMPLE, _HALVED = 4, (2, 4)  # states of such a batch; after so many batches the worse third is measured no further
 _DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
 
 
@@ -310,26 +310,25 @@ def _rank_by_effect(states: States, count: int, until: float | None, progress: b
         seen = steps[:early], present[:early], absent[:early]
         shortlist = rank(states.dictionary, site, *seen, _SHORTLIST * count, order)
         with tqdm(total=_STATES, desc="measured", unit="batch", leave=False, disable=not progress) as bar:
-            _score(states, shortlist, passes[:_STATES], count, bar)
-        table += sorted(shortlist, key=lambda f: -f.score)[:count]
+            table += _score(states, shortlist, passes[:_STATES], count, bar)
     return table
 
 
 @torch.no_grad()
-def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count: int, bar) -> None:
+def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count: int, bar) -> FeatureTable:
     """
-    Write the effect of strength 1 of each feature of a site into its `score`: its slope, and what the effect on some
-    states falls short of their own slopes, which varies less than effects do. Features that are behind the best by
-    more than they may be wrong are measured no further.
+    The features of a site that have most effect, with the effect of strength 1 as their `score`: the slope, and what
+    the effect on some states falls short of their own slopes, which varies less than effects do. Those that are behind
+    after a few states are measured no further (sequential halving: Karnin, Koren and Somekh 2013).
     """
     short: dict[int, list[float]] = {feature.index: [] for feature in features}
     left, site = list(features), features[0].site if features else ""
-    sae = states.dictionary.sites.get(site)
-    for seen in passes:
+    sae, models = states.dictionary.sites.get(site), {f.index: adding(f.site, f.index, states) for f in features}
+    for measured, seen in enumerate(passes, start=1):
         chosen = seen.rows[:_SAMPLE]
-        models = [adding(f.site, f.index, states) for f in left]
         distances = states.distances(seen.state, chosen)
-        for feature, prediction in zip(left, states.predictions(seen.state, chosen, models), strict=True):
+        predictions = states.predictions(seen.state, chosen, [models[f.index] for f in left])
+        for feature, prediction in zip(left, predictions, strict=True):
             gained = distances - states.apart(seen.state, chosen, prediction, seen.state.wanted).cpu()
             path = sae.directions([feature.index]).at(states.step(site, seen.state))[0].float().cpu()
             typical = float(sae.typical_activation[feature.index])
@@ -337,21 +336,9 @@ def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count
             short[feature.index].append(seen.weight * float((gained - linear).mean()))
             feature.score = round(feature.slope + statistics.mean(short[feature.index]), 4)
         bar.update()
-        left = _in_reach(left, short, count)
-
-
-def _in_reach(left: list[Feature], short: dict[int, list[float]], count: int) -> list[Feature]:
-    """Those of some features that may yet be among the first so many."""
-    ranked = sorted(left, key=lambda f: -f.score)
-    if len(short[ranked[0].index]) < 2 or len(ranked) <= count:
-        return left
-    last, kept = ranked[count - 1], ranked[:count]
-    for feature in ranked[count:]:
-        apart = [a - b for a, b in zip(short[last.index], short[feature.index], strict=True)]
-        error = statistics.stdev(apart) / len(apart) ** 0.5
-        if last.score - feature.score <= _UNSURE * error:
-            kept.append(feature)
-    return kept
+        if measured in _HALVED:
+            left = sorted(left, key=lambda f: -f.score)[: max(count, 2 * len(left) // 3)]
+    return FeatureTable(sorted(left, key=lambda f: -f.score)[:count])
 
 
 def _rank_by_presence(
