@@ -22,7 +22,7 @@ from .states import States
 _EARLY = 0.35  # of denoising: what is present then steers
 _PASSES = 16  # backward passes that rank all latents
 _SHORTLIST, _STATES = 3, 12  # as many times the features asked for are then measured, on so many batches of states
-_SAMPLE, _HALVED = 4, (2, 4)  # states of such a batch; after so many batches the worse third is measured no further
+_SAMPLE, _HALVED = 4, (4, 8)  # states of such a batch; after so many batches the worse third is measured no further
 _DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
 
 
