@@ -436,7 +436,7 @@ MISUSE = {
     # Features
     "features without strengths": (lambda world: world.pipe.set_rtsae_features("red"), "got str"),
     "a misspelt label": (feature("purpel"), "'purpel'", "'purple'"),
-    "a label like none": (feature("x"), "'x'", "'yellow'"),
+    "a label like none": (feature("x"), "'x'", "colour: red"),
     "an index in quotes": (feature("1234"), "'1234'", "1234"),
     "a label of a site that is not loaded": (
         lambda world: Dictionary({"up": two_sites().sites["up"]}, two_sites().labels).features("low"),
