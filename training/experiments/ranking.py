@@ -64,9 +64,9 @@ def main() -> None:
             ranked[by] = [(f.site, f.index) for f in find_features(pipe, positive, negative, by=by, seeds=1, **call)]
             seconds[by] = time.process_time() - begun
         states = States(pipe, found[a.pairs :], seed=1_000_000, **call)
-        effects = {}
-        for site, latent in dict.fromkeys(ranked["effect"] + ranked["presence"]):
-            effects[site, latent] = float(states.effects(adding(site, latent, states)).mean())
+        both = list(dict.fromkeys(ranked["effect"] + ranked["presence"]))
+        measured = states.measure([adding(site, latent, states) for site, latent in both])
+        effects = {found: float(one.effects.mean()) for found, one in zip(both, measured, strict=True)}
         best = max(effects, key=effects.get)
         place = {by: ranked[by].index(best) + 1 if best in ranked[by] else 0 for by in RANKINGS}
         row = {"factor": factor, "value": value, "best": best[1], "verified": round(effects[best], 4), "place": place}
