@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from training.collect import trajectories
+from training.data.collect import trajectories
+from training.data.store import TrajectoryStore
 from training.recipe import load_recipe
-from training.store import TrajectoryStore
-from training.train import load_pipeline
+from training.run import load_pipeline
 
 from .timing import DEVICE, rows, seconds, take_turns
 
