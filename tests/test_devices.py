@@ -27,15 +27,19 @@ from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.statistics import measure, set_statistics
 from diffusers_rtsae.models import LinearDynamics
 from diffusers_rtsae.steering import OPERATIONS
-from training import dictionary
-from training.checkpoint import Checkpoints
-from training.collect import anchor_timesteps, collect
-from training.dictionary import ARCHITECTURES, KINDS, DictionaryTrainer
-from training.evaluate import evaluate, recovered, timing
-from training.prompts import read_samples
+from training.architectures import atm
+from training.data.collect import anchor_timesteps, collect
+from training.data.prompts import read_samples
+from training.data.split import Data
+from training.data.store import TrajectoryStore
+from training.evaluation.reconstruction import evaluate, timing
+from training.evaluation.replacement import recovered
+from training.loop import trainer as trainer_module
+from training.loop.checkpoints import Checkpoints
+from training.loop.loop import train_dictionaries
+from training.loop.trainer import DictionaryTrainer
 from training.recipe import Recipe
-from training.store import TrajectoryStore
-from training.train import Data, train_dictionaries
+from training.registry import ARCHITECTURES, KINDS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SITE, SITES = "up_blocks.1.attentions.1", [f"transformer_blocks.{i}.attn2" for i in range(6)]
@@ -666,7 +670,7 @@ del WAYS["mixture, topk"]
 
 @pytest.mark.parametrize("way", WAYS)
 def test_training_and_resuming(device, tmp_path, monkeypatch, way):
-    monkeypatch.setattr(dictionary, "_MEMORY", 2)  # so that latents are masked, too
+    monkeypatch.setattr(atm, "MEMORY", 2)  # so that latents are masked, too
     one, original, saves = recipe(**WAYS[way]), Checkpoints.save, []
     expected = trained(tmp_path / "cpu", one, Accelerator)
     whole = trained(tmp_path / "whole", one, OnTheDevice)
@@ -690,8 +694,8 @@ def test_training_and_resuming(device, tmp_path, monkeypatch, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_training_step_waits_once_in_a_hundred(device, tmp_path, monkeypatch, way):
-    monkeypatch.setattr(dictionary, "_MEMORY", 2)
-    monkeypatch.setattr(dictionary, "_EVERY", 5)
+    monkeypatch.setattr(atm, "MEMORY", 2)
+    monkeypatch.setattr(trainer_module, "CHECK_EVERY", 5)
     original, counted, dead = DictionaryTrainer.update, [], []
 
     def counting(trainer, step):

@@ -89,7 +89,7 @@ def train(prog: str = "python -m training.train", collect_only: bool = False) ->
 
             print(describe(plan(recipe, a.teraflops), a.teraflops))
         else:
-            from .train import run_all
+            from .run import run_all
 
             work = a.work or Path("runs") / a.recipe.stem
             run_all(recipe, a.out, work, a.shards, a.cpu, a.collect_only)
@@ -116,6 +116,6 @@ def evaluate(prog: str = "python -m training.evaluate") -> None:
             prompts=a.prompts, count=a.count, steps=a.steps, guidance_scale=a.guidance, batch_size=a.batch_size,
             tokens_per_image=a.tokens,
         )  # fmt: skip
-        from .evaluate import evaluate_all
+        from .evaluation.report import evaluate_all
 
         evaluate_all(a.dictionaries, a.pipeline, collect, a.seed, a.out, a.device)

@@ -16,6 +16,7 @@ from diffusers_rtsae.denoiser import Tap
 from diffusers_rtsae.dictionary import is_cached
 
 from .recipe import INDEX, Recipe, bundled
+from .registry import KINDS
 
 GIB, PETA = 2**30, 1e15
 
@@ -96,7 +97,8 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
     for site, (tokens, channels) in shapes.by_site.items():
         kept = min(collect.tokens_per_image, tokens) * (2 if collect.streams == "both" else 1)
         width = anchors * channels
-        weights = 2 * train.num_latents * (width if train.kind == "rtsae" else channels)
+        whole = KINDS[train.kind].of_trajectories
+        weights = 2 * train.num_latents * (width if whole else channels)
         # forward product of the encoder; decoding and gradients touch k latents of m
         training += (
             train.steps * train.batch_size * 2 * train.num_latents * width * (1 + 6 * train.k / train.num_latents)
@@ -104,7 +106,7 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
         sites[site] = {
             "tokens": tokens, "channels": channels, "kept_tokens": kept,
             "trajectories": kept * (collect.buffer and collect.buffer // kept or collect.count),
-            "dictionary_gib": round((weights + (anchors - 1) * channels**2 * (train.kind == "rtsae")) * 2 / GIB, 3),
+            "dictionary_gib": round((weights + (anchors - 1) * channels**2 * whole) * 2 / GIB, 3),
             "training_memory_gib": round(weights * 16 / GIB, 2),
         }  # fmt: skip
         sites[site]["trajectories_gib"] = round(sites[site]["trajectories"] * width * 2 / GIB, 2)

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .registry import ARCHITECTURES, KINDS
 
 ROOT = Path(__file__).parents[1]  # of a clone, or of what an installed package has of one
 INDEX = "model_index.json"  # what every pipeline has
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _one_of(names: Collection[str]) -> AfterValidator:
+    """A check for a name of a registry, as it is when a recipe is read."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"there is no {name!r}, expected one of {sorted(names)}")
+        return name
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -53,8 +67,8 @@ class Fit(Section):
 class Train(Section):
     """The dictionary."""
 
-    kind: Literal["rtsae", "static", "tide", "mixture"] = "rtsae"
-    architecture: Literal["batch_topk", "topk", "matryoshka", "jump_relu", "atm"] = "batch_topk"
+    kind: Annotated[str, _one_of(KINDS)] = "rtsae"
+    architecture: Annotated[str, _one_of(ARCHITECTURES)] = "batch_topk"
     layout: Literal["concatenated", "per_step"] = "concatenated"
     num_latents: Positive
     k: Positive
@@ -92,8 +106,9 @@ class Train(Section):
                 f"a mixture takes a threshold and at most as many experts as latents, got {self.architecture} and "
                 f"{self.experts}"
             )
-        if self.kind != "rtsae" and self.layout != "concatenated":
-            raise ValueError(f"`layout` {self.layout} is for the kind rtsae: {self.kind} has a code for each step")
+        if self.layout != "concatenated" and not KINDS[self.kind].of_trajectories:
+            whole = [name for name, kind in KINDS.items() if kind.of_trajectories]
+            raise ValueError(f"`layout` {self.layout} is for {', '.join(whole)}: {self.kind} has a code for each step")
         return self
 
 

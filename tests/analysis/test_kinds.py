@@ -11,7 +11,8 @@ from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_feature_trajectories, plot_presence
 from diffusers_rtsae.analysis.record import record
 from diffusers_rtsae.analysis.report import write_report
-from training.evaluate import evaluate, recovered, stability, timing
+from training.evaluation.reconstruction import evaluate, stability, timing
+from training.evaluation.replacement import recovered
 
 SITE = "up_blocks.1.attentions.1"
 CALL = {"num_inference_steps": 3, "guidance_scale": 3.0}

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from tests.simulated_device import NAME, simulated
-from training.collect import trajectories
+from training.data.collect import trajectories
+from training.data.store import TrajectoryStore
 from training.recipe import load_recipe
-from training.store import TrajectoryStore
-from training.train import load_pipeline
+from training.run import load_pipeline
 
 from .timing import DEVICE, per_step, rows, seconds, take_turns
 

@@ -31,9 +31,9 @@ import torch.distributed as dist
 from diffusers_rtsae.models import LinearDynamics
 from tests.simulated_device import NAME, simulated
 from training.commands import Adding
-from training.dictionary import DictionaryTrainer, new_dictionary
-from training.memory import keep_freed_memory
-from training.processes import ALONE, Processes
+from training.common.memory import keep_freed_memory
+from training.common.processes import ALONE, Processes
+from training.loop.trainer import DictionaryTrainer, new_dictionary
 from training.recipe import Recipe
 
 from .timing import CUDA, DEVICE, per_step, rows, seconds, take_turns

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from training.commands import train as main
+from training.data.store import TrajectoryStore
 from training.plan import describe, plan
 from training.recipe import load_recipe
-from training.store import TrajectoryStore
-from training.train import announce
+from training.run import announce
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "training" / "recipes"

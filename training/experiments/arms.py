@@ -27,7 +27,7 @@ from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
 from ..commands import Adding
-from ..evaluate import recovered
+from ..evaluation.replacement import recovered
 from ..worlds import Probe, World
 from ..worlds.pictures import add_models, calling, generate, load_models, new_parser, parse
 from .constants import Slope, as_label, axes, effect_features

@@ -27,8 +27,8 @@ from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.models import LinearDynamics, interpolate
 
 from ..commands import Adding
-from ..dictionary import DictionaryTrainer, new_dictionary
-from ..evaluate import Reconstructing, recovered
+from ..evaluation.replacement import Reconstructing, recovered
+from ..loop.trainer import DictionaryTrainer, new_dictionary
 from ..recipe import Recipe
 from ..worlds import KINDS, Probe, World
 from ..worlds.pictures import add_models, calling, generate, load_models, new_parser, parse

@@ -14,7 +14,7 @@ from diffusers_rtsae import SparseDictionary
 from diffusers_rtsae.dictionary import CONFIG_NAME
 from diffusers_rtsae.files import write_json
 
-from ..evaluate import stability
+from ..evaluation.reconstruction import stability
 
 
 def contents(*folders: Path) -> str:

@@ -19,9 +19,10 @@ from tqdm import tqdm
 from diffusers_rtsae.analysis.scorer import FactorScorer
 from diffusers_rtsae.files import write_json
 
-from ..checkpoint import load_checkpoint, save_checkpoint, step_generator
-from ..muon import Muon, split
+from ..common.checkpoint import load_checkpoint, save_checkpoint
+from ..common.seeds import step_generator
 from . import World
+from .muon import Muon, split
 from .pictures import generate, load_pipeline
 
 Truth = dict[str, torch.Tensor]  # class (pictures,) of every factor; -100 where it does not apply

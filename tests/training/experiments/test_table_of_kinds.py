@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from training.evaluate import Reconstructing
+from training.evaluation.replacement import Reconstructing
 from training.experiments import constants, kinds, samplers
 from training.experiments.kinds import perceptual_distance
 from training.recipe import Recipe
-from training.train import run
+from training.run import run
 
 SITE = "up_blocks.1.attentions.1"
 VARIANTS = {

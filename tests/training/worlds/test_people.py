@@ -13,10 +13,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from training.collect import anchor_timesteps, collect
-from training.prompts import read_samples
+from training.data.collect import anchor_timesteps, collect
+from training.data.prompts import read_samples
+from training.data.store import TrajectoryStore
 from training.recipe import Collect, Recipe
-from training.store import TrajectoryStore
 from training.worlds.people import pipeline as training
 from training.worlds.people import scenes
 from training.worlds.people.captions import PHRASES, caption

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from training.prompts import read_samples
+from training.data.prompts import read_samples
 from training.recipe import Collect
 from training.worlds import KINDS, load_world, worlds
 

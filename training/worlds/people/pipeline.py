@@ -26,8 +26,9 @@ from diffusers.models.attention_processor import AttnProcessor
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from ...checkpoint import load_checkpoint, save_checkpoint, step_generator
-from ...muon import Muon, split
+from ...common.checkpoint import load_checkpoint, save_checkpoint
+from ...common.seeds import step_generator
+from ..muon import Muon, split
 from .captions import caption, subject
 from .scenes import FACTORS, PACKAGES, ROLES, People, load
 

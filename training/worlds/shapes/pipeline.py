@@ -26,7 +26,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_rtsae.files import whole
 
-from ...checkpoint import load_checkpoint, save_checkpoint, step_generator
+from ...common.checkpoint import load_checkpoint, save_checkpoint
+from ...common.seeds import step_generator
 from .captions import captions
 from .scenes import FACTORS, Scenes, render, render_layers, render_pictures, sample_scenes
 

@@ -1,0 +1,66 @@
+"""A budget of latents for the batch (BatchTopK), or the same number for every row (TopK)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from diffusers_rtsae import SparseDictionary
+
+from ..common.processes import Processes
+from ..recipe import Train
+from .sparse import Code, Gates, batch_topk, decode, encode, topk
+
+
+def mean_squared_error(reconstruction: torch.Tensor, target: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+    """The mean squared error in `unit`."""
+    if unit is None:
+        return F.mse_loss(reconstruction, target)
+    return ((reconstruction - target) / unit).square().mean()
+
+
+class BatchTopK:
+    """The rows of a batch share a budget of `k` latents each (2412.06410)."""
+
+    shares_budget = True  # of the batch: on unseen data one threshold must stand for it
+    draws = False  # something at random
+
+    def __init__(self, settings: Train, device: torch.device | str, processes: Processes):
+        self.k, self.processes = settings.k, processes
+        self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+
+    def start(self, centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Take note of a sample as the first encoder sees it."""
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """What is learned beside the dictionary."""
+        return {}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What else a checkpoint must hold."""
+        return {}
+
+    def encode(self, centred, centre, weight, bias, gates: Gates | None, training: bool) -> Code:
+        code = batch_topk(centred, weight, bias, self.k, self.dtype, self.processes, gates)
+        return encode(centred, centre, weight, bias, code, gates)
+
+    def loss(
+        self, target: torch.Tensor, code: Code, weight: torch.Tensor, centre: torch.Tensor, unit: torch.Tensor | None
+    ):
+        """What is minimised, the mean squared error in `unit`, and the reconstruction `(rows, d)`."""
+        reconstruction = decode(code, weight, len(target), self.processes) + centre
+        error = mean_squared_error(reconstruction, target, unit)
+        return error, error, reconstruction
+
+    def finish(self, sae: SparseDictionary) -> None:
+        """Bring a trained dictionary into the form that one threshold serves."""
+
+
+class TopK(BatchTopK):
+    """Every row has the same number of latents (2406.04093)."""
+
+    shares_budget = False
+
+    def encode(self, centred, centre, weight, bias, gates, training) -> Code:
+        code = topk(centred, weight, bias, self.k, self.dtype, self.processes, gates)
+        return encode(centred, centre, weight, bias, code, gates)

@@ -1,0 +1,287 @@
+"""Sparse autoencoding with sparse gradients: nothing as wide as the dictionary is kept between forward and backward.
+
+A code is a list of (row, latent, value), sorted by row. What the dense formulation does with matrix products over all
+latents, decoding and every gradient, is here a weighted sum over the active ones (`embedding_bag`). Only the
+encoder's forward product is dense, made in pieces of a few rows each.
+
+On a CPU a code has as many entries as are active. On other devices the host would have to wait to learn how many these
+are, so a code has as many as there may be, and those of value 0 fill it up: they get no gradient and give none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..common.processes import ALONE, Processes
+
+_PIECE = 10_500_000  # entries of the encoder's product held at once
+
+
+class Code(NamedTuple):
+    """
+    A sparse code of a batch, sorted by row.
+
+    rows (`torch.Tensor`): `(active,)` int64, which element of the batch.
+    latents (`torch.Tensor`): `(active,)` int64.
+    values (`torch.Tensor`): `(active,)`.
+    """
+
+    rows: torch.Tensor
+    latents: torch.Tensor
+    values: torch.Tensor
+
+    def where(self, kept: torch.Tensor) -> Code:
+        """The entries where `kept (active,)` is true."""
+        if self.values.device.type == "cpu":
+            return Code(self.rows[kept], self.latents[kept], self.values[kept])
+        return self._replace(values=self.values.masked_fill(~kept, 0.0))
+
+
+class Gates(NamedTuple):
+    """
+    What pre-activations are multiplied by.
+
+    shares (`torch.Tensor`): `(rows, groups)`, not negative.
+    group (`torch.Tensor`): of each latent, `(latents,)` int64.
+    """
+
+    shares: torch.Tensor
+    group: torch.Tensor
+
+    def of(self, code: Code) -> torch.Tensor:
+        """`(active,)`, with gradients to the shares."""
+        return self.shares[code.rows, self.group[code.latents]]
+
+
+def products(
+    centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, gates: Gates | None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """`centred @ weight.T` computed in `dtype`, in pieces of rows, each with the index of its first row, and what is
+    still to be added to it: the bias, unless it had to be before the gates. Behind a closed gate there is -inf."""
+    centred, weight = centred.to(dtype), weight.to(dtype)
+    step = max(1, _PIECE // max(1, len(weight)))
+    for start in range(0, len(centred), step):
+        piece = F.linear(centred[start : start + step], weight)
+        if gates is None:
+            yield start, piece, bias
+        else:
+            shares = gates.shares[start : start + step].to(dtype)[:, gates.group]
+            gated = ((piece + bias.to(dtype)) * shares).masked_fill_(shares == 0, -torch.inf)
+            yield start, gated, torch.zeros_like(bias)
+
+
+def _true(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns where the few true entries of `mask (rows, columns)` are; looked for eight at a time."""
+    flat = mask.flatten()
+    whole = len(flat) // 8 * 8
+    words = flat[:whole].view(torch.int64).nonzero()[:, 0]
+    word, byte = flat[:whole].view(-1, 8)[words].nonzero(as_tuple=True)
+    at = torch.cat([words[word] * 8 + byte, flat[whole:].nonzero()[:, 0] + whole])
+    return at // mask.shape[1], at % mask.shape[1]
+
+
+@torch.no_grad()
+def above(
+    centred: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    threshold: torch.Tensor | float | Callable[[torch.Tensor], float],
+    dtype: torch.dtype = torch.float32,
+    gates: Gates | None = None,
+) -> Code:
+    """All pre-activations that exceed `threshold`: a number, one per latent, or what tells it from the first piece."""
+    found = []
+    for start, piece, rest in products(centred, weight, bias, dtype, gates):
+        if callable(threshold):
+            threshold = threshold(piece[:: len(piece) // 16 or 1] + rest)
+        rows, latents = _true(piece > (threshold - rest).to(dtype))
+        found.append((rows + start, latents, piece[rows, latents].float() + rest[latents]))
+    return Code(*map(torch.cat, zip(*found, strict=True)))
+
+
+@torch.no_grad()
+def most_above(
+    centred: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    threshold: torch.Tensor,
+    count: int,
+    dtype: torch.dtype = torch.float32,
+    gates: Gates | None = None,
+) -> Code:
+    """
+    The `count` pre-activations of the batch that exceed `threshold`, one per latent, by most. On other devices than
+    CPUs there are others among them if fewer exceed it.
+    """
+    if centred.device.type == "cpu":
+        code = above(centred, weight, bias, threshold, dtype, gates)
+        if len(code.values) <= count:
+            return code
+        return code.where(_largest((code.values - threshold[code.latents])[None], count, ALONE)[0])
+    found = []
+    for start, piece, rest in products(centred, weight, bias, dtype, gates):
+        values = (piece.float() + rest).flatten()
+        over = (values.view_as(piece) - threshold).flatten()
+        at = over.topk(min(count, len(over)), sorted=False).indices
+        found.append((over[at], at + start * len(weight), values[at]))
+    over, at, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    chosen = over.topk(min(count, len(over)), sorted=False).indices
+    at, order = at[chosen].sort()
+    return Code(at // len(weight), at % len(weight), values[chosen][order])
+
+
+def _largest(values: torch.Tensor, k: int, processes: Processes) -> torch.Tensor:
+    """Which of `values (rows, n)` are among the `k` largest that a row has over all processes."""
+    all_values = processes.gather(values).transpose(0, 1)
+    kept = all_values.flatten(1).topk(min(k, all_values[0].numel()), sorted=False).indices
+    largest = torch.zeros_like(all_values, dtype=torch.bool)
+    return largest.flatten(1).scatter_(1, kept, True).view_as(largest)[:, processes.rank]
+
+
+@torch.no_grad()
+def topk(
+    centred: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    processes: Processes = ALONE,
+    gates: Gates | None = None,
+) -> Code:
+    """The `k` largest positive pre-activations of each row (TopK, 2406.04093) over all processes."""
+    pieces = (piece + rest for _, piece, rest in products(centred, weight, bias, dtype, gates))
+    found = [piece.topk(min(k, len(weight)), dim=1) for piece in pieces]
+    values, latents = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
+    kept = values > 0
+    if processes.count > 1:
+        kept &= _largest(F.pad(values, (0, k - values.shape[1])), k, processes)[:, : values.shape[1]]
+    return Code(rows.flatten(), latents.flatten(), values.flatten().float()).where(kept.flatten())
+
+
+@torch.no_grad()
+def batch_topk(
+    centred: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    processes: Processes = ALONE,
+    gates: Gates | None = None,
+) -> Code:
+    """
+    The `k * rows` largest positive pre-activations of the batch (BatchTopK, 2412.06410) over all processes, exactly.
+
+    A few rows tell above which value to look for twice as many; if there are too few, lower.
+    """
+    count, threshold = k * len(centred), 0.0
+    if centred.device.type != "cpu":
+        code = most_above(centred, weight, bias, torch.zeros_like(bias), count, dtype, gates)
+        kept = code.values > 0
+        if processes.count > 1:
+            values = F.pad(code.values, (0, count - len(code.values)))
+            kept &= _largest(values[None], count, processes)[0, : len(code.values)]
+        return code.where(kept)
+
+    def guess(piece: torch.Tensor) -> float:
+        nonlocal threshold
+        few = piece.float()
+        share = min(2 * k * len(few) // processes.count, few.numel())
+        lowest = few.flatten().topk(share, sorted=False).values.min()
+        threshold = max(0.0, processes.gather(lowest).min().item())
+        return threshold
+
+    def found() -> torch.Tensor:
+        return processes.gather(torch.tensor(len(code.values), device=bias.device))
+
+    code = above(centred, weight, bias, guess, dtype, gates)
+    lowest = threshold / 100
+    while (counts := found()).sum() < count and threshold > 0:
+        threshold = threshold / 2 if threshold > lowest else 0.0
+        code = above(centred, weight, bias, threshold, dtype, gates)
+    if counts.sum() <= count:
+        return code
+    values = F.pad(code.values, (0, counts.max() - len(code.values)))
+    return code.where(_largest(values[None], count, processes)[0, : len(code.values)])
+
+
+def _sum_by(groups: torch.Tensor, count: int, members: torch.Tensor, weights: torch.Tensor, table: torch.Tensor):
+    """`out[g] = Σ weights · table[members]` over the entries of each of `count` groups; `groups` is sorted."""
+    starts = torch.searchsorted(groups, torch.arange(count, device=groups.device, dtype=groups.dtype))
+    return F.embedding_bag(members, table, starts, mode="sum", per_sample_weights=weights)
+
+
+def _by_latent(rows: torch.Tensor, latents: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    latents, order = torch.sort(latents.int(), stable=True)
+    return rows[order], latents, values[order]
+
+
+class _Encode(torch.autograd.Function):
+    """The values of a code whose pre-activations are `(x - centre) @ weight.T + bias`."""
+
+    @staticmethod
+    def forward(ctx, centred, centre, weight, bias, rows, latents, values):
+        ctx.save_for_backward(centred, weight, rows, latents, values == 0)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        centred, weight, rows, latents, filling = ctx.saved_tensors
+        on_centred, gradient = None, gradient.masked_fill(filling, 0.0)
+        if ctx.needs_input_grad[0]:
+            on_centred = _sum_by(rows, len(centred), latents, gradient, weight)
+        rows, latents, gradient = _by_latent(rows, latents, gradient)
+        on_bias = torch.zeros(len(weight), device=weight.device).index_add_(0, latents, gradient)
+        on_weight = _sum_by(latents, len(weight), rows, gradient, centred)
+        return on_centred, -(on_bias @ weight), on_weight, on_bias, None, None, None
+
+
+class _DecoderGradient(torch.autograd.Function):
+    """Passes the reconstruction on, and its gradient to the decoder."""
+
+    @staticmethod
+    def forward(ctx, reconstruction, weight, rows, latents, values):
+        ctx.save_for_backward(rows, latents, values)
+        ctx.count = len(weight)
+        return reconstruction.view_as(reconstruction)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, latents, values = _by_latent(*ctx.saved_tensors)
+        return gradient, _sum_by(latents, ctx.count, rows, values, gradient.contiguous()), None, None, None
+
+
+def encode(
+    centred: torch.Tensor,
+    centre: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    code: Code,
+    gates: Gates | None = None,
+) -> Code:
+    """
+    A code that carries gradients to the encoder.
+
+    Args:
+        centred (`torch.Tensor`): `(rows, d)`, the input minus the detached `centre (d,)`; if what made it is learned
+            too, it gets its gradient.
+        weight, bias (`torch.Tensor`): `(latents, d)` and `(latents,)`.
+        code (`Code`): chosen among the pre-activations `centred @ weight.T + bias`, times the gates.
+    """
+    if gates is not None:
+        shares = gates.of(code)
+        alone = code._replace(values=code.values / shares.detach().clamp(min=torch.finfo(shares.dtype).tiny))
+        return code._replace(values=_Encode.apply(centred, centre, weight, bias, *alone) * shares)
+    return code._replace(values=_Encode.apply(centred, centre, weight, bias, *code))
+
+
+def decode(code: Code, weight: torch.Tensor, count: int, processes: Processes = ALONE) -> torch.Tensor:
+    """
+    `(count, d)`: the sum of `values * weight[latents]` of each row over all processes, with gradients to this one's.
+    """
+    reconstruction = processes.sum(_sum_by(code.rows, count, code.latents, code.values, weight.detach()))
+    return _DecoderGradient.apply(reconstruction, weight, code.rows, code.latents, code.values.detach())

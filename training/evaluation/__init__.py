@@ -1,0 +1,1 @@
+"""What measures trained dictionaries: reconstruction, what the denoiser makes of it, and the report of both."""
