@@ -16,17 +16,18 @@ from .sae import SparseAutoencoder
 
 class TIDE(SparseAutoencoder):
     r"""
-    A sparse autoencoder shared by all steps that is told the timestep (2503.07050): it sees x (1 + scale(t)) +
-    shift(t), and what it decodes is brought back. Scale and shift come from a small MLP on the sinusoidal embedding of
-    the timestep, whose last layer is zero to begin with.
+    A sparse autoencoder that is the same for all steps but for a modulation of its input by the timestep (2503.07050).
+    It encodes x (1 + scale(t)) + shift(t), and inverts the modulation on what it decodes. Scale and shift come from a
+    small MLP on the sinusoidal embedding of the timestep; its last layer starts at zero.
 
     Args:
-        site, in_channels, anchors, num_latents, k, activation, sparsity, centred, input_norm: as of
+        site, in_channels, anchors, num_latents, k, activation, sparsity, centred, input_norm: see
             [`SparseAutoencoder`].
-        time_channels (`int`, defaults to 256): of the embedding and of the MLP.
-        undone (`bool`, defaults to `True`): whether what is decoded is brought back.
-        time_scale (`float`, defaults to 1.0): of the timestep that is embedded, from 1000 at pure noise to 0 at 1.0.
-        flip_sin_to_cos, downscale_freq_shift: of the embedding, as diffusers' `get_timestep_embedding` takes them.
+        time_channels (`int`, defaults to 256): width of the embedding and of the MLP.
+        undone (`bool`, defaults to `True`): whether the modulation is inverted on what is decoded.
+        time_scale (`float`, defaults to 1.0): factor of the timestep before it is embedded; at 1.0 the embedded
+            timestep goes from 1000 at pure noise to 0 at the image.
+        flip_sin_to_cos, downscale_freq_shift: arguments of diffusers' `get_timestep_embedding`.
 
     Example:
         ```py
@@ -64,7 +65,7 @@ class TIDE(SparseAutoencoder):
         nn.init.zeros_(self.modulation.bias)
 
     def modulate(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """1 + scale and shift `(timesteps, d)`."""
+        """1 + scale and shift at these timesteps, each `(timesteps, d)`."""
         c = self.config
         embedding = get_timestep_embedding(
             timesteps * c.time_scale, c.time_channels, c.flip_sin_to_cos, c.downscale_freq_shift
@@ -77,29 +78,31 @@ class TIDE(SparseAutoencoder):
         return factor[0].to(device), shift[0].to(device)
 
     def on(self, device: torch.device) -> TIDE:
-        """The same modulation with its weights on a device."""
+        """This dictionary with the weights of its modulation on a device; all other tensors are shared."""
         if self.modulation.weight.device == device:
             return self
-        moved = copy.copy(self)  # shares all but what modulates
+        moved = copy.copy(self)
         moved._modules = {
             name: copy.deepcopy(part).to(device) if name in ("time_mlp", "modulation") else part
             for name, part in self._modules.items()
         }
         return moved
 
-    def shown(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
+    def normalize(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
         factor, shift = self._modulate(timestep, tokens.device)
-        return super().shown(tokens, timestep) * factor + shift
+        return super().normalize(tokens, timestep) * factor + shift
 
     @torch.no_grad()
-    def shown_on(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
-        return self.on(device).shown
+    def normalizer(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        return self.on(device).normalize
 
-    def hidden(self, shown: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def denormalize(
+        self, normalized: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.config.undone:
-            factor, shift = self._modulate(timestep, shown.device)
-            shown = (shown - shift) / factor
-        return super().hidden(shown, timestep, tokens)
+            factor, shift = self._modulate(timestep, normalized.device)
+            normalized = (normalized - shift) / factor
+        return super().denormalize(normalized, timestep, tokens)
 
     def directions(self, latents: list[int] | torch.Tensor, injection: str = "trajectory") -> Directions:
         directions = super().directions(latents)
@@ -107,7 +110,7 @@ class TIDE(SparseAutoencoder):
 
 
 class _ModulatedDirections(Directions):
-    """Directions `(latents, 1, d)` in what the encoder is shown."""
+    """Directions in the modulated space of the encoder, `(latents, 1, d)`; the modulation is inverted at each step."""
 
     def __init__(self, paths: torch.Tensor, tide: TIDE):
         super().__init__(paths)
