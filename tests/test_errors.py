@@ -615,7 +615,7 @@ MISUSE = {
     "a mask of frames for pictures": (
         lambda world: generate(world, {"red": 1.0}, mask=np.ones((2, 3, 4, 5))),
         ValueError,
-        "The mask is for 3 frames, and a picture has one.",
+        "Expected a mask for a picture, which has one frame, got one for 3 frames.",
     ),
     "a mask without pixels": (
         steer(mask=np.ones((0, 4))),
@@ -709,8 +709,8 @@ MISUSE = {
     "guidance in another order": (
         lambda world: (steer(apply_to="contrast")(world), Caller(world.pipe)(1, 1, unconditional=True)),
         ValueError,
-        "This pipeline calls the denoiser for another part of guidance before the conditional one, which "
-        "apply_to='contrast' follows. Use apply_to='cond'.",
+        "This pipeline calls the denoiser for another guidance branch before the conditional one, whose change "
+        "apply_to='contrast' needs. Use apply_to='cond'.",
     ),
     "rows that are told apart by nothing": (
         lambda world: told_of([0.0, 1.0], negative_prompt_embeds=torch.zeros(1, 3)),
@@ -775,8 +775,8 @@ MISUSE = {
             world.pipe.unet.get_submodule(SITE)(torch.zeros(1, 160, 4, 4), torch.zeros(1, 32, 192)),
         ),
         ValueError,
-        "There were 64 tokens at up_blocks.1.attentions.1 and are 16 now: latents that are read from the past of each "
-        "token cannot follow that.",
+        "Expected 64 tokens at up_blocks.1.attentions.1 as at the step before, got 16: this dictionary reads a "
+        "token's latents from its earlier activations.",
     ),
     "reading latents of states that were drawn without": (
         lambda world: Intervention(
@@ -1133,7 +1133,7 @@ MISUSE = {
     "a map that takes away": (
         lambda world: Edit(latents=(1,), weights=(1.0,), strength=1.0, map=torch.zeros(1, 3, 17)),
         ValueError,
-        "A map adds, unclipped, and to no latents.",
+        "An edit with a `map` takes no latents, and needs operation='add' and clip=False.",
     ),
     "a site without safetensors": (
         replaced(f"{SMALL}/{WEIGHTS_NAME}", None),
@@ -1625,8 +1625,8 @@ ELSEWHERE = {
     "There is a feature … already: choose another name.": ("There is a feature 'red' already", "test_app.py"),
     "Expected as many prompts with it as without, got … and ….": ("as without, got 1 and 0", "test_app.py"),
     "… was run at other steps than …: record it alone.": ("was run at other steps than", "test_caches.py"),
-    "The unconditional call has … tokens at …, the conditional one …: apply_to='contrast' cannot follow it there. Use "
-    "apply_to='cond'.": ("apply_to='contrast' cannot follow it there", "denoiser/test_call.py"),
+    "The unconditional call has … tokens at …, the conditional one …: apply_to='contrast' needs as many. Use "
+    "apply_to='cond'.": ("apply_to='contrast' needs as many", "denoiser/test_call.py"),
     "… does not say which text is the negative one: expected it in a variable of its call with `negative` or `uncond` "
     "in its name.": ("does not say which text is the negative one", "steering/test_custom_pipelines.py"),
     "The backward pass calls the denoiser again, and an edit cannot know as which call: have its blocks checkpointed, "

@@ -198,7 +198,7 @@ def test_a_change_of_other_tokens_is_refused():
     with pipe.rtsae_steering({0: 1.0}, clip=False):  # one vector for all tokens follows
         conditional, unconditional = pipe()
     torch.testing.assert_close(conditional[0, 0] - 1, 1 - unconditional[0, 0])
-    with pipe.rtsae_steering({0: 1.0}), pytest.raises(ValueError, match="apply_to='contrast' cannot follow it there"):
+    with pipe.rtsae_steering({0: 1.0}), pytest.raises(ValueError, match="apply_to='contrast' needs as many"):
         pipe()
     with pipe.rtsae_steering({0: 1.0}, apply_to="cond"):
         assert torch.equal(pipe()[1], torch.ones(1, 4, 4))
