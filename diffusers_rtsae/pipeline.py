@@ -103,7 +103,7 @@ def _edits(
 
 
 def _part(entry: dict, dictionary: Dictionary, options: dict) -> dict:
-    """The arguments of [`Edit`] that a part of a fitted label fixes; `clip=False` lifts the outer one of its bounds."""
+    """The arguments of [`Edit`] that a part of a fitted label fixes; `clip=False` lifts the outer bound."""
     if "bounds" not in entry:
         return {}
     low, high = entry["bounds"]
