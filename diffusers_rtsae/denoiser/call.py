@@ -194,7 +194,7 @@ class CallReader:
         family, variables = caller.family, caller.variables
         if family.refused:
             raise ValueError(f"{type(caller.pipeline).__name__} cannot be followed: {family.refused}.")
-        progress = caller.generation.kept.setdefault(self, _Progress())
+        progress = caller.generation.memories.setdefault(self, _Progress())
         rows = len(arguments.sample)
         drawn = Drawn.of(variables, arguments.sample)
         record = {
@@ -448,14 +448,14 @@ def token_grid(call: Call, site: str, batch: int, space: tuple[int, ...]) -> Tok
     if is_text(site) or call.view or any(part in _OVER_TIME for part in site.split(".")):
         return None
     if batch == call.images < call.rows:
-        beside = 1  # a cache skipped the unconditional rows
+        rows_per_video = 1  # a cache skipped the unconditional rows
     elif batch not in (call.rows, call.rows * frames):
         return None
     else:
-        beside = batch // call.rows
+        rows_per_video = batch // call.rows
     if len(space) == 2:
-        return TokenGrid(*space, 1, beside)
+        return TokenGrid(*space, 1, rows_per_video)
     if len(space) == 3:
-        return TokenGrid(*space[1:], space[0], beside)
-    size = call.grid.tokens(space[0], 1 if beside > 1 else frames) if frames else None
-    return None if size is None else TokenGrid(size[1], size[2], size[0], beside)
+        return TokenGrid(*space[1:], space[0], rows_per_video)
+    size = call.grid.tokens(space[0], 1 if rows_per_video > 1 else frames) if frames else None
+    return None if size is None else TokenGrid(size[1], size[2], size[0], rows_per_video)

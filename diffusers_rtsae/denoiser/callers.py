@@ -71,11 +71,11 @@ FAMILIES = (
 
 
 class Generation:
-    """One run of a pipeline's `__call__`. `kept` holds what others remember of the generation, by the object that
+    """One run of a pipeline's `__call__`. `memories` holds what others remember of the generation, by the object that
     remembers it; it is freed when the call returns."""
 
     def __init__(self):
-        self.kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.memories: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)

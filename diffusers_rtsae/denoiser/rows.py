@@ -146,11 +146,11 @@ def _negatives(variables: dict[str, Any]) -> list[tuple[torch.Tensor | list, tor
 def _take_turns(texts: dict[str, list], start: int, prompts: int, caller: Caller) -> bool:
     """Whether consecutive images are of different prompts."""
     in_turns = [  # by text
-        not beside
+        not same_as_next
         for name, text in texts.items()
         if any(word in name for word in _TEXT)
         and not any(word in name for word in _NO_TEXT)
-        and (beside := same(text[start], text[start + 1])) != same(text[start], text[start + prompts])
+        and (same_as_next := same(text[start], text[start + 1])) != same(text[start], text[start + prompts])
     ]
     if any(in_turns) and not all(in_turns):
         raise ValueError(

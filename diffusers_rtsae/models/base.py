@@ -26,13 +26,13 @@ class TokenGrid(NamedTuple):
 
     height, width (`int`): size of a frame, in tokens.
     frames (`int`): number of frames in a batch row.
-    beside (`int`): number of batch rows per video, for models that put the frames of a video into separate rows.
+    rows_per_video (`int`): number of batch rows of a video; more than 1 where its frames are separate rows.
     """
 
     height: int
     width: int
     frames: int = 1
-    beside: int = 1
+    rows_per_video: int = 1
 
 
 class Step(NamedTuple):

@@ -247,9 +247,9 @@ class Controller:
     def begin(self, call: Call, arguments: Arguments) -> None:
         """Prepare the edits of a call of the denoiser."""
         planned = self._planned(call.pipeline)
-        run = call.generation.kept.get(self)
+        run = call.generation.memories.get(self)
         if run is None:
-            run = call.generation.kept[self] = _Run()
+            run = call.generation.memories[self] = _Run()
         if call.is_start:
             run.states = {key: state for key, state in run.states.items() if key[-1] != call.view}
         self._remember(run)
@@ -279,7 +279,7 @@ class Controller:
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """The hidden states to continue with after a site; the same tensor if nothing changes."""
-        return self._edited(call.generation.kept[self], name, call, block, block_input, hidden_states)
+        return self._edited(call.generation.memories[self], name, call, block, block_input, hidden_states)
 
     def _edited(
         self, run: _Run, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
@@ -290,7 +290,7 @@ class Controller:
 
     def remember(self, call: Call) -> _Again:
         """An observer that edits the sites of this call again when the backward pass runs them again."""
-        return _Again(self, call.generation.kept[self].copy())
+        return _Again(self, call.generation.memories[self].copy())
 
     def report(self) -> dict[str, list[dict]]:
         """For each site, what each edit did at each step of this thread's last generation, or else of the last one."""

@@ -220,15 +220,15 @@ class Fold:
     def _mask(self, size: TokenGrid, rows: int, in_turns: int | None) -> torch.Tensor:
         """The mask on the token grid, for this many rows of the batch: `(rows, N, 1)`."""
         if (size, rows, in_turns) not in self._masks:
-            mask, frames = self.options.mask.to(self.device), size.frames * size.beside
-            if mask.ndim == 3 and rows // size.beside % len(mask):
+            mask, frames = self.options.mask.to(self.device), size.frames * size.rows_per_video
+            if mask.ndim == 3 and rows // size.rows_per_video % len(mask):
                 mask = mask[None]  # it has one mask per frame, not one per prompt
             with torch.inference_mode(False):
                 if mask.ndim == 3:  # the same in every frame
                     pooled = F.adaptive_avg_pool2d(mask[:, None], size[:2]).expand(-1, size.frames, -1, -1)
                 else:
                     pooled = F.adaptive_avg_pool3d(mask[:, None], (frames, *size[:2]))[:, 0]
-                    pooled = pooled.unflatten(1, (size.beside, size.frames)).flatten(0, 1)
+                    pooled = pooled.unflatten(1, (size.rows_per_video, size.frames)).flatten(0, 1)
                 each = len(pooled) // len(
                     mask
                 )  # batch rows per mask, if the frames of a video are rows with masks of their own

@@ -118,8 +118,8 @@ def test_what_a_generation_keeps_is_dropped_with_its_call():
         pass
 
     for call in pipeline(reader, (2, 900), (2, 500)):
-        call.generation.kept[pipeline] = Something()
-        kept.append(weakref.ref(call.generation.kept[pipeline]))
+        call.generation.memories[pipeline] = Something()
+        kept.append(weakref.ref(call.generation.memories[pipeline]))
         run = call.run
     del call
     assert run() is None and all(one() is None for one in kept)
