@@ -1,5 +1,7 @@
-"""See and steer what a text-to-image model does while it denoises; importing this gives diffusers pipelines
-`load_rtsae`, those that are imported later too. Nothing heavy is imported before it is needed."""
+"""See and steer what a text-to-image model does while it denoises.
+
+Importing this package adds `load_rtsae` and its companions to all diffusers pipelines, also to those that are imported
+later. torch and diffusers are imported when they are first needed."""
 
 from typing import TYPE_CHECKING
 
@@ -38,14 +40,14 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
-def _give_methods(name: str):
-    def give(module) -> None:
+def _attach_to(name: str):
+    def attach_to(module) -> None:
         from .pipeline import attach
 
         attach(getattr(module, name))
 
-    return give
+    return attach_to
 
 
-when_imported("diffusers.pipelines.pipeline_utils", _give_methods("DiffusionPipeline"))
-when_imported("diffusers.modular_pipelines.modular_pipeline", _give_methods("ModularPipeline"))
+when_imported("diffusers.pipelines.pipeline_utils", _attach_to("DiffusionPipeline"))
+when_imported("diffusers.modular_pipelines.modular_pipeline", _attach_to("ModularPipeline"))

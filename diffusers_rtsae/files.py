@@ -1,4 +1,4 @@
-"""Files: JSON and text read with their form checked, and written so that readers never see a part. Needs no torch."""
+"""Files: reading JSON and text with checks, and writing so that no reader sees an incomplete file. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 _JSON_BYTES, _JSON_DEPTH = 64 * 2**20, 32
 
-_short = reprlib.Repr()  # what a file holds may be long, a message about it must not be
+_short = reprlib.Repr()  # keeps messages short, whatever a file holds
 _short.maxstring = _short.maxother = 120
 brief = _short.repr
 _names = reprlib.Repr()
@@ -40,24 +40,25 @@ def closest(name, known: Iterable[str]) -> str:
 
 
 def write_json(path: Path, content) -> None:
-    """Write a JSON file so that readers see the old or the new one, never a part."""
+    """Write a JSON file. Readers see either the old or the new file, never an incomplete one."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old or the new one, never a part."""
-    with whole(path) as partial, open(partial, "x", encoding="utf-8") as file:  # follows no link of that name
+    """Write a text file. Readers see either the old or the new file, never an incomplete one."""
+    with whole(path) as partial, open(partial, "x", encoding="utf-8") as file:  # "x" follows no link of this name
         file.write(text)
 
 
 @contextlib.contextmanager
 def whole(path: Path, writer: int | None = None) -> Iterator[Path]:
     """
-    A new name beside `path` to write to, which takes its place if that went well, and of which nothing is left
-    otherwise.
+    Yield a temporary path beside `path` to write to. It replaces `path` when the block succeeds, and is deleted when
+    the block raises.
 
     Args:
-        writer (`int`, *optional*): tells apart those that may write the same file at once.
+        path (`Path`): the file to write.
+        writer (`int`, *optional*): a number for each process that may write the same file at the same time.
     """
     partial = path.with_name(f"{path.name}.partial" if writer is None else f"{path.name}.{writer}.partial")
     partial.unlink(missing_ok=True)
@@ -70,18 +71,18 @@ def whole(path: Path, writer: int | None = None) -> Iterator[Path]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, stripped, without the blank ones; `ValueError` names the first that is no UTF-8."""
+    """The lines of a text file, stripped, without blank ones; raises `ValueError` for a line that is not UTF-8."""
     lines = []
-    for number, found in enumerate(path.read_bytes().splitlines(), 1):
+    for number, content in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            lines.append(found.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+            lines.append(content.decode("utf-8-sig" if number == 1 else "utf-8").strip())
         except UnicodeDecodeError:
-            raise ValueError(f"{path}, line {number}: expected text in UTF-8, got {brief(found)}.") from None
-    return [found for found in lines if found]
+            raise ValueError(f"{path}, line {number}: expected text in UTF-8, got {brief(content)}.") from None
+    return [content for content in lines if content]
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object of reasonable size and depth; `ValueError` otherwise."""
+    """Read a JSON object; raises `ValueError` if it is none, or too large or too deeply nested."""
     if path.stat().st_size > _JSON_BYTES:
         raise ValueError(f"{path} is too large: expected at most {_JSON_BYTES >> 20} MB of JSON.")
     try:
@@ -91,7 +92,7 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     level, depth = [content], 0
-    while level:  # whoever compares or prints this later would recurse into it
+    while level:  # comparing or printing it later would recurse too deeply
         inner = [outer.values() if isinstance(outer, dict) else outer for outer in level]
         level = [value for values in inner for value in values if isinstance(value, dict | list)]
         depth += 1
@@ -101,7 +102,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Pairs of prompts from a JSON file `[[from, to], …]`."""
+    """Read pairs of prompts from a JSON file `[[from, to], …]`; raises `ValueError` if it has another form."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -112,12 +113,13 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 
 
 def line(error: Exception) -> str:
+    """The message of an error in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 @contextlib.contextmanager
 def open_tensors(path: Path, framework: str = "pt"):
-    """A safetensors file, open; what is wrong with it is an `OSError`."""
+    """Open a safetensors file in a `with` block; raises `OSError` if it cannot be read."""
     try:
         with safe_open(path, framework) as file:
             yield file

@@ -1,5 +1,5 @@
-"""Imports that wait: names of a package that are imported when they are asked for, and what is done once another
-package's module is there."""
+"""Lazy imports: names of a package that are imported when they are first used, and functions that are called when a
+module of another package is imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import ModuleType
 
 
 def on_demand(package: str, modules: Sequence[str], names: Collection[str]) -> Callable[[str], object]:
-    """A package's `__getattr__`, which finds its `names` in these of its modules, and imports each only then."""
+    """A `__getattr__` for a package that imports `names` on first use, from the first of these modules that has it."""
 
     def __getattr__(name: str) -> object:
         for module in modules if name in names else ():
@@ -26,7 +26,7 @@ def on_demand(package: str, modules: Sequence[str], names: Collection[str]) -> C
 
 
 def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:
-    """Call `then` with the module of this name: now if it is imported, else when it is, before anybody has it."""
+    """Call `then` with the module of this name: at once if it is imported already, else when it is imported."""
     if name in sys.modules:
         then(sys.modules[name])
     else:
@@ -34,7 +34,7 @@ def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds one module as the other finders do, and has its loader go on with `then`."""
+    """Finds one module with the other finders, and makes its loader call `then` after executing it."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]):
         self.name, self.then = name, then

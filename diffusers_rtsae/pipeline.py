@@ -25,8 +25,8 @@ Strength = float | list[float] | torch.Tensor | Callable[[float], float | list[f
 
 
 def own_size(pipeline) -> dict[str, bool]:
-    """What `pipeline` has to be told to draw at the size of its model. PixArt and its kin otherwise look the size up
-    among those of published models, and raise for a model of another."""
+    """Arguments for a call of `pipeline` that make it draw at the size of its own model. PixArt and related pipelines
+    otherwise choose among the sizes of the published models, and raise for models of other sizes."""
     known = inspect.signature(pipeline.__call__).parameters
     return {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
 
@@ -53,7 +53,7 @@ def _has_controller(denoiser) -> bool:
 
 
 def _name(controller: Controller, adapter_name: str | None) -> str:
-    """The name of the dictionary that is meant."""
+    """`adapter_name`, or the name of the only dictionary; raises `ValueError` if there is no such dictionary."""
     if adapter_name is None and len(controller.adapters) == 1:
         return next(iter(controller.adapters))
     if adapter_name not in controller.adapters:
@@ -62,7 +62,7 @@ def _name(controller: Controller, adapter_name: str | None) -> str:
 
 
 def get_dictionary(pipeline, adapter_name: str | None = None) -> Dictionary:
-    """A dictionary loaded into a pipeline."""
+    """A dictionary that is loaded into a pipeline, by its name."""
     controller = _controller(pipeline)
     return controller.adapters[_name(controller, adapter_name)].dictionary
 
@@ -70,7 +70,7 @@ def get_dictionary(pipeline, adapter_name: str | None = None) -> Dictionary:
 def _edits(
     pipeline, adapter_name: str | None, features: dict[Name, Strength], mask=None, where=None, source=None, **options
 ) -> tuple[SiteEdit, ...]:
-    """What features are to do at each site; what the caller leaves open is taken from the label."""
+    """The edits of these features at each site. Options that are not given are taken from the labels."""
     controller = _controller(pipeline)
     name_of_adapter = _name(controller, adapter_name)
     dictionary = controller.adapters[name_of_adapter].dictionary
@@ -103,31 +103,31 @@ def _edits(
 
 
 def _part(entry: dict, dictionary: Dictionary, options: dict) -> dict:
-    """What one part of a fitted label does, whatever the options; `clip=False` lifts the end of its range."""
+    """The arguments of [`Edit`] that a part of a fitted label fixes; `clip=False` lifts the outer bound."""
     if "bounds" not in entry:
         return {}
     low, high = entry["bounds"]
     operation = entry.get("operation", "add")
     if operation == "add" and not options.get("clip", True):
         low, high = low and -math.inf, high and math.inf
-    own = dictionary.maps[entry["map"]] if "map" in entry else None
-    return {"operation": operation, "bounds": (low, high), "clip": False, "map": own}
+    rows = dictionary.maps[entry["map"]] if "map" in entry else None
+    return {"operation": operation, "bounds": (low, high), "clip": False, "map": rows}
 
 
 def _defaults(verified: dict, options: dict) -> dict:
     """
-    What the options a label was verified with add to those of the caller: nothing to another operation, and no half of
-    a window.
+    The options that a label was verified with, without those that the caller gives. None of them if the caller asks
+    for another operation; neither `start` nor `end` if the caller gives one of the two.
     """
     operation = verified.get("operation", "add")
     if options.get("operation", operation) != operation:
         return {}
-    named = set(options) | ({"start", "end"} if {"start", "end"} & set(options) else set())
-    return {key: value for key, value in verified.items() if key not in named}
+    given = set(options) | ({"start", "end"} if {"start", "end"} & set(options) else set())
+    return {key: value for key, value in verified.items() if key not in given}
 
 
 def _rows(dictionary: Dictionary, features: Name | list[Name], site: str) -> list[int]:
-    """The latents at `site` that one or several features name."""
+    """The latents at `site` of one or several features."""
     named = features if isinstance(features, list) else [features]
     entries = [entry for one in named for entry in dictionary.seen(one)]
     return [row for entry in entries if entry["site"] == site for row in entry["latents"]]
@@ -138,20 +138,20 @@ def _install(pipeline) -> None:
 
 
 def resting(pipeline):
-    """No dictionary acts inside the `with` block, in this thread or task."""
+    """Inside the `with` block no dictionary of the pipeline acts, in this thread or asyncio task."""
     return _controller(pipeline).steering(get_denoisers(pipeline), None, pipeline)
 
 
 class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
     """
-    Loading of sparse dictionaries into a pipeline's denoiser, and steering with their features.
+    Methods of pipelines that load sparse dictionaries into the denoiser and steer with their features.
 
-    Every diffusers pipeline is an instance; a type checker learns so, and with it these methods, from
+    Every diffusers pipeline is an instance of this class. To let a type checker know these methods, write
 
         >>> assert isinstance(pipe, RTSAELoaderMixin)
     """
 
-    if TYPE_CHECKING:  # what else a pipeline has is known from its own class, if that is known
+    if TYPE_CHECKING:  # pipelines have other attributes, which are not typed here
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
         def __getattr__(self, name: str) -> Any: ...
@@ -165,19 +165,20 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         **hub_kwargs,
     ) -> None:
         """
-        Attach a dictionary, ours or one that others published (see `load_dictionary`). Nothing changes until features
-        are set.
+        Load a dictionary, in the format of this package or of another one (see `load_dictionary`). Pictures do not
+        change until features are set.
 
         Args:
-            pretrained_model_name_or_path_or_dict: Hub id, local folder, or `{site: dictionary of it}`.
-            adapter_name (`str`, *optional*): name to address it by, `"default"` if left out.
-            layers (`list[str]`, *optional*): which of its sites to load.
-            dtype (`torch.dtype`, *optional*): of the weights in memory.
+            pretrained_model_name_or_path_or_dict: Hub id, local folder, `{site: SparseDictionary}` or [`Dictionary`].
+            adapter_name (`str`, *optional*): name of the dictionary in this pipeline; `"default"` by default.
+            layers (`list[str]`, *optional*): the sites to load; all by default.
+            dtype (`torch.dtype`, *optional*): dtype of the weights in memory.
             hub_kwargs: `site`, `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`;
                 see [`load_dictionary`].
 
         Raises:
-            `OSError`: nothing readable there. `ValueError`: it does not fit this pipeline, or the name is taken.
+            `OSError`: there is no dictionary that can be read. `ValueError`: the dictionary does not fit this
+                pipeline, or the name is taken.
         """
         denoisers = get_denoisers(self)
         dictionary = load_dictionary(pretrained_model_name_or_path_or_dict, layers, dtype, **hub_kwargs)
@@ -194,18 +195,20 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
 
     def set_rtsae_features(self, features: dict[Name, Strength], adapter_name: str | None = None, **options) -> None:
         """
-        Steer every following generation of this pipeline with these features, replacing those set before. Pipelines on
-        the same denoiser on which none were set follow; a generation that runs acts on them from its next step on.
+        Steer all following generations of this pipeline with these features, instead of those set before. Other
+        pipelines with the same denoiser use them, too, unless they have features of their own. In a running generation
+        they act from its next step on.
 
         Args:
-            features (`dict`): label, index or `(site, index)` → strength; 1.0 is the feature's typical full
-                activation. A list holds one strength per prompt; a tensor or array `(steps,)` or `(steps, prompts)`,
-                or a function of the progress from 0 to 1, is a schedule over denoising.
-            adapter_name (`str`, *optional*): which dictionary; needed if several are loaded.
+            features (`dict`): strengths by feature, which is a label, an index or `(site, index)`. 1.0 is the
+                feature's typical full activation. A list has one strength per prompt. A tensor or array `(steps,)` or
+                `(steps, prompts)`, or a function of the progress from 0 to 1, is a schedule over denoising.
+            adapter_name (`str`, *optional*): name of the dictionary; needed if several are loaded.
             options: `operation`, `source`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`, `clip`,
-                `renormalise`; see [`Edit`]. `source` is a feature. `where` may be `"everywhere"`, or a feature (or
-                list of them) whose active tokens are edited. A label brings the options it was verified with, unless
-                another `operation` is asked for; `start` and `end` replace its whole window.
+                `renormalise`; see [`Edit`]. `source` is a feature. `where` is a feature, or a list of them, on whose
+                active tokens the edit acts, or `"everywhere"`. For options that are not given, a label uses those
+                that it was verified with, unless `operation` differs from its own. Giving `start` or `end` replaces
+                both of the label's.
 
         Example:
             ```py
@@ -218,15 +221,15 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         _install(self)
 
     def set_rtsae_preset(self, name: str, adapter_name: str | None = None) -> None:
-        """Steer every following generation with a preset of a dictionary, replacing the features set before."""
+        """Steer all following generations with a preset of a dictionary, instead of the features set before."""
         features, options = get_dictionary(self, adapter_name).preset(name)
         self.set_rtsae_features(features, adapter_name, **options)
 
     @contextlib.contextmanager
     def rtsae_steering(self, features: dict[Name, Strength], adapter_name: str | None = None, **options):
         """
-        Steer with these features inside the `with` block, on top of those set; takes what `set_rtsae_features` takes.
-        It belongs to the thread or asyncio task that entered it: others beside it are not steered.
+        Steer with these features inside the `with` block, in addition to those that are set. The arguments are those
+        of `set_rtsae_features`. The block acts in the thread or asyncio task that entered it, and in no other.
 
         Example:
             ```py
@@ -239,7 +242,7 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
             yield self
 
     def set_rtsae(self, adapter_names: str | list[str], weights: float | list[float] = 1.0) -> None:
-        """Choose which dictionaries act, and scale the strengths of their `add` edits; the others rest."""
+        """Choose which dictionaries act, each with a weight that multiplies the strengths of its `add` edits."""
         controller = _controller(self)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
@@ -253,20 +256,20 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         _install(self)
 
     def get_list_rtsae(self) -> dict[str, list[str]]:
-        """The loaded dictionaries and their sites."""
+        """The sites of each loaded dictionary, by its name."""
         controller = _controller_or_none(self)
         return {name: list(a.dictionary.sites) for name, a in controller.adapters.items()} if controller else {}
 
     def get_active_rtsae(self) -> list[str]:
-        """The dictionaries that act on the next generation."""
+        """The names of the dictionaries that act: they are enabled, and their weight is not 0."""
         controller = _controller_or_none(self)
         return (
             [n for n, a in controller.adapters.items() if a.weight != 0] if controller and controller.enabled else []
         )
 
     def get_rtsae_features(self, adapter_name: str | None = None) -> dict[str, list[tuple[str, int]]]:
-        """The labels of a dictionary and the `(site, index)` of the latents each moves; the index of a
-        linear map of its own is `None`."""
+        """The labels of a dictionary, each with the `(site, index)` of the latents that it moves; for a label with a
+        linear map the index is `None`."""
         labels = get_dictionary(self, adapter_name).labels
         return {
             name: [
@@ -279,11 +282,12 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
 
     def add_rtsae_label(self, name: str, fitted, adapter_name: str | None = None) -> None:
         """
-        Give a fitted feature a name in a loaded dictionary; `save_rtsae` and `push_rtsae_to_hub` keep it.
+        Add a fitted feature to a loaded dictionary as a label. `save_rtsae` and `push_rtsae_to_hub` include it.
 
         Args:
-            name (`str`): replaces a label of that name.
-            fitted (`FittedFeature`): what [`analysis.fit.fit_feature`] returns.
+            name (`str`): name of the label; an existing label of this name is replaced.
+            fitted (`FittedFeature`): the result of [`analysis.fit.fit_feature`].
+            adapter_name (`str`, *optional*): name of the dictionary; needed if several are loaded.
 
         Example:
             ```py
@@ -293,26 +297,26 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         get_dictionary(self, adapter_name).add_label(name, fitted.label, fitted.maps)
 
     def enable_rtsae(self) -> None:
-        """Let the loaded dictionaries act again."""
+        """Let the loaded dictionaries act again after `disable_rtsae`."""
         _controller(self).enabled = True
         _install(self)
 
     def disable_rtsae(self) -> None:
-        """Remove all hooks, keep dictionaries and features."""
+        """Let no dictionary act: remove all hooks, but keep dictionaries and features."""
         _controller(self).enabled = False
         _install(self)
 
     def delete_rtsae(self, adapter_names: str | list[str]) -> None:
-        """Remove single dictionaries."""
+        """Remove one or several dictionaries."""
         controller = _controller(self)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        controller.forget([_name(controller, name) for name in names])  # a wrong name deletes none
+        controller.forget([_name(controller, name) for name in names])  # all names are checked before one is deleted
         _install(self)
         if not controller.adapters:
             self.unload_rtsae()
 
     def unload_rtsae(self) -> None:
-        """Remove every dictionary; the pipeline is as before `load_rtsae`."""
+        """Remove all dictionaries and features; the pipeline is as it was before `load_rtsae`."""
         vars(self).pop("_rtsae_replaced", None)
         denoisers = get_denoisers(self)
         controllers = {vars(denoiser).pop("_rtsae_controller", None) for denoiser in denoisers.values()} - {None}
@@ -326,12 +330,12 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         get_dictionary(self, adapter_name).save(save_directory)
 
     def push_rtsae_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs) -> str:
-        """Upload a loaded dictionary as `load_rtsae` reads it; takes what [`Dictionary.push_to_hub`] takes and returns
-        the URL of the commit."""
+        """Upload a loaded dictionary, from where `load_rtsae` can load it. The arguments are those of
+        [`Dictionary.push_to_hub`]. Returns the URL of the commit."""
         return get_dictionary(self, adapter_name).push_to_hub(repo_id, **kwargs)
 
     def set_rtsae_device(self, device: torch.device | str, adapter_names: str | list[str] | None = None) -> None:
-        """Move whole dictionaries to a device. Steering does not need it: it takes there the rows in use."""
+        """Move whole dictionaries to a device. Steering does not need this: it copies the rows in use by itself."""
         controller = _controller(self)
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names or list(controller.adapters):
@@ -341,21 +345,24 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
 
     def rtsae_report(self) -> dict[str, list[dict]]:
         """
-        What the last generation did, for each site a list over steps and edits: `timestep`, `latents`, the share of
-        tokens `edited`, `out_of_range`, the share of these that the edit wanted outside the training range (kept
-        inside unless `clip=False`; `None` where that is not known), and `relative_size`, how many times as large as
-        the activation all edits of the dictionary together are there, on the tokens they change.
+        What the edits did in the last generation.
+
+        Returns:
+            `dict`: for each site a list with one entry per step and edit: its `timestep` and `latents`; `edited`, the
+            share of tokens that it changed; `out_of_range`, the share of these on which `clip` kept the latents in the
+            range of the training data (`None` without `clip`); and `relative_size`, the size of all edits of the
+            dictionary together relative to the activation, on the tokens that they changed.
         """
         return _controller(self).report()
 
     def reset_rtsae_state(self) -> None:
-        """Forget the running generation, e.g. between calls of a denoiser that no pipeline drives."""
+        """Let the next call of the denoiser begin a new generation, for calls that no pipeline makes."""
         _controller(self).restart()
 
 
 class _Replaced:
-    """A denoiser in the place of one with dictionaries: as its forward pre-hook this says so when the pipeline calls,
-    until the pipeline's mark is another or its own denoiser has a dictionary."""
+    """A forward pre-hook of a denoiser that replaced one with dictionaries. It raises `ValueError` when the pipeline
+    calls the denoiser, as long as this is the pipeline's last replacement and no dictionary is loaded into it."""
 
     def __init__(self, component: str, names: list[str]):
         self.component, self.names = component, names
@@ -372,7 +379,7 @@ class _Replaced:
 
 
 def _replace_denoiser(pipeline, component: str, before, after) -> None:
-    """Note that a component of a pipeline is now another one."""
+    """Called when a component of a pipeline was replaced: mark the pipeline if dictionaries are lost with it."""
     mark = vars(pipeline).pop("_rtsae_replaced", None)
     before, after = unwrapped(before), unwrapped(after)
     controller = getattr(before, "_rtsae_controller", None)
@@ -384,8 +391,8 @@ def _replace_denoiser(pipeline, component: str, before, after) -> None:
 
 
 def attach(pipeline_class: type) -> None:
-    """Give a pipeline class, and so its subclasses, the methods of `RTSAELoaderMixin`, and let it notice when its
-    denoiser is replaced."""
+    """Add the methods of `RTSAELoaderMixin` to a pipeline class and so to its subclasses, and wrap its `__setattr__`
+    to notice when a denoiser is replaced."""
     for name, method in vars(RTSAELoaderMixin).items():
         if not name.startswith("_"):
             setattr(pipeline_class, name, method)

@@ -1,4 +1,4 @@
-"""The one seam to a model: how pipelines call their denoiser, what its blocks return, and the hooks on them."""
+"""All that depends on a model: how pipelines call their denoiser, what its blocks return, and the hooks on them."""
 
 from .arguments import Arguments
 from .blocks import DENOISERS, Block, describe, get_denoiser, get_denoisers, get_site, is_text, list_sites, unwrapped

@@ -1,4 +1,4 @@
-"""The arguments of a denoiser call, however they were passed, and what of them belongs to each row."""
+"""The arguments of a denoiser call by name, and the values in them that belong to each row of the batch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ _TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "r", "timestep_img
 
 class Arguments:
     """
-    The arguments of a denoiser call by name, however they were passed.
+    The arguments of a denoiser call by name, whether they were passed by position or by keyword.
 
     Args:
-        names (`list[str]`): of the parameters of its `forward`, in order.
-        channels (`int`, *optional*): of its sample.
+        names (`list[str]`): names of the parameters of the denoiser's `forward`, in order.
+        args (`tuple`): positional arguments of the call.
+        kwargs (`dict`): keyword arguments of the call.
+        channels (`int`, *optional*): number of channels of the denoiser's sample.
     """
 
     def __init__(self, names: list[str], args: tuple, kwargs: dict, channels: int | None = None):
@@ -28,17 +30,17 @@ class Arguments:
 
     @property
     def sample(self) -> torch.Tensor | list:
-        """The noisy latents: `(rows, ...)`, or a list of them."""
+        """The noisy latents: a tensor `(rows, ...)`, or a list with one tensor per row."""
         return self.by_name[self.sample_name]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the sample, or of the first of them after their number."""
+        """Shape of the sample; of a list, its length and then the shape of its first tensor."""
         return _shape(self.sample)
 
     @property
     def timestep(self) -> torch.Tensor | float | None:
-        """The time that the denoiser is told, in whatever unit it wants."""
+        """The timestep that the denoiser is called with, in its own unit."""
         return next((self.by_name[name] for name in _TIMESTEPS if self.by_name.get(name) is not None), None)
 
     def with_sample(self, sample) -> tuple[tuple, dict]:
@@ -46,7 +48,7 @@ class Arguments:
         return self._with(self.sample_name, sample)
 
     def with_timestep(self, timestep) -> tuple[tuple, dict]:
-        """`(args, kwargs)` of the same call at another time."""
+        """`(args, kwargs)` of the same call with another timestep."""
         return self._with(next(name for name in _TIMESTEPS if self.by_name.get(name) is not None), timestep)
 
     def _with(self, name: str, value) -> tuple[tuple, dict]:
@@ -56,15 +58,15 @@ class Arguments:
         return self.args, {**self.kwargs, name: value}
 
     def texts(self) -> dict[str, list]:
-        """What may carry text: every argument with something for each row of the sample, or one for all, but that and
-        the time; row by row."""
+        """The arguments that may hold text, each as a list with one value per row of the sample. These are all that
+        have a value for each row or one for all rows, but the sample, timesteps and masks."""
         skipped, rows = {self.sample_name, *_TIMESTEPS}, len(self.sample)
-        found = {}
+        texts = {}
         for name, value in named(self.by_name):
-            own = None if name in skipped or "mask" in name else _rows(value, rows)
-            if own is not None:
-                found[name] = own
-        return found
+            per_row = None if name in skipped or "mask" in name else _rows(value, rows)
+            if per_row is not None:
+                texts[name] = per_row
+        return texts
 
 
 def _shape(sample) -> tuple[int, ...]:
@@ -72,7 +74,7 @@ def _shape(sample) -> tuple[int, ...]:
 
 
 def named(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested arguments with their names."""
+    """Arguments and their names, which have dots for arguments inside of dictionaries."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from named(value, f"{prefix}{name}.")
@@ -81,8 +83,8 @@ def named(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _rows(value, rows: int) -> list | None:
-    """What of an argument belongs to each row, the first of it where frames have something each; `None` if nothing
-    does."""
+    """The value of an argument for each row; if it has one for each frame, that of the row's first frame. `None` if it
+    has no values per row."""
     if torch.is_tensor(value) and value.ndim > 1 and len(value) == 1:
         return [value[0]] * rows
     if torch.is_tensor(value) and value.ndim and len(value) and len(value) % rows == 0:
@@ -93,7 +95,7 @@ def _rows(value, rows: int) -> list | None:
 
 
 def flat(values) -> Iterator[torch.Tensor | list]:
-    """Tensors, and lists of tensors, among nested values."""
+    """The tensors and the lists of tensors in nested values."""
     for value in values:
         if torch.is_tensor(value) and value.ndim:
             yield value
@@ -106,7 +108,7 @@ def flat(values) -> Iterator[torch.Tensor | list]:
 
 
 def same(row, other) -> bool:
-    """Whether two rows carry the same; a cast of one counts."""
+    """Whether the values of two rows are equal, up to a cast of the second."""
     if not torch.is_tensor(row) or not torch.is_tensor(other):
         ours, others = (list(flat([value])) if not torch.is_tensor(value) else [value] for value in (row, other))
         ours, others = ([one for one in values if torch.is_tensor(one)] for values in (ours, others))
@@ -115,5 +117,5 @@ def same(row, other) -> bool:
 
 
 def same_part(text: list, start: int, stop: int, other, first: int, last: int) -> bool:
-    """Whether the first and the last row of a part carry what two rows of another text do."""
+    """Whether the first and the last row of the part `start` to `stop` equal rows `first` and `last` of `other`."""
     return same(text[start], other[first]) and same(text[stop - 1], other[last])

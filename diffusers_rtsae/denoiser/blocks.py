@@ -1,8 +1,8 @@
 """
-Sites: the modules of a denoiser that can be read and edited, what they take and return, and how it is laid out.
+Sites: the modules of a denoiser that can be read and edited, what they take and return, and in which layout.
 
-diffusers' `TransformerBlockRegistry` says of many blocks which element of what they return is the image's hidden
-states; `BLOCKS` says it of the others, and what else is not as usual.
+Blocks that return several tensors differ in which one holds the hidden states of the image. For many blocks diffusers'
+`TransformerBlockRegistry` has this. `BLOCKS` has it for the others, with whatever else is unusual about them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "decoder", "prior")
-_SITES = ("Transformer2DModel", "ResnetBlock2D")  # beside what ends in one of these:
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called themselves
+_SITES = ("Transformer2DModel", "ResnetBlock2D")  # class names of sites, beside those with one of these endings:
 _SITE_ENDINGS = (
     "TransformerBlock", "TransformerDecoderBlock", "DiffuserBlock", "DiTBlock", "AdaLNBlock", "DecoderLayer",
 )  # fmt: skip
-_BLOCK_LISTS = ("blocks", "layers")  # a denoiser's direct children whose own children are sites
+_BLOCK_LISTS = ("blocks", "layers")  # endings of the names of lists in a denoiser whose elements are sites
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,13 @@ class Block:
     What a site takes and returns.
 
     Args:
-        argument (`str`): the parameter of its `forward` that its input's hidden states are passed as.
-        index (`int`, *optional*): where in the tuple it returns its hidden states are; `None` if that is not known,
-            and it must return a tensor, a 1-tuple, or a tensor and its skip connections.
-        layout (`str`): `"tokens"`: `(rows, tokens, channels)`, or `(rows, channels, height, width)`; `"channels"`: the
-            channels are the second of three dimensions; `"tokens first"`: `(tokens, rows, channels)`.
-        place (`int`): which of the parameters of its `forward` that is.
+        argument (`str`): the parameter of its `forward` for the hidden states.
+        index (`int`, *optional*): position of the hidden states in the tuple that it returns. Without it the site must
+            return a tensor, a 1-tuple, or a tensor and skip connections.
+        layout (`str`): layout of the hidden states. `"tokens"`: `(rows, tokens, channels)`, or with 4 or 5 dimensions
+            `(rows, channels, ..., height, width)`; `"channels"`: `(rows, channels, tokens)`; `"tokens first"`:
+            `(tokens, rows, channels)`; `"channels last"`: `(rows, ..., channels)`, whatever the number of dimensions.
+        place (`int`): position of `argument` among the parameters of its `forward`.
     """
 
     argument: str
@@ -52,7 +53,7 @@ class Block:
         The hidden states in what the site returned.
 
         Raises:
-            `ValueError`: it returned several things, and it is not known which of them these are.
+            `ValueError`: it returned several tensors, and it is not known which one holds the hidden states.
         """
         if torch.is_tensor(returned):
             return returned
@@ -61,8 +62,8 @@ class Block:
         return returned[self._index(returned)]
 
     def returning(self, returned, hidden_states: torch.Tensor):
-        """What the site would have returned with other hidden states; where skip connections hold the old ones, they
-        are replaced there too."""
+        """What the site returned, with other hidden states in it. If the old ones are among the skip connections as
+        well, they are replaced there, too."""
         if torch.is_tensor(returned):
             return hidden_states
         if hasattr(returned, "sample"):
@@ -100,8 +101,8 @@ class Block:
         return hidden_states.flatten(1, -2) if hidden_states.ndim > 3 else hidden_states
 
     def from_tokens(self, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Lay tokens `(rows, tokens, channels)` (or `(rows, 1, channels)`, to be broadcast) out as hidden states
-        `like`, in their dtype."""
+        """The inverse of `to_tokens`: tokens `(rows, tokens, channels)`, or `(rows, 1, channels)` to be broadcast, in
+        the layout and dtype of the hidden states `like`."""
         tokens, single = tokens.to(like.dtype), tokens.shape[1] == 1
         if self.layout == "tokens first":
             return tokens.transpose(0, 1)
@@ -113,15 +114,15 @@ class Block:
         return tokens
 
     def rows(self, hidden_states: torch.Tensor, part: slice) -> tuple:
-        """The index of a part of the rows."""
+        """The index of a slice of the rows of hidden states."""
         return (slice(None), part) if self.layout == "tokens first" else (part,)
 
     def batch(self, hidden_states: torch.Tensor) -> int:
-        """How many rows hidden states have."""
+        """Number of rows of hidden states."""
         return hidden_states.shape[1 if self.layout == "tokens first" else 0]
 
     def space(self, hidden_states: torch.Tensor) -> tuple[int, ...]:
-        """What of its shape is neither rows nor channels."""
+        """The dimensions of hidden states other than rows and channels."""
         shape = tuple(hidden_states.shape)
         if self.layout == "tokens first":
             return shape[:1]
@@ -129,7 +130,7 @@ class Block:
         return shape[2:] if channels_second else shape[1:-1]
 
     def activation(self, kind: str, block_input: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What a dictionary reads at a site as tokens: its `"output"`, its `"update"` (output − input), or its
+        """The activation of a site as tokens, of this kind: its `"output"`, its `"update"` (output − input), or its
         `"input"`."""
         if kind == "input":
             return self.to_tokens(block_input)
@@ -139,7 +140,7 @@ class Block:
 
 _TEXT_FIRST, _TEXT_SECOND = {"index": 1}, {"index": 0}
 
-#: Class of a block → what is not as usual in it.
+#: Fields of [`Block`] that differ from the defaults, by the class name of the block.
 BLOCKS: dict[str, dict] = {
     **dict.fromkeys(
         (
@@ -158,9 +159,9 @@ BLOCKS: dict[str, dict] = {
         ),
         _TEXT_SECOND,
     ),
-    "LTX2VideoTransformerBlock": {"index": 0},  # and the sound
+    "LTX2VideoTransformerBlock": {"index": 0},  # the other is the sound
     "Kandinsky6FusedTransformerDecoderBlock": {"index": 0},
-    "CosmosTransformerBlock": {"index": 0},  # and what is added to the block it controls
+    "CosmosTransformerBlock": {"index": 0},  # the other is added to the block that this one controls
     "WanVACETransformerBlock": {"index": 1, "argument": "control_hidden_states"},
     "AttnSkipDownBlock2D": {"index": 0},
     "SkipDownBlock2D": {"index": 0},
@@ -180,7 +181,7 @@ BLOCKS: dict[str, dict] = {
 
 
 def describe(module: nn.Module) -> Block:
-    """What a module takes and returns."""
+    """The [`Block`] of a module, from its signature, diffusers' registry and `BLOCKS`."""
     kind = type(unwrapped(module))
     names = [*inspect.signature(kind.forward).parameters][1:]
     known: dict = {"argument": names[0]}
@@ -194,34 +195,34 @@ def describe(module: nn.Module) -> Block:
 
 
 def unwrapped(module):
-    """A module inside what `torch.compile` returned."""
+    """The module that `torch.compile` wrapped, or the module itself if it is not wrapped."""
     return getattr(module, "_orig_mod", module)
 
 
 def get_denoisers(pipeline) -> dict[str, nn.Module]:
     """
-    The denoisers of a pipeline by component: its U-Net or transformer, and those of the same class that take turns
-    with it.
+    The denoisers of a pipeline by the name of their component: its U-Net or transformer, and further ones of the same
+    class that are called alternately with it.
 
     Raises:
         `ValueError`: it has none.
     """
-    found = {name: unwrapped(getattr(pipeline, name, None)) for name in DENOISERS}
-    found = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
-    if not found:
+    components = {name: unwrapped(getattr(pipeline, name, None)) for name in DENOISERS}
+    denoisers = {name: module for name, module in components.items() if isinstance(module, nn.Module)}
+    if not denoisers:
         raise ValueError(f"{type(pipeline).__name__} has no denoiser: expected a component of {list(DENOISERS)}.")
-    first = type(next(iter(found.values())))
-    return {name: module for name, module in found.items() if type(module) is first}
+    first = type(next(iter(denoisers.values())))
+    return {name: module for name, module in denoisers.items() if type(module) is first}
 
 
 def get_denoiser(pipeline) -> nn.Module:
-    """The U-Net or transformer of a pipeline; of several that take turns the first."""
+    """The U-Net or transformer of a pipeline; the first one if it has several."""
     return next(iter(get_denoisers(pipeline).values()))
 
 
 def list_sites(model) -> list[str]:
     """
-    Paths of the modules that a dictionary can be attached to, in the order they are defined.
+    Paths of the modules that a dictionary can be attached to, in the order of their definition.
 
     Args:
         model (`DiffusionPipeline` or `nn.Module`): a pipeline or its denoiser.
@@ -235,7 +236,7 @@ def list_sites(model) -> list[str]:
         name = name.replace("._orig_mod", "")
         kinds, depth = [kind.__name__ for kind in type(unwrapped(module)).__mro__], name.count(".")
         above = denoiser.get_submodule(name.rpartition(".")[0]) if depth == 2 else None
-        in_list = depth == 1 or isinstance(above, _CONTAINERS)  # or in a list of such lists
+        in_list = depth == 1 or isinstance(above, _CONTAINERS)  # or in a list of lists
         is_block = in_list and name.split(".")[0].endswith(_BLOCK_LISTS) or name == "mid_block"
         is_site = any(kind in _SITES or kind.endswith(_SITE_ENDINGS) for kind in kinds)
         if name and name not in sites and (is_block or is_site) and not isinstance(module, _CONTAINERS):
@@ -244,7 +245,7 @@ def list_sites(model) -> list[str]:
 
 
 def get_site(denoiser: nn.Module, name: str) -> nn.Module:
-    """The module at path `name`; raises `ValueError` with the closest sites if there is none."""
+    """The module at the path `name`; raises `ValueError` with the closest sites if there is none."""
     module = denoiser
     for part in name.split("."):
         module = getattr(unwrapped(module), "_modules", {}).get(part)
@@ -258,7 +259,7 @@ def get_site(denoiser: nn.Module, name: str) -> nn.Module:
 
 
 def is_text(site: str) -> bool:
-    """Whether the tokens of a site are those of the text, as diffusers names what is done to it beside the image."""
+    """Whether the tokens of a site are text tokens, by the names that diffusers gives to the text stream."""
     return site.endswith("_context") or site.split(".")[0] in _TEXT_BLOCKS
 
 

@@ -1,4 +1,4 @@
-"""The record of a denoiser call: when in denoising it is, what each of its rows is, and over what its tokens lie."""
+"""`Call`, the record of a denoiser call: its timestep, the guidance branch of each batch row, and its token grid."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .callers import Caller, Generation, find_caller
 from .rows import Drawn, Turn, named_part, roles_of
 from .time import noise_schedule, training_time
 
-_PICTURES = ("image_latents", "init_latents", "image", "init_image")  # as pipelines name what they start from
+_PICTURES = ("image_latents", "init_latents", "image", "init_image")  # pipelines' variables for a given picture
 
 
 @dataclass(frozen=True)
 class Part:
     """
-    Rows of a batch that are treated alike.
+    Consecutive rows of a batch that belong to one guidance branch.
 
     Args:
-        role (`str`): one of `rows.ROLES`.
-        branch (`int`, *optional*): tells it from other parts of the batch that have memories of their own; `None` for
-            the conditional part.
-        start, stop (`float`): which share of the batch, from 0 to 1.
+        role (`str`): a key of `rows.ROLES`.
+        branch (`int`, *optional*): a number for each branch of a step, by which its memories are kept; `None` for the
+            conditional branch, unless its rows have different timesteps.
+        start, stop (`float`): the part of the batch, from 0 to 1.
         timestep (`float`): in training units.
     """
 
@@ -41,32 +41,35 @@ class Part:
     timestep: float
 
     def rows(self, batch: int) -> slice:
-        """Its rows in a batch at a site, which may hold frames or views beside one another."""
+        """The rows of the part in a batch at a site, which may have several rows for each one of the sample."""
         return slice(round(self.start * batch), round(self.stop * batch))
 
 
 @dataclass(frozen=True)
 class Call:
     """
-    One call of a denoiser, as everything that steers, records or measures reads it.
+    The record of one call of a denoiser. Steering, recording and measuring all use it.
 
     Args:
-        timestep (`float`): the sampler's, in training units, 1000 at pure noise and 0 at the image; of the first row
-            where no pipeline calls and rows differ.
-        parts (`tuple[Part, ...]`): what its rows are.
-        rows (`int`): how many it has.
-        images (`int`): being drawn.
-        prompts (`int`, *optional*): they are drawn of, if that is known.
-        grid (`Grid`): over what the sample lies.
-        run (`weakref.ref[Generation]`): the run it is part of, see `generation`.
-        caller (`weakref.ref`, *optional*): the pipeline that calls, see `pipeline`.
-        guidance (`float`, *optional*): scale of guidance at this very step, if that is known.
-        alphas_cumprod (`torch.Tensor`, *optional*): of the sampler's noise schedule.
-        view (`tuple`): which part of the picture or which window of frames it draws, where a pipeline draws several.
-        is_start (`bool`): it begins a trajectory: of the run, or of the next window or chunk drawn in it.
-        in_turns (`bool`): the images of several prompts are drawn in turns, one of each prompt.
-        given_latents (`torch.Tensor`, *optional*): the picture that a generation starts from, as latents or as pixels.
-        given (`torch.Tensor`, *optional*): tokens that are given and not denoised, `(rows, tokens)`: a first frame.
+        timestep (`float`): the sampler's timestep in training units, 1000 at pure noise and 0 at the image. If no
+            pipeline makes the call and rows have different timesteps, that of the first row.
+        parts (`tuple[Part, ...]`): the guidance branches of the batch.
+        rows (`int`): number of rows of the batch.
+        images (`int`): number of images that are drawn.
+        prompts (`int`, *optional*): number of prompts of these images, if it is known.
+        grid (`Grid`): the size of the sample.
+        run (`weakref.ref[Generation]`): see `generation`.
+        caller (`weakref.ref`, *optional*): see `pipeline`.
+        guidance (`float`, *optional*): guidance scale at this step, if it is known.
+        alphas_cumprod (`torch.Tensor`, *optional*): noise schedule of the sampler.
+        view (`tuple`): identifies the part of the picture or the window of frames, if a pipeline draws several.
+        is_start (`bool`): whether the call begins a trajectory: that of the generation, or of the next window or chunk
+            in it.
+        in_turns (`bool`): whether consecutive images are of different prompts. By default all images of a prompt are
+            consecutive.
+        given_latents (`torch.Tensor`, *optional*): the picture that the generation starts from, latents or pixels.
+        given (`torch.Tensor`, *optional*): true for tokens that are given instead of denoised, such as those of a
+            first frame, `(rows, tokens)`.
     """
 
     timestep: float
@@ -75,7 +78,7 @@ class Call:
     images: int
     prompts: int | None
     grid: Grid
-    run: weakref.ref[Generation]  # weak, as a generation keeps what belongs to it
+    run: weakref.ref[Generation]  # weak, as the generation refers to what is kept for it
     caller: weakref.ref | None = None
     guidance: float | None = None
     alphas_cumprod: torch.Tensor | None = None
@@ -87,20 +90,20 @@ class Call:
 
     @property
     def generation(self) -> Generation | None:
-        """The run it is part of, while that lasts."""
+        """The generation that the call is part of; `None` once it is over."""
         return self.run()
 
     @property
     def pipeline(self) -> Any:
-        """The pipeline that calls; `None` if there is none."""
+        """The pipeline that makes the call; `None` if no pipeline does."""
         return None if self.caller is None else self.caller()
 
     def parts_of(self, batch: int) -> Iterator[tuple[Part, slice]]:
         """
-        The parts with their rows in a batch at a site. A cache may leave all but the conditional ones out.
+        The parts with their rows in a batch at a site. A cache may have run the site on the conditional rows alone.
 
         Raises:
-            `ValueError`: a batch of another number of rows.
+            `ValueError`: the number of rows at the site is not a multiple of that of the call.
         """
         conditional = [part for part in self.parts if part.role == "cond"]
         if len(conditional) == 1 and batch == self.images < self.rows:
@@ -116,38 +119,38 @@ class Call:
             yield part, part.rows(batch)
 
     def rows_of(self, role: str, batch: int) -> slice | None:
-        """The rows of a role in a batch at a site; `None` if there are none."""
-        found = [rows for part, rows in self.parts_of(batch) if part.role == role]
-        return slice(found[0].start, found[-1].stop) if found else None
+        """The rows with a role in a batch at a site; `None` if there are none."""
+        slices = [rows for part, rows in self.parts_of(batch) if part.role == role]
+        return slice(slices[0].start, slices[-1].stop) if slices else None
 
 
 @dataclass
 class _Progress:
-    """What is remembered of a generation to tell its calls apart."""
+    """What a [`CallReader`] remembers of a generation, to know which step and branch a call belongs to."""
 
-    first: float | None = None
-    second: float | None = None  # the first other time: rising or falling
-    timestep: float | None = None
-    is_share: bool = False  # of calls that no pipeline makes: time was told as a share of noise, not in training units
-    place: Any = None  # of this turn in the pipeline's loop
+    first: float | None = None  # first timestep of the trajectory
+    second: float | None = None  # its first other timestep: shows whether time rises or falls
+    timestep: float | None = None  # last timestep
+    is_share: bool = False  # calls that no pipeline makes: whether time is a share of noise up to 1
+    place: Any = None  # identifies the present turn of the pipeline's loop
     turn: Turn = field(default_factory=Turn)
-    ordinal: int = 0  # of this turn's next call
-    shapes: dict[str, tuple] = field(default_factory=dict)  # of the sample of each denoiser
-    known: dict[tuple, tuple[tuple[str, ...], bool]] = field(default_factory=dict)  # by place in the source
-    held: Any = None  # the sampler's timestep, so that its id is not another's
-    timesteps: tuple[torch.Tensor, list[float]] | None = None  # all of the sampler's, and the same on the host
+    ordinal: int = 0  # number of the turn's next call
+    shapes: dict[str, tuple] = field(default_factory=dict)  # shape of the sample, by denoiser
+    known: dict[tuple, tuple[tuple[str, ...], bool]] = field(default_factory=dict)  # roles by place in the source
+    held: Any = None  # the sampler's timestep, kept alive so that its id stays unique
+    timesteps: tuple[torch.Tensor, list[float]] | None = None  # all timesteps of the sampler, and a copy on the CPU
     has_time: bool | None = None  # whether the pipeline's variable is the sampler's timestep
 
 
 class CallReader:
-    """Makes records of the calls of a denoiser, or of several that take turns."""
+    """Makes the records of the calls of a denoiser, or of several that are called alternately."""
 
     def __init__(self):
-        # of calls that no pipeline makes, by the thread or asyncio task that does
+        # calls that no pipeline makes, by thread or asyncio task
         self._undriven: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def restart(self) -> None:
-        """The next call that no pipeline makes begins a generation."""
+        """Let the next call that no pipeline makes begin a generation."""
         self._undriven.clear()
 
     def read(self, arguments: Arguments, component: str = "") -> Call:
@@ -155,28 +158,28 @@ class CallReader:
         The record of a call.
 
         Args:
-            arguments (`Arguments`): of the call.
-            component (`str`): the name of the denoiser in its pipeline.
+            arguments (`Arguments`): arguments of the call.
+            component (`str`): name of the denoiser in its pipeline.
 
         Raises:
-            `ValueError`: a pipeline that calls in a way that is not known.
+            `ValueError`: it is not known how the pipeline calls its denoiser.
         """
         caller = find_caller()
         return self._undriven_call(arguments) if caller is None else self._driven_call(arguments, caller, component)
 
-    # A denoiser that somebody calls without a pipeline: all rows are conditional, and each has the time it is told.
+    # Calls that no pipeline makes: all rows are conditional, and each has the timestep that it is called with.
 
     def _undriven_call(self, arguments: Arguments) -> Call:
-        rows, times, strand = len(arguments.sample), _row_times(arguments), _strand()
-        last = self._undriven.get(strand, (None, None))[1]
+        rows, times, context = len(arguments.sample), _row_times(arguments), _context()
+        last = self._undriven.get(context, (None, None))[1]
         if _is_share(arguments) and (last is None or last.is_share):
             times = [1000 * time for time in times]
         time, shape = times[0], arguments.shape
         is_start = last is None or last.shapes[""] != shape or (time > last.timestep and time >= last.first)
         if is_start:
             progress = _Progress(first=time, shapes={"": shape}, is_share=_is_share(arguments))
-            self._undriven[strand] = Generation(), progress
-        generation, progress = self._undriven[strand]
+            self._undriven[context] = Generation(), progress
+        generation, progress = self._undriven[context]
         progress.timestep = time
         starts = [i for i in range(rows) if i == 0 or times[i] != times[i - 1]]
         parts = tuple(
@@ -191,7 +194,7 @@ class CallReader:
         family, variables = caller.family, caller.variables
         if family.refused:
             raise ValueError(f"{type(caller.pipeline).__name__} cannot be followed: {family.refused}.")
-        progress = caller.generation.kept.setdefault(self, _Progress())
+        progress = caller.generation.memories.setdefault(self, _Progress())
         rows = len(arguments.sample)
         drawn = Drawn.of(variables, arguments.sample)
         record = {
@@ -206,14 +209,14 @@ class CallReader:
         if _is_aside(arguments, caller, sampler_time):
             return Call(0.0, (Part("other", None, 0.0, 1.0, 0.0),), **record)
         if sampler_time is None:
-            sampler_time = _told(arguments, caller, scheduler)
+            sampler_time = _matching_timestep(arguments, caller, scheduler)
         time = training_time(_number(sampler_time, caller, progress), scheduler)
         view = tuple(map(variables.get, family.view))
         place = (id(sampler_time), *map(variables.get, family.index), *view)
         if place != progress.place:
             progress.place, progress.turn, progress.ordinal = place, Turn(), 0
         progress.held = sampler_time
-        shape = (drawn.images, *arguments.shape[1:])  # other calls of a turn may have other tokens
+        shape = (drawn.images, *arguments.shape[1:])  # later calls of a turn may have other tokens
         is_start = not progress.ordinal and self._moves(progress, time, component, shape)
         roles, in_turns = self._roles(arguments, caller, component, drawn, progress)
         share = 1 / len(roles)
@@ -222,7 +225,7 @@ class CallReader:
             for i, role in enumerate(roles)
         )
         progress.ordinal += 1
-        progress.turn.seen += roles
+        progress.turn.roles += roles
         guidance = caller.property("guidance_scale")
         return Call(
             time, parts, **record, guidance=float(guidance) if isinstance(guidance, int | float) else None,
@@ -232,7 +235,7 @@ class CallReader:
         )  # fmt: skip
 
     def _moves(self, progress: _Progress, time: float, component: str, shape: tuple) -> bool:
-        """Take note of the time; whether a trajectory begins. An inverse sampler's rises."""
+        """Record the timestep of a call; returns whether it begins a trajectory. For inverse samplers time rises."""
         is_start = progress.first is None or shape != progress.shapes.get(component, shape)
         if not is_start and progress.second is not None:
             falls = progress.second < progress.first
@@ -248,8 +251,8 @@ class CallReader:
     def _roles(
         self, arguments: Arguments, caller: Caller, component: str, drawn: Drawn, progress: _Progress
     ) -> tuple[tuple[str, ...], bool]:
-        """What the equal parts of the batch are, and whether its images are of each prompt in turn; looked at once for
-        each place that calls, as comparing texts makes the device wait."""
+        """The roles of the equal parts of the batch, and whether consecutive images are of different prompts. Cached
+        by the place in the source that calls, as comparing texts waits for the device."""
         if component in caller.family.components:
             return (caller.family.components[component],), False
         guided = bool(caller.property("do_classifier_free_guidance", False))
@@ -268,7 +271,7 @@ class CallReader:
 
 
 def _is_aside(arguments: Arguments, caller: Caller, sampler_time) -> bool:
-    """Whether a call is no step of denoising but prepares something."""
+    """Whether a call is no step of denoising, but a preparation that the family lists in `aside`."""
     for what in caller.family.aside:
         name, is_argument, value = what.partition("=")
         if is_argument and arguments.by_name.get(name) == value or caller.method == what:
@@ -279,7 +282,7 @@ def _is_aside(arguments: Arguments, caller: Caller, sampler_time) -> bool:
 
 
 def _scheduler(caller: Caller):
-    """What makes the timesteps of the loop that is running."""
+    """The sampler of a pipeline."""
     for name in ("scheduler", "prior_scheduler", "decoder_scheduler"):
         scheduler = getattr(caller.pipeline, name, None)
         if scheduler is not None:
@@ -288,35 +291,35 @@ def _scheduler(caller: Caller):
 
 
 def _sampler_time(arguments: Arguments, caller: Caller, progress: _Progress):
-    """The variable of a pipeline that is the sampler's timestep; `None` if it has none. What others than diffusers
-    call `t` may be anything: it is looked at once whether the denoiser is told the same."""
-    found = caller.value(caller.family.time)
+    """The sampler's timestep from the pipeline's variable for it; `None` if it has none. In pipelines that are not
+    diffusers' own a variable `t` may be anything: at the first call it is compared to the denoiser's timestep."""
+    value = caller.value(caller.family.time)
     if progress.has_time is None:
-        is_number = isinstance(found, int | float) or torch.is_tensor(found) and found.numel()
-        told = arguments.timestep
-        if not is_number or told is None or caller.is_diffusers or torch.is_tensor(found) and found.numel() > 1:
-            progress.has_time = found is None or bool(is_number)
+        is_number = isinstance(value, int | float) or torch.is_tensor(value) and value.numel()
+        passed = arguments.timestep
+        if not is_number or passed is None or caller.is_diffusers or torch.is_tensor(value) and value.numel() > 1:
+            progress.has_time = value is None or bool(is_number)
         else:
-            now, told = float(torch.as_tensor(found).flatten()[0]), _row_times(arguments)[0]
-            progress.has_time = any(abs(now - one) < 1e-3 * max(now, 1) for one in _units(told))
-    return found if progress.has_time else None
+            now, passed = float(torch.as_tensor(value).flatten()[0]), _row_times(arguments)[0]
+            progress.has_time = any(abs(now - one) < 1e-3 * max(now, 1) for one in _candidates(passed))
+    return value if progress.has_time else None
 
 
-def _units(told: float) -> tuple[float, ...]:
-    """What timesteps a denoiser that is told this may be at."""
-    return told, 1000 * told, 1000 * (1 - told)
+def _candidates(passed: float) -> tuple[float, ...]:
+    """The sampler timesteps that the value passed to a denoiser may stand for."""
+    return passed, 1000 * passed, 1000 * (1 - passed)
 
 
-def _told(arguments: Arguments, caller: Caller, scheduler) -> float:
-    """The sampler's timestep that the denoiser is told, of a pipeline that keeps none among its variables."""
-    (told, *others), timesteps = _row_times(arguments), getattr(scheduler, "timesteps", None)
-    if any(other != told for other in others):
+def _matching_timestep(arguments: Arguments, caller: Caller, scheduler) -> float:
+    """For pipelines without a variable for the sampler's timestep: the one that the denoiser's timestep stands for."""
+    (passed, *others), timesteps = _row_times(arguments), getattr(scheduler, "timesteps", None)
+    if any(other != passed for other in others):
         _refuse_different_times(caller)
-    for candidate in _units(told) if timesteps is not None else ():
+    for candidate in _candidates(passed) if timesteps is not None else ():
         if ((timesteps - candidate).abs() < 1e-3).any():
             return candidate
     raise ValueError(
-        f"{type(caller.pipeline).__name__} calls its denoiser at {told:.4g}, which is none of its sampler's "
+        f"{type(caller.pipeline).__name__} calls its denoiser at {passed:.4g}, which is none of its sampler's "
         "timesteps, and has no variable `t` that says where it is: expected either."
     )
 
@@ -329,12 +332,12 @@ def _refuse_different_times(caller: Caller) -> NoReturn:
 
 
 def _number(timestep, caller: Caller, progress: _Progress) -> float:
-    """The sampler's timestep, without making a device wait for it at each step."""
+    """The sampler's timestep as a number, without waiting for the device at each step."""
     times = getattr(_scheduler(caller), "timesteps", None)
     on_device = torch.is_tensor(timestep) and timestep.device.type != "cpu"
     if on_device and timestep.ndim == 0 and torch.is_tensor(times) and times.dtype == timestep.dtype:
         place = (timestep.data_ptr() - times.data_ptr()) // times.element_size()
-        if 0 <= place < len(times):  # it is one of them
+        if 0 <= place < len(times):  # a view of one of the sampler's timesteps
             if progress.timesteps is None or progress.timesteps[0] is not times:
                 progress.timesteps = times, times.tolist()
             return progress.timesteps[1][place]
@@ -346,48 +349,49 @@ def _number(timestep, caller: Caller, progress: _Progress) -> float:
     return float(timestep)
 
 
-def _strand() -> asyncio.Task | threading.Thread:
-    """The asyncio task or else the thread that runs."""
+def _context() -> asyncio.Task | threading.Thread:
+    """The running asyncio task, or else the running thread."""
     if asyncio._get_running_loop() is None:
         return threading.current_thread()
     return asyncio.current_task() or threading.current_thread()
 
 
 def _is_share(arguments: Arguments) -> bool:
-    """Whether the time is told as flow-matching models take it: a share of noise, up to 1."""
-    told = arguments.timestep
-    is_float = told.is_floating_point() if torch.is_tensor(told) else isinstance(told, float)
+    """Whether the denoiser's timestep is a share of noise up to 1, as flow-matching models take it."""
+    passed = arguments.timestep
+    is_float = passed.is_floating_point() if torch.is_tensor(passed) else isinstance(passed, float)
     return is_float and 0 < max(_row_times(arguments)) <= 1
 
 
 def _row_times(arguments: Arguments) -> list[float]:
-    """The time of each row as the denoiser is told it, in training units."""
-    rows, told = len(arguments.sample), arguments.timestep
-    if told is None:
+    """The timestep of each row as it is passed to the denoiser; zeros if none is."""
+    rows, passed = len(arguments.sample), arguments.timestep
+    if passed is None:
         return [0.0] * rows
-    if not torch.is_tensor(told) or told.ndim == 0:
-        return [float(told)] * rows
-    each = told.reshape(len(told), -1).amax(1).tolist()  # tokens that are given have time 0
+    if not torch.is_tensor(passed) or passed.ndim == 0:
+        return [float(passed)] * rows
+    each = passed.reshape(len(passed), -1).amax(1).tolist()  # given tokens have timestep 0
     return each if len(each) == rows else [each[0]] * rows
 
 
 def _given(arguments: Arguments) -> torch.Tensor | None:
-    """Tokens whose own time is 0 while others' is not: given, as the first frame of image-to-video is."""
-    told = arguments.timestep
-    if not torch.is_tensor(told) or told.ndim < 2 or told.shape[1] == 1:
+    """Which tokens are given instead of denoised, as a first frame of image-to-video is: those with timestep 0, if
+    others have another."""
+    passed = arguments.timestep
+    if not torch.is_tensor(passed) or passed.ndim < 2 or passed.shape[1] == 1:
         return None
-    told = told.flatten(1)
-    return (told == 0) & (told.amax(1, keepdim=True) > 0)
+    passed = passed.flatten(1)
+    return (passed == 0) & (passed.amax(1, keepdim=True) > 0)
 
 
 @dataclass(frozen=True)
 class Grid:
     """
-    Over what a sample lies.
+    The size of a sample.
 
     Args:
-        frames, height, width (`int`): of the sample; zeros where that is not known.
-        pixels (`int`): of the picture that one of these is; what is smaller is left out.
+        frames, height, width (`int`): size of the sample; zeros if it is not known.
+        pixels (`int`): number of pixels per latent, if height and width are in pixels; a remainder is cut off.
     """
 
     frames: int = 0
@@ -396,20 +400,20 @@ class Grid:
     pixels: int = 1
 
     def tokens(self, count: int, frames: int) -> tuple[int, int, int] | None:
-        """Frames, height and width of so many tokens over so many frames, if they are patches of it."""
-        known = self.height // self.pixels, self.width // self.pixels
+        """Frames, height and width of a grid of `count` tokens, if these are patches of `frames` frames."""
+        latents = self.height // self.pixels, self.width // self.pixels
         for patch in range(1, 17):
-            height, width = known[0] // patch, known[1] // patch
-            if self.pixels == 1 and (known[0] % patch or known[1] % patch):
+            height, width = latents[0] // patch, latents[1] // patch
+            if self.pixels == 1 and (latents[0] % patch or latents[1] % patch):
                 continue
-            for share in (1, 2, 4, 8):  # frames that one token holds
-                if frames % share == 0 and frames // share * height * width == count:
-                    return frames // share, height, width
+            for depth in (1, 2, 4, 8):  # frames per token
+                if frames % depth == 0 and frames // depth * height * width == count:
+                    return frames // depth, height, width
         return None
 
 
 def _grid(arguments: Arguments, variables: dict[str, Any], scale: int = 8) -> Grid:
-    """Over what the sample lies; `scale`: pixels of the picture that one of its latents is."""
+    """The [`Grid`] of a call's sample; `scale` is the number of pixels per latent."""
     shape = arguments.shape
     if len(shape) == 4:
         return Grid(1, shape[2], shape[3])
@@ -430,26 +434,28 @@ _OVER_TIME = ("motion_modules", "temp_attentions", "temp_convs", "temporal_trans
 
 def token_grid(call: Call, site: str, batch: int, space: tuple[int, ...]) -> TokenGrid | None:
     """
-    How the tokens of an activation lie; `None` if that is not known, and where they are no places: of text, and in
-    attention over time, whose tokens are frames.
+    The token grid of an activation; `None` if it is not known, or the tokens have no position in the picture: those of
+    text, and the frames that attention over time has as tokens.
 
     Args:
-        batch (`int`): rows of the activation, which may hold frames beside one another.
-        space (`tuple[int, ...]`): the shape of what a row holds: `(height, width)`, `(frames, height, width)` or
+        call (`Call`): the denoiser call.
+        site (`str`): the site of the activation.
+        batch (`int`): number of rows of the activation; frames may be separate rows.
+        space (`tuple[int, ...]`): shape of a row without channels: `(height, width)`, `(frames, height, width)` or
             `(tokens,)`.
     """
     frames = call.grid.frames
     if is_text(site) or call.view or any(part in _OVER_TIME for part in site.split(".")):
         return None
     if batch == call.images < call.rows:
-        beside = 1  # a cache left the unconditional rows out
+        rows_per_video = 1  # a cache skipped the unconditional rows
     elif batch not in (call.rows, call.rows * frames):
         return None
     else:
-        beside = batch // call.rows
+        rows_per_video = batch // call.rows
     if len(space) == 2:
-        return TokenGrid(*space, 1, beside)
+        return TokenGrid(*space, 1, rows_per_video)
     if len(space) == 3:
-        return TokenGrid(*space[1:], space[0], beside)
-    found = call.grid.tokens(space[0], 1 if beside > 1 else frames) if frames else None
-    return None if found is None else TokenGrid(found[1], found[2], found[0], beside)
+        return TokenGrid(*space[1:], space[0], rows_per_video)
+    size = call.grid.tokens(space[0], 1 if rows_per_video > 1 else frames) if frames else None
+    return None if size is None else TokenGrid(size[1], size[2], size[0], rows_per_video)

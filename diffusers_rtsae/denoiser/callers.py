@@ -1,11 +1,11 @@
 """
-How pipelines call their denoiser: everything that is known about callers, and the only place that looks at them.
+How pipelines call their denoiser: all that is known about callers, and the only code that looks at them.
 
-A denoiser call says too little: which of its rows are conditional, at which of the sampler's timesteps it is made, how
-many prompts there are. The pipeline knows, but tells nobody: diffusers' callbacks run once a step, its hooks see the
-arguments alone, and `cache_context` names a call in a third of the pipelines. So [`find_caller`] walks up the stack to
-the pipeline that is running and reads the local variables of its call. A family of pipelines that does anything in its
-own way has an entry in `FAMILIES`.
+The arguments of a denoiser call do not say which of its rows are conditional, at which of the sampler's timesteps it
+is made, or how many prompts there are. The pipeline knows, but has no interface for it: diffusers' callbacks run once
+per step, its hooks get the arguments alone, and `cache_context` names the branch in a third of the pipelines. So
+[`find_caller`] walks up the stack to the running pipeline and reads the local variables of its call. A family of
+pipelines that differs from the others has an entry in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-PIPELINES: list[type] = []  # the classes whose calls are looked for
+PIPELINES: list[type] = []  # base classes of the pipelines that are looked for
 
 
 @dataclass(frozen=True)
 class Family:
     """
-    Pipelines that call their denoiser in a way of their own.
+    Pipelines that call their denoiser in the same way.
 
     Args:
-        names (`str`): regular expression that their class names match from the beginning.
-        batch (`tuple[str, ...]`): what the equal parts of a batch are, where their texts do not say it: the entry with
-            as many roles as there are parts.
-        calls (`tuple[str, ...]`): what the calls of one step are, where their texts do not say it.
-        time (`tuple[str, ...]`): variables that hold the sampler's timestep, the first one that is there.
-        index (`tuple[str, ...]`): variables that together with the timestep say which step of the loop it is.
-        view (`tuple[str, ...]`): variables that say which part of the picture, or window of frames, a call draws.
-        components (`dict[str, str]`): denoisers that are called for one part of guidance alone.
-        aside (`tuple[str, ...]`): calls that are no step of denoising but prepare something: the names of the methods
-            they are made in, or `"argument=value"` of what they pass; `"before the loop"`.
-        refused (`str`): why such a pipeline cannot be followed; empty if it can.
+        names (`str`): regular expression for the start of their class names.
+        batch (`tuple[str, ...]`): roles of the equal parts of a batch, if their texts do not show them. The entry with
+            as many roles as there are parts is used.
+        calls (`tuple[str, ...]`): roles of the calls of a step, if their texts do not show them.
+        time (`tuple[str, ...]`): names of variables for the sampler's timestep; the first one that exists is used.
+        index (`tuple[str, ...]`): variables that identify the turn of the loop, together with the timestep.
+        view (`tuple[str, ...]`): variables that identify the part of the picture or window of frames of a call.
+        components (`dict[str, str]`): role of each denoiser that is called for one guidance branch alone.
+        aside (`tuple[str, ...]`): calls that are no step of denoising but a preparation: the names of the methods that
+            make them, `"argument=value"` for a value that they pass, or `"before the loop"`.
+        refused (`str`): why these pipelines are not supported; empty if they are.
     """
 
     names: str
@@ -50,7 +50,7 @@ class Family:
     refused: str = ""
 
 
-#: The first entry whose names match is the family of a pipeline; whatever is left is called as the last one.
+#: The first entry whose names match is the family of a pipeline. The last one is that of all other pipelines.
 FAMILIES = (
     Family("CosStableDiffusionXLInstructPix2Pix|StableDiffusion(XL)?InstructPix2Pix", batch=("cond uncond uncond",)),
     Family("AceStep", batch=("cond uncond",), time=("t_curr", "t_sched")),
@@ -71,11 +71,11 @@ FAMILIES = (
 
 
 class Generation:
-    """One run of a pipeline's call, from noise to the picture. What somebody has to remember of it is kept in `kept`,
-    by whoever keeps it, and is dropped when the call returns."""
+    """One run of a pipeline's `__call__`. `memories` holds what others remember of the generation, by the object that
+    remembers it; it is freed when the call returns."""
 
     def __init__(self):
-        self.kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.memories: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class Caller:
 
     Args:
         pipeline: the pipeline.
-        family (`Family`): how it calls.
-        variables (`dict`): local variables of its call, with those of the methods and blocks inside.
-        generation (`Generation`): an object of this call's own.
-        line (`int`): of the source, where the denoiser is called.
-        method (`str`): in which it is called.
+        family (`Family`): how it calls its denoiser.
+        variables (`dict`): local variables of its `__call__` and of the methods and blocks that it runs.
+        generation (`Generation`): the running generation.
+        line (`int`): line of the source that calls the denoiser.
+        method (`str`): method that calls the denoiser.
     """
 
     pipeline: Any
@@ -100,37 +100,37 @@ class Caller:
     method: str
 
     def value(self, names: tuple[str, ...]) -> Any:
-        """The first of these variables that is there."""
+        """The value of the first of these variables that is not `None`."""
         return next((self.variables[name] for name in names if self.variables.get(name) is not None), None)
 
     @property
     def is_diffusers(self) -> bool:
-        """Whether the call is one of diffusers' own, whose layouts are known."""
+        """Whether `__call__` is one of diffusers' own, whose layouts are known."""
         return str(type(self.pipeline).__call__.__module__).startswith("diffusers.")
 
     def property(self, name: str, default: Any = None) -> Any:
-        """A property of the pipeline, which callbacks may have changed, or else the variable of its name."""
-        found = getattr(self.pipeline, name, None)
-        return self.variables.get(name, default) if found is None else found
+        """The property of the pipeline, which callbacks may have changed, or else the variable of the same name."""
+        value = getattr(self.pipeline, name, None)
+        return self.variables.get(name, default) if value is None else value
 
 
 @functools.cache
 def family_of(pipeline_class: type) -> Family:
-    """How pipelines of a class call their denoiser: as this, or the nearest class that it derives from, does."""
+    """The family of a pipeline class, or of its nearest base class that has one."""
     *known, other = FAMILIES
     names = (kind.__name__ for kind in pipeline_class.__mro__)
     return next((family for name in names for family in known if re.match(family.names, name)), other)
 
 
-_MARK = "__rtsae_generation__"  # among the local variables of a pipeline's call; goes when the call returns
+_MARK = "__rtsae_generation__"  # key among the local variables of a pipeline's call, which end with it
 
 
 def find_caller() -> Caller | None:
     """
     The innermost pipeline that is running in this thread; `None` if there is none.
 
-    Its generation is the innermost run of its own `__call__`, or else of the outermost of its methods, `invert` and
-    its like; so a call that is split into methods is one, and a pipeline called again in a callback is another.
+    Its generation is the innermost running `__call__` of this pipeline, or else its outermost running method (`invert`
+    and others). So a call that is split into methods is one generation, and a call in a callback is another.
     """
     frame, pipeline, entry, variables, place = sys._getframe(1), None, None, {}, None
     while frame is not None:
@@ -138,9 +138,9 @@ def find_caller() -> Caller | None:
         if pipeline is None and isinstance(owner, tuple(PIPELINES)):
             pipeline, entry, place = owner, frame, place or (frame.f_lineno, frame.f_code.co_name)
             local = frame.f_locals
-            state = getattr(local.get("state"), "values", {})  # of a modular pipeline
+            state = getattr(local.get("state"), "values", {})  # modular pipelines
             variables = {**(state if isinstance(state, dict) else {}), **local, **variables}
-        elif pipeline is None and is_block and "block_state" in frame.f_locals:  # a block of a modular pipeline
+        elif pipeline is None and is_block and "block_state" in frame.f_locals:  # modular pipelines
             local, place = frame.f_locals, place or (frame.f_lineno, frame.f_code.co_name)
             variables = {**_variables(local["block_state"]), **local, **variables}
         elif pipeline is not None and owner is pipeline:
@@ -155,14 +155,14 @@ def find_caller() -> Caller | None:
 
 
 def _owner(frame) -> Any:
-    """The object whose method a frame runs, or a function inside of one."""
+    """The object whose method a frame runs, or a function that is defined in the method."""
     code = frame.f_code
     if code.co_varnames[:1] != ("self",) and "self" not in code.co_freevars:
         return None
     local = frame.f_locals
     owner = local.get("self")
     if sys.version_info < (3, 13) and not isinstance(owner, tuple(PIPELINES)):
-        local.clear()  # a copy, which would keep what that function drops
+        local.clear()  # this copy would keep alive what the function deletes
     return owner
 
 

@@ -1,5 +1,5 @@
-"""Inside compiled code a tap is an operator that the compiler does not look into: one graph, and other edits need no
-new one."""
+"""The tap in compiled code: a custom operator, which the compiler does not trace. So the graph is not broken, and new
+edits need no recompilation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _numbers = itertools.count()
 
 
 def register(tap) -> int:
-    """A number by which compiled code finds a tap."""
+    """Give a tap a number by which compiled code finds it."""
     number = next(_numbers)
     _taps[number] = tap
     return number
 
 
 def is_compiled(denoiser: nn.Module, pipeline=None) -> bool:
-    """Whether a denoiser, or a part of it, was compiled, or its pipeline has it compiled."""
+    """Whether a denoiser or a module in it is compiled, by itself or as a component of its pipeline."""
     wrapped = (getattr(pipeline, name, None) for name in DENOISERS)
     return any(unwrapped(one) is denoiser is not one for one in wrapped) or any(
         module._compiled_call_impl is not None or unwrapped(module) is not module for module in denoiser.modules()
@@ -32,7 +32,7 @@ def is_compiled(denoiser: nn.Module, pipeline=None) -> bool:
 
 
 def compiled_begin(arguments: Arguments, component: str, handle: int) -> torch.Tensor | list[torch.Tensor]:
-    """Tell a tap that its denoiser is called; the sample, which the call must go on with."""
+    """Tell a tap that its denoiser is called. Returns the sample, which the call must use instead of its own."""
     sample = arguments.sample
     facts, tensors = [component, str(arguments.channels)], []
     for name, value in named(arguments.by_name):
@@ -52,7 +52,7 @@ def compiled_begin(arguments: Arguments, component: str, handle: int) -> torch.T
 def compiled_site(
     site: str, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor, handle: int
 ) -> torch.Tensor:
-    """What the network continues with after a site."""
+    """The hidden states to continue with after a site."""
     described = f"{block.argument},{'' if block.index is None else block.index},{block.layout},{block.place}"
     return torch.ops.diffusers_rtsae.site(hidden_states, block_input, site, described, handle)
 
@@ -60,12 +60,12 @@ def compiled_site(
 @torch.library.custom_op("diffusers_rtsae::begin", mutates_args=())
 def _begin(sample: torch.Tensor, tensors: list[torch.Tensor], facts: str, rows: int, handle: int) -> torch.Tensor:
     name, component, channels, *others = facts.split(",")
-    tensors, told = iter(tensors), {name: [sample] * rows if rows else sample}
+    tensors, arguments = iter(tensors), {name: [sample] * rows if rows else sample}
     for fact in others:
         key, is_number, number = fact.partition("=")
-        told[key] = int(number) if is_number else next(tensors)
+        arguments[key] = int(number) if is_number else next(tensors)
     channels = None if channels == "None" else int(channels)
-    _taps[handle].begin(component, Arguments([*told], (), told, channels))
+    _taps[handle].begin(component, Arguments([*arguments], (), arguments, channels))
     return sample.clone()
 
 

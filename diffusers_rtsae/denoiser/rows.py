@@ -1,6 +1,6 @@
 """
-What the rows of a denoiser call are: told by whose text they carry, wherever the pipeline holds the negative one; by
-the layout of its family where it does not.
+The guidance branch of each row of a denoiser call: known from the text of the row if the pipeline has the negative
+text in a variable, otherwise from the layout of its family.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ ROLES = {
     "cond": "follows the prompt",
     "uncond": "follows the negative prompt, or none",
     "perturbed": "follows the prompt, but is made worse on purpose, to guide away from it",
-    "other": "follows a text of its own, as an editing concept does, or is no step of denoising; it is left alone",
+    "other": "follows another text, such as an editing concept, or is no step of denoising; it is left unchanged",
 }
-# words in the names of a pipeline's variables, and of arguments
+# parts of the names of variables and arguments
 _NEGATIVE = ("negative", "uncond", "null")
-_TEXT = ("encoder_hidden", "text", "pool", "prompt", "cap")  # not pictures, which some pipelines order otherwise
+_TEXT = ("encoder_hidden", "text", "pool", "prompt", "cap")  # without pictures, which some pipelines order differently
 _NO_TEXT = (
     "mask", "ids", "size", "crop", "pos", "len", "latent", "noise", "pred", "scale", "model", "out", "sample",
     "control",
@@ -36,8 +36,8 @@ class Drawn:
     What is being drawn.
 
     Args:
-        images (`int`): how many.
-        prompts (`int`, *optional*): of how many prompts, if that is known.
+        images (`int`): number of images.
+        prompts (`int`, *optional*): number of prompts, if it is known.
     """
 
     images: int
@@ -45,11 +45,11 @@ class Drawn:
 
     @classmethod
     def of(cls, variables: dict[str, Any], sample: torch.Tensor | list) -> Drawn:
-        """From a pipeline's variables and the sample that it calls its denoiser with."""
+        """Find the numbers from a pipeline's variables and the sample that it calls its denoiser with."""
         rows = len(sample)
         prompts = variables.get("batch_size")
         latents = next((variables[name] for name in _LATENTS if torch.is_tensor(variables.get(name))), None)
-        if latents is None and prompts is None and torch.is_tensor(sample):  # nothing is called as diffusers does
+        if latents is None and prompts is None and torch.is_tensor(sample):  # no variable has one of diffusers' names
             alike = [v for v in variables.values() if torch.is_tensor(v) and v.shape[1:] == sample.shape[1:]]
             alike = [v for v in alike if v.ndim and 0 < len(v) < rows and rows % len(v) == 0]
             latents = min(alike, key=len, default=None)
@@ -64,7 +64,7 @@ class Drawn:
             drawn = None
         if not isinstance(prompts, int) or prompts < 1:
             return cls(drawn or rows, None)
-        if drawn == prompts and prompts % each == 0:  # some pipelines count the images of all prompts in `batch_size`
+        if drawn == prompts and prompts % each == 0:  # in some pipelines `batch_size` is the number of images
             return cls(drawn, prompts // each)
         images = next((count for count in (prompts * each, prompts, drawn) if count and rows % count == 0), rows)
         return cls(images, prompts if images % prompts == 0 else None)
@@ -73,14 +73,14 @@ class Drawn:
 @dataclass
 class Turn:
     """
-    What the calls of one turn of a pipeline's loop were so far.
+    The calls so far in one turn of a pipeline's loop.
 
     Args:
-        seen (`list[str]`): roles of the rows.
-        texts (`dict[str, tuple]`): what the first and the last conditional row carried, by argument.
+        roles (`list[str]`): roles of their parts.
+        texts (`dict[str, tuple]`): texts of the first and the last conditional row, by argument.
     """
 
-    seen: list[str] = field(default_factory=list)
+    roles: list[str] = field(default_factory=list)
     texts: dict[str, tuple] = field(default_factory=dict)
 
 
@@ -88,14 +88,17 @@ def roles_of(
     arguments: Arguments, caller: Caller, drawn: Drawn, guided: bool, turn: Turn
 ) -> tuple[tuple[str, ...], bool]:
     """
-    What the equal parts of a batch are, and whether its images are of each prompt in turn.
+    The roles of the equal parts of a batch, and whether consecutive images are of different prompts.
 
     Args:
-        guided (`bool`): the pipeline says that it guides.
-        turn (`Turn`): the calls before; takes note of this one's texts.
+        arguments (`Arguments`): arguments of the call.
+        caller (`Caller`): the pipeline that makes it.
+        drawn (`Drawn`): what is being drawn.
+        guided (`bool`): whether the pipeline says that it uses guidance.
+        turn (`Turn`): the earlier calls of the turn; the texts of this one are recorded in it.
 
     Raises:
-        `ValueError`: a layout that is not known.
+        `ValueError`: the layout of the batch is not known.
     """
     rows, images = len(arguments.sample), drawn.images
     texts, negatives = arguments.texts(), _negatives(caller.variables)
@@ -116,7 +119,7 @@ def roles_of(
 
 
 def named_part(caller: Caller) -> str | None:
-    """The part of guidance that a guider calls for; guiders call once for each, and say which."""
+    """The role that a guider names for the call. Guiders make one call per guidance branch."""
     for name in ("guider_state_batch", "batch"):
         identifier = getattr(caller.variables.get(name), "__guidance_identifier__", None)
         if identifier is not None:
@@ -125,35 +128,36 @@ def named_part(caller: Caller) -> str | None:
 
 
 def _negatives(variables: dict[str, Any]) -> list[tuple[torch.Tensor | list, torch.Tensor | list | None]]:
-    """Texts of the unconditional part that a pipeline holds, each with that of the conditional part if it has the
-    same name without "negative"."""
-    found = []
+    """The negative texts among a pipeline's variables, each with the positive one if there is a variable with the same
+    name but for "negative"."""
+    pairs = []
     for name, value in variables.items():
         mark = next((mark for mark in _NEGATIVE if mark in name), "neg" if name.startswith("neg_") else None)
         if mark is None or any(word in name for word in _NO_TEXT):
             continue
         positive = name.replace(f"{mark}_", "").replace(f"_{mark}", "")
-        ours, theirs = list(flat([value])), list(flat([variables.get(positive) if positive != name else None]))
-        theirs = theirs if len(theirs) == len(ours) else [None] * len(ours)
-        found += list(zip(ours, theirs, strict=True))
-    return found
+        negatives = list(flat([value]))
+        positives = list(flat([variables.get(positive) if positive != name else None]))
+        positives = positives if len(positives) == len(negatives) else [None] * len(negatives)
+        pairs += list(zip(negatives, positives, strict=True))
+    return pairs
 
 
 def _take_turns(texts: dict[str, list], start: int, prompts: int, caller: Caller) -> bool:
-    """Whether the images of several prompts are drawn in turns, one of each prompt."""
-    told = [
-        not beside
+    """Whether consecutive images are of different prompts."""
+    in_turns = [  # by text
+        not same_as_next
         for name, text in texts.items()
         if any(word in name for word in _TEXT)
         and not any(word in name for word in _NO_TEXT)
-        and (beside := same(text[start], text[start + 1])) != same(text[start], text[start + prompts])
+        and (same_as_next := same(text[start], text[start + 1])) != same(text[start], text[start + prompts])
     ]
-    if any(told) and not all(told):
+    if any(in_turns) and not all(in_turns):
         raise ValueError(
             f"{type(caller.pipeline).__name__} gives an image the text of one prompt and the pooled text of another, "
             "where there are several prompts and several images of each: draw one at a time."
         )
-    return any(told)
+    return any(in_turns)
 
 
 def _matches(text, start: int, stop: int, known) -> bool:
@@ -161,7 +165,7 @@ def _matches(text, start: int, stop: int, known) -> bool:
 
 
 def _of_batch(texts: dict[str, list], negatives: list, bounds: list, caller: Caller, guided: bool) -> tuple[str, ...]:
-    """Of a batch of several parts."""
+    """The roles of a batch of several parts."""
     for text in texts.values():
         for negative, _ in negatives:
             unconditional = [_matches(text, *bound, negative) for bound in bounds]
@@ -180,9 +184,9 @@ def _of_batch(texts: dict[str, list], negatives: list, bounds: list, caller: Cal
     layouts = [tuple(layout.split()) for layout in caller.family.batch] if guided else [("cond",)]
     if bool(caller.property("do_perturbed_attention_guidance", False)):
         layouts = [(*layout, "perturbed") for layout in layouts]
-    elif not guided and not negatives:  # guidance that the pipeline has no property for
+    elif not guided and not negatives:  # it may use guidance without a property that says so
         if not caller.is_diffusers:
-            _refuse_untold(caller)
+            _refuse_without_negative(caller)
         layouts = [tuple(layout.split()) for layout in caller.family.batch]
     fitting = [layout for layout in layouts if len(layout) == len(bounds)]
     if not fitting:
@@ -193,7 +197,7 @@ def _of_batch(texts: dict[str, list], negatives: list, bounds: list, caller: Cal
     return fitting[0]
 
 
-def _refuse_untold(caller: Caller) -> NoReturn:
+def _refuse_without_negative(caller: Caller) -> NoReturn:
     raise ValueError(
         f"{type(caller.pipeline).__name__} does not say which text is the negative one: expected it in a variable of "
         "its call with `negative` or `uncond` in its name."
@@ -201,8 +205,8 @@ def _refuse_untold(caller: Caller) -> NoReturn:
 
 
 def _of_single(texts: dict[str, list], negatives: list, images: int, caller: Caller, guided: bool, turn: Turn) -> str:
-    """Of a call for one part of guidance alone."""
-    either = False
+    """The role of a call for one guidance branch alone."""
+    is_negative = False
     for text in texts.values():
         for negative, positive in negatives:
             first, last = _matches(text, 0, 1, negative[:1]), _matches(text, images - 1, images, negative[-1:])
@@ -212,12 +216,12 @@ def _of_single(texts: dict[str, list], negatives: list, images: int, caller: Cal
                     "layout is not known."
                 )
             if _matches(text, 0, images, negative):
-                either = True
+                is_negative = True
                 if positive is None or not len(positive) or not _matches(text, 0, images, positive):
                     return "uncond"
-    if not turn.seen:
+    if not turn.roles:
         return caller.family.calls[0]
-    if "uncond" in turn.seen and "cond" not in turn.seen:
+    if "uncond" in turn.roles and "cond" not in turn.roles:
         return "cond"
     shared = texts.keys() & turn.texts.keys()
     shared = {name for name in shared if any(word in name for word in _TEXT)} or shared
@@ -225,10 +229,10 @@ def _of_single(texts: dict[str, list], negatives: list, images: int, caller: Cal
         same(texts[name][0], turn.texts[name][0]) and same(texts[name][images - 1], turn.texts[name][1])
         for name in shared
     )
-    if again and not (either and "uncond" not in turn.seen):
+    if again and not (is_negative and "uncond" not in turn.roles):
         return "perturbed"
     if guided or negatives:
         return caller.family.calls[-1]
     if shared and not again and not caller.is_diffusers:
-        _refuse_untold(caller)
+        _refuse_without_negative(caller)
     return "cond"

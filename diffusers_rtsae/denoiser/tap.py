@@ -1,9 +1,10 @@
 """
-The tap: the only place that registers hooks on a denoiser, to read its sites or to edit what they return.
+The tap: the only code that registers hooks on a denoiser, to read its sites or to edit what they return.
 
-Hooks are torch's own: they survive offloading, slicing, fused projections and copies, where replacing `forward` does
-not. A block cache does replace a block's forward, to call the real one or to return what it kept; the hook then goes
-around the real one, so that what is kept holds an edit once, and a block that is left out is neither read nor edited.
+These are torch's forward hooks. Unlike a replaced `forward` they survive offloading, slicing, fused projections and
+copies. A block cache, however, replaces a block's `forward` by one that either calls the real one or returns a cached
+result. The hook is then put around the real `forward`: so a cached result holds an edit once, and a skipped block is
+neither read nor edited.
 """
 
 from __future__ import annotations
@@ -30,41 +31,42 @@ _alone: ContextVar[Tap | None] = ContextVar("rtsae_alone", default=None)
 
 
 class Observer(Protocol):
-    """Who is told of a denoiser's calls."""
+    """What a [`Tap`] reports the calls of a denoiser to."""
 
     def begin(self, call: Call, arguments: Arguments) -> None:
-        """The denoiser is called."""
+        """Called before the denoiser runs."""
 
     def site(
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> torch.Tensor | None:
-        """A site was run; what the network is to continue with, `None` or the same tensor for what it returned."""
+        """Called after a site has run. Returns the hidden states to continue with; `None` to leave them unchanged."""
 
     def end(self, call: Call, output) -> None:
-        """The denoiser returns. Asked only of those who have it."""
+        """Called with the output of the denoiser. Optional."""
 
     def remember(self, call: Call) -> Observer:
-        """Who is to be asked if the backward pass runs a site of this call again, when time has moved on. Asked only
-        of those who have it."""
+        """An observer for the sites of this call that the backward pass runs again later (gradient checkpointing).
+        Optional."""
 
 
 class Tap:
     """
-    Watches some sites of one or several denoisers that take turns.
+    Watches some sites of one or several denoisers of a pipeline.
 
     Args:
-        observer (`Observer`): is told of each call, and may edit what sites return. It is not kept alive.
+        observer (`Observer`): gets a record of each call, and may edit what sites return. The tap holds a weak
+            reference to it.
     """
 
     def __init__(self, observer: Observer):
         self._observer = weakref.ref(observer)
-        self._watched: set[tuple[str, str | None]] = set()  # components and their sites; `None` for the denoiser
-        self._hooks: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # their modules keep them
+        self._watched: set[tuple[str, str | None]] = set()  # component and site; site `None` is the denoiser itself
+        self._hooks: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # kept alive by their modules
         self._reader = CallReader()
-        self._in_place_of: Call | None = None  # the only call that this tap is for
+        self._in_place_of: Call | None = None  # the call whose record all calls of this tap get, see `alone`
         self._current: dict[int, weakref.ref[Generation]] = {}
         self._calls: weakref.WeakKeyDictionary[Generation, Call] = weakref.WeakKeyDictionary()
-        self._runs: list[weakref.ref[_Runs]] = []  # that gradients may repeat, for as long as their graph is
+        self._runs: list[weakref.ref[_Runs]] = []  # that a backward pass may repeat
         self.last = _Last()
         self.handle = register(self)
 
@@ -78,28 +80,29 @@ class Tap:
 
     def watch(self, denoisers: dict[str, nn.Module], sites: Iterable[str] | None, pipeline=None) -> None:
         """
-        Watch these sites, where a denoiser has them, and no others; `None` to watch nothing at all.
+        Watch these sites of each denoiser, and no others.
 
-        Code that was compiled without these hooks does not notice them: it is thrown away if they change.
+        Compiled code does not notice hooks that are added or removed later, so it is discarded if the hooks change.
 
         Args:
-            denoisers (`dict[str, nn.Module]`): by the name of their component.
-            pipeline (*optional*): theirs, which may have them compiled.
+            denoisers (`dict[str, nn.Module]`): denoisers by the name of their component.
+            sites (`Iterable[str]`, *optional*): paths of the sites; `None` to watch nothing, not even the calls.
+            pipeline (*optional*): their pipeline, whose components may be compiled.
 
         Raises:
-            `ValueError`: no denoiser has a site.
+            `ValueError`: a denoiser lacks one of the sites.
         """
-        wanted: dict[tuple[str, str | None], nn.Module] = {}
+        targets: dict[tuple[str, str | None], nn.Module] = {}
         for component, denoiser in denoisers.items() if sites is not None else ():
-            wanted[component, None] = denoiser
+            targets[component, None] = denoiser
             for site in sites:
-                wanted[component, site] = get_site(denoiser, site)
-        changed = wanted.keys() != self._watched
-        for key in self._watched - wanted.keys():
+                targets[component, site] = get_site(denoiser, site)
+        changed = targets.keys() != self._watched
+        for key in self._watched - targets.keys():
             self._drop(key)
-        for key in [key for key in wanted if key not in self._watched]:
-            self._add(*key, wanted[key])
-        self._watched = set(wanted)
+        for key in [key for key in targets if key not in self._watched]:
+            self._add(*key, targets[key])
+        self._watched = set(targets)
         if changed and any(is_compiled(denoiser, pipeline) for denoiser in denoisers.values()):
             torch.compiler.reset()
 
@@ -117,16 +120,16 @@ class Tap:
         self._hooks[component, site] = kind(self, component, site, module)
 
     def _drop(self, key: tuple[str, str | None]) -> None:
-        hook = self._hooks.pop(key, None)  # gone already if its module is
+        hook = self._hooks.pop(key, None)  # `None` if its module was freed
         if hook is not None:
             hook.remove()
 
     def restart(self) -> None:
-        """A call that no pipeline makes begins a new generation."""
+        """Let the next call that no pipeline makes begin a generation."""
         self._reader.restart()
 
     def begin(self, component: str, arguments: Arguments) -> None:
-        """A denoiser is called with these arguments."""
+        """Record that a denoiser is called with these arguments, and tell the observer."""
         call = self._reader.read(arguments, component) if self._in_place_of is None else self._in_place_of
         generation = call.generation
         self._current[threading.get_ident()], self._calls[generation] = call.run, call
@@ -136,7 +139,7 @@ class Tap:
         self._observer().begin(call, arguments)
 
     def end(self, output) -> None:
-        """The denoiser returns this."""
+        """Tell the observer that the denoiser returned this."""
         runs, self.last.runs = self.last.runs, None
         node = next((one.grad_fn for one in flat([output]) if torch.is_tensor(one) and one.grad_fn is not None), None)
         if runs is not None and node is not None:
@@ -147,8 +150,8 @@ class Tap:
 
     @contextlib.contextmanager
     def alone(self, call: Call) -> Iterator[None]:
-        """Calls of a denoiser in this context inside the `with` block are made in place of this one: they are told to
-        nobody else, and this tap is told of no others."""
+        """Inside the `with` block, calls of a denoiser in this thread or asyncio task are reported to this tap only,
+        with the record of `call`. Other calls are not reported to this tap."""
         self._in_place_of, token = call, _alone.set(self)
         try:
             yield
@@ -157,18 +160,18 @@ class Tap:
 
     @property
     def is_asleep(self) -> bool:
-        """Whether another tap is to be alone, or this one was and is not any more."""
+        """Whether this tap must ignore a call: another tap is `alone` now, or this one was so before."""
         alone = _alone.get()
         return alone is not self and (alone is not None or self._in_place_of is not None)
 
     @property
     def call(self) -> Call | None:
-        """The call that runs in this thread, or the last one that did, while its generation lasts."""
+        """The running call of this thread, or else its last one, until the generation is over."""
         generation = self._current.get(threading.get_ident(), _nothing)()
         return None if generation is None else self._calls.get(generation)
 
     def edit(self, site: str, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the network continues with after a site."""
+        """The hidden states to continue with after a site."""
         call, observer = self.call, self._observer()
         if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs the site again
             again = self._again(site, _fingerprint(block_input))
@@ -180,22 +183,22 @@ class Tap:
         return hidden_states if edited is None else edited
 
     def _again(self, site: str, read: torch.Tensor) -> _SiteRun | None:
-        """The run of a site that the backward pass repeats: of those that read the same, the last one that was not
-        repeated yet."""
+        """The run of a site that the backward pass repeats: the last one with the same input that was not repeated
+        yet."""
         runs = [run for runs in [*self._runs] for run in (runs() or {}).get(site, [])]
         same = [run for run in runs if run.read.shape == read.shape and torch.equal(run.read, read)]
-        left = [run for run in same if not run.is_repeated]
-        if not left:  # the graph is kept, and gone through again
+        remaining = [run for run in same if not run.is_repeated]
+        if not remaining:  # the graph was kept for another backward pass
             for run in same:
                 run.is_repeated = False
-            left = same
-        if not left:
+            remaining = same
+        if not remaining:
             return None
-        left[-1].is_repeated = True
-        return left[-1]
+        remaining[-1].is_repeated = True
+        return remaining[-1]
 
     def renew(self, component: str, denoiser: nn.Module) -> None:
-        """Follow sites whose module was exchanged for another since the last call."""
+        """Move the hooks of sites whose module was replaced by another since the last call."""
         for key in [key for key in self._watched if key[0] == component and key[1] is not None]:
             module, hook = get_site(denoiser, key[1]), self._hooks.get(key)
             if hook is None or hook.module() is not module:
@@ -207,14 +210,14 @@ class Tap:
 class _SiteRun:
     """What is needed to run a site again in the backward pass."""
 
-    read: torch.Tensor  # some values of the tensor that it read
+    read: torch.Tensor  # some values of its input
     call: Call
     observer: Observer
     is_repeated: bool = False
 
 
 class _Runs(dict):
-    """Of the sites of a call, by their names: `dict[str, list[_SiteRun]]`. Kept by the graph of its output."""
+    """The runs of the sites of a call, `dict[str, list[_SiteRun]]`; kept alive by the autograd graph of its output."""
 
     __hash__ = object.__hash__
 
@@ -230,8 +233,8 @@ def _nothing() -> None:
 
 
 class _Last(threading.local):
-    """The last call in a thread: the name of its component, the denoiser (but not inside compiled code), and what of
-    it gradients may repeat."""
+    """The last call in a thread: the name of its component, the denoiser (unless in compiled code), and the runs that
+    a backward pass may repeat."""
 
     component = ""
     denoiser: weakref.ref[nn.Module] | Callable[[], None] = staticmethod(_nothing)
@@ -239,11 +242,11 @@ class _Last(threading.local):
 
 
 class _Hook:
-    """Hooks of one module, which can be copied and pickled with it."""
+    """The hooks of one module. They can be copied and pickled with the module."""
 
     def __init__(self, tap: Tap, component: str, site: str | None, module: nn.Module):
         self.tap, self.component, self.site = tap, component, site
-        self.module = weakref.ref(module)  # strong it would keep its own module alive
+        self.module = weakref.ref(module)  # a strong reference would keep the module alive
         self._handles = self._register(module)
 
     def __getstate__(self) -> dict:
@@ -258,10 +261,10 @@ class _Hook:
 
 
 class _CallHook(_Hook):
-    """On a denoiser itself."""
+    """The hooks of a denoiser itself."""
 
     def _register(self, module: nn.Module) -> list:
-        inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # peft passes on what it gets
+        inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # peft wraps its denoisers
         self.names = [*inspect.signature(type(inner).forward).parameters][1:]
         self.channels = getattr(getattr(module, "config", None), "in_channels", None)
         handles = [module.register_forward_pre_hook(self.begin, with_kwargs=True)]
@@ -291,14 +294,14 @@ class _CallHook(_Hook):
 
 
 class _SiteHook(_Hook):
-    """On a site."""
+    """The hooks of a site."""
 
     def _register(self, module: nn.Module) -> list:
         self.block = describe(module)
         return [module.register_forward_pre_hook(self.enter), module.register_forward_hook(self, with_kwargs=True)]
 
     def enter(self, module: nn.Module, args: tuple) -> None:
-        """Before the module is called: go inside of what has replaced its forward since the last time."""
+        """Called before the module. If its `forward` was replaced since the last call, move around the real one."""
         place, name = _real_forward(module)
         forward = place.get(name)
         if isinstance(forward, _TappedForward):
@@ -312,7 +315,7 @@ class _SiteHook(_Hook):
         return output if isinstance(place.get(name), _TappedForward) else self.edit(args, kwargs, output)
 
     def edit(self, args: tuple, kwargs: dict, output):
-        """What the module is to return instead of `output`."""
+        """What the module returns instead of `output`."""
         if not torch.compiler.is_compiling() and self.tap.is_asleep:
             return output
         block_input, hidden_states = self.block.input(args, kwargs), self.block.output(output)
@@ -334,7 +337,7 @@ class _SiteHook(_Hook):
 
 
 class _TappedForward:
-    """The real forward of a site under a block cache."""
+    """The real `forward` of a site that a block cache has replaced, followed by hooks."""
 
     def __init__(self, forward, hooks: list[_SiteHook]):
         self.forward, self.hooks = forward, hooks
@@ -347,8 +350,8 @@ class _TappedForward:
 
 
 def _real_forward(module: nn.Module) -> tuple[dict, str | tuple]:
-    """The dictionary, and the key in it, in which a module's own forward is kept by what has replaced it: diffusers'
-    hooks or the helper of DeepCache; `vars(module)` if neither has."""
+    """The dictionary and the key under which a module's real `forward` is kept, if diffusers' hooks or DeepCache have
+    replaced it; otherwise `vars(module)` and `"forward"`."""
     references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", None)
     if references:
         replaced = references[0].original_forward is not None

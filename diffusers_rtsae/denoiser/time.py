@@ -1,4 +1,4 @@
-"""Time: from a sampler's timesteps to training units, and from these to a dictionary's anchors."""
+"""Conversion of a sampler's timesteps to training units, and of these to positions among a dictionary's anchors."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ..models import Step
 
 
 def _of_noise_level(sigma: float) -> float:
-    """The time at which a flow-matching model meets the signal-to-noise ratio of x₀ + σ ε: 1000 σ / (1 + σ)."""
+    """The timestep at which a flow-matching model has the signal-to-noise ratio of x₀ + σ ε: 1000 σ / (1 + σ)."""
     return 1000 * sigma / (1 + sigma)
 
 
-#: Samplers that do not count in training steps: beginning of the class name → training units of one of its timesteps.
+#: Conversion to training units for samplers with other timesteps than training steps, by the start of the class name.
 UNITS = {
-    "EDM": lambda t, scheduler: _of_noise_level(math.exp(4 * t)),  # told ln(σ) / 4 (2206.00364)
+    "EDM": lambda t, scheduler: _of_noise_level(math.exp(4 * t)),  # its timesteps are ln(σ) / 4 (2206.00364)
     "CosineDPMSolverMultistep": lambda t, scheduler: _of_noise_level(math.tan(t * math.pi / 2)),
     "CMStochasticIterative": lambda t, scheduler: _of_noise_level(math.exp(4 * t / 1000)),
-    "Cosmos": lambda t, scheduler: _of_noise_level(t / 1000),  # a flow sampler that is given noise levels
+    "Cosmos": lambda t, scheduler: _of_noise_level(t / 1000),  # a flow-matching sampler with noise levels as timesteps
     "SCM": lambda t, scheduler: _of_noise_level(math.tan(t)) if t < math.pi / 2 else 1000.0,
-    "Amused": lambda t, scheduler: 1000 * (t + 1) / len(scheduler.timesteps),  # the share of tokens still masked
+    "Amused": lambda t, scheduler: 1000 * (t + 1) / len(scheduler.timesteps),  # share of the tokens that are masked
     "DDPMWuerstchen": lambda t, scheduler: 1000 * t,
     "ScoreSdeVe": lambda t, scheduler: 1000 * t,
     "MiniMaxH3": lambda t, scheduler: 1000 * (1 - t),
@@ -30,7 +30,7 @@ UNITS = {
 
 
 def config_of(scheduler) -> dict:
-    """What a sampler says of itself."""
+    """The configuration of a sampler, empty if it has none."""
     return getattr(scheduler, "config", {})
 
 
@@ -45,10 +45,10 @@ def _unit(scheduler):
 
 def training_time(timestep: float, scheduler) -> float:
     """
-    One of a sampler's timesteps in training units: 1000 is pure noise, 0 the image.
+    A timestep of a sampler in training units: 1000 is pure noise, 0 the image.
 
     Raises:
-        `ValueError`: a sampler that counts in a unit that is not known.
+        `ValueError`: the unit of the sampler's timesteps is not known.
     """
     unit = _unit(scheduler)
     if unit is not None:
@@ -69,8 +69,8 @@ def training_time(timestep: float, scheduler) -> float:
 
 
 def noise_schedule(scheduler) -> torch.Tensor | None:
-    """`alphas_cumprod` of the schedule that a model was trained on; `None` for flow matching and noise levels, of
-    which some schedulers keep a schedule that they do not use."""
+    """The sampler's `alphas_cumprod`; `None` for samplers of flow matching or of noise levels, some of which have
+    `alphas_cumprod` but do not use it."""
     if scheduler is None or config_of(scheduler).get("prediction_type") == "flow_prediction" or _unit(scheduler):
         return None
     return getattr(scheduler, "alphas_cumprod", None)
@@ -78,11 +78,12 @@ def noise_schedule(scheduler) -> torch.Tensor | None:
 
 class TimeGrid:
     """
-    Places any sampler's timesteps among a dictionary's anchors, on the log-SNR axis.
+    Computes the position of timesteps among a dictionary's anchors, by log-SNR.
 
     Args:
         anchors (`list[int]`): training timesteps, descending.
-        alphas_cumprod (`torch.Tensor`, *optional*): of the base model's training schedule; linear in time without it.
+        alphas_cumprod (`torch.Tensor`, *optional*): of the base model's noise schedule. Without it positions are
+            linear in time.
     """
 
     def __init__(self, anchors: list[int], alphas_cumprod: torch.Tensor | None):
@@ -101,7 +102,7 @@ class TimeGrid:
         return self._axis[low] + (index - low) * (self._axis[high] - self._axis[low])
 
     def coordinate(self, timestep: float) -> float:
-        """Where `timestep` is in units of anchors: 0 at the first, G − 1 at the last, clamped to these."""
+        """The position of a timestep among the anchors, clamped to 0 (the first) and G − 1 (the last)."""
         position, anchors = self._position(timestep), self._anchors
         for g in range(len(anchors) - 1):
             if position < anchors[g + 1]:
@@ -109,5 +110,5 @@ class TimeGrid:
         return len(anchors) - 1.0
 
     def step(self, timestep: float, size: tuple[int, int] | None = None, guidance: float | None = None) -> Step:
-        """A step as dictionaries read it, at a site with a token grid of this `size`."""
+        """The [`Step`] at a timestep, for a site with a token grid of this `size`."""
         return Step(timestep, self.coordinate(timestep), size, guidance)

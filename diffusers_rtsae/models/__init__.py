@@ -1,4 +1,4 @@
-"""Dictionaries: one file a kind, each on `SparseDictionary`."""
+"""The kinds of dictionary, one file each; every kind is a subclass of `SparseDictionary`."""
 
 from .base import (
     ACTIVATIONS,

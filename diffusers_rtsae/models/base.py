@@ -1,5 +1,10 @@
-"""What a dictionary of any kind is: latents of one site with their statistics, how they are read at a step of
-denoising, and where they move the activation there."""
+"""
+The base class of every kind of dictionary, and what it exchanges with those that use it.
+
+A dictionary belongs to one site, a module of the denoiser that is named by its path; other libraries call it a hook
+point, hook name or layer. The dictionary says how the activations of its latents are read at a step of denoising, in
+which direction each latent moves the site's activation there, and how strong each latent was on the training data.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +17,32 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
-ACTIVATIONS = ("output", "update", "input")  # what is read at a site; what is changed is its output
+ACTIVATIONS = ("output", "update", "input")  # what can be read at a site; an edit always changes its output
 
 
 class TokenGrid(NamedTuple):
     """
-    How the tokens of a row lie, frame by frame and in each row by row.
+    The grid of the tokens in one row of a batch: frame after frame, each frame line by line.
 
-    height, width (`int`): of a frame.
-    frames (`int`): in a row.
-    beside (`int`): rows of one image that are its frames, where a model lays them beside one another.
+    height, width (`int`): size of a frame, in tokens.
+    frames (`int`): number of frames in a batch row.
+    rows_per_video (`int`): number of batch rows of a video; more than 1 where its frames are separate rows.
     """
 
     height: int
     width: int
     frames: int = 1
-    beside: int = 1
+    rows_per_video: int = 1
 
 
 class Step(NamedTuple):
     """
-    Where in a generation an activation is from.
+    The step of denoising that an activation belongs to.
 
     timestep (`float`): in training units, from 1000 at pure noise to 0 at the image.
-    coordinate (`float`): the same among the dictionary's anchors: 0 at the first, G − 1 at the last.
+    coordinate (`float`): the timestep's position among the dictionary's anchors: 0 at the first, G − 1 at the last.
     size (`TokenGrid` or `tuple[int, int]`, *optional*): the token grid, if there is one.
-    guidance (`float`, *optional*): scale of classifier-free guidance, if that is known.
+    guidance (`float`, *optional*): scale of classifier-free guidance, if it is known.
     """
 
     timestep: float
@@ -47,43 +52,43 @@ class Step(NamedTuple):
 
 
 def places(size: TokenGrid | tuple[int, int]) -> torch.Tensor:
-    """Row and column of the tokens of a grid, from 0 to 1, `(tokens, 2)`; the same in each frame."""
+    """Row and column of each token of a grid, from 0 to 1: `(tokens, 2)`. They repeat in every frame."""
     height, width, frames, _ = TokenGrid(*size)
     return torch.cartesian_prod(*((torch.arange(n) + 0.5) / n for n in (height, width))).repeat(frames, 1)
 
 
 def interpolate(values: torch.Tensor, coordinate: float, dim: int = 0) -> torch.Tensor:
-    """`values` along the anchors `dim`, linearly interpolated at `coordinate`."""
+    """`values` interpolated linearly at `coordinate`; dimension `dim` holds one value per anchor."""
     low = min(int(coordinate), values.shape[dim] - 1)
     high = min(low + 1, values.shape[dim] - 1)
     return torch.lerp(values.select(dim, low), values.select(dim, high), coordinate - low)
 
 
 class Memory:
-    """What a reader remembers of one running generation. Most kinds need nothing."""
+    """What a reader remembers of one running generation. Most kinds remember nothing."""
 
-    is_waiting = False  # for what the network continues with
+    is_waiting = False  # whether `continue_with` must be called before the next step is read
 
     def continue_with(self, tokens: torch.Tensor) -> None:
-        """The network goes on with these tokens `(B, N, d)`, after any edit."""
+        """Record the activation `(B, N, d)` that the network continues with, after any edit."""
 
     def copy(self) -> Memory:
-        """The same at this moment, which goes on by itself."""
+        """An independent copy of the memory in its present state."""
         return copy.copy(self)
 
 
 class Reader(ABC):
     """
-    Reads some latents of a dictionary at the steps of a running generation.
+    Computes the activations of some latents of a dictionary, step by step, while a generation runs.
 
     Args:
-        computes (`int`, *optional*): how many latents it must compute, if that is more than those it reads.
+        computes (`int`, *optional*): number of latents it has to compute, if that is more than it was asked to read.
     """
 
     computes: int | None = None
 
     def prepare(self) -> None:  # noqa: B027 - most kinds need nothing
-        """Have ready on the device what steps of a usual generation need, so that none of them waits for it."""
+        """Move to the device what the steps of a usual generation need, so that no step waits for a transfer."""
 
     def begin(self) -> Memory:
         """The memory of a new generation."""
@@ -91,17 +96,17 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        """Latents `(B, N, rows)`, non-negative, of tokens `(B, N, d)`; then tell `memory` what the network continues
-        with."""
+        """Activations of the latents `(B, N, rows)`, non-negative, on tokens `(B, N, d)`. If `memory.is_waiting` is
+        set afterwards, call `memory.continue_with` before the next step."""
 
 
 class Directions:
     """
-    Where latents move the activation, per unit of their own.
+    The directions in which latents move a site's activation, per unit of latent activation.
 
     Args:
-        paths (`torch.Tensor`): `(latents, G, d)` at the anchors, linear between them; `(latents, 1, d)` if it is the
-            same at all steps.
+        paths (`torch.Tensor`): one direction per latent and anchor, `(latents, G, d)`, interpolated linearly between
+            the anchors; or one for all steps, `(latents, 1, d)`.
     """
 
     def __init__(self, paths: torch.Tensor):
@@ -111,16 +116,19 @@ class Directions:
         return Directions(self.paths.to(device, torch.float32))
 
     def at(self, step: Step) -> torch.Tensor:
-        """`(latents, d)` at a step."""
+        """The directions at a step, `(latents, d)`."""
         return interpolate(self.paths, step.coordinate, dim=1)
 
 
 class FeatureTimes(NamedTuple):
     """
-    length (`torch.Tensor`): of each feature at each anchor, relative to the activation's scale, `(features, G)`.
-    peak (`torch.Tensor`): the anchor at which it is longest, `(features,)`, counted from 0.
-    onset (`torch.Tensor`): the first anchor at which it has half of that length.
-    lifetime (`torch.Tensor`): at how many anchors it has half of it or more.
+    When features act, measured by the length of their directions.
+
+    length (`torch.Tensor`): length of each feature's direction at each anchor, relative to the spread of the
+        activation, `(features, G)`.
+    peak (`torch.Tensor`): index of the anchor at which the direction is longest, `(features,)`.
+    onset (`torch.Tensor`): index of the first anchor at which it has at least half of that length, `(features,)`.
+    lifetime (`torch.Tensor`): number of anchors at which it has at least half of that length, `(features,)`.
     """
 
     length: torch.Tensor
@@ -130,31 +138,34 @@ class FeatureTimes(NamedTuple):
 
     @classmethod
     def of(cls, length: torch.Tensor) -> FeatureTimes:
-        """The times of trajectories of these lengths, `(features, G)`."""
+        """The times of features whose directions have these lengths, `(features, G)`."""
         strong = length >= length.amax(1, keepdim=True) / 2
         return cls(length, length.argmax(1), strong.int().argmax(1), strong.sum(1))
 
 
 class SparseDictionary(ModelMixin, ConfigMixin, ABC):
     """
-    A sparse dictionary of the activation at one site of a denoiser. All that steers, finds, fits, records, reports or
-    evaluates asks no more of a kind than what is here; a kind is a subclass that `KINDS` names.
+    A sparse dictionary of the activation at one site of a denoiser.
 
-    The configuration of every kind has `site` (path of the module in the denoiser), `in_channels` (d, its width),
-    `anchors` (G training timesteps, descending, of the trajectories it was trained on), `num_latents` (m), `k` (active
-    latents) and `activation` (what is read at the site: its `"output"`, its `"update"`, output − input, or, of kinds
-    that may be transcoders, whose latents stand for the output all the same, its `"input"`).
+    Each kind of dictionary is a subclass that `KINDS` names. Steering, finding, fitting, recording, reporting and
+    evaluating use a kind through the members of this class alone.
 
-    Statistics of the latents over the training data are buffers: `typical_activation` and `max_activation`, the 99th
-    percentile and the largest where a latent is active, and `mean_activation` and `density`, mean and share of active
-    over everything; `(m,)` each. Every kind has an `encoder` and a `decoder` with a row for each latent.
+    The configuration of every kind has `site` (path of the module in the denoiser), `in_channels` (d, the width of the
+    site), `anchors` (the G training timesteps of the trajectories it was trained on, descending), `num_latents` (m),
+    `k` (number of active latents) and `activation`, which is what is read at the site: its `"output"`, its `"update"`
+    (output − input) or, for a transcoder, its `"input"`. The latents of a transcoder stand for the output, too.
+
+    Four buffers `(m,)` hold statistics of the latents on the training data: `typical_activation` and `max_activation`
+    are the 99th percentile and the maximum over the tokens on which the latent is active; `mean_activation` and
+    `density` are the mean over all tokens and the share of them on which it is active. Every kind has an `encoder` and
+    a `decoder` with one row per latent.
     """
 
-    matrices = ("encoder", "decoder")  # stored in half precision; all else stays float32
-    activations = ("output", "update")  # what of a site it can be of
+    matrices = ("encoder", "decoder")  # stored in half precision; all other tensors stay float32
+    activations = ("output", "update")  # the values of `activation` that the kind supports
     reads_past = False  # whether a code depends on the activations at earlier steps
     shares_picture = False  # whether the code of a token depends on the other tokens of its picture
-    summary = ""  # what the model card says of the kind
+    summary = ""  # the description of the kind in the model card
 
     def __init__(self, anchors: list[int], num_latents: int, activation: str):
         super().__init__()
@@ -171,41 +182,50 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
     @property
     @abstractmethod
     def spread(self) -> torch.Tensor:
-        """Root mean square of the activation around its mean, per channel, at each anchor: `(G,)`."""
+        """Spread of the activation at each anchor, `(G,)`: its root mean square around the mean, per channel."""
 
     @abstractmethod
     def reader(self, latents: list[int], device: torch.device) -> Reader:
-        """What reads these latents while denoising; of the dictionary's matrices it keeps what it needs on `device`.
+        """
+        A reader of these latents for use while denoising. It keeps the rows that it needs on `device`.
 
         Raises:
-            `ValueError`: what it needs holds NaN or inf.
+            `ValueError`: a row that it needs holds NaN or inf.
         """
 
     @abstractmethod
     def directions(self, latents: list[int] | torch.Tensor, injection: str = "trajectory") -> Directions:
-        """Where these latents move the activation at a step: to where it would be were they active all along
-        (`"trajectory"`), or by this step's innovation alone (`"residual"`), where a kind tells the two apart."""
+        """
+        The directions in which these latents move the activation.
+
+        Args:
+            latents (`list[int]` or `torch.Tensor`): indices of the latents.
+            injection (`str`): `"trajectory"`, the whole change that the activation would have at a step if the latent
+                had been active from the first anchor on; or `"residual"`, the part of it that this step adds. Kinds
+                that encode single steps make no difference between the two.
+        """
 
     def gain(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """The factor for each of these tokens `(..., d)`, `(..., 1)`, that undoes the normalisation of the input: a
-        latent moves a token by its direction times this; `None` where tokens are not rescaled."""
+        """For kinds that normalise each token before encoding it: the factor `(..., 1)` that undoes the normalisation
+        of these tokens `(..., d)`, by which the directions are multiplied. `None` for all other kinds."""
         return None
 
     @abstractmethod
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Latents `(batch, m)` at the last of the first g ≤ G anchors, of activations `(batch, g, d)` at these."""
+        """Latents `(batch, m)` at the last of the first g ≤ G anchors, from the activations `(batch, g, d)` there."""
 
     @abstractmethod
     def reconstruct(self, hidden_states: torch.Tensor, teacher_forced: bool = False) -> torch.Tensor:
         """
-        Activations `(batch, g, d)` at the first g ≤ G anchors from their codes.
+        Reconstruct the activations `(batch, g, d)` at the first g ≤ G anchors from their codes.
 
         Args:
-            teacher_forced (`bool`): where a kind predicts an anchor from the one before, start at the true one.
+            teacher_forced (`bool`): for kinds that predict each anchor from the one before, predict from the true
+                activation there instead of from its reconstruction.
         """
 
     def codes(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The codes `(batch, m)` that trajectories `(batch, G, d)` come to: one for each step, or one in all."""
+        """The codes `(batch, m)` of trajectories `(batch, G, d)`: one per step, or a single one for the trajectory."""
         return (self.encode(hidden_states[:, : g + 1]) for g in range(hidden_states.shape[1]))
 
     def feature_trajectories(self, latents: list[int] | torch.Tensor | None = None) -> torch.Tensor:
@@ -216,7 +236,7 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
             latents (`list[int]`, *optional*): which features; all by default.
 
         Returns:
-            `torch.Tensor`: `(features, G, d)`. Means and biases are no part of a direction.
+            `torch.Tensor`: directions without means and biases, `(features, G, d)`.
         """
         anchors, latents = self.config.anchors, range(self.config.num_latents) if latents is None else latents
         directions = self.directions(latents if torch.is_tensor(latents) else list(latents))
@@ -232,7 +252,7 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
         return FeatureTimes.of((self.feature_trajectories(latents) / self.spread[:, None]).norm(dim=2).detach())
 
     def encoder_rows(self, latents: list[int]) -> torch.Tensor:
-        """The encoder's rows of some latents as float32; raises `ValueError` if one holds NaN or inf."""
+        """The encoder rows of these latents in float32; raises `ValueError` if one of them holds NaN or inf."""
         rows = self.encoder[latents].detach().float()
         finite = rows.flatten(1).isfinite().all(1).tolist()
         if not all(finite):
@@ -241,7 +261,7 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
         return rows
 
     def check_trajectories(self, hidden_states: torch.Tensor) -> None:
-        """Raise `ValueError` unless these are (the beginning of) trajectories of this site, `(batch, g, d)`."""
+        """Raise `ValueError` unless the shape is `(batch, g, d)`, with the width d of the site and 1 ≤ g ≤ G."""
         channels, anchors, shape = self.config.in_channels, len(self.config.anchors), tuple(hidden_states.shape)
         if len(shape) < 2 or shape[-1] != channels or not 1 <= shape[-2] <= anchors:
             raise ValueError(

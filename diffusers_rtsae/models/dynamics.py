@@ -1,4 +1,4 @@
-"""Linear dynamics of an activation over denoising time: what the next anchor's activation would be anyway."""
+"""The linear predictor of an RTSAE: each anchor's activation, predicted from the activation at the anchor before."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 
 class LinearDynamics(nn.Module):
     """
-    Standardisation and ridge predictors of one site (2605.27813, section 3).
+    Standardisation and linear predictors of one site, fitted by ridge regression (2605.27813, section 3).
 
     With `h_g` the activation at anchor `g`, `x_g = (h_g - mean_g) / scale_g` and `x_{g+1} ≈ A_g x_g`. The residuals
     are `r_0 = x_0`, `r_{g+1} = x_{g+1} - A_g x_g`, each divided by its RMS `residual_scale_g` before the autoencoder.
-    A dictionary on raw activations is the special case `A = 0`.
+    With `A = 0` the dictionary encodes raw activations.
 
     Args:
         num_anchors (`int`): G.
@@ -27,7 +27,7 @@ class LinearDynamics(nn.Module):
         self.register_buffer("residual_scale", torch.ones(num_anchors))
 
     def residuals(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalised residuals of trajectories `(..., g, d)`; `g` may be a prefix of the anchors."""
+        """Normalised residuals of activations `(..., g, d)` at the first g ≤ G anchors, of the same shape."""
         g = hidden_states.shape[-2]
         x = (hidden_states - self.mean[:g]) / self.scale[:g, None]
         predicted = torch.einsum("gij,...gj->...gi", self.transition[: g - 1].float(), x[..., :-1, :])
@@ -36,10 +36,10 @@ class LinearDynamics(nn.Module):
 
     def rollout(self, residuals: torch.Tensor, bias: bool = True) -> torch.Tensor:
         """
-        Activations `(..., G, d)` that normalised residuals `(..., G, d)` add up to; inverse of `residuals`.
+        Activations `(..., G, d)` from normalised residuals `(..., G, d)`: the inverse of `residuals`.
 
         Args:
-            bias (`bool`, defaults to `True`): add the means; without them a direction maps to a direction.
+            bias (`bool`, defaults to `True`): add the means. Use `False` to map directions to directions.
         """
         x = [residuals[..., 0, :] * self.residual_scale[0]]
         for g in range(1, residuals.shape[-2]):
@@ -48,8 +48,8 @@ class LinearDynamics(nn.Module):
         return hidden_states + self.mean if bias else hidden_states
 
     def teacher_forced(self, residuals: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Activations from normalised `residuals` when every prediction starts at the true previous activation; both
-        `(..., g, d)`, where `g` may be a prefix of the anchors."""
+        """Activations `(..., g, d)` from normalised `residuals`, each predicted from the true activation at the anchor
+        before; `residuals` and `hidden_states` are `(..., g, d)` at the first g ≤ G anchors."""
         g = hidden_states.shape[-2]
         error = (residuals - self.residuals(hidden_states)) * self.residual_scale[:g, None] * self.scale[:g, None]
         return hidden_states + error

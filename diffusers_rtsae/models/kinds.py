@@ -1,5 +1,5 @@
-"""The kinds of dictionary there are, and one made from what a file says. To add a kind, write its module and name it
-in `KINDS`."""
+"""The table of the kinds of dictionary, and how a dictionary is made from the configuration and tensors of a file. To
+add a kind, write its module and name its class in `KINDS`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from .sae import SparseAutoencoder
 from .temporal import TemporalSAE
 from .tide import TIDE
 
-#: The kinds that load, by the `_class_name` in their configuration.
+#: The kinds that can be loaded, by the `_class_name` in their configuration.
 KINDS: dict[str, type[SparseDictionary]] = {
     kind.__name__: kind
     for kind in (RTSAE, SparseAutoencoder, TIDE, MixtureSAE, MatchingPursuitSAE, QuantizedSAE, TemporalSAE)
 }
-_MAPPED = ("encoder", "decoder")  # too large to look through: whoever takes rows of these checks them
+_MAPPED = ("encoder", "decoder")  # too large to check as a whole: rows of them are checked when they are read
 
 
 def without_weights(kind: str, config: dict) -> SparseDictionary:
     """
-    A dictionary of the class that `KINDS` has under this name, whose tensors take no memory yet.
+    A dictionary of this kind on the meta device: its tensors have shapes but take no memory.
+
+    Args:
+        kind (`str`): a key of `KINDS`.
+        config (`dict`): the arguments of its class.
 
     Raises:
-        `TypeError`, `ValueError`, `RuntimeError`: the configuration describes no dictionary of that kind.
+        `TypeError`, `ValueError`, `RuntimeError`: the configuration is not valid for this kind.
     """
     with torch.device("meta"):
         return KINDS[kind](**config)
@@ -37,15 +41,15 @@ def with_tensors(
     sae: SparseDictionary, tensors: dict[str, torch.Tensor], source: str, dtype: torch.dtype | None
 ) -> SparseDictionary:
     """
-    Give a dictionary of [`without_weights`] its tensors, as they are, without copying them.
+    Give a dictionary from [`without_weights`] its tensors, without copying them.
 
     Args:
-        tensors (`dict[str, torch.Tensor]`): one for each name in its `state_dict()`.
-        source (`str`): where they are from, for messages.
-        dtype (`torch.dtype`, *optional*): of the matrices; as they are by default.
+        tensors (`dict[str, torch.Tensor]`): one tensor for each name in the `state_dict()` of the dictionary.
+        source (`str`): file that the tensors come from, for error messages.
+        dtype (`torch.dtype`, *optional*): dtype of the matrices; unchanged by default.
 
     Raises:
-        `ValueError`: one of those that are not matrices holds NaN or inf.
+        `ValueError`: a tensor other than `encoder` and `decoder` holds NaN or inf.
     """
     for name, tensor in tensors.items():
         if name not in _MAPPED and not torch.isfinite(tensor).all():

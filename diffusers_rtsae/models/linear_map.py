@@ -1,4 +1,4 @@
-"""A linear map of a label's own: a change of the activation that depends on what is there, in few dimensions."""
+"""A low-rank linear map that a label may have instead of latents: its change depends linearly on the activation."""
 
 from __future__ import annotations
 
@@ -8,59 +8,60 @@ import torch
 
 from .base import Directions, Step, TokenGrid, interpolate, places
 
-_FREQUENCIES = 4  # of the waves in each direction, from none to three half ones across the picture
+_FREQUENCIES = 4  # of the waves along each axis: 0 to 3 half periods across the picture
 PLACES = _FREQUENCIES**2 - 1
 
 
 def waves(size: TokenGrid | tuple[int, int]) -> torch.Tensor:
-    """The place of each token of a grid as products of cosines, `(N, PLACES)`: smooth, so that a map may be used on a
-    grid of another size."""
+    """The position of each token of a grid as products of cosines, `(N, PLACES)`. These are smooth, so a map can be
+    used on grids of other sizes."""
     rows, columns = ((math.pi * at[:, None] * torch.arange(_FREQUENCIES)).cos() for at in places(size).T)
-    return (rows[:, :, None] * columns[:, None]).flatten(1)[:, 1:]  # the first is the same everywhere
+    return (rows[:, :, None] * columns[:, None]).flatten(1)[:, 1:]  # without the constant one
 
 
 class LinearMap:
     """
-    Moves an activation h by Σ_i (reader_i · h + offset_i) direction_i, each interpolated between the anchors: what a
-    low-rank intervention does (ReFT: Wu et al. 2024, 2404.03592; affine steering: Singh et al. 2024, 2402.09631).
-    Unlike latents it reads below zero, and in any direction. It may also read where in the picture a token is.
+    Moves an activation h by Σ_i (reader_i · h + offset_i) direction_i, a low-rank intervention (ReFT: Wu et al. 2024,
+    2404.03592; affine steering: Singh et al. 2024, 2402.09631). Readers, offsets and directions are interpolated
+    between the anchors. Unlike the activation of a latent, the factor of a direction may be negative. It may also
+    depend on the position of the token in the picture.
 
     Args:
-        rows (`torch.Tensor`): `(r, G, 2 d + 1)`, at each anchor reader, offset and direction of each of r dimensions;
-            or `(r, G, 2 d + 1 + PLACES)`, with a reader of `waves` before the direction.
+        rows (`torch.Tensor`): `(r, G, 2 d + 1)`: for each of r dimensions and each anchor the reader, the offset and
+            the direction; or `(r, G, 2 d + 1 + PLACES)`, with a reader of `waves` between offset and direction.
     """
 
     def __init__(self, rows: torch.Tensor):
-        told = 0 if rows.shape[2] % 2 else PLACES  # 2 d + 1 is odd, as PLACES is
-        width = (rows.shape[2] - told) // 2
-        self.readers, offsets, self.places, directions = rows.split([width, 1, told, width], 2)
+        places = 0 if rows.shape[2] % 2 else PLACES  # 2 d + 1 and PLACES are both odd
+        width = (rows.shape[2] - places) // 2
+        self.readers, offsets, self.places, directions = rows.split([width, 1, places, width], 2)
         self.offsets, self.directions = offsets[..., 0], Directions(directions)
         self._waves: dict[TokenGrid | tuple[int, int], torch.Tensor] = {}
 
     @staticmethod
     def shapes(anchors: int, width: int) -> list[tuple[int, int]]:
-        """What may follow the first dimension of `rows`."""
-        return [(anchors, 2 * width + 1 + told) for told in (0, PLACES)]
+        """The shapes that each of the r entries of `rows` may have."""
+        return [(anchors, 2 * width + 1 + places) for places in (0, PLACES)]
 
     @staticmethod
     def rows(
         readers: torch.Tensor, offsets: torch.Tensor, directions: torch.Tensor, places: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What is stored, of readers `(r, G, d)`, offsets `(r, G)`, directions `(r, d)` and, if it reads the place,
-        `(r, G, PLACES)`."""
+        """The `rows` of a map with these readers `(r, G, d)`, offsets `(r, G)`, directions `(r, d)` and, if it depends
+        on the position, readers of it `(r, G, PLACES)`."""
         parts = [readers, offsets[..., None], *(() if places is None else (places,))]
         return torch.cat([*parts, directions[:, None].expand_as(readers)], -1)
 
     def with_directions(self, directions: torch.Tensor) -> torch.Tensor:
-        """Rows of a map that reads the same and moves along others, `(r, d)`."""
+        """The `rows` of a map with the same readers and offsets, and these directions `(r, d)`."""
         return self.rows(self.readers, self.offsets, directions, self.places)
 
     def amounts(self, tokens: torch.Tensor, step: Step) -> torch.Tensor:
         """
-        How far tokens `(B, N, d)` are to move along each direction at a step, `(B, N, r)`.
+        The factor of each direction `(B, N, r)`, for tokens `(B, N, d)` at a step.
 
         Raises:
-            `ValueError`: it reads the place of tokens, and these lie on no grid.
+            `ValueError`: the map depends on the position of tokens, and the step has no token grid.
         """
         read = (self.readers, self.offsets, self.places)
         readers, offsets, of_place = (interpolate(values, step.coordinate, dim=1) for values in read)

@@ -1,4 +1,4 @@
-"""A sparse autoencoder whose latents belong to experts, chosen by the token and by where and when it is."""
+"""A sparse autoencoder with experts: groups of latents, of which a router chooses two for each token."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from .sae import SparseAutoencoder, StepReader
 from .sparsity import jump_relu
 
 METADATA = ("time", "row", "column", "guidance")
-_ROUTED = 2  # experts of a token
-_GUIDANCE = 20.0  # the scale of guidance that counts as the largest
+_ROUTED = 2  # number of experts that the router chooses for a token
+_GUIDANCE = 20.0  # guidance scales above this one count as this one
 
 
 class MixtureSAE(SparseAutoencoder):
     r"""
     A sparse autoencoder of single steps with shared latents and experts, after the metadata-aware mixture of experts
-    of 2509.10919. A router sees the token and metadata, each value as (sin, cos) of half a turn; the pre-activations
-    of the latents of its two best experts are multiplied by their share, those of the others are zero.
+    of 2509.10919. The input of the router is the token and its metadata, each metadata value x as (sin π x, cos π x).
+    The router gives shares to its two best experts. The pre-activations of their latents are multiplied by these
+    shares; the latents of all other experts are zero.
 
     Args:
-        site, in_channels, anchors, num_latents, k, activation: as of [`SparseAutoencoder`].
-        shared_latents (`int`, *optional*): the first of the `num_latents`, which are of no expert; a quarter of them
-            by default. The others are of the experts in turn, as many of each.
-        num_experts (`int`, defaults to 8): how many experts.
-        metadata (`list[str]`): what the router is told of `"time"`, `"row"`, `"column"` and `"guidance"`; what is not
-            known counts as zeros.
+        site, in_channels, anchors, num_latents, k, activation: see [`SparseAutoencoder`].
+        shared_latents (`int`, *optional*): number of latents that belong to no expert, the first ones of the
+            dictionary; a quarter of `num_latents` by default. The experts have equal numbers of the others, in order.
+        num_experts (`int`, defaults to 8): number of experts.
+        metadata (`list[str]`): the inputs of the router, some of `"time"`, `"row"`, `"column"` and `"guidance"`. An
+            unknown value is passed as zeros.
 
     Example:
         ```py
@@ -52,7 +53,9 @@ class MixtureSAE(SparseAutoencoder):
         self, site: str, in_channels: int, anchors: list[int], num_latents: int, k: int, activation: str = "output",
         shared_latents: int | None = None, num_experts: int = 8, metadata: list[str] = METADATA,
     ):  # fmt: skip
-        SparseDictionary.__init__(self, anchors, num_latents, activation)  # its configuration has no `sparsity`
+        SparseDictionary.__init__(
+            self, anchors, num_latents, activation
+        )  # skips that of `SparseAutoencoder`, which has a `sparsity`
         self._allocate(in_channels, anchors, num_latents)
         shared = num_latents // 4 if shared_latents is None else shared_latents
         whole = isinstance(num_experts, int) and isinstance(shared, int)
@@ -69,13 +72,19 @@ class MixtureSAE(SparseAutoencoder):
         nn.init.zeros_(self.noise.weight)
 
     def experts(self, latents: torch.Tensor) -> torch.Tensor:
-        """Which expert each of these latents is of, counted from 1; 0 if it is shared."""
+        """The expert that each of these latents belongs to, counted from 1; 0 for shared latents."""
         each = (self.config.num_latents - self.shared) // self.config.num_experts
         return torch.where(latents < self.shared, 0, 1 + (latents - self.shared).div(each, rounding_mode="floor"))
 
     def metadata(self, step: Step, tokens: int, at: torch.Tensor | None = None) -> torch.Tensor:
-        """What the router is told at a step, `(N or 1, 2 · metadata)`, with the `places` of the step's grid, if they
-        are known already; on their device."""
+        """
+        The metadata inputs of the router at a step, `(N or 1, 2 · metadata)`.
+
+        Args:
+            tokens (`int`): N, the number of tokens.
+            at (`torch.Tensor`, *optional*): the `places` of the step's grid, if they are computed already. The result
+                is on their device.
+        """
         if at is None and step.size is not None:
             at = places(step.size)
         device = None if at is None else at.device
@@ -84,13 +93,14 @@ class MixtureSAE(SparseAutoencoder):
             known["guidance"] = torch.full((1,), float(share_of_guidance(step.guidance)), device=device)
         if at is not None and len(at) == tokens:
             known["row"], known["column"] = at.T
-        return self.told(known)
+        return self.encode_metadata(known)
 
-    def told(self, known: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The same from values between 0 and 1 by name, `(N,)` or `(1,)`; what is missing counts as zeros."""
-        found = {name: cyclic(values) for name, values in known.items()}
-        like = next(iter(found.values()))
-        pairs = [found.get(name, like.new_zeros(1, 2)) for name in self.config.metadata]
+    def encode_metadata(self, known: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The metadata inputs of the router `(N or 1, 2 · metadata)` from values between 0 and 1 by name, `(N,)` or
+        `(1,)`. Missing values become zeros."""
+        encoded = {name: cyclic(values) for name, values in known.items()}
+        like = next(iter(encoded.values()))
+        pairs = [encoded.get(name, like.new_zeros(1, 2)) for name in self.config.metadata]
         length = max([len(pair) for pair in pairs], default=1)
         return torch.cat([like.new_zeros(length, 0), *(pair.expand(length, 2) for pair in pairs)], 1)
 
@@ -98,29 +108,32 @@ class MixtureSAE(SparseAutoencoder):
         self, tokens: torch.Tensor, metadata: torch.Tensor, router: nn.Linear | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        The shares of the experts `(..., 1 + experts)`, the first that of the shared latents.
+        The share of each expert for each token.
 
         Args:
             tokens (`torch.Tensor`): `(..., N, d)`.
-            metadata (`torch.Tensor`): `(N or 1, 2 · metadata)`, or as tokens.
-            router (`nn.Linear`, *optional*): a copy of its own where the tokens are.
+            metadata (`torch.Tensor`): `(N or 1, 2 · metadata)`, or with the leading dimensions of the tokens.
+            router (`nn.Linear`, *optional*): a copy of the router on the device of the tokens.
 
         Returns:
-            the shares, and while training (2509.10919, after 1701.06538) the imbalance of the experts: CV of their
-            importance plus CV of their load, each times 0.01; `None` otherwise, when the router has no noise.
+            the shares `(..., 1 + experts)`, of which the first is that of the shared latents and always 1; and, while
+            training, a loss for the imbalance of the experts: the coefficient of variation (CV) of their importance
+            plus the CV of their load, each times 0.01 (2509.10919, after 1701.06538). The second is `None` otherwise.
+            The router adds noise to its logits while training only.
         """
         metadata = metadata.to(tokens).expand(*tokens.shape[:-1], metadata.shape[-1])
-        seen = torch.cat([tokens, metadata], -1)
+        inputs = torch.cat([tokens, metadata], -1)
         router = router or self.router
-        logits = clean = F.linear(seen, router.weight.to(seen), router.bias.to(seen))
+        logits = clean = F.linear(inputs, router.weight.to(inputs), router.bias.to(inputs))
         imbalance = None
         if self.training:
-            spread = F.softplus(self.noise(seen)) + 1e-2
+            spread = F.softplus(self.noise(inputs)) + 1e-2
             logits = clean + spread * torch.randn_like(clean)
         best = logits.topk(_ROUTED, dim=-1)
         shares = torch.zeros_like(logits).scatter(-1, best.indices, best.values.softmax(-1))
         if self.training:
-            # the chance that new noise would choose an expert again: above the best of the others
+            # the probability that an expert is chosen when its noise is drawn again: its logit must then exceed
+            # the second largest noisy logit of the other experts
             ahead = logits.topk(_ROUTED + 1, dim=-1).values if logits.shape[-1] > _ROUTED else best.values
             chosen = logits >= best.values[..., -1:]
             least = torch.where(chosen, ahead[..., -1:], best.values[..., -1:])
@@ -140,23 +153,23 @@ class MixtureSAE(SparseAutoencoder):
 
 
 def share_of_guidance(scale: float) -> torch.Tensor:
-    """A scale of guidance as a number from 0 to 1."""
+    """A guidance scale as a number from 0 to 1."""
     return torch.tensor(min(scale, _GUIDANCE) / _GUIDANCE)
 
 
 def cyclic(values: torch.Tensor) -> torch.Tensor:
-    """Values from 0 to 1 as (sin, cos) of half a turn, `(n, 2)`."""
+    """Values x from 0 to 1 as (sin π x, cos π x), `(n, 2)`."""
     return torch.stack([(math.pi * values).sin(), (math.pi * values).cos()], -1)
 
 
 def _variation(shares: torch.Tensor) -> torch.Tensor:
-    """The coefficient of variation of the sums over tokens."""
+    """The coefficient of variation, over experts, of their sums over tokens."""
     sums = shares.flatten(0, -2).sum(0)
     return sums.std(correction=0) / sums.mean().clamp(min=1e-9)
 
 
 class RoutedReader(StepReader):
-    """Reads latents of a mixture: their rows, and the router."""
+    """Reads some latents of a mixture from their own rows and the router."""
 
     def __init__(self, sae: MixtureSAE, rows: list[int], device: torch.device):
         super().__init__(sae, rows, device)

@@ -18,9 +18,9 @@ from .sparsity import batch_topk, jump_relu
 
 class RTSAEOutput(NamedTuple):
     """
-    latents (`torch.Tensor`): `(batch, num_latents)`.
-    residuals (`torch.Tensor`): normalised residuals the input had, `(batch, G, d)`.
-    reconstruction (`torch.Tensor`): their reconstruction, `(batch, G, d)`.
+    latents (`torch.Tensor`): sparse codes `(batch, num_latents)`.
+    residuals (`torch.Tensor`): normalised residuals of the input, `(batch, G, d)`.
+    reconstruction (`torch.Tensor`): reconstruction of these residuals, `(batch, G, d)`.
     """
 
     latents: torch.Tensor
@@ -32,10 +32,10 @@ class RTSAE(SparseDictionary):
     r"""
     A sparse dictionary of denoising trajectories at one site of a denoiser.
 
-    The input is a token's activation at G anchor timesteps. A linear predictor explains each anchor from the one
-    before;
-    the autoencoder explains the G residuals with one sparse code per trajectory. While denoising only the residuals up
-    to now are known, so codes are also defined for prefixes.
+    The input is a token's activation at G anchor timesteps. A linear predictor explains the activation at each anchor
+    from the one before. The autoencoder explains the G residuals of these predictions with one sparse code per
+    trajectory. While denoising only the residuals up to the present step are known, so codes are also defined for the
+    beginning of a trajectory, a prefix.
 
     Args:
         site (`str`): path of the module in the denoiser whose activation this is, e.g. `"up_blocks.1.attentions.1"`.
@@ -75,7 +75,7 @@ class RTSAE(SparseDictionary):
         self.encoder_bias = nn.Parameter(torch.zeros(num_latents))
         self.decoder = nn.Parameter(decoder)
         self.decoder_bias = nn.Parameter(torch.zeros(len(anchors), in_channels))
-        self.register_buffer("threshold", torch.zeros(len(anchors)))  # of a prefix that ends at each anchor
+        self.register_buffer("threshold", torch.zeros(len(anchors)))  # for prefixes that end at each anchor
 
     @property
     def spread(self) -> torch.Tensor:
@@ -89,15 +89,14 @@ class RTSAE(SparseDictionary):
         return Directions(paths(latents).detach())
 
     def pre_activations(self, residuals: torch.Tensor) -> torch.Tensor:
-        """Pre-activations `(batch, m)` of normalised residuals `(batch, g, d)`, where g ≤ G anchors are known so
-        far."""
+        """Pre-activations `(batch, m)` from the normalised residuals `(batch, g, d)` at the first g ≤ G anchors."""
         g = residuals.shape[-2]
         centred = (residuals - self.decoder_bias[:g]).flatten(-2)
         return F.linear(centred, self.encoder[:, :g].flatten(1).float(), self.encoder_bias)
 
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
-        Sparse code of (the beginning of) trajectories.
+        Sparse codes of trajectories or of prefixes of them.
 
         Args:
             hidden_states (`torch.Tensor`): activations `(batch, g, d)` at the first g ≤ G anchors.
@@ -113,11 +112,12 @@ class RTSAE(SparseDictionary):
         return iter([self.encode(hidden_states)])
 
     def decode_residuals(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised residuals `(batch, G, d)` of latents `(batch, m)`."""
+        """Reconstruct normalised residuals `(batch, G, d)` from latents `(batch, m)`."""
         return (latents @ self.decoder.flatten(1).float()).unflatten(-1, self.decoder_bias.shape) + self.decoder_bias
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Activations `(batch, G, d)` that latents `(batch, m)` stand for, rolled out over the anchors."""
+        """Reconstruct activations `(batch, G, d)` from latents `(batch, m)`; each anchor is predicted from the
+        reconstruction of the one before."""
         return self.dynamics.rollout(self.decode_residuals(latents))
 
     def reconstruct(self, hidden_states: torch.Tensor, teacher_forced: bool = False) -> torch.Tensor:
@@ -133,15 +133,15 @@ class RTSAE(SparseDictionary):
         Args:
             hidden_states (`torch.Tensor`): whole trajectories `(batch, G, d)`.
             train_k (`int`, *optional*): use BatchTopK with this k instead of the learned threshold.
-            prefix (`int`, *optional*): show the encoder only the first `prefix` anchors.
+            prefix (`int`, *optional*): encode the first `prefix` anchors only.
         """
         residuals = self.dynamics.residuals(hidden_states)
-        shown = residuals[..., :prefix, :]
-        pre_activations = self.pre_activations(shown)
+        known = residuals[..., :prefix, :]
+        pre_activations = self.pre_activations(known)
         if train_k is not None:
             latents = batch_topk(pre_activations, train_k)
         else:
-            latents = jump_relu(pre_activations, self.threshold[shown.shape[-2] - 1])
+            latents = jump_relu(pre_activations, self.threshold[known.shape[-2] - 1])
         return RTSAEOutput(latents, residuals, self.decode_residuals(latents))
 
     def feature_trajectories(self, latents: list[int] | torch.Tensor | None = None) -> torch.Tensor:
@@ -152,31 +152,32 @@ class RTSAE(SparseDictionary):
             latents (`list[int]`, *optional*): which features; all by default.
 
         Returns:
-            `torch.Tensor`: `(features, G, d)`. Means and biases are no part of a direction.
+            `torch.Tensor`: directions without means and biases, `(features, G, d)`.
         """
         decoder = self.decoder if latents is None else self.decoder[latents]
         return self.dynamics.rollout(decoder.float(), bias=False)
 
     def residual_directions(self, latents: list[int] | torch.Tensor | None = None) -> torch.Tensor:
-        """Each anchor's own innovation of a feature in activation space, `(features, G, d)`, not propagated."""
+        """What each anchor alone adds to a feature's direction in activation space, `(features, G, d)`: the residuals,
+        before the linear predictor carries them on."""
         decoder = self.decoder if latents is None else self.decoder[latents]
         return decoder.float() * (self.dynamics.residual_scale * self.dynamics.scale)[:, None]
 
 
-_REACHED = 0.1  # a step this close before an anchor, in units of anchors, stands for it if none is closer
+_REACHED = 0.1  # in units of anchors: a step at most this far before an anchor may be used for it
 
 
 @dataclass
 class Trajectory(Memory):
-    """What a prefix reader remembers of one running generation. The activations at the anchors passed are kept, so
-    that another reader, of other latents, can go on from there."""
+    """What a [`PrefixReader`] remembers of one running generation. It keeps the activations at the anchors passed so
+    far, so that a reader of other latents can continue from there."""
 
-    reader: PrefixReader | None = None  # that `committed` and `pending` are of
+    reader: PrefixReader | None = None  # the reader of the latents in `committed` and `pending`
     committed: torch.Tensor | None = None  # pre-activations from the anchors passed so far
     past: tuple[float, torch.Tensor] | None = None  # coordinate and activation of the last anchor passed
-    pending: tuple[float, float, torch.Tensor] | None = None  # timestep, coordinate, pre-activations
-    continued: torch.Tensor | None = None  # the activation the network really continued with, after any edit
-    anchors: list[tuple[float, torch.Tensor]] = field(default_factory=list)  # the same of all anchors passed
+    pending: tuple[float, float, torch.Tensor] | None = None  # the present step: timestep, coordinate, pre-activations
+    continued: torch.Tensor | None = None  # the activation that the network continued with, after any edit
+    anchors: list[tuple[float, torch.Tensor]] = field(default_factory=list)  # `past` for all anchors passed
     is_waiting: bool = False
 
     def continue_with(self, tokens: torch.Tensor) -> None:
@@ -189,22 +190,23 @@ class Trajectory(Memory):
 
 class PrefixReader(Reader):
     """
-    Reads latents of an RTSAE from what is known so far.
+    Reads latents of an RTSAE from the steps of a generation so far.
 
-    The linear predictor is folded into the encoder rows, so a step costs O(tokens · d · rows) and no full-width
-    product. The code of a step is the sum over the anchors passed so far, plus the innovation since the last of them;
-    a repeated call at one timestep overwrites, and skipped anchors compose. The past is the activation the network
-    continued with.
+    The pre-activation of a latent is the sum of the contributions of the anchors passed so far and of the change
+    since the last of them. The linear predictor is folded into the encoder rows, so a step costs O(tokens · d · rows);
+    the d × d predictor is not applied to the tokens. A second call at the same timestep replaces the first. Where
+    steps skip anchors, the predictors of the skipped intervals are multiplied. Predictions start from the activation
+    that the network continued with, after any edit.
 
     Args:
-        rtsae (`RTSAE`): the dictionary; only the named rows of its matrices are read.
-        rows (`list[int]`): the latents to read.
-        device (`torch.device`): where activations are.
+        rtsae (`RTSAE`): the dictionary; only these rows of its matrices are read.
+        rows (`list[int]`): indices of the latents to read.
+        device (`torch.device`): device of the activations.
     """
 
     def __init__(self, rtsae: RTSAE, rows: list[int], device: torch.device):
         self.rtsae, self.rows, self.device = rtsae, list(rows), device
-        self.encoder = rtsae.encoder_rows(rows)  # where the dictionary is: only products go to the device
+        self.encoder = rtsae.encoder_rows(rows)  # on the dictionary's device: only its products are moved
         self.mean, self.scale = rtsae.dynamics.mean.float().to(device), rtsae.dynamics.scale.float().to(device)
         self.offset = (self.encoder * rtsae.decoder_bias.detach()).sum(-1).to(device)  # (rows, G)
         self.bias = rtsae.encoder_bias[rows].detach().float().to(device)
@@ -212,13 +214,13 @@ class PrefixReader(Reader):
         self._products: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
 
     def prepare(self) -> None:
-        for block in range(len(self.threshold)):  # those of steps that skip anchors follow on demand
+        for block in range(len(self.threshold)):  # products for steps that skip more anchors are made on demand
             for intervals in ((), (block - 1,), (block - 2,), (block - 1, block - 2)):
                 if min(intervals, default=0) >= 0:
                     self._product(block, intervals)
 
     def _product(self, block: int, intervals: tuple[int, ...]) -> torch.Tensor:
-        """Encoder rows of an anchor, carried back over whole intervals between anchors; kept, as they are few."""
+        """Encoder rows of an anchor times the predictors of these intervals. The results are cached."""
         if (block, intervals) not in self._products:
             product = self.encoder[:, block] / self.rtsae.dynamics.residual_scale[block]
             for interval in intervals:
@@ -227,7 +229,8 @@ class PrefixReader(Reader):
         return self._products[block, intervals]
 
     def _carry(self, block: int, start: float, end: float) -> torch.Tensor:
-        """`rows @ Φ(start → end)`: the linear dynamics between two coordinates, part of an interval to first order."""
+        """`rows @ Φ(start → end)`, with Φ the linear dynamics between two coordinates. For a part of the interval
+        between two anchors, Φ is interpolated linearly."""
         terms: dict[tuple[int, ...], float] = {(): 1.0}
         for g in range(len(self.threshold) - 2, -1, -1):
             part = min(end, g + 1) - max(start, g)
@@ -236,16 +239,19 @@ class PrefixReader(Reader):
                 terms = stayed | {(*intervals, g): c * part for intervals, c in terms.items()}
         return sum(c * self._product(block, intervals) for intervals, c in terms.items())
 
-    @torch.inference_mode(False)  # products are kept and may meet autograd later
+    @torch.inference_mode(False)  # cached products may be used with autograd later
     @torch.no_grad()
     def _fold(self, then: float | None, coordinate: float) -> tuple:
         """
-        What a step at `coordinate` needs if the last anchor was passed at `then`: rows for the present activation,
-        rows for the past one (`None` if there is none), a constant, and the threshold.
+        What is needed to read a step at `coordinate`, when the last anchor was passed at coordinate `then`.
+
+        Returns:
+            the rows to multiply the present activation with, those for the past one (`None` if there is none), the
+            constant to add, and the threshold.
         """
         last = len(self.threshold) - 1
         mean, scale = interpolate(self.mean, coordinate), interpolate(self.scale, coordinate)
-        if then is None:  # the first activation is its own innovation
+        if then is None:  # nothing predicts the first activation, so it is its own residual
             now = self._product(0, ()) / scale
             return now, None, -(now @ mean) - self.offset[:, 0], self.threshold[0]
         passed = int(then + _REACHED)
@@ -258,8 +264,8 @@ class PrefixReader(Reader):
         return now, carried, constant, threshold
 
     def _commit(self, memory: Trajectory, now: float) -> None:
-        """Once time moves on to `now`, the step closest to the next anchor becomes the past that later steps are
-        predicted from."""
+        """When time moves on to coordinate `now`: if no later step is closer to the next anchor than the pending one,
+        that step stands for the anchor, and later steps are predicted from it."""
         _, coordinate, pre_activations = memory.pending
         following = 0 if memory.past is None else int(memory.past[0] + _REACHED) + 1
         if coordinate >= following - _REACHED and abs(coordinate - following) <= abs(now - following):
@@ -270,9 +276,10 @@ class PrefixReader(Reader):
         return Trajectory(self)
 
     def _take_over(self, memory: Trajectory) -> None:
-        """Go on with another reader's memory; other latents are read from what the network continued with."""
-        known, memory.reader = memory.reader.rows, self
-        if known == self.rows:
+        """Continue with the memory of another reader: compute the pre-activations of this reader's latents from the
+        activations kept there."""
+        previous, memory.reader = memory.reader.rows, self
+        if previous == self.rows:
             return
         memory.past = memory.committed = None
         for coordinate, tokens in memory.anchors:
@@ -280,11 +287,11 @@ class PrefixReader(Reader):
             memory.past = (coordinate, tokens)
         if memory.pending is not None:
             timestep, coordinate, _ = memory.pending
-            read, _ = self._pre_activations(memory, memory.continued, coordinate)
-            memory.pending = timestep, coordinate, read.detach()
+            pre_activations, _ = self._pre_activations(memory, memory.continued, coordinate)
+            memory.pending = timestep, coordinate, pre_activations.detach()
 
     def _pre_activations(self, memory: Trajectory, tokens: torch.Tensor, coordinate: float) -> tuple:
-        """Of this step's code, with the threshold above which they are active."""
+        """The pre-activations at this step `(B, N, rows)`, and the threshold above which latents are active."""
         last = len(self.threshold) - 1
         committed = self.bias if memory.committed is None else memory.committed
         if memory.past is not None and memory.past[0] + _REACHED >= last:
@@ -299,7 +306,9 @@ class PrefixReader(Reader):
         timestep, coordinate = step[:2]
         if memory.reader is not self:
             self._take_over(memory)
-        still_first = memory.past is None and coordinate == 0  # steps before the first anchor stand for it in turn
+        still_first = (
+            memory.past is None and coordinate == 0
+        )  # each step before the first anchor replaces the one before
         if memory.pending is not None and memory.pending[0] != timestep and not still_first:
             self._commit(memory, coordinate)
         pre_activations, threshold = self._pre_activations(memory, tokens, coordinate)

@@ -1,4 +1,4 @@
-"""The static sparse autoencoder: one code for each step, with the same latents and directions at all of them."""
+"""The static sparse autoencoder: one code per step, with the same latents and directions at all steps."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from .sparsity import groupmax, jump_relu, picture_topk, topk
 
 SPARSITIES = ("threshold", "topk", "batch_topk", "sample_topk", "groupmax")
 INPUT_NORMS = (None, "layer", "length")
-_PIECE = 2**24  # pre-activations held at once where all latents must be known
+_PIECE = 2**24  # pre-activations in memory at once, when all latents are computed
 
 
 class SparseAutoencoder(SparseDictionary):
     r"""
-    A sparse autoencoder of the activation at one site, whatever the step of denoising.
+    A sparse autoencoder of the activation at one site, the same for all steps of denoising.
 
-    z = S(W_enc (x − b_dec) + b_enc) and x̂ = W_decᵀ z + b_dec, with S the rectifier above a threshold of each latent
-    (JumpReLU, 2407.14435; a ReLU at threshold 0; a gated one, 2404.16014; BatchTopK, 2412.06410, once it is trained),
-    or the k largest of each token (TopK, 2406.04093). With `activation="input"` it is a transcoder: x is the site's
-    input and x̂ stands for its output; with a `skip` connection (2501.18823), x̂ has another linear part, W_skip x,
-    which no latent takes part in.
+    z = S(W_enc (x − b_dec) + b_enc) and x̂ = W_decᵀ z + b_dec. S keeps what exceeds a threshold per latent (JumpReLU,
+    2407.14435; this includes a ReLU, with threshold 0, and gated, 2404.16014, and BatchTopK autoencoders, 2412.06410,
+    after training), or the k largest of each token (TopK, 2406.04093). With `activation="input"` it is a transcoder:
+    x is the site's input and x̂ an estimate of its output. With a `skip` connection (2501.18823), x̂ has a second
+    linear part, W_skip x, in which no latent takes part.
 
     Args:
         site (`str`): path of the module in the denoiser whose activation this is, e.g. `"up_blocks.1.attentions.1"`.
         in_channels (`int`): d, the width of the site.
-        anchors (`list[int]`): training timesteps, descending, that it was trained at.
+        anchors (`list[int]`): the timesteps it was trained at, in training units, descending.
         num_latents (`int`): m, the size of the dictionary.
-        k (`int`): latents active on a token at a step: on average, or exactly.
+        k (`int`): number of latents active on a token at a step, exactly or on average, as `sparsity` says.
         activation (`str`, defaults to `"output"`): what is read at the site, its `"output"`, its `"update"`
             (output − input) or its `"input"`.
-        sparsity (`str`, defaults to `"threshold"`): a latent is active above its own `"threshold"`, so that it is
-            decidable alone; or if it is among the k largest of its token, `"topk"`, the k · N largest of the N tokens
-            of its picture, `"batch_topk"`, or the k largest of the picture, `"sample_topk"`: an edit that must read
-            one latent then computes all m of them, m · d multiplications a token and step. With `"groupmax"` the
-            latents are k groups in a row, and of each the largest is active.
-        centred (`bool`, defaults to `True`): whether b_dec is taken from x before it is encoded.
-        input_norm (`str`, *optional*): x is each token without its mean and over its standard deviation, `"layer"`,
-            or over its root mean square, `"length"`.
-        undone (`bool`, defaults to `True`): whether x̂ is brought back from that.
+        sparsity (`str`, defaults to `"threshold"`): which latents are active. With `"threshold"` those above a
+            threshold of their own, so that each can be computed alone. Otherwise the k largest of the token,
+            `"topk"`; the k · N largest of the N tokens of the picture, `"batch_topk"`; the k largest of the picture,
+            `"sample_topk"`; or the largest of each of k groups of neighbouring latents, `"groupmax"`. For these an
+            edit that reads one latent has to compute all m of them: m · d multiplications per token and step.
+        centred (`bool`, defaults to `True`): whether b_dec is subtracted from x before encoding.
+        input_norm (`str`, *optional*): normalisation of each token: `"layer"` subtracts its mean and divides by its
+            standard deviation, `"length"` divides by its root mean square.
+        undone (`bool`, defaults to `True`): whether the normalisation is inverted on x̂.
         skip (`bool`, defaults to `False`): whether it has a skip connection.
 
     Example:
@@ -89,7 +89,7 @@ class SparseAutoencoder(SparseDictionary):
         self.decoder = nn.Parameter(decoder)
         self.decoder_bias = nn.Parameter(torch.zeros(in_channels))
         self.register_buffer("threshold", torch.zeros(num_latents))
-        self.register_buffer("scale", torch.ones(len(anchors)))  # of the activation at each anchor
+        self.register_buffer("scale", torch.ones(len(anchors)))  # spread of the activation at each anchor
 
     @property
     def spread(self) -> torch.Tensor:
@@ -97,7 +97,7 @@ class SparseAutoencoder(SparseDictionary):
 
     @property
     def centre(self) -> torch.Tensor:
-        """What the encoder's input is centred at, `(d,)`."""
+        """What is subtracted from the encoder's input, `(d,)`."""
         return self.decoder_bias if self.config.get("centred", True) else torch.zeros_like(self.decoder_bias)
 
     def normalize(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
@@ -109,7 +109,7 @@ class SparseAutoencoder(SparseDictionary):
             return tokens / size.clamp(min=1e-20)
         return (tokens - tokens.mean(-1, keepdim=True)) / (size + 1e-5)
 
-    def normalizer_on(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
+    def normalizer(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
         """`normalize` for many steps on a device, with all that it needs there."""
         return self.normalize
 
@@ -138,7 +138,7 @@ class SparseAutoencoder(SparseDictionary):
     def shares_picture(self) -> bool:
         return self.config.get("sparsity") in ("batch_topk", "sample_topk")
 
-    def kept(self, tokens: int) -> int:
+    def active_in_picture(self, tokens: int) -> int:
         """How many latents are active in a picture of so many tokens, with the sparsity of pictures."""
         return self.config.k * (tokens if self.config.sparsity == "batch_topk" else 1)
 
@@ -156,7 +156,7 @@ class SparseAutoencoder(SparseDictionary):
             return topk(pre_activations, self.config.k)
         if self.config.sparsity == "groupmax":
             return groupmax(pre_activations, self.config.k)
-        return picture_topk(pre_activations, self.kept(tokens.shape[-2]))
+        return picture_topk(pre_activations, self.active_in_picture(tokens.shape[-2]))
 
     def decode_step(self, latents: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Activations `(..., d)` at a timestep that latents `(..., m)` stand for, on these tokens where an
@@ -177,17 +177,17 @@ class SparseAutoencoder(SparseDictionary):
 
 
 def _rows(sae: SparseAutoencoder, rows: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encoder rows and what is added to their products with an activation."""
+    """Encoder rows, and the bias to add to their products with an activation."""
     encoder = sae.encoder_rows(rows)
     bias = sae.encoder_bias[rows].detach() - encoder @ sae.centre.detach()
     return encoder.to(device), bias.to(device)
 
 
 class StepReader(Reader):
-    """Reads latents that are each decidable alone: O(tokens · d · rows), and no other row."""
+    """Reads latents with a threshold of their own, from their own rows alone: O(tokens · d · rows)."""
 
     def __init__(self, sae: SparseAutoencoder, rows: list[int], device: torch.device):
-        self.sae, self.normalize = sae, sae.normalizer_on(device)
+        self.sae, self.normalize = sae, sae.normalizer(device)
         self.encoder, self.bias = _rows(sae, rows, device)
         self.threshold = sae.threshold[rows].to(device)
 
@@ -201,10 +201,10 @@ class StepReader(Reader):
 
 
 class TopKReader(Reader):
-    """Reads latents of which the k largest of a token are active, so that all must be known: O(tokens · d · m)."""
+    """Reads latents of which the k largest of each token are active. It computes all m: O(tokens · d · m)."""
 
     def __init__(self, sae: SparseAutoencoder, rows: list[int], device: torch.device):
-        self.sae, self.normalize = sae, sae.normalizer_on(device)
+        self.sae, self.normalize = sae, sae.normalizer(device)
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.encoder, self.bias = _rows(sae, list(range(sae.config.num_latents)), device)
         self.computes = len(self.encoder)
@@ -218,15 +218,15 @@ class TopKReader(Reader):
         normalized, latents = self.normalize(tokens.float(), step.timestep).flatten(0, -2), []
         for pre_activations in self._pieces(normalized):
             least = pre_activations.topk(self.sae.config.k, dim=1).values[:, -1:]
-            latents.append(_from(pre_activations[:, self.rows], least))
+            latents.append(_at_least(pre_activations[:, self.rows], least))
         return torch.cat(latents).unflatten(0, tokens.shape[:-1])
 
 
 class PictureReader(TopKReader):
-    """Reads latents of which as many as the tokens of a picture share are active."""
+    """Reads latents of which a fixed number are active in each picture, see `active_in_picture`."""
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        normalized, count = self.normalize(tokens.float(), step.timestep), self.sae.kept(tokens.shape[-2])
+        normalized, count = self.normalize(tokens.float(), step.timestep), self.sae.active_in_picture(tokens.shape[-2])
         return torch.stack([self._picture(picture, count) for picture in normalized])
 
     def _picture(self, picture: torch.Tensor, count: int) -> torch.Tensor:
@@ -235,14 +235,14 @@ class PictureReader(TopKReader):
             candidates = torch.cat([largest, pre_activations.flatten()])
             largest = candidates.topk(min(count, len(candidates))).values
             read.append(pre_activations[:, self.rows])
-        return _from(torch.cat(read), largest[-1])
+        return _at_least(torch.cat(read), largest[-1])
 
 
 class GroupReader(Reader):
     """Reads latents of which the largest of each group is active: O(tokens · d · rows of these groups)."""
 
     def __init__(self, sae: SparseAutoencoder, rows: list[int], device: torch.device):
-        self.normalize, size = sae.normalizer_on(device), sae.config.num_latents // sae.config.k
+        self.normalize, size = sae.normalizer(device), sae.config.num_latents // sae.config.k
         groups = sorted({row // size for row in rows})
         members = [group * size + place for group in groups for place in range(size)]
         self.encoder, self.bias = _rows(sae, members, device)

@@ -1,19 +1,18 @@
-"""Sparsity functions: how pre-activations become latents."""
+"""The functions that turn pre-activations into sparse latents."""
 
 import torch
 
 
 def batch_topk(pre_activations: torch.Tensor, k: int) -> torch.Tensor:
     """
-    Keep the `k * rows` largest positive pre-activations of the batch, so that rows share a budget (BatchTopK,
-    2412.06410).
+    Keep the `k * rows` largest positive pre-activations of the whole batch (BatchTopK, 2412.06410).
 
     Args:
         pre_activations (`torch.Tensor`): `(rows, latents)`.
         k (`int`): latents kept per row, on average.
 
     Returns:
-        `torch.Tensor`: `(rows, latents)`, zero where not kept.
+        `torch.Tensor`: latents `(rows, latents)`; all others are zero.
     """
     positive = pre_activations.relu()
     kept = min(k * positive.shape[0], positive.numel())
@@ -22,13 +21,13 @@ def batch_topk(pre_activations: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def topk(pre_activations: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the `k` largest pre-activations of each row, as far as they are positive (TopK, 2406.04093)."""
+    """Keep the `k` largest pre-activations of each row, without those below zero (TopK, 2406.04093)."""
     values, indices = pre_activations.topk(k, dim=-1)
     return torch.zeros_like(pre_activations).scatter(-1, indices, values.relu())
 
 
 def picture_topk(pre_activations: torch.Tensor, count: int) -> torch.Tensor:
-    """Keep the `count` largest of each picture's pre-activations `(..., tokens, latents)`, as far as they are positive
+    """Keep the `count` largest pre-activations of each picture `(..., tokens, latents)`, without those below zero
     (BatchTopK, 2412.06410, within a picture)."""
     positive = pre_activations.relu().flatten(-2)
     values, indices = positive.topk(min(count, positive.shape[-1]), dim=-1)
@@ -44,5 +43,5 @@ def groupmax(pre_activations: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def jump_relu(pre_activations: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
-    """Keep what exceeds `threshold`, zero the rest; a tie with the threshold is off (JumpReLU, 2407.14435)."""
+    """Keep positive pre-activations above `threshold`; one equal to it becomes zero (JumpReLU, 2407.14435)."""
     return torch.where(pre_activations > threshold, pre_activations, 0.0).relu()

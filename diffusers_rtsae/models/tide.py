@@ -16,16 +16,17 @@ from .sae import SparseAutoencoder
 
 class TIDE(SparseAutoencoder):
     r"""
-    A sparse autoencoder shared by all steps that is told the timestep (2503.07050): it sees x (1 + scale(t)) +
-    shift(t), and what it decodes is brought back. Scale and shift come from a small MLP on the sinusoidal embedding of
-    the timestep, whose last layer is zero to begin with.
+    A sparse autoencoder that is the same for all steps but for a modulation of its input by the timestep (2503.07050).
+    It encodes x (1 + scale(t)) + shift(t), and inverts the modulation on what it decodes. Scale and shift come from a
+    small MLP on the sinusoidal embedding of the timestep; its last layer starts at zero.
 
     Args:
-        site, in_channels, anchors, num_latents, k, activation, sparsity, centred, input_norm, undone, skip: as of
-            [`SparseAutoencoder`]; `undone` is about the modulation too.
-        time_channels (`int`, defaults to 256): of the embedding and of the MLP.
-        time_scale (`float`, defaults to 1.0): of the timestep that is embedded, from 1000 at pure noise to 0 at 1.0.
-        flip_sin_to_cos, downscale_freq_shift: of the embedding, as diffusers' `get_timestep_embedding` takes them.
+        site, in_channels, anchors, num_latents, k, activation, sparsity, centred, input_norm, undone, skip: see
+            [`SparseAutoencoder`]; `undone` holds for the modulation too.
+        time_channels (`int`, defaults to 256): width of the embedding and of the MLP.
+        time_scale (`float`, defaults to 1.0): factor of the timestep before it is embedded; at 1.0 the embedded
+            timestep goes from 1000 at pure noise to 0 at the image.
+        flip_sin_to_cos, downscale_freq_shift: arguments of diffusers' `get_timestep_embedding`.
 
     Example:
         ```py
@@ -66,7 +67,7 @@ class TIDE(SparseAutoencoder):
         nn.init.zeros_(self.modulation.bias)
 
     def modulate(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """1 + scale and shift `(timesteps, d)`."""
+        """1 + scale and shift at these timesteps, each `(timesteps, d)`."""
         c = self.config
         embedding = get_timestep_embedding(
             timesteps * c.time_scale, c.time_channels, c.flip_sin_to_cos, c.downscale_freq_shift
@@ -79,10 +80,10 @@ class TIDE(SparseAutoencoder):
         return factor[0].to(device), shift[0].to(device)
 
     def on(self, device: torch.device) -> TIDE:
-        """The same modulation with its weights on a device."""
+        """This dictionary with the weights of its modulation on a device; all other tensors are shared."""
         if self.modulation.weight.device == device:
             return self
-        moved = copy.copy(self)  # shares all but what modulates
+        moved = copy.copy(self)
         moved._modules = {
             name: copy.deepcopy(part).to(device) if name in ("time_mlp", "modulation") else part
             for name, part in self._modules.items()
@@ -94,7 +95,7 @@ class TIDE(SparseAutoencoder):
         return super().normalize(tokens, timestep) * factor + shift
 
     @torch.no_grad()
-    def normalizer_on(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
+    def normalizer(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
         return self.on(device).normalize
 
     def denormalize(self, decoded: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
@@ -109,7 +110,7 @@ class TIDE(SparseAutoencoder):
 
 
 class _ModulatedDirections(Directions):
-    """Directions `(latents, 1, d)` in the modulated activation."""
+    """Directions in the modulated space of the encoder, `(latents, 1, d)`; the modulation is inverted at each step."""
 
     def __init__(self, paths: torch.Tensor, tide: TIDE):
         super().__init__(paths)

@@ -1,3 +1,5 @@
+"""Steering: the edits that are asked for, whose edits act on a denoiser call, and what they add to an activation."""
+
 from .controller import Adapter, Controller, SiteEdit, check_width
 from .edits import Edit, as_mask, as_strength, numbers
 from .fold import Fold, fold_edits, read_by, total

@@ -1,4 +1,4 @@
-"""What the user asked for: one `Edit` per feature and site, checked on construction."""
+"""`Edit`: what the user asked for at one site. Its arguments are checked on construction."""
 
 from __future__ import annotations
 
@@ -34,39 +34,45 @@ class Edit:
     A change of some latents of one site's dictionary.
 
     Args:
-        latents (`tuple[int, ...]`): rows of the dictionary that move together.
-        weights (`tuple[float, ...]`): how much each moves, in units of its own typical full activation.
-        strength: how far; 1.0 is the typical full activation (99th percentile on the training data). A number; a
-            tuple of one per prompt; a schedule over denoising, as a tensor `(steps,)` or `(steps, prompts)` spread
-            evenly from pure noise to the image, or as a function of the progress from 0 to 1.
-        operation (`str`): with z the present activation, s the strength and u the typical one,
+        latents (`tuple[int, ...]`): indices of the latents that move together.
+        weights (`tuple[float, ...]`): how far each latent moves at strength 1, in units of its typical activation (the
+            99th percentile on the training data).
+        strength: how far the latents move; 1.0 is the typical full activation. A number; a tuple with one number per
+            prompt; or a schedule over denoising: a tensor `(steps,)` or `(steps, prompts)` that is spread evenly from
+            pure noise to the image, or a function of the progress from 0 to 1.
+        operation (`str`): what becomes of an activation z, with the strength s and u, the typical activation times
+            the weight:
 
             - `"add"`: z + s u
             - `"set"`: s u
             - `"scale"`: s z
             - `"clamp"`: at most s u
-            - `"ablate"`, `"ablate_to_mean"`: the share s (times the weight) of the way to 0, or the share s of that to
-              the mean over the training data
-            - `"transfer"`: the share s of what `source` has of its own typical activation, taken from there
-            - `"replace"`: s u on tokens on which `source` is active, and `source` to 0 there
-        source (`tuple[int, ...]`, *optional*): rows that `transfer` and `replace` take from.
-        where (`tuple[int, ...]`, *optional*): only tokens on which one of these latents is active.
-        mask (`torch.Tensor`, *optional*): `(1 or prompts, height, width)` in [0, 1], multiplies the change, of a video
-            in every frame; or for each frame, `(frames, height, width)` or `(1 or prompts, frames, height, width)`.
-        start, end (`float`): the part of denoising time, 0 at pure noise and 1 at the image, in which it acts.
-        apply_to (`str`): `"cond"`, the text-conditional half; `"all"`; or `"contrast"`, + on it and − on the other
-            half.
-        injection (`str`): `"trajectory"` moves to where the activation would be were the feature active all along;
-            `"residual"` adds only this step's innovation.
-        clip (`bool`): keep edited activations inside the range of the training data.
-        renormalise (`bool`): afterwards scale each token that the edits of this dictionary changed at the site back to
-            the length it had.
-        map (`torch.Tensor`, *optional*): rows of a [`LinearMap`], instead of latents; unclipped.
-        bounds (`tuple[float, float]`, *optional*): strengths are kept inside. What a fitted label is made of answers
-            one strength each in its own range.
+            - `"ablate"`: moves the share s (times the weight) of the way to 0
+            - `"ablate_to_mean"`: moves the share s of the way to the latent's mean on the training data
+            - `"transfer"`: z + l s u, where l is the activation of `source` in units of its typical one; the share s
+              of `source` is removed
+            - `"replace"`: s u on tokens on which `source` is active; there `source` becomes 0
+        source (`tuple[int, ...]`, *optional*): indices of the latents that `transfer` and `replace` take from.
+        where (`tuple[int, ...]`, *optional*): change only tokens on which one of these latents is active.
+        mask (`torch.Tensor`, *optional*): factors in [0, 1] of the change: `(1 or prompts, height, width)`, the same
+            in every frame of a video; or for each frame, `(frames, height, width)` or
+            `(1 or prompts, frames, height, width)`.
+        start, end (`float`): the part of denoising in which the edit acts, from 0 at pure noise to 1 at the image.
+        apply_to (`str`): the guidance branches that are changed: `"cond"`, the conditional one; `"all"`; or
+            `"contrast"`, which adds the change to the conditional branch and subtracts it from the unconditional one.
+        injection (`str`): `"trajectory"` adds the whole change that the activation would have if the feature had been
+            active from the first anchor on; `"residual"` adds only the part of it that belongs to this step.
+        clip (`bool`): keep the edited activations of latents in the range of the training data.
+        renormalise (`bool`): afterwards scale each changed token back to the length that it had before the edits of
+            this dictionary at the site.
+        map (`torch.Tensor`, *optional*): rows of a [`LinearMap`] to apply instead of moving latents; needs
+            `clip=False`.
+        bounds (`tuple[float, float]`, *optional*): range that strengths are clamped to. A fitted label may have
+            several parts, such as one for strengths below and one for those above zero; each part responds within its
+            bounds only.
 
     Raises:
-        `ValueError`: if anything is out of its range; the message says what was expected.
+        `ValueError`: an argument is invalid; the message says what was expected.
     """
 
     latents: tuple[int, ...]
@@ -109,7 +115,7 @@ class Edit:
                 else f"`source` is for {takers}, not for {self.operation!r}."
             )
         if self.map is not None and (self.latents or self.operation != "add" or self.clip):
-            raise ValueError("A map adds, unclipped, and to no latents.")
+            raise ValueError("An edit with a `map` takes no latents, and needs operation='add' and clip=False.")
         if self.where == () or self.source == ():
             raise ValueError(
                 f"`{'where' if self.where == () else 'source'}` names no latent of this site, so the edit would act "
@@ -120,7 +126,7 @@ class Edit:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the edit changes nothing at all."""
+        """Whether the edit changes nothing, whatever the activation."""
         neutral = OPERATIONS[self.operation].neutral
         if callable(self.strength) or neutral is None:
             return False
@@ -132,21 +138,21 @@ class Edit:
 
     @property
     def moved(self) -> list[int]:
-        """Rows whose activation changes."""
+        """Indices of the latents whose activation changes."""
         return [*self.latents, *(self.source or ())]
 
     @property
     def reads_moved(self) -> bool:
-        """Whether the change depends on the present activation of what moves."""
+        """Whether the change depends on the present activation of the latents in `moved`."""
         return OPERATIONS[self.operation].reads or self.clip
 
     @property
     def read(self) -> list[int]:
-        """Rows whose present activation must be known."""
+        """Indices of the latents whose present activation the edit depends on."""
         return [*(self.moved if self.reads_moved else ()), *(self.where or ())]
 
     def scaled(self, weight: float) -> Edit:
-        """The same with the strength of what it adds multiplied."""
+        """This edit with its strength multiplied, if it adds or has `bounds`; all other edits are unchanged."""
         if weight == 1.0 or self.operation != "add" and self.bounds is None:
             return self
         strength = self.strength
@@ -156,12 +162,12 @@ class Edit:
         return replace(self, strength=tuple(s * weight for s in strength) if many else strength * weight)
 
     def acts_at(self, timestep: float) -> bool:
-        """Whether the edit's window contains `timestep`; windows are in training time, so all samplers agree on
-        them."""
+        """Whether `timestep` is between `start` and `end`. The timestep is in training units, so this is the same for
+        all samplers."""
         return self.start * 1000 <= 1000 - timestep <= self.end * 1000
 
     def strength_at(self, timestep: float) -> tuple[float, ...]:
-        """One strength, or one per prompt, at a training timestep."""
+        """The strength at a timestep in training units: one number, or one per prompt."""
         progress = min(max(1 - timestep / 1000, 0.0), 1.0)
         if torch.is_tensor(self.strength):
             place = progress * (len(self.strength) - 1)
@@ -189,27 +195,28 @@ class _ScaledSchedule:
 
 
 def numbers(values) -> list:
-    """The numbers in a number, a list, a tuple, an array or a tensor."""
+    """A number, list, tuple, array or tensor as a list of numbers."""
     if isinstance(values, np.ndarray | torch.Tensor):
         return values.reshape(-1).tolist()
     return list(values) if isinstance(values, list | tuple) else [values]
 
 
 def as_strength(strength) -> Strength:
-    """A strength as an [`Edit`] takes it: a list as a tuple, an array as a tensor, and of one number the number."""
+    """A strength in the form that an [`Edit`] takes: lists become tuples, arrays tensors, and 0-d arrays numbers."""
     if isinstance(strength, list):
         return tuple(strength)
     if isinstance(strength, np.ndarray | torch.Tensor) and strength.ndim == 0:
         return strength.item()
     if isinstance(strength, np.ndarray | torch.Tensor):
-        return torch.as_tensor(strength).cpu()  # looked at on the host, at each step
+        return torch.as_tensor(strength).cpu()  # on the CPU, as it is read there at each step
     return strength
 
 
 def as_mask(mask) -> torch.Tensor | None:
     """
-    A PIL image, array or tensor as `(1 or n, height, width)`, or `(1 or n, frames, height, width)`, float in [0, 1].
-    An array `(height, width, 1 or 3)` is a picture, as is one of bytes that are not all 0 or 1.
+    A mask from a PIL image, array or tensor: float in [0, 1], `(1 or n, height, width)` or
+    `(1 or n, frames, height, width)`. An array `(height, width, 1 or 3)` is taken as a picture. An array of bytes is
+    divided by 255, unless it holds only 0 and 1.
     """
     if mask is None:
         return None

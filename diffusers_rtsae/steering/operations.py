@@ -1,4 +1,4 @@
-"""What an edit may do to latents: one entry each. Everything that must know operations asks this table."""
+"""The operations of edits on latents: one entry of a table each. All code that depends on the operation asks it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import torch
 @dataclass(frozen=True)
 class Latents:
     """
-    What an operation is computed from, for the latents that are edited (c columns) and those of its source.
+    The inputs of an operation: one column for each of the c edited latents, and one for each latent of the source.
 
     Args:
-        strength (`torch.Tensor`): s, `(B, 1, c)`.
-        full (`torch.Tensor`): s u, with u the typical activation times the weight, `(B, 1, c)`.
-        weights, mean (`torch.Tensor`): of each column, and its mean over the training data, `(c,)`.
-        now (`torch.Tensor`, *optional*): z, the present activations, `(B, N, c)`; `None` where nothing is read.
-        taken (`torch.Tensor`, *optional*): those of the source, `(B, N, sources)`.
-        level (`torch.Tensor`, *optional*): of the source, 1 where it has its typical activation, `(B, N, 1)`.
-        share (`torch.Tensor`, *optional*): the strength of the source's columns, `(B, 1, sources)`.
+        strength (`torch.Tensor`): strengths s, `(B, 1, c)`.
+        full (`torch.Tensor`): s u, with u the typical activation of the latent times its weight, `(B, 1, c)`.
+        weights (`torch.Tensor`): weights of the latents in their edits, `(c,)`.
+        mean (`torch.Tensor`): mean activations of the latents on the training data, `(c,)`.
+        now (`torch.Tensor`, *optional*): present activations z of the latents, `(B, N, c)`; `None` if no latent is
+            read.
+        taken (`torch.Tensor`, *optional*): present activations of the source's latents, `(B, N, sources)`.
+        level (`torch.Tensor`, *optional*): present activation of the source, in units of its typical one, `(B, N, 1)`.
+        share (`torch.Tensor`, *optional*): strengths for the source's latents, `(B, 1, sources)`.
     """
 
     strength: torch.Tensor
@@ -36,12 +38,14 @@ class Latents:
 @dataclass(frozen=True)
 class Operation:
     """
+    One operation.
+
     Args:
-        change (`Callable[[Latents], torch.Tensor]`): by how much latents change before clipping, `(B, N or 1, c)`;
-            with a source followed by that of its latents.
+        change (`Callable[[Latents], torch.Tensor]`): the change of each latent's activation before clipping,
+            `(B, N or 1, c)`; an operation with a source appends the changes of the source's latents.
         neutral (`float`, *optional*): the strength that changes nothing; `None` if there is none.
-        reads (`bool`): it depends on the present activations even where nothing is clipped.
-        takes (`bool`): it needs a source.
+        reads (`bool`): whether the change depends on the present activations, even without clipping.
+        takes (`bool`): whether the operation needs a source.
     """
 
     change: Callable[[Latents], torch.Tensor]
@@ -58,7 +62,7 @@ def _replace(z: Latents) -> torch.Tensor:
     return torch.cat([(z.level > 0).to(z.now.dtype) * (z.full - z.now), -z.taken], -1)
 
 
-#: Name of an operation → what it does; [`Edit`] says it in words.
+#: The operations by name; [`Edit`] describes them in words.
 OPERATIONS: dict[str, Operation] = {
     "add": Operation(lambda z: z.full, neutral=0.0, reads=False),
     "set": Operation(lambda z: z.full - z.now),

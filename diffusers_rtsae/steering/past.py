@@ -1,11 +1,11 @@
 """
-Reading from the middle: what a trajectory would have been before its first step.
+Generations that begin in the middle of denoising: the activations at the anchors before their first step.
 
-Image-to-image, inpainting and refiners begin in the middle of denoising, where the code of an RTSAE, which is that of
-a whole trajectory, lacks its first anchors. The denoiser is asked then. The picture that is given, or else the
-denoiser's own prediction at the first step, says of what picture and what noise the first latents are made; mixed for
-an earlier anchor and shown to the denoiser they give the activations there. That is one call for each anchor that was
-missed, and one for the prediction, once in a generation.
+An RTSAE reads whole trajectories, but image-to-image, inpainting and refiners skip the first anchors. The activations
+there are computed by calling the denoiser. First the noisy latents of the first step are split into a picture and
+noise: with the picture that the pipeline was given, or else with the denoiser's own prediction. Then picture and noise
+are mixed for each missed anchor, and the denoiser is called with the mixture. This costs one call per missed anchor,
+and one for the prediction, once in a generation.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from .plan import SitePlan
 if TYPE_CHECKING:
     from .controller import _Run
 
-_NEAR = 0.1  # anchors; a first step this close to an anchor stands for it, as it does for the reader
+_NEAR = 0.1  # in units of anchors: a first step at most this far after an anchor stands for it, as in `PrefixReader`
 
 
 def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
     """
-    Have the memories of a generation know the anchors before its first step.
+    Fill the memories of a generation with the activations at the anchors before its first step, if it needs them.
 
     Args:
-        run: what is remembered of the generation, with the plans that act.
-        arguments (`Arguments`): of this call, the first one.
-        tap (`Tap`): that tells of it.
+        run: what the controller remembers of the generation, with the plans that act.
+        call (`Call`): the present call, which is the first one of the generation.
+        arguments (`Arguments`): the arguments of this call.
+        tap (`Tap`): the controller's tap on the denoiser.
     """
     late = []
     for plans in run.plans.values() if call.caller is not None else ():
@@ -48,7 +49,7 @@ def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
     past = _Past(call, [plan.sae.config.site for plan, *_ in late])
     try:
         for anchor, noisy in _earlier(call, arguments, tap, anchors, past):
-            past.show(arguments, noisy)
+            past.run(arguments, noisy)
             for plan, state, part, missed in late:
                 if anchor in missed:
                     tokens, size = past.tokens(plan, call, part)
@@ -56,13 +57,14 @@ def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
     except _Unknown as reason:
         warnings.warn(
             f"This generation begins at t = {call.timestep:.0f}, after the anchors {anchors} of its dictionary, and "
-            f"what was there is not known as {reason}: latents are read as if the first step were the first anchor.",
+            f"the activations there cannot be computed, as {reason}: latents are read as if the first step were the "
+            "first anchor.",
             stacklevel=2,
         )
 
 
 def _is_late(call: Call) -> bool:
-    """Whether a call is after the beginning of its sampler's schedule; few steps from pure noise are not."""
+    """Whether a call is later than its sampler's first timestep; with few steps, that too may be after an anchor."""
     scheduler = getattr(call.pipeline, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or not len(timesteps):
@@ -71,20 +73,20 @@ def _is_late(call: Call) -> bool:
 
 
 class _Unknown(Exception):
-    """Why the past cannot be made up."""
+    """Why the activations before the first step cannot be computed."""
 
 
 def _missed(plan: SitePlan, grid, timestep: float) -> list[int]:
-    """Anchors of a dictionary before a first step."""
+    """The anchors of a dictionary that are before a first step."""
     now = grid.coordinate(timestep)
     return [anchor for g, anchor in enumerate(plan.sae.config.anchors) if now - g > _NEAR]
 
 
 class _Past:
-    """Shows noisy latents to a denoiser, and keeps what sites do."""
+    """Calls a denoiser with other noisy latents, and keeps the activations of some sites."""
 
     def __init__(self, call: Call, sites: list[str]):
-        self.call, self.sites, self.seen, self.tap = call, list(dict.fromkeys(sites)), {}, Tap(self)
+        self.call, self.sites, self.activations, self.tap = call, list(dict.fromkeys(sites)), {}, Tap(self)
 
     def begin(self, call: Call, arguments: Arguments) -> None:
         """The denoiser is called."""
@@ -93,18 +95,18 @@ class _Past:
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> None:
         """A site was run."""
-        self.seen[name] = block, block_input, hidden_states
+        self.activations[name] = block, block_input, hidden_states
 
     @torch.no_grad()
-    def show(self, arguments: Arguments, call: tuple[tuple, dict] | None = None):
-        """What the denoiser returns."""
+    def run(self, arguments: Arguments, call: tuple[tuple, dict] | None = None):
+        """Call the denoiser, with these arguments or with `call` instead of them, and return its output."""
         args, kwargs = (arguments.args, arguments.kwargs) if call is None else call
         with self.tap.watching({"": self.denoiser}, self.sites), self.tap.alone(self.call):
             return self.denoiser(*args, **kwargs)
 
     def tokens(self, plan: SitePlan, call: Call, part) -> tuple[torch.Tensor, object]:
-        """The activation that a plan's dictionary is about, of a part, and its grid."""
-        block, block_input, hidden_states = self.seen[plan.sae.config.site]
+        """The activation of a part that a plan's dictionary reads, `(B, N, d)`, and its token grid."""
+        block, block_input, hidden_states = self.activations[plan.sae.config.site]
         batch = block.batch(hidden_states)
         index = block.rows(hidden_states, part.rows(batch))
         size = token_grid(call, plan.sae.config.site, batch, block.space(hidden_states))
@@ -112,23 +114,25 @@ class _Past:
 
 
 def _earlier(call: Call, arguments: Arguments, tap: Tap, anchors: list[int], past: _Past):
-    """For each anchor, the arguments of a call there."""
+    """Yield each anchor with the arguments for a call of the denoiser at it."""
     past.denoiser, sample, scheduler = tap.last.denoiser(), arguments.sample, getattr(call.pipeline, "scheduler", None)
     if past.denoiser is None:
         raise _Unknown("the denoiser is compiled as a whole")
     if getattr(past.denoiser, "is_cache_enabled", False):
-        raise _Unknown("a block cache must not be shown other steps")
+        raise _Unknown("a block cache would keep what belongs to other steps")
     if not torch.is_tensor(sample) or scheduler is None:
         raise _Unknown("its latents come as a list")
-    told, clean = _told(arguments, call.timestep), given_picture(call, sample)
+    time_at, clean = _time_converter(arguments, call.timestep), given_picture(call, sample)
     keep, add = _shares(call, call.timestep)
     if clean is not None:
         channels = clean.shape[1]
         noise = (sample[:, :channels].float() - keep * clean) / max(add, 1e-4)
     else:
-        prediction = past.show(arguments)
+        prediction = past.run(arguments)
         prediction = prediction[0] if isinstance(prediction, tuple) else prediction.sample
-        channels = min(sample.shape[1], prediction.shape[1])  # masks and pictures may be beside the latents
+        channels = min(
+            sample.shape[1], prediction.shape[1]
+        )  # the sample may have more channels, of masks and pictures
         if sample.ndim == 3 and sample.shape != prediction.shape or channels != sample.shape[1] and sample.ndim < 4:
             raise _Unknown("there are other tokens beside those that are denoised")
         noisy, prediction = sample[:, :channels].float(), prediction[:, :channels].float()
@@ -138,14 +142,14 @@ def _earlier(call: Call, arguments: Arguments, tap: Tap, anchors: list[int], pas
         mixed = (keep * clean + add * noise).to(sample.dtype)
         args, kwargs = arguments.with_sample(torch.cat([mixed, sample[:, channels:]], 1))
         moved = Arguments(arguments.names, args, kwargs, arguments.channels)
-        yield anchor, moved.with_timestep(told(anchor))
+        yield anchor, moved.with_timestep(time_at(anchor))
 
 
 @torch.no_grad()
 def given_picture(call: Call, sample: torch.Tensor) -> torch.Tensor | None:
     """
-    The latents of the picture that a generation starts from, for each row of the sample; `None` if none is given, or
-    what is given is not what the first latents were made of.
+    The latents of the picture that a generation starts from, for each row of the sample. `None` if no picture is
+    given, or the first latents were not made of it.
     """
     latents, vae = call.given_latents, getattr(call.pipeline, "vae", None)
     if latents is None:
@@ -161,25 +165,28 @@ def given_picture(call: Call, sample: torch.Tensor) -> torch.Tensor | None:
     clean = clean.repeat(len(sample) // len(clean), *(1 for _ in clean.shape[1:]))
     keep, add = _shares(call, call.timestep)
     noise = (sample[:, : clean.shape[1]].float() - keep * clean) / max(add, 1e-4)
-    return clean if 0.8 < float(noise.std()) < 1.25 else None  # noise has a spread of one
+    return (
+        clean if 0.8 < float(noise.std()) < 1.25 else None
+    )  # if it was made of this picture, the rest is noise of unit variance
 
 
-def _told(arguments: Arguments, timestep: float):
-    """What the denoiser is told instead of a timestep, in the form it was told this one."""
+def _time_converter(arguments: Arguments, timestep: float):
+    """A function from a timestep in training units to the value that the denoiser takes for it, found from the value
+    that it was called with at `timestep`."""
     now = arguments.timestep
     if now is None:
-        raise _Unknown("the denoiser is told no time")
+        raise _Unknown("the denoiser takes no timestep")
     first = float(now.flatten()[0]) if torch.is_tensor(now) else float(now)
     if torch.is_tensor(now) and now.numel() > 1 and not bool((now == now.flatten()[0]).all()):
-        raise _Unknown("its tokens have times of their own")
+        raise _Unknown("its tokens have different timesteps")
     for unit in (1.0, 1000.0):
         if abs(first * unit - timestep) < 1.0 / unit + 1e-3 * timestep:
             return lambda t: torch.full_like(now, t / unit) if torch.is_tensor(now) else type(now)(t / unit)
-    raise _Unknown(f"the denoiser is told {first:.4g} for this time")
+    raise _Unknown(f"the denoiser is called with {first:.4g} for this timestep")
 
 
 def _shares(call: Call, timestep: float) -> tuple[float, float]:
-    """What of the picture and of the noise noisy latents are made of at a time."""
+    """The factors of picture and noise in the noisy latents at a timestep."""
     if call.alphas_cumprod is None:
         return 1 - timestep / 1000, timestep / 1000
     index = min(round(timestep * len(call.alphas_cumprod) / 1000), len(call.alphas_cumprod) - 1)
@@ -190,7 +197,7 @@ def _shares(call: Call, timestep: float) -> tuple[float, float]:
 def _unmixed(
     noisy: torch.Tensor, prediction: torch.Tensor, call: Call, scheduler
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The picture and the noise that a prediction sees in noisy latents."""
+    """The picture and the noise in noisy latents, according to a prediction of the denoiser."""
     keep, add = _shares(call, call.timestep)
     kind = scheduler.config.get("prediction_type", "epsilon")
     if call.alphas_cumprod is None:

@@ -1,4 +1,4 @@
-"""All edits of one dictionary at one site, and what they remember of a running generation."""
+"""`SitePlan`: all edits of one dictionary at one site, ready to be applied, and what they remember of a generation."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ _loading = threading.Lock()
 class PlanState:
     """What a plan remembers of one running generation."""
 
-    grid: TimeGrid | None = None  # of this generation's noise schedule, if that is not the plan's
-    guidance: float | None = None  # its scale, if that is known
-    images: int | None = None  # where these are of each prompt in turn, instead of one prompt's beside one another
-    denoised: torch.Tensor | None = None  # 0 on tokens that are given and left as they are, `(B, N, 1)`
-    memories: dict[int | None, Memory] = field(default_factory=dict)  # of streams that are read, conditional: None
-    tokens: dict[int | None, int] = field(default_factory=dict)  # of these, how many
-    timestep: float | None = None  # of the conditional call whose change is kept for calls that follow it
+    grid: TimeGrid | None = None  # for this generation's noise schedule, if it is not the plan's
+    guidance: float | None = None  # the guidance scale, if it is known
+    images: int | None = None  # their number, if consecutive images are of different prompts in turn
+    denoised: torch.Tensor | None = None  # 1, and 0 on tokens that are given instead of denoised, `(B, N, 1)`
+    memories: dict[int | None, Memory] = field(default_factory=dict)  # by guidance branch, the conditional: None
+    tokens: dict[int | None, int] = field(default_factory=dict)  # number of tokens by guidance branch
+    timestep: float | None = None  # of the conditional call, whose changes the other branches of a step use:
     on_conditional: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
     counts: list[Counts] = field(default_factory=list)
 
     def copy(self) -> PlanState:
-        """The same at this moment, which goes on by itself."""
+        """An independent copy of the present state, with an empty report."""
         return replace(self, memories={key: memory.copy() for key, memory in self.memories.items()}, counts=[])
 
     @property
     def report(self) -> list[dict]:
-        """What each edit did at each step: `timestep`, `latents`, the shares `edited` and `out_of_range`, and the
-        `relative_size` of all of them."""
+        """What each edit did at each step; see `rtsae_report` for the keys."""
         return [row for counts in self.counts for row in counts.rows()]
 
 
 class SitePlan:
     """
-    All edits of one dictionary at one site, ready to be applied. What belongs to a run is in a [`PlanState`].
+    All edits of one dictionary at one site, ready to be applied. The state of a generation is in a [`PlanState`].
 
     Args:
-        sae (`SparseDictionary`): the dictionary; only rows that are edited or read are taken from it, where its kind
-            can read them alone.
-        edits (`list[Edit]`): what to change; idle edits are left out.
-        alphas_cumprod (`torch.Tensor`, *optional*): of the noise schedule, where no pipeline says it; see `begin`.
+        sae (`SparseDictionary`): the dictionary. Only the rows that are edited or read are taken from it, if its kind
+            can read latents alone.
+        edits (`list[Edit]`): what to change; idle edits are dropped.
+        alphas_cumprod (`torch.Tensor`, *optional*): noise schedule for calls that no pipeline makes; see `begin` for
+            all others.
     """
 
     def __init__(self, sae: SparseDictionary, edits: list[Edit], alphas_cumprod: torch.Tensor | None):
@@ -62,7 +62,7 @@ class SitePlan:
         self.renormalises = any(edit.renormalise for edit in self.edits)
         self.device: torch.device | None = None
 
-    @torch.inference_mode(False)  # what is kept may meet autograd later
+    @torch.inference_mode(False)  # cached tensors may be used with autograd later
     @torch.no_grad()
     def _load(self, device: torch.device) -> None:
         self.reader = self.sae.reader(self.rows, device) if self.rows else None
@@ -73,24 +73,24 @@ class SitePlan:
             warnings.warn(
                 f"To read some latents of {config.site} all {self.reader.computes:,} are computed, as only the "
                 f"largest are active: {self.reader.computes * config.in_channels / 1e6:.3g} million "
-                "multiplications a token and step. What is added with clip=False and without `where` reads none.",
+                "multiplications per token and step. An `add` edit with clip=False and without `where` reads none.",
                 stacklevel=2,
             )
         self.folds = fold_edits(self.edits, self.sae, self.rows, device)
         self.device = device
 
     def begin(self, alphas_cumprod: torch.Tensor | None, guidance: float | None) -> PlanState:
-        """A new generation on another noise schedule, with this scale of guidance."""
+        """The state of a new generation with its own noise schedule and guidance scale."""
         return PlanState(TimeGrid(self.sae.config.anchors, alphas_cumprod), guidance)
 
     def reads(self, role: str) -> bool:
-        """Whether latents of rows with this role are read."""
+        """Whether latents are read on rows with this role."""
         return bool(self.reads_of) if role == "cond" else "all" in self.reads_of
 
     def recall(
         self, state: PlanState, branch: int | None, tokens: torch.Tensor, timestep: float, size: TokenGrid | None
     ) -> None:
-        """Remember tokens `(B, N, d)` of a step that was before the first one."""
+        """Remember the activation `(B, N, d)` of a guidance branch at a timestep before the first step."""
         self._ready(tokens.device)
         memory = state.memories.setdefault(branch, self.reader.begin())
         self.reader.read(memory, tokens, (state.grid or self.grid).step(timestep, size, state.guidance))
@@ -98,7 +98,7 @@ class SitePlan:
 
     def _ready(self, device: torch.device) -> None:
         if self.device != device:
-            with _loading:  # one thread loads what all of them use
+            with _loading:  # all threads use what one of them loads
                 if self.device != device:
                     self._load(device)
 
@@ -114,14 +114,15 @@ class SitePlan:
         What to add to the conditional rows at this step.
 
         Args:
-            state (`PlanState`): of this generation.
-            tokens (`torch.Tensor`): their activations `(B, N, d)`.
+            state (`PlanState`): the state of the generation.
+            tokens (`torch.Tensor`): activations that the dictionary reads on these rows, `(B, N, d)`.
             timestep (`float`): in training units.
-            size (`TokenGrid`, *optional*): token grid, needed for masks; some kinds read it.
-            written (`torch.Tensor`, *optional*): what the change is of, if that is not what is read.
+            size (`TokenGrid`, *optional*): token grid; needed for masks and by some kinds of dictionary.
+            written (`torch.Tensor`, *optional*): the activation that is changed, if another one is read; by default
+                `tokens`.
 
         Returns:
-            the change `(B, N or 1, d)` float32, or `None`.
+            the change `(B, N or 1, d)` in float32, or `None` if there is none.
         """
         changes = self._changes(state, None, tokens, timestep, size, APPLY_TO, state.counts)
         state.timestep = timestep
@@ -134,22 +135,22 @@ class SitePlan:
     def unconditional(
         self,
         state: PlanState,
-        stream: int,
+        branch: int,
         tokens: torch.Tensor,
         timestep: float,
         size: TokenGrid | tuple[int, int] | None,
         written: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """What to add to the rows of an unconditional stream, after `conditional` of the same step."""
+        """What to add to the rows of an unconditional guidance branch. Call `conditional` for the step first."""
         if "contrast" in self.apply_to:
-            self._follows(state, timestep)
-        changes = self._changes(state, stream, tokens, timestep, size, ("all",)) if "all" in self.apply_to else []
-        own = total([change for _, change in changes], tokens)
-        parts = [part for part in (own, None if state.contrast is None else -state.contrast) if part is not None]
+            self._check_order(state, timestep)
+        changes = self._changes(state, branch, tokens, timestep, size, ("all",)) if "all" in self.apply_to else []
+        direct = total([change for _, change in changes], tokens)
+        parts = [part for part in (direct, None if state.contrast is None else -state.contrast) if part is not None]
         return self._renormalised(sum(parts[1:], parts[0]), tokens, written) if parts else None
 
     def _renormalised(self, change: torch.Tensor, tokens: torch.Tensor, written: torch.Tensor | None) -> torch.Tensor:
-        """The change after which tokens have the length they had before, if an edit wants that."""
+        """The change, altered so that tokens keep their length, if an edit asks to renormalise."""
         if not self.renormalises:
             return change
         tokens = (tokens if written is None else written).float()
@@ -158,39 +159,40 @@ class SitePlan:
         return edited * (torch.linalg.vector_norm(tokens, dim=-1, keepdim=True) / length) - tokens
 
     def perturbed(self, state: PlanState, timestep: float) -> torch.Tensor | None:
-        """What to add to rows that guidance made worse on purpose: what the conditional rows got."""
-        self._follows(state, timestep)
+        """What to add to the rows of a perturbed guidance branch: the same change as to the conditional rows."""
+        self._check_order(state, timestep)
         return state.on_conditional
 
-    def _follows(self, state: PlanState, timestep: float) -> None:
+    def _check_order(self, state: PlanState, timestep: float) -> None:
+        """Raise `ValueError` unless `conditional` was called for this step."""
         if state.timestep != timestep:
             raise ValueError(
-                "This pipeline calls the denoiser for another part of guidance before the conditional one, which "
-                "apply_to='contrast' follows. Use apply_to='cond'."
+                "This pipeline calls the denoiser for another guidance branch before the conditional one, whose "
+                "change apply_to='contrast' needs. Use apply_to='cond'."
             )
 
     def _changes(
         self,
         state: PlanState,
-        stream: int | None,
+        branch: int | None,
         tokens: torch.Tensor,
         timestep: float,
         size: TokenGrid | tuple[int, int] | None,
         apply_to: tuple[str, ...],
         counts: list[Counts] | None = None,
     ) -> list[tuple[Fold, tuple[torch.Tensor, torch.Tensor]]]:
-        """What the folds whose `apply_to` is among these add at this step."""
+        """What the folds with one of these `apply_to` add to a guidance branch at this step."""
         self._ready(tokens.device)
         folds = [fold for fold in self.folds if fold.options.apply_to in apply_to]
         step, latents = (state.grid or self.grid).step(timestep, size, state.guidance), None
         if self.reads_of & set(apply_to):
-            if self.sae.reads_past and state.tokens.setdefault(stream, tokens.shape[1]) != tokens.shape[1]:
+            if self.sae.reads_past and state.tokens.setdefault(branch, tokens.shape[1]) != tokens.shape[1]:
                 raise ValueError(
-                    f"There were {state.tokens[stream]} tokens at {self.sae.config.site} and are {tokens.shape[1]} "
-                    "now: latents that are read from the past of each token cannot follow that."
+                    f"Expected {state.tokens[branch]} tokens at {self.sae.config.site} as at the step before, got "
+                    f"{tokens.shape[1]}: this dictionary reads a token's latents from its earlier activations."
                 )
-            if stream not in state.memories:
-                state.memories[stream] = self.reader.begin()
-            latents = self.reader.read(state.memories[stream], tokens, step)
+            if branch not in state.memories:
+                state.memories[branch] = self.reader.begin()
+            latents = self.reader.read(state.memories[branch], tokens, step)
         acting = [fold for fold in folds if fold.options.acts_at(timestep)]
-        return [(own, own.change(tokens, latents, step, counts, state.images, state.denoised)) for own in acting]
+        return [(fold, fold.change(tokens, latents, step, counts, state.images, state.denoised)) for fold in acting]

@@ -118,8 +118,8 @@ def test_what_a_generation_keeps_is_dropped_with_its_call():
         pass
 
     for call in pipeline(reader, (2, 900), (2, 500)):
-        call.generation.kept[pipeline] = Something()
-        kept.append(weakref.ref(call.generation.kept[pipeline]))
+        call.generation.memories[pipeline] = Something()
+        kept.append(weakref.ref(call.generation.memories[pipeline]))
         run = call.run
     del call
     assert run() is None and all(one() is None for one in kept)
@@ -198,7 +198,7 @@ def test_a_change_of_other_tokens_is_refused():
     with pipe.rtsae_steering({0: 1.0}, clip=False):  # one vector for all tokens follows
         conditional, unconditional = pipe()
     torch.testing.assert_close(conditional[0, 0] - 1, 1 - unconditional[0, 0])
-    with pipe.rtsae_steering({0: 1.0}), pytest.raises(ValueError, match="apply_to='contrast' cannot follow it there"):
+    with pipe.rtsae_steering({0: 1.0}), pytest.raises(ValueError, match="apply_to='contrast' needs as many"):
         pipe()
     with pipe.rtsae_steering({0: 1.0}, apply_to="cond"):
         assert torch.equal(pipe()[1], torch.ones(1, 4, 4))
