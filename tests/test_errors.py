@@ -784,12 +784,12 @@ MISUSE = {
             States(world.pipe, [("a star", "a heart")], codes=False, num_inference_steps=2),
         ),
         ValueError,
-        "Latents of up_blocks.1.attentions.1 are read, and these states were drawn without: codes=True.",
+        "The edits at up_blocks.1.attentions.1 read latents: expected states drawn with codes=True.",
     ),
     "choosing latents of what has no gradient": (
         lambda world: gradient(torch.zeros(()), []),
         ValueError,
-        "The denoiser gives no gradient, and by that latents are chosen; a linear map needs none.",
+        "Latents are chosen by gradients, and this denoiser gives none; a linear map (`rank`) needs none.",
     ),
     "recording nothing": (
         lambda world: Recorder(world.pipe, [SITE]).size(SITE),
@@ -799,7 +799,7 @@ MISUSE = {
     "recording another number of tokens later": (
         recorded_at_two_sizes,
         ValueError,
-        "'up_blocks.1.attentions.1' has [64, 256] tokens at one step or text and another: expected one number.",
+        "Expected one number of tokens at all steps and for all texts, 'up_blocks.1.attentions.1' has [64, 256].",
     ),
     "a pipeline without scheduler": (
         without_scheduler,
@@ -1235,7 +1235,7 @@ MISUSE = {
     "recording a part of guidance that is not there": (
         record_a_stream_that_is_not_there,
         ValueError,
-        "The step at … has no ['perturbed'], it has ['cond'].",
+        "Expected guidance branches ['perturbed'] at the step at …, which has no ['perturbed'] but ['cond'].",
     ),
     "trajectories that were not recorded": (
         record_elsewhere,
@@ -1245,12 +1245,12 @@ MISUSE = {
     "tracing features of two sites": (
         trace_two_sites,
         ValueError,
-        f"Expected features that live at one site, got [('mid_block', 1), ('{SITE}', 1)] at ['mid_block', '{SITE}'].",
+        f"Expected features of one site, got [('mid_block', 1), ('{SITE}', 1)] at ['mid_block', '{SITE}'].",
     ),
     "tracing nothing": (
         lambda world: recorded(world).maps([]),
         ValueError,
-        "Expected features that live at one site, got [] at [].",
+        "Expected features of one site, got [] at [].",
     ),
     "recording a site that the dictionary has not": (
         lambda world: recorded(world, sites=["mid_block"]),
@@ -1260,12 +1260,12 @@ MISUSE = {
     "recording two kinds of activation": (
         record_two_kinds,
         ValueError,
-        f"Expected sites of one kind of activation, got ['output', 'update'] at ['mid_block', '{SITE}'].",
+        f"Expected sites that all read the same activation, got ['output', 'update'] at ['mid_block', '{SITE}'].",
     ),
     "an empty mask": (
         lambda world: recorded(world).presence(SITE, torch.zeros(8, 8)),
         ValueError,
-        "The mask is empty.",
+        "Expected a mask that covers at least one token, got an empty one.",
     ),
     "presence in none of denoising": (
         lambda world: find.find_features(world.pipe, ["a star"], ["a heart"], until=0),
@@ -1282,7 +1282,7 @@ MISUSE = {
             world.pipe, ["a star"], [Image.new("RGB", (64, 64))], by="presence", num_inference_steps=1
         ),
         ValueError,
-        "Expected examples of one kind: prompts or pictures, for positive and negative alike.",
+        "Expected either prompts or pictures for both positive and negative examples, got a mix.",
     ),
     "a scorer of another architecture": (
         lambda world: FactorScorer({"colour": ["red", "blue"]}, architecture="none"),
@@ -1303,7 +1303,7 @@ MISUSE = {
     "a strip of nothing": (
         lambda world: plot_strip(find.FeatureTable()),
         ValueError,
-        "Nothing in this table is verified: call find_features with verify=True.",
+        "Expected a table of verified features, got none: call find_features with verify=True.",
     ),
     "fitting without pairs": (fitted(()), ValueError, "Expected pairs (from, to) of prompts, got none."),
     "fitting what is no pair": (
@@ -1314,8 +1314,8 @@ MISUSE = {
     "fitting equal prompts": (
         fitted((("a star", "a star"),)),
         ValueError,
-        "The prompts of a pair must differ, or there is no effect to have a share of: both are 'a star'. Prompts in "
-        "which nothing is to change go in `unchanged`.",
+        "Expected the two prompts of a pair to differ, got 'a star' twice; prompts that must not change go in "
+        "`unchanged`.",
     ),
     "fitting no latents": (
         fitted(latents=0),
@@ -1330,34 +1330,34 @@ MISUSE = {
     "fitting without text": (
         lambda world: fit_feature(Caller(world.pipe), [("a star", "a heart")], progress=False),
         ValueError,
-        "An effect is that of a prompt, and Caller takes none.",
+        "An effect compares prompts, but Caller takes no `prompt`.",
     ),
     "fitting in a denoiser that is broken": (
         fitted_in_a_broken_denoiser,
         ValueError,
-        "The denoiser, or its gradient, is NaN or inf here; float32 or bfloat16 may help.",
+        "Expected finite numbers from the denoiser, got NaN or inf; float32 or bfloat16 may help.",
     ),
     "fitting a compiled denoiser": (
         fitted_when_compiled,
         ValueError,
-        "Effects are gradients through the denoiser, and a compiled one gives none; load a plain one.",
+        "Expected a denoiser that gives gradients, got a compiled one; load it without torch.compile.",
     ),
     "fitting with latents that do nothing": (
         fitted_with_nothing,
         ValueError,
-        "No latent of the dictionary has an effect on these pairs.",
+        "Expected a latent that has an effect on these pairs, but the dictionary has none.",
     ),
     "verifying without prompts": (
         lambda world: find.find_features(
             world.pipe, *[[Image.new("RGB", (64, 64), c)] for c in ("red", "white")], verify=True
         ),
         ValueError,
-        "Features are verified on negative prompts, and there are none.",
+        "Expected negative prompts to verify features on, got none.",
     ),
     "pictures for a pipeline that cannot read them": (
         lambda world: find.record_images(flow_pipeline(world), []),
         ValueError,
-        "Pictures can be read with a StableDiffusionPipeline and its noise schedule only, not with "
+        "Reading pictures needs a StableDiffusionPipeline and a scheduler with alphas_cumprod, got "
         "StableDiffusionPipeline and FlowMatchEulerDiscreteScheduler.",
     ),
     "a label that is not there": (
@@ -1368,7 +1368,7 @@ MISUSE = {
     "crops of what is active nowhere": (
         lambda world: plot_crops([recorded(world)], quiet_feature(world)),
         ValueError,
-        "… is active in none of these pictures.",
+        "Expected pictures in which … is active, got none.",
     ),
     # What others published
     "a published one whose folder says nothing": (
@@ -1447,7 +1447,7 @@ MISUSE = {
     "measuring on nothing": (
         lambda world: measure(world.pipe, world.dictionary, []),
         ValueError,
-        "Statistics are measured on one prompt or more, for dictionaries of single steps.",
+        "Statistics need at least one prompt, and a dictionary that reads single steps.",
     ),
     "measuring with another model": (
         lambda world: measure(
@@ -1457,12 +1457,12 @@ MISUSE = {
             num_inference_steps=1,
         ),
         ValueError,
-        "The dictionary of up_blocks.1.attentions.1 is for 8 channels, not for 160.",
+        "The dictionary of up_blocks.1.attentions.1 is for 8 channels, the model has 160 there.",
     ),
     "a linear map of what is read": (
         map_of_a_transcoder,
         ValueError,
-        "A linear map needs the output of up_blocks.1.attentions.1, of which the dictionary reads the input.",
+        f"A linear map needs a dictionary that reads the output of {SITE}, got one that reads its input.",
     ),
     # The command line
     "converting with prompts alone": (
@@ -1583,12 +1583,12 @@ MISUSE = {
     "a report without prompts": (
         lambda world: report_of_nothing(world, ()),
         ValueError,
-        "A report needs prompts to look for features in.",
+        "Expected prompts to look for features in, got none.",
     ),
     "a report of no features": (
         report_of_nothing,
         ValueError,
-        "There is nothing to report: the dictionary has no labels, and `count` is 0.",
+        "Expected features to report, got none: the dictionary has no labels, and `count` is 0.",
     ),
     "the app without gradio": (
         app_without_gradio,
