@@ -1235,7 +1235,7 @@ MISUSE = {
     "recording a part of guidance that is not there": (
         record_a_stream_that_is_not_there,
         ValueError,
-        "Expected guidance branches ['perturbed'] at the step at …, which has no ['perturbed'] but ['cond'].",
+        "Expected the guidance branches ['cond', 'perturbed'] at …, got ['cond'].",
     ),
     "trajectories that were not recorded": (
         record_elsewhere,

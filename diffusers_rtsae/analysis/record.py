@@ -114,10 +114,9 @@ class Recorder:
         if [timestep for timestep, _ in steps] != self.timesteps:
             raise ValueError(f"{site!r} was run at other steps than {self.sites[0]!r}: record it alone.")
         for timestep, branches in steps:
-            if missing := set(self.streams) - branches.keys():
+            if set(self.streams) - branches.keys():
                 raise ValueError(
-                    f"Expected guidance branches {list(self.streams)} at the step at {timestep:g}, which has no "
-                    f"{sorted(missing)} but {sorted(branches)}."
+                    f"Expected the guidance branches {sorted(self.streams)} at {timestep:g}, got {sorted(branches)}."
                 )
         counts = sorted({branch.shape[1] for _, branches in steps for branch in branches.values()})
         if len(counts) > 1:
