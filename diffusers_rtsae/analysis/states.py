@@ -104,7 +104,7 @@ class CallRecorder:
         self._tap = Tap(self)
 
     def __enter__(self) -> CallRecorder:
-        self.kept: list[tuple[ReplayableCall, torch.Tensor]] = []
+        self.calls: list[tuple[ReplayableCall, torch.Tensor]] = []
         self.sizes: dict[str, TokenGrid | None] = {}
         self.call, self._current, self._tokens, self._texts = None, None, {}, SharedArguments()
         self._tap.watch(self.denoisers, self.activations)
@@ -135,12 +135,12 @@ class CallRecorder:
         """Called when the denoiser returns."""
         if self._current is None:
             return
-        if self.kept and self.kept[-1][0].timestep == self._current.timestep:
-            self.kept.pop()
+        if self.calls and self.calls[-1][0].timestep == self._current.timestep:
+            self.calls.pop()
         for site, tokens in self._tokens.items():
-            self._keep(len(self.kept), site, tokens)
+            self._keep(len(self.calls), site, tokens)
         prediction = prediction_of(output)
-        self.kept.append((self._current, prediction[call.rows_of("cond", len(prediction))].clone()))
+        self.calls.append((self._current, prediction[call.rows_of("cond", len(prediction))].clone()))
         self._current, self._tokens = None, {}
 
 
@@ -397,17 +397,17 @@ class States:
         target_texts = [row_of.get(i, i) for i in order]
         keeps, denoisers = self._codes or self.moments is not None, get_denoisers(self.pipeline)
         with _Shelf() as shelf:
-            kept = self._draw(prompts, [self._seed + first + i for i in order], denoisers, shelf if keeps else None)
+            calls = self._draw(prompts, [self._seed + first + i for i in order], denoisers, shelf if keeps else None)
             towards = [row >= len(pairs) for row in range(len(order))]
             differ = [row for row, i in enumerate(order) if i in row_of]
-            every = -(-len(kept) // self._steps)
+            every = -(-len(calls) // self._steps)
             drawn = _Drawn(
-                shelf, [replayable.timestep for replayable, _ in kept], [*range(0, len(kept), every)], towards, differ
+                shelf, [replayable.timestep for replayable, _ in calls], [*range(0, len(calls), every)], towards, differ
             )
             others = [order[row] if towards[row] else target_texts[row] for row in differ]
             states = []
             for step in drawn.sampled:
-                replayable, own = kept[step]
+                replayable, own = calls[step]
                 prediction, target = own, own
                 if differ:
                     other = own.clone()
@@ -429,10 +429,10 @@ class States:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         call = own_size(self.pipeline) | self._call
         keep = None if shelf is None else lambda step, site, tokens: shelf.put(("own", site, step), tokens)
-        with CallRecorder(denoisers, self.activations, keep) as calls:
+        with CallRecorder(denoisers, self.activations, keep) as recorder:
             self.pipeline(prompts, generator=generators, output_type="latent", **call)
-            self.sizes, self.guidance = calls.sizes, calls.call.guidance
-            return calls.kept
+            self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
+            return recorder.calls
 
     def _replay(
         self, replayable: ReplayableCall, rows: list[int], texts: list[int], step: int, shelf: _Shelf | None
