@@ -400,10 +400,8 @@ class States:
             calls = self._draw(prompts, [self._seed + first + i for i in order], denoisers, shelf if keeps else None)
             towards = [row >= len(pairs) for row in range(len(order))]
             differ = [row for row, i in enumerate(order) if i in row_of]
-            every = -(-len(calls) // self._steps)
-            drawn = _Drawn(
-                shelf, [replayable.timestep for replayable, _ in calls], [*range(0, len(calls), every)], towards, differ
-            )
+            sampled = [*range(0, len(calls), -(-len(calls) // self._steps))]
+            drawn = _Drawn(shelf, [call.timestep for call, _ in calls], sampled, towards, differ)
             others = [order[row] if towards[row] else target_texts[row] for row in differ]
             states = []
             for step in drawn.sampled:

@@ -140,7 +140,7 @@ class Studio:
         def after_old_step(step, timestep, latents):  # of pipelines that know no other callback, and no stopping
             on_step(step + 1, call["num_inference_steps"])
             if not wanted():
-                raise _Stopped()
+                raise _Stopped
 
         own = {"callback_on_step_end": after_step} if "callback_on_step_end" in self.parameters else {}
         if not own and "callback" in self.parameters:
