@@ -14,16 +14,16 @@ import diffusers
 from .worlds import WORLDS
 
 
-def _with_defaults(call: Callable, defaults: Mapping) -> Callable:
-    """A pipeline's `__call__` with other defaults of some of its arguments."""
-    parameters = inspect.signature(call).parameters
+def _with_defaults(pipeline_class: type, defaults: Mapping) -> Callable:
+    """The `__call__` of a pipeline class with other defaults of some of its arguments."""
+    parameters = inspect.signature(pipeline_class.__call__).parameters
     names = list(parameters)
 
-    @functools.wraps(call)
+    @functools.wraps(pipeline_class.__call__)
     def __call__(self, *args, **kwargs):
         by_position = names[1 : len(args) + 1]
         left = {name: value for name, value in defaults.items() if name not in by_position}
-        return call(self, *args, **left | kwargs)
+        return pipeline_class.__call__(self, *args, **left | kwargs)
 
     changed = [p.replace(default=defaults.get(name, p.default)) for name, p in parameters.items()]
     __call__.__signature__ = inspect.Signature(changed)
@@ -31,11 +31,11 @@ def _with_defaults(call: Callable, defaults: Mapping) -> Callable:
 
 
 class StableDiffusionPipeline(diffusers.StableDiffusionPipeline):
-    __call__ = _with_defaults(diffusers.StableDiffusionPipeline.__call__, WORLDS["shapes"].call)
+    __call__ = _with_defaults(diffusers.StableDiffusionPipeline, WORLDS["shapes"].call)
 
 
 class PixArtAlphaPipeline(diffusers.PixArtAlphaPipeline):
-    __call__ = _with_defaults(diffusers.PixArtAlphaPipeline.__call__, WORLDS["people"].call)
+    __call__ = _with_defaults(diffusers.PixArtAlphaPipeline, WORLDS["people"].call)
 
 
 CLASSES = {WORLDS["shapes"].pipeline: StableDiffusionPipeline, WORLDS["people"].pipeline: PixArtAlphaPipeline}

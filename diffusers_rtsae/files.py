@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,21 @@ _names.maxlist, _names.maxstring = 30, 120
 
 
 def closest(name, known: Iterable[str]) -> str:
-    """How a message on an unknown name ends: with those that may have been meant, or else with what there is."""
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
-    return f"Did you mean {near}?" if near else f"It has {_names.repr(sorted(known))}."
+    """How a message on an unknown name ends: with those that may have been meant, which are spelled alike or contain
+    it, or else with all there are; labels, a mapping, by their factor."""
+    known, name = list(known) if not isinstance(known, Mapping) else known, str(name)
+    near = difflib.get_close_matches(name, known, n=3)
+    near += [other for other in known if len(name) > 1 and name.lower() in other.lower() and other not in near]
+    if near:
+        return f"Did you mean {near[:5]}?"
+    by_factor: dict[str, list[str]] = {}
+    for other in known:
+        label = known[other] if isinstance(known, Mapping) else None
+        by_factor.setdefault(label.get("factor") or "" if isinstance(label, dict) else "", []).append(other)
+    if list(by_factor) in ([], [""]):
+        return f"It has {_names.repr(sorted(known))}."
+    named = (f"{factor or 'others'}: {', '.join(own[:30])}" for factor, own in by_factor.items())
+    return f"It has {'; '.join(named)}."
 
 
 def write_json(path: Path, content) -> None:

@@ -56,17 +56,17 @@ def judgement(measured: dict[str, float], pairs: int) -> tuple[list[tuple[str, s
     )
 
 
-def _has(prompt: str, phrase: str) -> bool:
+def has_phrase(prompt: str, phrase: str) -> bool:
+    """Whether a prompt has these words, as whole words."""
     return re.search(rf"(?<![\w-]){re.escape(phrase.lower())}(?![\w-])", prompt.lower()) is not None
 
 
 def labels_between(labels: Iterable[str], before: Sequence[str], after: Sequence[str]) -> list[str]:
     """The labels that every prompt of `after` names and none of `before` does."""
-    return [
-        name
-        for name in labels
-        if after and all(_has(prompt, name) for prompt in after) and not any(_has(prompt, name) for prompt in before)
-    ]
+    if not after:
+        return []
+    everywhere = [name for name in labels if all(has_phrase(prompt, name) for prompt in after)]
+    return [name for name in everywhere if not any(has_phrase(prompt, name) for prompt in before)]
 
 
 def more_pairs(pairs: Sequence[tuple[str, str]], world: World, count: int) -> list[tuple[str, str]]:
@@ -80,7 +80,7 @@ def more_pairs(pairs: Sequence[tuple[str, str]], world: World, count: int) -> li
     """
     new = " ".join(difference(*pairs[0])[1])
     values = {factor: world.values[factor] for factor in world.scenes}
-    brought = [(factor, value) for factor, own in values.items() for value in own if _has(new, value)]
+    brought = [(factor, value) for factor, own in values.items() for value in own if has_phrase(new, value)]
     if not brought:
         return []
     factor, value = max(brought, key=lambda one: len(one[1]))

@@ -173,7 +173,8 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
             adapter_name (`str`, *optional*): name to address it by, `"default"` if left out.
             layers (`list[str]`, *optional*): which of its sites to load.
             dtype (`torch.dtype`, *optional*): of the weights in memory.
-            hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+            hub_kwargs: `site`, `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`;
+                see [`load_dictionary`].
 
         Raises:
             `OSError`: nothing readable there. `ValueError`: it does not fit this pipeline, or the name is taken.

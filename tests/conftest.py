@@ -4,6 +4,8 @@ import os
 
 # Workers share the cores, and threads that wait for each other would take most of the time. Read as torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Transformers says where torchvision is missing, whoever imports diffusers.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import random
 import shutil
@@ -13,14 +15,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from hub_server import HubServer
 from huggingface_hub import constants
+from transformers.utils import logging as transformers_logging
 
 import diffusers_rtsae  # noqa: F401 - gives pipelines their methods
 from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.scorer import FactorScorer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+for _logging in (diffusers_logging, transformers_logging):
+    _logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +81,7 @@ def scorer():
 def draw():
     """Generate reproducibly: `draw(pipe, prompts, steps, seed, **call)` -> images `(n, 64, 64, 3)`."""
 
-    def generate(pipe, prompts=("a star", "a large blue heart on the left"), steps=6, seed=0, **call) -> np.ndarray:
+    def generate(pipe, prompts=("a star", "a large blue heart on the left"), steps=4, seed=0, **call) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)
         call = {"guidance_scale": 4.0, "output_type": "np", "num_inference_steps": steps} | call
         prompts = list(prompts) if not isinstance(prompts, str) else prompts

@@ -69,6 +69,8 @@ def sdlens(suffix: str = "pth") -> Case:
 
 def sparsify(**config) -> Case:
     t = {"encoder.weight": rand(M, D), "encoder.bias": rand(M), "W_dec": rand(M, D), "b_dec": rand(D)}
+    if config.get("skip_connection"):
+        t["W_skip"] = rand(D, D)
     base = {"expansion_factor": M // D, "normalize_decoder": True, "num_latents": 0, "k": K, "batch_topk": False}
     config = base | {"sample_topk": False, "input_unit_norm": False, "multi_topk": False, "d_in": D} | config
     unit, transcode = config["input_unit_norm"], config.get("transcode", False)
@@ -81,13 +83,16 @@ def sparsify(**config) -> Case:
         mean, std = moments(x)
         seen = (x - mean) / (std + 1e-5) if unit else x
         values = ((seen if transcode else seen - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]).relu()
+        if config.get("activation") == "groupmax":
+            groups = values.unflatten(1, (K, -1))
+            return (groups * (groups == groups.amax(-1, keepdim=True))).flatten(1)
         if config["batch_topk"]:
             return of_picture(values, K * len(x))
         return of_picture(values, K) if config["sample_topk"] else topk(values, K)
 
     def decode(z, x):
         mean, std = moments(x)
-        return (z @ t["W_dec"] + t["b_dec"]) * std + mean
+        return (z @ t["W_dec"] + t["b_dec"]) * std + mean + (x @ t["W_skip"].T if "W_skip" in t else 0)
 
     files = {f"unet.{SITE}/cfg.json": config, f"unet.{SITE}/sae.safetensors": t}
     return Case(files, encode, decode, activation="input" if transcode else "output", directions=t["W_dec"])
@@ -99,9 +104,13 @@ def saelens(architecture: str, **config) -> Case:
     t |= {name: rand(M) for name in names}
     if "jumprelu" in architecture or "batchtopk" in architecture:
         t["threshold"] = torch.rand(M) / 4
+    if "batchtopk" in architecture and config.get("rescale_acts_by_decoder_norm"):
+        t["topk_threshold"] = t.pop("threshold")[0].double()
+    if "skip" in architecture:
+        t["W_skip"] = rand(D, D)
     base = {"d_in": D, "d_sae": M, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True}
     base |= {"normalize_activations": "none", "reshape_activations": "none", "architecture": architecture}
-    config = base | ({"k": K} if architecture == "topk" else {}) | config
+    config = base | ({"k": K} if "top" in architecture else {}) | config
     norm, transcode = config["normalize_activations"], "transcoder" in architecture
     rescaled = config.get("rescale_acts_by_decoder_norm", False)
     length = t["W_dec"].norm(dim=1) if rescaled else torch.ones(M)
@@ -119,10 +128,14 @@ def saelens(architecture: str, **config) -> Case:
         values = (x @ t["W_enc"] + t["b_enc"]) * length
         if architecture == "topk":
             return topk(values, K).relu()
-        return values.relu() * (values > t.get("threshold", torch.zeros(M)))
+        if architecture == "abstopk":
+            return values * (topk(values.abs(), K) > 0)
+        return values.relu() * (values > t.get("threshold", t.get("topk_threshold", torch.zeros(M))))
 
     def decode(z, x):
         y = (z / length) @ t["W_dec"] + t["b_dec"]
+        if transcode:
+            return y + (x @ t["W_skip"].T if "W_skip" in t else 0)
         if norm == "layer_norm":
             return y * (x - x.mean(-1, keepdim=True)).std(-1, keepdim=True) + x.mean(-1, keepdim=True)
         return y * x.norm(dim=-1, keepdim=True) / D**0.5 if norm == "constant_norm_rescale" else y
@@ -148,6 +161,8 @@ def dictionary_learning(name: str) -> Case:
         t["k"], trainer["k"] = torch.tensor(K), K
     encoder = t["encoder.weight"] if "encoder.weight" in t else t["W_enc"].T
     decoder = t["decoder.weight"].T if "decoder.weight" in t else t["W_dec"]
+    length = decoder.norm(dim=1) if name == "AutoEncoder" else torch.ones(M)  # the package makes these rows unit ones
+    decoder = decoder / length[:, None]
 
     def encode(x, _):
         x = x if name in ("AutoEncoderNew", "JumpReluAutoEncoder") else x - t[bias]
@@ -159,7 +174,7 @@ def dictionary_learning(name: str) -> Case:
             return topk(values.relu(), K)
         if name == "JumpReluAutoEncoder":
             return (values * (values > t["threshold"])).relu()
-        return values.relu() * (values > t.get("threshold", torch.zeros(())))
+        return length * values.relu() * (values > t.get("threshold", torch.zeros(())))
 
     files = {f"{SITE}/config.json": {"trainer": trainer}, f"{SITE}/ae.pt": t}
     return Case(files, encode, lambda z, x: z @ decoder + t[bias], directions=decoder)
@@ -184,6 +199,94 @@ def diffract(name: str) -> Case:
     )  # fmt: skip
 
 
+def pursuit(**config) -> Case:
+    t = {"W_dec": F.normalize(rand(M, D), dim=1), "b_dec": rand(D)}
+    base = {"d_in": D, "d_sae": M, "architecture": "matching_pursuit", "max_iterations": K}
+    base |= {"residual_threshold": 0.5, "stop_on_duplicate_support": True}
+
+    def encode(x, _):
+        latents = torch.zeros(len(x), M)
+        for token, left in zip(latents, x - t["b_dec"], strict=True):
+            for _ in range(K):
+                value, j = (left @ t["W_dec"].T).max(0)
+                is_again = token[j] > 0 or value <= 0
+                token[j] += value.relu()
+                left = left - value.relu() * t["W_dec"][j]
+                if is_again or left.norm() < 0.5:
+                    break
+        return latents
+
+    return Case(
+        {f"{SITE}/cfg.json": base | config, f"{SITE}/sae_weights.safetensors": t}, encode,
+        lambda z, x: z @ t["W_dec"] + t["b_dec"], directions=t["W_dec"], kind="MatchingPursuitSAE",
+    )  # fmt: skip
+
+
+def temporal() -> Case:
+    heads, keys = 2, 4
+    t = {"W_dec": rand(M, D), "b_dec": rand(D)}
+    for name, rows in (("q_target", keys), ("k_ctx", keys), ("v_ctx", M), ("c_proj", M)):
+        t |= {f"attn_layers.0.{name}.weight": rand(rows, M), f"attn_layers.0.{name}.bias": rand(rows)}
+    config = {"d_in": D, "d_sae": M, "architecture": "temporal", "n_heads": heads, "n_attn_layers": 1}
+    config |= {"kval_topk": K, "sae_diff_type": "topk", "tied_weights": True}
+
+    def parts(x):
+        rest, encoder = x - t["b_dec"], t["W_dec"].T / (4 * D)
+        codes = (rest @ encoder).relu()
+        before = torch.cat([torch.zeros(1, M), codes[:-1]])
+
+        def layer(name, given):
+            return given @ t[f"attn_layers.0.{name}.weight"].T + t[f"attn_layers.0.{name}.bias"]
+
+        query, key, value = layer("q_target", codes), layer("k_ctx", before), layer("v_ctx", before)
+        later = torch.ones(len(x), len(x)).triu(1) > 0
+        attended = torch.cat([
+            (q @ k.T / (keys // heads) ** 0.5).masked_fill(later, -math.inf).softmax(1) @ v
+            for q, k, v in zip(*(part.chunk(heads, 1) for part in (query, key, value)), strict=True)
+        ], 1)  # fmt: skip
+        along = layer("c_proj", attended).relu() @ t["W_dec"]
+        predicted = (along * rest).sum(1, keepdim=True) / (along.norm(dim=1, keepdim=True) + 1e-6) ** 2 * along
+        return topk((rest - predicted) @ encoder, K).relu(), predicted
+
+    return Case(
+        {f"{SITE}/cfg.json": config, f"{SITE}/sae_weights.safetensors": t}, lambda x, _: parts(x)[0],
+        lambda z, x: z @ t["W_dec"] + t["b_dec"] + parts(x)[1], directions=t["W_dec"], kind="TemporalSAE",
+    )  # fmt: skip
+
+
+def overcomplete(name: str, suffix: str = "safetensors") -> Case:
+    about = {"class": name} | ({"top_k": K} if "TopK" in name else {}) | ({"hard": True} if name == "QSAE" else {})
+    t = {"encoder.final_block.0.weight": rand(M, D), "encoder.final_block.0.bias": rand(M)}
+    t["dictionary.multiplier"] = torch.tensor(0.3)
+    if name.startswith("RA"):
+        t |= {"dictionary.C": rand(9, D), "dictionary.W": torch.rand(M, 9), "dictionary.Relax": rand(M, D)}
+        mixed = t["dictionary.W"] / t["dictionary.W"].sum(1, keepdim=True) @ t["dictionary.C"]
+        relaxed = t["dictionary.Relax"] * (0.2 / t["dictionary.Relax"].norm(dim=1, keepdim=True)).clamp(max=1)
+        rows, about["dictionary.delta"] = mixed + relaxed, 0.2
+    else:
+        rows = t["dictionary._weights"] = F.normalize(rand(M, D), dim=1)
+    rows = rows * t["dictionary.multiplier"].exp()
+    if "Jump" in name:
+        t["thresholds"] = torch.full((M,), -1.0)
+    if name == "QSAE":
+        t["Q"] = torch.tensor([0.0, 0.5, 1.3])
+    if name == "BatchTopKSAE":
+        about["running_threshold"] = 0.4
+
+    def encode(x, _):
+        values = x @ t["encoder.final_block.0.weight"].T + t["encoder.final_block.0.bias"]
+        if name == "QSAE":
+            return t["Q"][(values[..., None] - t["Q"]).abs().argmin(-1)]
+        if name.endswith("TopKSAE") and "Batch" not in name:
+            return topk(values.relu(), K)
+        least = math.exp(-1) if "Jump" in name else about.get("running_threshold", 0)
+        return values.relu() * (values >= least)
+
+    files = {f"{SITE}/overcomplete.json": about, f"{SITE}/overcomplete.{suffix}": t}
+    kind = "QuantizedSAE" if name == "QSAE" else "SparseAutoencoder"
+    return Case(files, encode, lambda z, x: z @ rows, directions=rows, kind=kind)
+
+
 CASES = {
     "SDLens": sdlens,
     "SDLens, safetensors": lambda: sdlens("safetensors"),
@@ -192,6 +295,8 @@ CASES = {
     "sparsify, BatchTopK": lambda: sparsify(batch_topk=True),
     "sparsify, SampleTopK": lambda: sparsify(sample_topk=True),
     "sparsify, unit norm": lambda: sparsify(input_unit_norm=True),
+    "sparsify, groupmax": lambda: sparsify(activation="groupmax"),
+    "sparsify, skip transcoder": lambda: sparsify(transcode=True, skip_connection=True),
     "sparsify, transcoder": lambda: sparsify(transcode=True, activation="topk"),
     "SAELens, standard": lambda: saelens("standard"),
     "SAELens, not centred": lambda: saelens("standard", apply_b_dec_to_input=False),
@@ -202,12 +307,26 @@ CASES = {
     "SAELens, gated": lambda: saelens("gated"),
     "SAELens, layer norm": lambda: saelens("jumprelu", normalize_activations="layer_norm"),
     "SAELens, constant norm": lambda: saelens("jumprelu", normalize_activations="constant_norm_rescale"),
+    "SAELens, batchtopk checkpoint": lambda: saelens("batchtopk", rescale_acts_by_decoder_norm=True),
+    "SAELens, matching pursuit": pursuit,
+    "SAELens, temporal": temporal,
+    "SAELens, skip transcoder": lambda: saelens("skip_transcoder", apply_b_dec_to_input=False, d_out=D),
+    "SAELens, transcoder with layer norm": lambda: saelens(
+        "jumprelu_transcoder", apply_b_dec_to_input=False, d_out=D, normalize_activations="layer_norm"
+    ),
+    "SAELens, transcoder with constant norm": lambda: saelens(
+        "transcoder", apply_b_dec_to_input=False, d_out=D, normalize_activations="constant_norm_rescale"
+    ),
     "SAELens, transcoder": lambda: saelens("transcoder", apply_b_dec_to_input=False, d_out=D),
     "SAELens, jumprelu transcoder": lambda: saelens("jumprelu_transcoder", apply_b_dec_to_input=False, d_out=D),
     **{f"dictionary_learning, {name}": (lambda name=name: dictionary_learning(name)) for name in (
         "AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
         "MatryoshkaBatchTopKSAE",
     )},
+    **{f"overcomplete, {name}": (lambda name=name: overcomplete(name)) for name in (
+        "SAE", "TopKSAE", "BatchTopKSAE", "JumpSAE", "QSAE", "RATopKSAE",
+    )},
+    "overcomplete, pickled": lambda: overcomplete("SAE", "pt"),
     **{f"DifFRACT, {name}": (lambda name=name: diffract(f"temporal-aware/{name}")) for name in (
         "sae_img_6.pt", "sae_txt_6.safetensors", "transcoder_img_6.pt",
     )},

@@ -3,17 +3,22 @@
 import torch
 
 from diffusers_rtsae import RTSAE, TIDE, MixtureSAE, SparseAutoencoder
-from diffusers_rtsae.models import SparseDictionary
+from diffusers_rtsae.models import MatchingPursuitSAE, QuantizedSAE, SparseDictionary, TemporalSAE
 
 MADE = {
     "RTSAE": lambda *shape: RTSAE(*shape),
     "SparseAutoencoder": lambda *shape: SparseAutoencoder(*shape),
     "SparseAutoencoder, TopK": lambda *shape: SparseAutoencoder(*shape, sparsity="topk"),
+    "SparseAutoencoder, groupmax": lambda *shape: SparseAutoencoder(*shape, sparsity="groupmax"),
     "TIDE": lambda *shape: TIDE(*shape, time_channels=16),
     "MixtureSAE": lambda *shape: MixtureSAE(*shape, num_experts=3, shared_latents=shape[3] % 3 + 3),
+    "MatchingPursuitSAE": lambda *shape: MatchingPursuitSAE(*shape),
+    "QuantizedSAE": lambda *shape: QuantizedSAE(*shape),
+    "TemporalSAE": lambda *shape: TemporalSAE(*shape, heads=2, key_channels=4),
     "TIDE, TopK": lambda *shape: TIDE(*shape, sparsity="topk", time_channels=16),
 }
-OTHERS = [kind for kind in MADE if kind != "RTSAE"]
+READ_ONLY = ("SparseAutoencoder, groupmax", "MatchingPursuitSAE", "QuantizedSAE", "TemporalSAE")  # which none trains
+OTHERS = [kind for kind in MADE if kind != "RTSAE" and kind not in READ_ONLY]
 NOISY = {  # how far the parameters of each are from what they are to begin with
     "dynamics.mean": 1.0, "dynamics.transition": 0.2, "encoder_bias": 0.1, "decoder_bias": 0.3,
     "modulation.weight": 0.3, "modulation.bias": 0.2,

@@ -107,7 +107,7 @@ def take(tab, typed: str, label: str | None = None) -> None:
     tab.keyboard.type(typed)
     tab.keyboard.press("Enter")
     tab.wait_for_selector(f"label:has-text('{label or typed}') >> visible=true")
-    tab.keyboard.press("Escape")
+    tab.wait_for_selector("#features ul.options", state="detached")  # the list closes by itself
 
 
 def leave(tab, label: str) -> None:
@@ -378,6 +378,7 @@ def test_settings_of_the_pipeline(tab, app):
     tab.press("#negative textarea", "Enter")
     tab.fill("#width input", "96")
     tab.press("#width input", "Enter")
+    says(tab, "made for 64 × 64 pixels")
     tab.fill("#images input[type=number]", "2")
     call = {"negative_prompt": "blue", "width": 96, "num_images_per_prompt": 2}
     shows(tab, "steered", app.sheet({"red": 1}, call=call))

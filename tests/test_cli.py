@@ -107,14 +107,18 @@ def test_steer_by_mask_window_and_index(tmp_path, latent):
 
 def test_find_and_inspect_speak_json():
     arguments = ["--with", "a red star", "--without", "a blue star", "--seeds", 1, "--steps", 4, "--json"]
-    found = json.loads(invoke("find", *arguments, "--count", 3))
+    result = CliRunner().invoke(app, ["find", *map(str, arguments), "--count", "3"])
+    found = json.loads(result.stdout)
+    assert "There is a label for this already: 'red'" in result.stderr
     assert len(found) == 3 and found[0]["score"] >= found[1]["score"] > 0
     told = json.loads(invoke("inspect", "--label", "red", "--json"))
     assert list(told["labels"]) == ["red"] and told["sites"]["up_blocks.1.attentions.1"]["num_latents"] == 2048
     assert "red" in invoke("inspect") and "2,048 latents" in invoke("inspect")
     known = json.loads(invoke("list", "--json"))
     assert "bcywinski/SAeUron" in [entry["id"] for entry in known] and not any(entry["ours"] for entry in known)
-    assert "20,480" in invoke("list")
+    listed = invoke("list")
+    assert "BatchTopK, k = 32, of blocks' outputs (arXiv 2501.18052)" in listed
+    assert max(map(len, listed.splitlines())) <= 80
 
 
 def test_training_commands_hand_their_arguments_on(tmp_path):
@@ -174,6 +178,7 @@ def test_app_listens_on_this_machine_alone():
     (["steer", "a star"], "Expected either features, like red=1.5, or --preset."),
     (["steer", "a star", "red"], "Expected FEATURE=STRENGTH, like red=1.5 or 1234=-0.5, got 'red'."),
     (["steer", "a star", "redd=1"], "no feature labelled 'redd'"),
+    (["steer", "a cook", "red=1", "--world", "people"], "It has style: noto, twemoji, fluent; tone: yellow, light,"),
     (["inspect", "nowhere/at-all"], "is no folder here"),
     (["push", "nowhere/at-all", "you/name"], "is no folder here"),
     (["demo", "--dictionary", "examples"], "expected rtsae_config.json in it"),

@@ -426,7 +426,7 @@ def later(steps: list[Counter]) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.filterwarnings("ignore:To read some latents")
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["cpu", pytest.param(NAME, marks=pytest.mark.slow)])  # from which less is copied
 @pytest.mark.parametrize("case", STEPS)
 def test_steps_after_the_first_neither_wait_for_the_device_nor_copy_to_it(steps_of, case, place):
     steps = steps_of(case, place)

@@ -1,15 +1,12 @@
 """
-Every message that a misuse can provoke, in one table: what was done, and what is said to it, word for word. What the
-Hub answers and what damaged files hold is tested where the server and the fuzzing are, in test_hub.py and
-test_security.py; that nothing else is missing is tested at the end.
+What a misuse is told, in one table: what was done, and what the sentence must name: what was expected, and what is
+there. What the Hub answers and what damaged files hold is tested in test_hub.py and test_security.py.
 """
 
 import ast
 import json
-import re
 import runpy
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +17,7 @@ import torch
 import typer
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from disk import full_disk
-from foreign import dictionary_learning, saelens, sdlens, sparsify
+from foreign import dictionary_learning, overcomplete, saelens, sdlens, sparsify
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -57,10 +54,11 @@ from diffusers_rtsae.dictionary import (
 )
 from diffusers_rtsae.files import read_lines, read_pairs
 from diffusers_rtsae.formats import FORMATS
-from diffusers_rtsae.models import PLACES, LinearMap, Step
+from diffusers_rtsae.models import PLACES, LinearMap, MatchingPursuitSAE, QuantizedSAE, Step, TemporalSAE
 from diffusers_rtsae.steering import Edit
 from diffusers_rtsae.worlds import WORLDS
 
+PACKAGE = Path(diffusers_rtsae.__file__).parent
 SITE = "up_blocks.1.attentions.1"
 # 32 tokens of text, no grid; and a layer that does not tell its width
 TEXT_SITE = f"{SITE}.transformer_blocks.0.attn2.to_k"
@@ -148,6 +146,13 @@ def theirs(world, case, load=load_dictionary, rename: str | None = None, **files
     if rename:
         folder = next(folder.iterdir()).rename(world.empty / rename)
     return load(folder) if load else folder
+
+
+def with_tensor(case, name: str, tensor: torch.Tensor):
+    """The files of a case with another tensor."""
+    tensors = next(content for file, content in case.files.items() if file.endswith(".safetensors"))
+    tensors[name] = tensor
+    return case
 
 
 def map_of_a_transcoder(world):
@@ -413,357 +418,163 @@ def report_of_nothing(world, prompts=("a star",)):
 # what was done: how, what is raised, and the whole message, where … stands for anything
 MISUSE = {
     # Pipelines and adapters
-    "nothing is loaded": (unloaded, ValueError, "No dictionary is loaded; call `load_rtsae` first."),
-    "the last was deleted": (deleted, ValueError, "No dictionary is loaded; call `load_rtsae` first."),
+    "nothing is loaded": (unloaded, "`load_rtsae`"),
+    "the last was deleted": (deleted, "`load_rtsae`"),
     "a pipeline without denoiser": (
         lambda world: DiffusionPipeline().load_rtsae(world.dictionary),
-        ValueError,
-        "DiffusionPipeline has no denoiser: expected a component of ['unet', 'transformer', …].",
+        "DiffusionPipeline",
+        "'transformer'",
     ),
-    "a name that is taken": (
-        lambda world: world.pipe.load_rtsae(world.dictionary),
-        ValueError,
-        "A dictionary named 'default' is loaded already; pass another `adapter_name` or call `unload_rtsae`.",
-    ),
-    "an unknown adapter": (
-        lambda world: world.pipe.set_rtsae("second"),
-        ValueError,
-        "Expected `adapter_name` to be one of ['default'], got 'second'.",
-    ),
-    "no adapter of several": (
-        several_adapters,
-        ValueError,
-        "Expected `adapter_name` to be one of ['default', 'second'], got None.",
-    ),
-    "more weights than adapters": (
-        lambda world: world.pipe.set_rtsae(["default"], [1.0, 2.0]),
-        ValueError,
-        "Expected one weight per adapter, got 2 weights for ['default'].",
-    ),
+    "a name that is taken": (lambda world: world.pipe.load_rtsae(world.dictionary), "'default'", "`unload_rtsae`"),
+    "an unknown adapter": (lambda world: world.pipe.set_rtsae("second"), "`adapter_name`", "'second'"),
+    "no adapter of several": (several_adapters, "`adapter_name`", "got None"),
+    "more weights than adapters": (lambda world: world.pipe.set_rtsae(["default"], [1.0, 2.0]), "got 2", "'default'"),
     "a weight that is no number": (
         lambda world: world.pipe.set_rtsae("default", float("nan")),
-        ValueError,
-        "Expected finite weights, got [nan].",
+        "Expected finite weights, got [nan]",
     ),
     # Features
-    "features without strengths": (
-        lambda world: world.pipe.set_rtsae_features("red"),
-        ValueError,
-        "Expected features as a dict {label or index: strength}, got str.",
-    ),
-    "a misspelt label": (
-        feature("purpel"),
-        ValueError,
-        "The dictionary has no feature labelled 'purpel'. Did you mean ['purple', …]?",
-    ),
-    "a label like none": (
-        feature("x"),
-        ValueError,
-        "The dictionary has no feature labelled 'x'. It has ['black', 'blue', …, 'white', 'yellow'].",
-    ),
-    "an index in quotes": (
-        feature("1234"),
-        ValueError,
-        "The dictionary has no feature labelled '1234'; the feature of that index is 1234, without quotes.",
-    ),
+    "features without strengths": (lambda world: world.pipe.set_rtsae_features("red"), "got str"),
+    "a misspelt label": (feature("purpel"), "'purpel'", "'purple'"),
+    "a label like none": (feature("x"), "'x'", "colour: red"),
+    "an index in quotes": (feature("1234"), "'1234'", "1234"),
     "a label of a site that is not loaded": (
         lambda world: Dictionary({"up": two_sites().sites["up"]}, two_sites().labels).features("low"),
-        ValueError,
-        "'low' lives at ['down'], of which none is loaded; loaded are ['up'].",
+        "'low'",
+        "'up'",
     ),
-    "an index of several sites": (
-        lambda world: two_sites().features(3),
-        ValueError,
-        "Several sites are loaded, so feature 3 needs one: use (site, 3) with a site of ['down', 'up'].",
-    ),
-    "an index that is no number": (
-        feature(1.5),
-        ValueError,
-        "Expected a label, an index or (site, index) as a feature, got 1.5.",
-    ),
-    "an index that does not exist": (
-        feature(2048),
-        ValueError,
-        f"Feature 2048 does not exist: the dictionary of {SITE} has features 0 to 2047.",
-    ),
-    "a feature of an unknown site": (
-        feature(("up_blocks.2", 3)),
-        ValueError,
-        f"The dictionary has no site 'up_blocks.2'. Did you mean ['{SITE}']?",
-    ),
-    "a strength that is no number": (
-        steer("strong"),
-        ValueError,
-        "A strength must be a finite number or a list of them, one per prompt; got 'strong'.",
-    ),
-    "a strength that is not finite": (
-        steer([1.0, float("inf")]),
-        ValueError,
-        "A strength must be a finite number or a list of them, one per prompt; got (1.0, inf).",
-    ),
-    "no strength": (
-        steer([]),
-        ValueError,
-        "A strength must be a finite number or a list of them, one per prompt; got ().",
-    ),
-    "a schedule of another shape": (
-        steer(torch.zeros(2, 2, 2)),
-        ValueError,
-        "A schedule must be a tensor (steps,) or (steps, prompts), got shape (2, 2, 2).",
-    ),
-    "a schedule that is not finite": (
-        steer(torch.tensor([0.0, float("nan")])),
-        ValueError,
-        "A schedule must hold finite numbers, got NaN or inf.",
-    ),
-    "a function that gives no number": (
-        lambda world: generate(world, {"red": lambda progress: "strong"}),
-        ValueError,
-        "The schedule gave 'strong' at progress 0, expected finite numbers.",
-    ),
-    "three strengths for two prompts": (
-        lambda world: generate(world, {"red": [1.0, 2.0, 3.0]}),
-        ValueError,
-        "Expected 1 or as many strengths as prompts (2), got 3.",
-    ),
+    "an index of several sites": (lambda world: two_sites().features(3), "(site, 3)", "'up'"),
+    "an index that is no number": (feature(1.5), "(site, index)", "got 1.5"),
+    "an index that does not exist": (feature(2048), "2048", "2047"),
+    "a feature of an unknown site": (feature(("up_blocks.2", 3)), "'up_blocks.2'"),
+    "a strength that is no number": (steer("strong"), "'strong'"),
+    "a strength that is not finite": (steer([1.0, float("inf")]), "(1.0, inf)"),
+    "no strength": (steer([]), "()"),
+    "a schedule of another shape": (steer(torch.zeros(2, 2, 2)), "(steps,)", "(2, 2, 2)"),
+    "a schedule that is not finite": (steer(torch.tensor([0.0, float("nan")])), "got NaN"),
+    "a function that gives no number": (lambda world: generate(world, {"red": lambda progress: "strong"}), "'strong'"),
+    "three strengths for two prompts": (lambda world: generate(world, {"red": [1.0, 2.0, 3.0]}), "(2)", "got 3"),
     "two strengths for four prompts": (
         lambda world: generate(world, {"red": [1.0, 2.0]}, ["a star", "a heart", "a cross", "a circle"]),
-        ValueError,
-        "Expected 1 or as many strengths as prompts (4), got 2.",
+        "(4)",
+        "got 2",
     ),
     "three masks for two prompts": (
         lambda world: generate(world, {"red": 1.0}, mask=np.ones((3, 8, 8))),
-        ValueError,
-        "Expected 1 or as many masks as prompts (2), got 3.",
+        "(2)",
+        "got 3",
     ),
     # Options
-    "a misspelt option": (
-        steer(strenght=2.0),
-        ValueError,
-        "Unknown option 'strenght'; an edit has ['apply_to', 'clip', 'end', 'injection', 'mask', 'operation', "
-        "'renormalise', 'source', 'start', 'where'].",
-    ),
-    "an option that the feature decides": (
-        steer(latents=(1,)),
-        ValueError,
-        "Unknown option 'latents'; an edit has ['apply_to', …].",
-    ),
-    "an unknown operation": (
-        steer(operation="erase"),
-        ValueError,
-        "`operation` must be one of ['add', 'set', 'scale', 'clamp', 'ablate', 'ablate_to_mean', 'transfer', "
-        "'replace'], got 'erase'.",
-    ),
-    "an unknown half": (
-        steer(apply_to="uncond"),
-        ValueError,
-        "`apply_to` must be one of ['cond', 'all', 'contrast'], got 'uncond'.",
-    ),
-    "an unknown injection": (
-        steer(injection="step"),
-        ValueError,
-        "`injection` must be one of ['trajectory', 'residual'], got 'step'.",
-    ),
-    "a window before the beginning": (
-        steer(start=-0.1),
-        ValueError,
-        "Expected 0 <= start <= end <= 1, got start=-0.1, end=1.0.",
-    ),
-    "a window after the end": (steer(end=1.5), ValueError, "Expected 0 <= start <= end <= 1, got start=0.0, end=1.5."),
-    "a window that ends before it begins": (
-        steer(start=0.6, end=0.5),
-        ValueError,
-        "Expected 0 <= start <= end <= 1, got start=0.6, end=0.5.",
-    ),
-    "a window that is no number": (
-        steer(start="0.2"),
-        ValueError,
-        "Expected 0 <= start <= end <= 1, got start='0.2', end=1.0.",
-    ),
-    "transfer from nothing": (
-        steer(operation="transfer"),
-        ValueError,
-        "'transfer' needs a `source` feature at the same site to take from.",
-    ),
-    "replace of nothing": (
-        steer(operation="replace"),
-        ValueError,
-        "'replace' needs a `source` feature at the same site to take from.",
-    ),
-    "a source that is not used": (
-        steer(source="blue"),
-        ValueError,
-        "`source` is for 'transfer' and 'replace', not for 'add'.",
-    ),
-    "a source without features": (
-        steer(operation="transfer", source=[]),
-        ValueError,
-        "`source` names no latent of this site, so the edit would act nowhere.",
-    ),
-    "nowhere": (steer(where=[]), ValueError, "`where` names no latent of this site, so the edit would act nowhere."),
-    "a mask that is a path": (
-        steer(mask="mask.png"),
-        ValueError,
-        "A mask must be a PIL image, an array or a tensor, got str.",
-    ),
-    "a mask of one dimension": (
-        steer(mask=np.ones(4)),
-        ValueError,
-        "A mask must be (height, width), (prompts or frames, height, width) or (prompts, frames, height, width), got "
-        "shape (4,).",
-    ),
+    "a misspelt option": (steer(strenght=2.0), "'strenght'", "'where'"),
+    "an option that the feature decides": (steer(latents=(1,)), "'latents'", "'apply_to'"),
+    "an unknown operation": (steer(operation="erase"), "`operation`", "'erase'"),
+    "an unknown half": (steer(apply_to="uncond"), "`apply_to`", "'uncond'"),
+    "an unknown injection": (steer(injection="step"), "`injection`", "'step'"),
+    "a window before the beginning": (steer(start=-0.1), "got start", "1.0"),
+    "a window after the end": (steer(end=1.5), "got start", "1.5"),
+    "a window that ends before it begins": (steer(start=0.6, end=0.5), "got start", "0.5"),
+    "a window that is no number": (steer(start="0.2"), "got start", "1.0"),
+    "transfer from nothing": (steer(operation="transfer"), "'transfer'", "`source`"),
+    "replace of nothing": (steer(operation="replace"), "'replace'", "`source`"),
+    "a source that is not used": (steer(source="blue"), "`source`", "'add'"),
+    "a source without features": (steer(operation="transfer", source=[]), "`source`"),
+    "nowhere": (steer(where=[]), "`where`"),
+    "a mask that is a path": (steer(mask="mask.png"), "PIL", "got str"),
+    "a mask of one dimension": (steer(mask=np.ones(4)), "(height, width)", "(4,)"),
     "a mask of frames for pictures": (
         lambda world: generate(world, {"red": 1.0}, mask=np.ones((2, 3, 4, 5))),
-        ValueError,
-        "The mask is for 3 frames, and a picture has one.",
+        "and a picture has one",
+        "3",
     ),
-    "a mask without pixels": (
-        steer(mask=np.ones((0, 4))),
-        ValueError,
-        "A mask must be (height, width), (prompts or frames, height, width) or (prompts, frames, height, width), got "
-        "shape (1, 0, 4).",
-    ),
-    "a mask of bytes": (
-        steer(mask=np.array([[0, 255]])),
-        ValueError,
-        "A mask must lie in [0, 1], got values from 0 to 255.",
-    ),
+    "a mask without pixels": (steer(mask=np.ones((0, 4))), "(height, width)", "(1, 0, 4)"),
+    "a mask of bytes": (steer(mask=np.array([[0, 255]])), "got values", "255"),
     "the place where no grid is": (
         lambda world: LinearMap(torch.zeros(1, 3, 2 * 8 + 1 + PLACES))(torch.zeros(1, 5, 8), Step(500, 1.0)),
-        ValueError,
-        "A label's map reads where in the picture a token is, and these 5 lie on no grid.",
+        "5 lie on no grid",
+        "5",
     ),
-    "a mask where no grid is": (
-        lambda world: other(world, TEXT_SITE, mask=np.ones((8, 8))),
-        ValueError,
-        "Cannot lay 32 tokens of … out over a 16x16 latent of 1 frames; spatial masks need a grid.",
-    ),
+    "a mask where no grid is": (lambda world: other(world, TEXT_SITE, mask=np.ones((8, 8))), "32", "16x16"),
     # What does not fit the pipeline
     "a site that the model lacks": (
         lambda world: other(world, "up_blocks.1.attentions.7", 8),
-        ValueError,
-        f"UNet2DConditionModel has no site 'up_blocks.1.attentions.7'. The closest are […'{SITE}'…]; "
-        "`list_sites(denoiser)` has all.",
+        "UNet2DConditionModel",
+        "`list_sites(denoiser)`",
     ),
-    "the sites of something else": (
-        lambda world: list_sites("unet"),
-        ValueError,
-        "str has no denoiser: expected a component of ['unet', 'transformer', …].",
-    ),
-    "a denoiser put in the place of one with a dictionary": (
-        replaced_denoiser,
-        ValueError,
-        "The unet was replaced after `load_rtsae`, and the new one has none of the dictionaries ['default']: call "
-        "`load_rtsae` again, or `unload_rtsae` first to go on without.",
-    ),
+    "the sites of something else": (lambda world: list_sites("unet"), "'unet'", "'transformer'"),
+    "a denoiser put in the place of one with a dictionary": (replaced_denoiser, "`load_rtsae`", "`unload_rtsae`"),
     "a dictionary of another width": (
         lambda world: other(world, SITE, 8),
-        ValueError,
-        f"The dictionary of {SITE} is for 8 channels, the model has 160 there.",
+        "is for 8 channels, the model has 160 there.",
     ),
     "another width that shows only when running": (
         lambda world: other(world, TEXT_SITE, 8),
-        ValueError,
-        f"The dictionary of {TEXT_SITE} is for 8 channels, the model has 160 there.",
+        "is for 8 channels, the model has 160 there.",
     ),
     "a dictionary of another model": (
         lambda world: another_model(
             world, base_model="sd15", signature=world.dictionary.config["signature"] | {"cross_attention_dim": 768}
         ),
-        ValueError,
-        "The dictionary is for sd15, which is no match for this pipeline: cross_attention_dim 768 there, 192 here.",
+        "15",
+        "192",
     ),
-    "a signature of another form": (
-        lambda world: another_model(world, signature="UNet"),
-        ValueError,
-        "The `signature` in rtsae_config.json must be an object, got 'UNet'.",
-    ),
-    "a broken decoder": (
-        lambda world: other(world, broken="decoder"),
-        ValueError,
-        f"The dictionary of {SITE} holds NaN or inf in rows [1].",
-    ),
-    "a broken encoder": (
-        lambda world: other(world, broken="encoder"),
-        ValueError,
-        f"The dictionary of {SITE} holds NaN or inf in rows [1].",
-    ),
-    "a sampler with another unit of time": (
-        another_sampler(Odd(), 2),
-        ValueError,
-        "Odd calls with timestep 7000, expected 0 to 1000: a sampler that counts time in another unit cannot be "
-        "followed.",
-    ),
+    "a signature of another form": (lambda world: another_model(world, signature="UNet"), "`signature`", "'UNet'"),
+    "a broken decoder": (lambda world: other(world, broken="decoder"), "[1]"),
+    "a broken encoder": (lambda world: other(world, broken="encoder"), "[1]"),
+    "a sampler with another unit of time": (another_sampler(Odd(), 2), "7000", "1000"),
     "a sampler that does not say its unit": (
         lambda world: training_time(1.0, SimpleNamespace(config={})),
-        ValueError,
-        "SimpleNamespace does not say how many training steps there are: a sampler that counts time in another unit "
-        "cannot be followed.",
+        "SimpleNamespace",
     ),
     "a batch of an unknown layout": (
         lambda world: (feature("red")(world), Caller(world.pipe)(3, 1)),
-        ValueError,
-        "Caller calls the denoiser with 3 rows for each image: this layout of guidance is not supported; expected "
-        "uncond + cond.",
+        "supported; expected uncond + cond",
+        "3",
     ),
     "guidance in another order": (
         lambda world: (steer(apply_to="contrast")(world), Caller(world.pipe)(1, 1, unconditional=True)),
-        ValueError,
-        "This pipeline calls the denoiser for another part of guidance before the conditional one, which "
-        "apply_to='contrast' follows. Use apply_to='cond'.",
+        "apply_to",
+        "'cond'",
     ),
     "rows that are told apart by nothing": (
         lambda world: told_of([0.0, 1.0], negative_prompt_embeds=torch.zeros(1, 3)),
-        ValueError,
-        "Some of the 2 rows that the denoiser is called with carry the negative prompt, and their layout is not "
-        "known.",
+        "their layout is not known",
+        "2",
     ),
     "rows of two prompts at once": (
         lambda world: told_of([0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0], prompts=2),
-        ValueError,
-        "object gives an image the text of one prompt and the pooled text of another, where there are several prompts "
-        "and several images of each: draw one at a time.",
+        "draw one at a time",
     ),
     "rows at a site that are no multiple": (
         lambda world: list(CallReader().read(Arguments(["x"], (torch.zeros(2, 3),), {})).parts_of(5)),
-        ValueError,
-        "The denoiser is called with 2 rows and has 5 at this site: expected a multiple, as frames beside one another "
-        "are.",
+        "frames beside one another are",
+        "2",
+        "5",
     ),
-    "the grid of what has none": (
-        record_without_a_grid,
-        ValueError,
-        "Cannot lay 32 tokens of … out over a 16x16 latent.",
-    ),
+    "the grid of what has none": (record_without_a_grid, "32", "16x16"),
     "some of the images": (
         lambda world: (feature("red")(world), Caller(world.pipe)(1, 2, images=2)),
-        ValueError,
-        "The denoiser is called for 1 of 2 images at a time, which cannot be followed: draw one alone.",
+        "be followed: draw one alone",
+        "1",
+        "2",
     ),
-    "a family that is refused": (
-        lambda world: (feature("red")(world), Cosmos3Like(world.pipe)(1, 1)),
-        ValueError,
-        "Cosmos3Like cannot be followed: it packs prompts into one sequence, which has no rows.",
-    ),
+    "a family that is refused": (lambda world: (feature("red")(world), Cosmos3Like(world.pipe)(1, 1)), "Cosmos3Like"),
     "a loop without its timestep": (
         lambda world: (feature("red")(world), Caller(world.pipe)(2, 1, t=None)),
-        ValueError,
-        "Caller calls its denoiser at 999.5, which is none of its sampler's timesteps, and has no variable `t` that "
-        "says where it is: expected either.",
+        "999.5",
+        "`t`",
     ),
     "frames at different times": (
         lambda world: (feature("red")(world), Caller(world.pipe)(2, 1, t=torch.tensor([1.0, 500.0]))),
-        ValueError,
-        "Caller denoises frames or images at different times in one call: that cannot be followed, as an edit has one "
-        "time.",
+        "an edit has one time",
     ),
     "a schedule that gives another number of strengths later": (
         lambda world: (
             world.pipe.set_rtsae_features({"red": lambda progress: 1.0 if progress < 0.5 else [1.0, 2.0]}),
             world.draw(world.pipe, ["a star"], 4, 0),
         ),
-        ValueError,
-        "A schedule gives 2 strengths at t = …, for 1 rows.",
+        "2 strengths at t =",
+        "2",
+        "1",
     ),
     "another number of tokens later": (
         lambda world: (
@@ -774,317 +585,211 @@ MISUSE = {
             ],
             world.pipe.unet.get_submodule(SITE)(torch.zeros(1, 160, 4, 4), torch.zeros(1, 32, 192)),
         ),
-        ValueError,
-        "There were 64 tokens at up_blocks.1.attentions.1 and are 16 now: latents that are read from the past of each "
-        "token cannot follow that.",
+        "64",
+        "16",
     ),
     "reading latents of states that were drawn without": (
         lambda world: Intervention(
             {SITE: [Edit(latents=(3,), weights=(1.0,), strength=1.0, operation="ablate", clip=False)]},
             States(world.pipe, [("a star", "a heart")], codes=False, num_inference_steps=2),
         ),
-        ValueError,
-        "The edits at up_blocks.1.attentions.1 read latents: expected states drawn with codes=True.",
+        "up_blocks",
     ),
     "choosing latents of what has no gradient": (
         lambda world: gradient(torch.zeros(()), []),
-        ValueError,
-        "Latents are chosen by gradients, and this denoiser gives none; a linear map (`rank`) needs none.",
+        "a linear map needs none",
     ),
     "recording nothing": (
         lambda world: Recorder(world.pipe, [SITE]).size(SITE),
-        ValueError,
-        "Nothing was recorded at 'up_blocks.1.attentions.1': run the pipeline inside the `with` block first.",
+        "'up_blocks.1.attentions.1'",
+        "`with`",
     ),
-    "recording another number of tokens later": (
-        recorded_at_two_sizes,
-        ValueError,
-        "Expected one number of tokens at all steps and for all texts, 'up_blocks.1.attentions.1' has [64, 256].",
-    ),
-    "a pipeline without scheduler": (
-        without_scheduler,
-        ValueError,
-        "Caller has no scheduler that says at which timestep it is.",
-    ),
+    "recording another number of tokens later": (recorded_at_two_sizes, "'up_blocks.1.attentions.1'", "256"),
+    "a pipeline without scheduler": (without_scheduler, "at which timestep it is"),
     "a denoiser that is called with nothing": (
         lambda world: Arguments(["sample"], (), {}),
-        ValueError,
-        "The denoiser is called without a sample.",
+        "is called without a sample",
     ),
     "a block that returns several things": (
         lambda world: Block("x").output((torch.zeros(1), torch.zeros(1))),
-        ValueError,
-        "This block returns 2 things, and which of them are the image's hidden states is not known: expected a "
-        "tensor, a tensor with skip connections, or a class that `denoiser/blocks.py` or diffusers' "
-        "`TransformerBlockRegistry` lists.",
+        "expected a tensor",
+        "`TransformerBlockRegistry`",
     ),
     # Dictionaries in memory
-    "a dictionary without sites": (lambda world: Dictionary({}), ValueError, "A dictionary needs at least one site."),
+    "a dictionary without sites": (lambda world: Dictionary({}), "needs at least one site"),
     "a dictionary of something else": (
         lambda world: world.pipe.load_rtsae({SITE: "folder"}, "second"),
-        ValueError,
-        f"Expected a dictionary of site '{SITE}' under that name, got 'str'.",
+        "' under that name, got '",
     ),
     "a dictionary under another name": (
         lambda world: world.pipe.load_rtsae({"mid_block": world.dictionary.sites[SITE]}, "second"),
-        ValueError,
-        f"Expected a dictionary of site 'mid_block' under that name, got '{SITE}'.",
+        "'mid_block'",
     ),
-    "a site that is no path": (
-        lambda world: Dictionary({"../up": RTSAE("../up", 8, [900, 1], 8, 2)}),
-        ValueError,
-        "A site is the path of a module, got '../up'.",
-    ),
+    "a site that is no path": (lambda world: Dictionary({"../up": RTSAE("../up", 8, [900, 1], 8, 2)}), "'../up'"),
     "a subfolder of what is in memory": (
         lambda world: world.pipe.load_rtsae(world.dictionary, "second", subfolder="v2"),
-        ValueError,
-        "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
+        "`subfolder`",
+        "`dtype`",
     ),
     "a revision of what is in memory": (
         lambda world: world.pipe.load_rtsae(world.dictionary, "second", revision="v2"),
-        ValueError,
-        "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
+        "`subfolder`",
+        "`dtype`",
     ),
     "a dtype of what is in memory": (
         lambda world: world.pipe.load_rtsae(world.dictionary, "second", dtype=torch.float16),
-        ValueError,
-        "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed.",
+        "`subfolder`",
+        "`dtype`",
     ),
     "an unknown layer in memory": (
         lambda world: world.pipe.load_rtsae(world.dictionary, "second", layers=["down"]),
-        ValueError,
-        f"The dictionary has no site 'down'. It has ['{SITE}'].",
+        "'down'",
     ),
-    "anchors that ascend": (
-        lambda world: RTSAE(SMALL, 8, [1, 900], 8, 2),
-        ValueError,
-        "`anchors` must be strictly descending timesteps, got [1, 900].",
-    ),
-    "anchors that repeat": (
-        lambda world: RTSAE(SMALL, 8, [900, 900], 8, 2),
-        ValueError,
-        "`anchors` must be strictly descending timesteps, got [900, 900].",
-    ),
-    "no anchors": (
-        lambda world: RTSAE(SMALL, 8, [], 8, 2),
-        ValueError,
-        "`anchors` must be strictly descending timesteps, got [].",
-    ),
+    "anchors that ascend": (lambda world: RTSAE(SMALL, 8, [1, 900], 8, 2), "`anchors`", "900"),
+    "anchors that repeat": (lambda world: RTSAE(SMALL, 8, [900, 900], 8, 2), "`anchors`", "900"),
+    "no anchors": (lambda world: RTSAE(SMALL, 8, [], 8, 2), "`anchors`"),
     "an unknown activation": (
         lambda world: RTSAE(SMALL, 8, [900, 1], 8, 2, activation="middle"),
-        ValueError,
-        "`activation` of RTSAE must be one of ['output', 'update'], got 'middle'.",
+        "`activation`",
+        "'middle'",
     ),
     "an unknown sparsity": (
         lambda world: SparseAutoencoder(SMALL, 8, [900, 1], 8, 2, sparsity="relu"),
-        ValueError,
-        "`sparsity` must be one of ['threshold', 'topk', 'batch_topk', 'sample_topk'], with k up to 8, got 'relu' "
-        "with 2.",
+        "`sparsity`",
+        "'relu'",
+    ),
+    "groups of different sizes": (
+        lambda world: SparseAutoencoder(SMALL, 8, [900, 1], 8, 3, sparsity="groupmax"),
+        "'groupmax'",
+    ),
+    "one level": (lambda world: QuantizedSAE(SMALL, 8, [900, 1], 8, 2, num_levels=1), "`num_levels`", "`centred`"),
+    "a pursuit that ends before it begins": (
+        lambda world: MatchingPursuitSAE(SMALL, 8, [900, 1], 8, 2, residual_threshold=-1.0),
+        "`centred`",
+        "`residual_threshold`",
+    ),
+    "a pursuit of an unknown norm": (
+        lambda world: MatchingPursuitSAE(SMALL, 8, [900, 1], 8, 2, input_norm="batch"),
+        "`input_norm`",
+        "'batch'",
+    ),
+    "heads that do not divide": (
+        lambda world: TemporalSAE(SMALL, 8, [900, 1], 8, 2, heads=3, key_channels=6),
+        "`heads`",
+        "`layers`",
+    ),
+    "a temporal one of an unknown sparsity": (
+        lambda world: TemporalSAE(SMALL, 8, [900, 1], 8, 2, "output", "relu", heads=2, key_channels=4),
+        "`sparsity`",
+        "'relu'",
     ),
     "an unknown norm of the input": (
         lambda world: SparseAutoencoder(SMALL, 8, [900, 1], 8, 2, input_norm="batch"),
-        ValueError,
-        "`centred` must be a bool and `input_norm` one of [None, 'layer', 'length'], got True and 'batch'.",
+        "`centred`",
+        "'batch'",
     ),
     "a scale of time that is no number": (
         lambda world: TIDE(SMALL, 8, [900, 1], 8, 2, time_scale=float("nan")),
-        ValueError,
-        "Expected bools `undone` and `flip_sin_to_cos`, and numbers `time_scale` and `downscale_freq_shift`, got "
-        "True, True, nan and 0.0.",
+        "`flip_sin_to_cos`",
+        "`downscale_freq_shift`",
     ),
     "an odd embedding of time": (
         lambda world: TIDE(SMALL, 8, [900, 1], 8, 2, time_channels=7),
-        ValueError,
-        "`time_channels` must be an even number, got 7.",
+        "`time_channels`",
+        "got 7",
     ),
     "experts of different sizes": (
         lambda world: MixtureSAE(SMALL, 8, [900, 1], 8, 2, num_experts=4, shared_latents=2),
-        ValueError,
-        "Expected two experts or more, of as many latents each, of the 8 without those shared; got 4 experts and 2 "
-        "shared.",
+        "got 4",
     ),
     "unknown metadata": (
         lambda world: MixtureSAE(SMALL, 8, [900, 1], 8, 2, num_experts=2, metadata=["hour"]),
-        ValueError,
-        "`metadata` must be some of ['time', 'row', 'column', 'guidance'], got ['hour'].",
+        "`metadata`",
+        "'hour'",
     ),
     "trajectories of another width": (
         lambda world: world.dictionary.sites[SITE].encode(torch.zeros(2, 3, 8)),
-        ValueError,
-        "Expected trajectories (batch, 1 to 3 anchors, 160 channels), got shape (2, 3, 8).",
+        "(batch, 1 to 3 anchors, 160 channels)",
+        "(2, 3, 8)",
     ),
     "trajectories of too many anchors": (
         lambda world: world.dictionary.sites[SITE].encode(torch.zeros(2, 4, 160)),
-        ValueError,
-        "Expected trajectories (batch, 1 to 3 anchors, 160 channels), got shape (2, 4, 160).",
+        "(batch, 1 to 3 anchors, 160 channels)",
+        "(2, 4, 160)",
     ),
     "one activation": (
         lambda world: world.dictionary.sites[SITE].encode(torch.zeros(160)),
-        ValueError,
-        "Expected trajectories (batch, 1 to 3 anchors, 160 channels), got shape (160,).",
+        "(batch, 1 to 3 anchors, 160 channels)",
+        "(160,)",
     ),
     # Folders
-    "nothing": (
-        lambda world: load_dictionary(None),
-        ValueError,
-        "Expected a Hub id, a folder or a dict of dictionaries by site, got NoneType.",
-    ),
-    "an empty string": (
-        lambda world: load_dictionary(""),
-        ValueError,
-        "Expected a Hub id, a folder or a dict of dictionaries by site, got an empty string.",
-    ),
-    "one RTSAE": (
-        lambda world: load_dictionary(world.dictionary.sites[SITE]),
-        ValueError,
-        "Expected a Hub id, a folder or a dict of dictionaries by site, got RTSAE.",
-    ),
+    "nothing": (lambda world: load_dictionary(None), "got NoneType"),
+    "an empty string": (lambda world: load_dictionary(""), "got an"),
+    "one RTSAE": (lambda world: load_dictionary(world.dictionary.sites[SITE]), "got RTSAE"),
     "a Hub id that is not in the cache": (
         lambda world: load_dictionary("org/none", cache_dir=world.empty / "cache", local_files_only=True),
         OSError,
-        "'org/none' is no folder here, and no dictionary that could be fetched from the Hub: it is not in the cache, "
-        "or not all of it, and nothing may be downloaded.",
+        "'org/none'",
     ),
     "a folder that does not exist": (
         lambda world: load_dictionary(world.empty / "nowhere", local_files_only=True),
         OSError,
-        "'…nowhere' is no folder here, and no dictionary that could be fetched from the Hub: …",
+        "be fetched from the Hub:",
     ),
     "a folder of something else": (
         lambda world: load_dictionary(world.empty),
         OSError,
-        "… is no dictionary: expected rtsae_config.json in it, found ['small']. Did you mean ['…small']?",
+        "rtsae_config.json",
+        "'small'",
     ),
     "a folder of somebody else's": (
         lambda world: read_contents(sdlens().write(world.empty / "theirs")),
         OSError,
-        "… holds files of SDLens, which say neither labels nor how active latents are; this makes a dictionary of "
-        "them: diffusers-rtsae convert …theirs OUT",
+        "SDLens",
+        "OUT",
     ),
-    "a folder without labels": (
-        replaced(LABELS_NAME, None),
-        OSError,
-        "… is no dictionary: expected labels.json in it, found ['README.md', 'mid_block', 'rtsae_config.json'].",
-    ),
-    "a subfolder that does not exist": (
-        local(subfolder="v2"),
-        OSError,
-        "…v2 is no dictionary: expected rtsae_config.json in it, found nothing.",
-    ),
-    "a subfolder outside": (
-        local(subfolder="../small"),
-        ValueError,
-        "`subfolder` must lie inside the folder or repository, got '../small'.",
-    ),
-    "a revision of a folder": (
-        local(revision="v1"),
-        ValueError,
-        "`revision` is for the Hub, but '…small' is a folder here.",
-    ),
+    "a folder without labels": (replaced(LABELS_NAME, None), OSError, "labels.json", "'rtsae_config.json'"),
+    "a subfolder that does not exist": (local(subfolder="v2"), OSError, "rtsae_config.json"),
+    "a subfolder outside": (local(subfolder="../small"), "`subfolder`", "'../small'"),
+    "a revision of a folder": (local(revision="v1"), "`revision`"),
     "a download without the network": (
         lambda world: load_dictionary("org/name", force_download=True, local_files_only=True),
-        ValueError,
-        "`force_download` and `local_files_only` exclude each other.",
+        "`force_download`",
+        "`local_files_only`",
     ),
-    "a name as dtype": (
-        local(dtype="float16"),
-        ValueError,
-        "Expected `dtype` to be one of [torch.float16, torch.bfloat16, torch.float32], got 'float16'.",
-    ),
-    "a dtype that weights cannot have": (
-        local(dtype=torch.float64),
-        ValueError,
-        "Expected `dtype` to be one of [torch.float16, torch.bfloat16, torch.float32], got torch.float64.",
-    ),
-    "one layer without a list": (
-        local(layers=SMALL),
-        ValueError,
-        "Expected `layers` as a list of sites, got the string 'mid_block'.",
-    ),
-    "an unknown layer": (
-        local(layers=["mid_blocks"]),
-        ValueError,
-        "The dictionary has no site 'mid_blocks'. Did you mean ['mid_block']?",
-    ),
+    "a name as dtype": (local(dtype="float16"), "`dtype`", "'float16'"),
+    "a dtype that weights cannot have": (local(dtype=torch.float64), "`dtype`", "got torch.float64"),
+    "one layer without a list": (local(layers=SMALL), "`layers`", "'mid_block'"),
+    "an unknown layer": (local(layers=["mid_blocks"]), "'mid_blocks'", "'mid_block'"),
     # Files
-    "damaged JSON": (
-        replaced(LABELS_NAME, b"{"),
-        ValueError,
-        "…labels.json is not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
-    ),
-    "JSON of something else": (
-        replaced(CONFIG_NAME, b"[]"),
-        ValueError,
-        "…rtsae_config.json must hold a JSON object, got list.",
-    ),
-    "another format": (
-        rewritten(CONFIG_NAME, format_version=99),
-        ValueError,
-        "…rtsae_config.json has format version 99, this version reads 1.",
-    ),
-    "a base model that is no name": (
-        rewritten(CONFIG_NAME, base_model=3),
-        ValueError,
-        "…rtsae_config.json must name its `base_model`, got 3.",
-    ),
-    "sites that are no paths": (
-        rewritten(CONFIG_NAME, sites=["../up"]),
-        ValueError,
-        "…rtsae_config.json must list its `sites` as module paths, got ['../up'].",
-    ),
-    "a label of another form": (
-        rewritten(LABELS_NAME, red=[1]),
-        ValueError,
-        "…labels.json: label 'red' must be an object with a list `features` and, if any, an object `edit` and a list "
-        "`seen`.",
-    ),
-    "a label of an unknown site": (
-        label(site="up"),
-        ValueError,
-        "…labels.json: each feature of 'red' needs a site of ['mid_block'], and as many weights as latents.",
-    ),
-    "a label of a latent that does not exist": (
-        label(latents=[16]),
-        ValueError,
-        "…labels.json: 'red' names latent 16, but mid_block has 0 to 15.",
-    ),
-    "a label with weights that are no numbers": (
-        label(weights=["1"]),
-        ValueError,
-        "…labels.json: the weights of 'red' must be finite numbers, got ['1'].",
-    ),
-    "a label that acts where nothing is": (
-        label(where=[]),
-        ValueError,
-        "…labels.json: `where` of 'red' names no latent, so the edit would act nowhere.",
-    ),
+    "damaged JSON": (replaced(LABELS_NAME, b"{"), "labels.json", "(char 1)"),
+    "JSON of something else": (replaced(CONFIG_NAME, b"[]"), "rtsae_config.json", "got list"),
+    "another format": (rewritten(CONFIG_NAME, format_version=99), "rtsae_config.json", "99"),
+    "a base model that is no name": (rewritten(CONFIG_NAME, base_model=3), "rtsae_config.json", "got 3"),
+    "sites that are no paths": (rewritten(CONFIG_NAME, sites=["../up"]), "rtsae_config.json", "'../up'"),
+    "a label of another form": (rewritten(LABELS_NAME, red=[1]), "labels.json", "`seen`"),
+    "a label of an unknown site": (label(site="up"), "labels.json", "'mid_block'"),
+    "a label of a latent that does not exist": (label(latents=[16]), "labels.json", "15"),
+    "a label with weights that are no numbers": (label(weights=["1"]), "labels.json", "'1'"),
+    "a label that acts where nothing is": (label(where=[]), "`where`", "'red'"),
     "a label with options of no edit": (
         rewritten(
             LABELS_NAME,
             red={"features": [{"site": SMALL, "latents": [1], "weights": [1.0]}], "edit": {"apply_to": "none"}},
         ),
-        ValueError,
-        "…labels.json: 'red' cannot be used: `apply_to` must be one of ['cond', 'all', 'contrast'], got 'none'.",
+        "labels.json",
+        "'none'",
     ),
-    "a part of a label without bounds": (
-        label(operation="ablate"),
-        ValueError,
-        "…labels.json: the `bounds` of 'red' must be two numbers around 0, got None.",
-    ),
-    "a part of a label that is no part": (
-        label(bounds=[0, 1], operation="set"),
-        ValueError,
-        "…labels.json: a part of 'red' must 'add' or 'ablate', got 'set'.",
-    ),
+    "a part of a label without bounds": (label(operation="ablate"), "labels.json", "got None"),
+    "a part of a label that is no part": (label(bounds=[0, 1], operation="set"), "labels.json", "'set'"),
     "a label of a map that is not there": (
         label(bounds=[0, 1], latents=[], weights=[], map="red"),
-        ValueError,
-        "…labels.json: 'red' must name one of the maps and no latents, got 'red'.",
+        "labels.json",
+        "'red'",
     ),
     "labels without their maps": (
         lambda world: Dictionary(world.dictionary.sites, world.dictionary.labels),
-        ValueError,
-        "The label 'white' has a map of its own, which is missing.",
+        "'white'",
     ),
     "the path of a label that has nothing but a map": (
         lambda world: Dictionary(
@@ -1092,362 +797,232 @@ MISUSE = {
             {"own": {"features": [{"site": next(iter(world.dictionary.sites)), "latents": [], "map": "own"}]}},
             maps={"own": torch.zeros(1, 3, 17)},
         ).trajectory("own"),
-        ValueError,
-        "The label 'own' moves no latents and is seen by none.",
+        "'own'",
     ),
-    "a map of another shape": (
-        maps(red=torch.zeros(2, 3, 8)),
-        ValueError,
-        "The map of 'red' has another shape than mid_block needs.",
-    ),
-    "a map that is none": (
-        maps(red=torch.zeros(8)),
-        ValueError,
-        "…maps.safetensors: 'red' is no map: expected (rank, anchors, 2 channels + 1) floats.",
-    ),
-    "a map that is not finite": (
-        maps(red=torch.full((1, 3, 17), float("nan"))),
-        ValueError,
-        "…maps.safetensors holds NaN or inf in 'red'.",
-    ),
-    "damaged maps": (
-        maps(b"maps"),
-        OSError,
-        "…maps.safetensors is damaged or no safetensors file: …",
-    ),
+    "a map of another shape": (maps(red=torch.zeros(2, 3, 8)), "'red'", "mid_block"),
+    "a map that is none": (maps(red=torch.zeros(8)), "'red'", "(rank, anchors, 2 channels + 1)"),
+    "a map that is not finite": (maps(red=torch.full((1, 3, 17), float("nan"))), "NaN", "'red'"),
+    "damaged maps": (maps(b"maps"), OSError, "damaged or no safetensors file:"),
     "saving a map that is too large": (
         lambda world: save_tensors({"red": torch.tensor([1e9])}, world.empty / "maps.safetensors"),
-        ValueError,
-        "'red' holds NaN, inf, or what is too large for float16.",
+        "'red'",
+        "16",
     ),
-    "pairs in a file that cannot be read": (
-        lambda world: read_pairs(world.empty / "none.json"),
-        ValueError,
-        "…none.json cannot be read as JSON: …",
-    ),
-    "pairs in a file of something else": (
-        lambda world: read_pairs(world.folder / LABELS_NAME),
-        ValueError,
-        "…labels.json must hold a list of [from, to] prompts.",
-    ),
+    "pairs in a file that cannot be read": (lambda world: read_pairs(world.empty / "none.json"), "none.json", "JSON"),
+    "pairs in a file of something else": (lambda world: read_pairs(world.folder / LABELS_NAME), "labels.json"),
     "a map that takes away": (
         lambda world: Edit(latents=(1,), weights=(1.0,), strength=1.0, map=torch.zeros(1, 3, 17)),
-        ValueError,
-        "A map adds, unclipped, and to no latents.",
+        "unclipped, and to no latents",
     ),
-    "a site without safetensors": (
-        replaced(f"{SMALL}/{WEIGHTS_NAME}", None),
-        OSError,
-        "Expected config.json and diffusion_pytorch_model.safetensors (safetensors only) in …mid_block, found "
-        "['config.json'].",
-    ),
-    "damaged weights": (
-        replaced(f"{SMALL}/{WEIGHTS_NAME}", b"weights"),
-        OSError,
-        "…diffusion_pytorch_model.safetensors is damaged or no safetensors file: …",
-    ),
+    "a site without safetensors": (replaced(f"{SMALL}/{WEIGHTS_NAME}", None), OSError, "config.json", "'config.json'"),
+    "damaged weights": (replaced(f"{SMALL}/{WEIGHTS_NAME}", b"weights"), OSError, "diffusion_pytorch_model"),
     "weights that are not finite": (
         weights(threshold=torch.tensor([0.0, float("nan"), 0.0])),
-        ValueError,
-        "…diffusion_pytorch_model.safetensors holds NaN or inf in 'threshold'.",
+        "diffusion_pytorch_model",
+        "'threshold'",
     ),
-    "weights of another shape": (
-        weights(threshold=torch.zeros(4)),
-        ValueError,
-        "The weights in …diffusion_pytorch_model.safetensors do not fit its config.json: 'threshold' has shape [4] "
-        "instead of [3].",
-    ),
-    "a configuration of another site": (
-        rewritten(f"{SMALL}/config.json", site="up"),
-        ValueError,
-        "…config.json must be of site 'mid_block', got 'up'.",
-    ),
+    "weights of another shape": (weights(threshold=torch.zeros(4)), "diffusion_pytorch_model", "'threshold'"),
+    "a configuration of another site": (rewritten(f"{SMALL}/config.json", site="up"), "config.json", "'up'"),
     "a configuration of a kind of somebody else": (
         rewritten(f"{SMALL}/config.json", _class_name="UNet2DConditionModel"),
-        ValueError,
-        "…config.json must name its kind as one of ['RTSAE', 'SparseAutoencoder', 'TIDE', 'MixtureSAE'], got "
-        "'UNet2DConditionModel'.",
+        "config.json",
+        "'UNet2DConditionModel'",
     ),
-    "a configuration without width": (
-        rewritten(f"{SMALL}/config.json", in_channels=None),
-        ValueError,
-        "…config.json: expected `in_channels` as a positive int, got None.",
-    ),
-    "a configuration with other anchors": (
-        rewritten(f"{SMALL}/config.json", anchors=[0.5]),
-        ValueError,
-        "…config.json: expected `anchors` as a list of 1 to 1000 timesteps, got [0.5].",
-    ),
+    "a configuration without width": (rewritten(f"{SMALL}/config.json", in_channels=None), "config.json", "got None"),
+    "a configuration with other anchors": (rewritten(f"{SMALL}/config.json", anchors=[0.5]), "config.json", "0.5"),
     "a configuration with an activation that is no word": (
         rewritten(f"{SMALL}/config.json", activation=[]),
-        ValueError,
-        "…config.json: expected `activation` as a string, got [].",
+        "`activation`",
     ),
     "a configuration with another activation": (
         rewritten(f"{SMALL}/config.json", activation="middle"),
-        ValueError,
-        "…config.json describes no dictionary: `activation` of RTSAE must be one of …",
+        "`activation`",
     ),
-    "a configuration of nothing known": (
-        rewritten(f"{SMALL}/config.json", anchors=[1, 900]),
-        ValueError,
-        "…config.json describes no dictionary: `anchors` must be strictly descending timesteps, got [1, 900].",
-    ),
-    "saving what is not finite": (
-        save_nan,
-        ValueError,
-        "'decoder' of mid_block holds NaN, inf, or what is too large for torch.float16.",
-    ),
-    "saving through a link": (save_through_link, OSError, "…mid_block is a link, and nothing is written through one."),
+    "a configuration of nothing known": (rewritten(f"{SMALL}/config.json", anchors=[1, 900]), "config.json", "900"),
+    "saving what is not finite": (save_nan, "'decoder'", "16"),
+    "saving through a link": (save_through_link, OSError, "mid_block"),
     # Presets
-    "an unknown preset": (
-        lambda world: world.pipe.set_rtsae_preset("sunset"),
-        ValueError,
-        "The dictionary has no preset 'sunset'. …",
-    ),
-    "a preset without features": (
-        lambda world: preset(world, {"options": {}}),
-        ValueError,
-        "presets.json: preset 'mine' must be an object with a list `features` of [feature, strength] and, if any, an "
-        "object `options`.",
-    ),
-    "a preset of no feature": (
-        lambda world: preset(world, {"features": [[1.5, 1.0]]}),
-        ValueError,
-        "presets.json: 'mine' has feature 1.5, expected a label, an index or [site, index].",
-    ),
+    "an unknown preset": (lambda world: world.pipe.set_rtsae_preset("sunset"), "'sunset'"),
+    "a preset without features": (lambda world: preset(world, {"options": {}}), "presets.json", "`options`"),
+    "a preset of no feature": (lambda world: preset(world, {"features": [[1.5, 1.0]]}), "presets.json", "1.5"),
     "a preset without strength": (
         lambda world: preset(world, {"features": [["red", "much"]]}),
-        ValueError,
-        "presets.json: 'mine' has strength 'much', expected a finite number or a list of them.",
+        "presets.json",
+        "'much'",
     ),
     "a preset with an option that is none": (
         lambda world: preset(world, {"features": [["red", 1.0]], "options": {"start": 2}}),
-        ValueError,
-        "presets.json: 'mine' cannot be used: …",
+        "presets.json",
+        "'mine'",
     ),
     # Analysis
     "recording an unknown activation": (
         lambda world: Recorder(world.pipe, [SITE], activation="middle"),
-        ValueError,
-        "`activation` must be one of ['output', 'update', 'input'], got 'middle'.",
+        "`activation`",
+        "'middle'",
     ),
-    "recording a part of guidance that is not there": (
-        record_a_stream_that_is_not_there,
-        ValueError,
-        "Expected the guidance branches ['cond', 'perturbed'] at …, got ['cond'].",
-    ),
-    "trajectories that were not recorded": (
-        record_elsewhere,
-        ValueError,
-        f"Nothing was recorded at 'mid_block'; recorded were ['{SITE}'].",
-    ),
-    "tracing features of two sites": (
-        trace_two_sites,
-        ValueError,
-        f"Expected features of one site, got [('mid_block', 1), ('{SITE}', 1)] at ['mid_block', '{SITE}'].",
-    ),
-    "tracing nothing": (
-        lambda world: recorded(world).maps([]),
-        ValueError,
-        "Expected features of one site, got [] at [].",
-    ),
+    "recording a part of guidance that is not there": (record_a_stream_that_is_not_there, "'perturbed'", "'cond'"),
+    "trajectories that were not recorded": (record_elsewhere, "'mid_block'"),
+    "tracing features of two sites": (trace_two_sites, "'mid_block'", "', '"),
+    "tracing nothing": (lambda world: recorded(world).maps([]), "site, got [] at []"),
     "recording a site that the dictionary has not": (
         lambda world: recorded(world, sites=["mid_block"]),
-        ValueError,
-        f"The dictionary has no site 'mid_block'. It has ['{SITE}'].",
+        "'mid_block'",
     ),
-    "recording two kinds of activation": (
-        record_two_kinds,
-        ValueError,
-        f"Expected sites that all read the same activation, got ['output', 'update'] at ['mid_block', '{SITE}'].",
-    ),
-    "an empty mask": (
-        lambda world: recorded(world).presence(SITE, torch.zeros(8, 8)),
-        ValueError,
-        "Expected a mask that covers at least one token, got an empty one.",
-    ),
+    "recording two kinds of activation": (record_two_kinds, "['output', 'update']", "'mid_block'"),
+    "an empty mask": (lambda world: recorded(world).presence(SITE, torch.zeros(8, 8)), "at least one token"),
     "presence in none of denoising": (
         lambda world: find.find_features(world.pipe, ["a star"], ["a heart"], until=0),
-        ValueError,
-        "Expected 0 < until <= 1, got 0.",
+        "got 0",
     ),
-    "finding without examples": (
-        lambda world: find.find_features(world.pipe, ["a star"], []),
-        ValueError,
-        "Expected positive and negative examples, got 1 and 0.",
-    ),
+    "finding without examples": (lambda world: find.find_features(world.pipe, ["a star"], []), "got 1"),
     "finding with examples of two kinds": (
         lambda world: find.find_features(
             world.pipe, ["a star"], [Image.new("RGB", (64, 64))], by="presence", num_inference_steps=1
         ),
-        ValueError,
-        "Expected either prompts or pictures for both positive and negative examples, got a mix.",
+        "for positive and negative alike",
     ),
     "a scorer of another architecture": (
         lambda world: FactorScorer({"colour": ["red", "blue"]}, architecture="none"),
-        ValueError,
-        "`architecture` must be 'convolution' or 'attention', got 'none'.",
+        "`architecture`",
+        "'none'",
     ),
     "finding by something else": (
         lambda world: find.find_features(world.pipe, ["a star"], ["a heart"], by="colour"),
-        ValueError,
-        "Expected by='effect', for prompts, or 'presence', got 'colour'.",
+        "'effect'",
+        "'colour'",
     ),
     "finding the effect of prompts that are no pairs": (
         lambda world: find.find_features(world.pipe, ["a star"], ["a heart", "a circle"]),
-        ValueError,
-        "Expected as many prompts with the concept as without, one to one; got 1 and 2. by='presence' takes any "
-        "number.",
+        "got 1",
+        "'presence'",
     ),
-    "a strip of nothing": (
-        lambda world: plot_strip(find.FeatureTable()),
-        ValueError,
-        "Expected a table of verified features, got none: call find_features with verify=True.",
-    ),
-    "fitting without pairs": (fitted(()), ValueError, "Expected pairs (from, to) of prompts, got none."),
-    "fitting what is no pair": (
-        fitted(("a star",)),
-        ValueError,
-        "Expected pairs (from, to) of prompts, got 'a star'.",
-    ),
-    "fitting equal prompts": (
-        fitted((("a star", "a star"),)),
-        ValueError,
-        "Expected the two prompts of a pair to differ, got 'a star' twice; prompts that must not change go in "
-        "`unchanged`.",
-    ),
-    "fitting no latents": (
-        fitted(latents=0),
-        ValueError,
-        "Expected at least one latent, or a rank of at least one, got latents=0.",
-    ),
-    "fitting a prompt that is too long": (
-        fitted((("a star " * 40, "a heart"),)),
-        ValueError,
-        "A prompt of … tokens is cut off at 32, perhaps before the concept: 'a star …",
-    ),
+    "a strip of nothing": (lambda world: plot_strip(find.FeatureTable()), "find_features"),
+    "fitting without pairs": (fitted(()), "(from, to)", "got none"),
+    "fitting what is no pair": (fitted(("a star",)), "(from, to)", "'a star'"),
+    "fitting equal prompts": (fitted((("a star", "a star"),)), "'a star'", "`unchanged`"),
+    "fitting no latents": (fitted(latents=0), "got latents"),
+    "fitting a prompt that is too long": (fitted((("a star " * 40, "a heart"),)), "32"),
     "fitting without text": (
         lambda world: fit_feature(Caller(world.pipe), [("a star", "a heart")], progress=False),
-        ValueError,
-        "An effect compares prompts, but Caller takes no `prompt`.",
+        "prompt, and Caller takes none",
     ),
-    "fitting in a denoiser that is broken": (
-        fitted_in_a_broken_denoiser,
-        ValueError,
-        "Expected finite numbers from the denoiser, got NaN or inf; float32 or bfloat16 may help.",
-    ),
-    "fitting a compiled denoiser": (
-        fitted_when_compiled,
-        ValueError,
-        "Expected a denoiser that gives gradients, got a compiled one; load it without torch.compile.",
-    ),
-    "fitting with latents that do nothing": (
-        fitted_with_nothing,
-        ValueError,
-        "Expected a latent that has an effect on these pairs, but the dictionary has none.",
-    ),
+    "fitting in a denoiser that is broken": (fitted_in_a_broken_denoiser, "NaN", "16"),
+    "fitting a compiled denoiser": (fitted_when_compiled, "none; load a plain one"),
+    "fitting with latents that do nothing": (fitted_with_nothing, "an effect on these pairs"),
     "verifying without prompts": (
         lambda world: find.find_features(
             world.pipe, *[[Image.new("RGB", (64, 64), c)] for c in ("red", "white")], verify=True
         ),
-        ValueError,
-        "Expected negative prompts to verify features on, got none.",
+        "prompts, and there are none",
     ),
     "pictures for a pipeline that cannot read them": (
         lambda world: find.record_images(flow_pipeline(world), []),
-        ValueError,
-        "Reading pictures needs a StableDiffusionPipeline and a scheduler with alphas_cumprod, got "
-        "StableDiffusionPipeline and FlowMatchEulerDiscreteScheduler.",
+        "StableDiffusionPipeline",
+        "FlowMatchEulerDiscreteScheduler",
     ),
-    "a label that is not there": (
-        lambda world: search_labels(world.dictionary, "reddish"),
-        ValueError,
-        "No label contains 'reddish'. …",
-    ),
+    "a label that is not there": (lambda world: search_labels(world.dictionary, "reddish"), "'reddish'"),
     "crops of what is active nowhere": (
         lambda world: plot_crops([recorded(world)], quiet_feature(world)),
-        ValueError,
-        "Expected pictures in which … is active, got none.",
+        "in none of these pictures",
     ),
     # What others published
     "a published one whose folder says nothing": (
         lambda world: theirs(world, sparsify(), rename="sae"),
-        ValueError,
-        "No name in …sae says which site it is of: name the site by `layers`, and if there are several, one folder of "
-        "['.'] by `subfolder`.",
+        "`site`",
+        "`subfolder`",
     ),
     "several published ones of a site": (
         lambda world: load_dictionary(sparsify().write(sparsify().write(world.empty / "a").parent / "b").parent),
-        ValueError,
-        "… has several of up_blocks.1.attentions.1: choose one of ['a', 'b'] by `subfolder`.",
+        "up_blocks",
+        "`subfolder`",
     ),
-    "a published pickle": (
-        lambda world: theirs(world, sdlens()),
-        ValueError,
-        "… has pickles, …state_dict.pth', which are not loaded; this makes safetensors of them: diffusers-rtsae "
-        "convert … OUT",
-    ),
+    "a published pickle": (lambda world: theirs(world, sdlens()), "state_dict", "OUT"),
     "a published file that is none": (
         lambda world: theirs(world, saelens("standard"), **{f"{SITE}/sae_weights.safetensors": b"x"}),
         OSError,
-        "…sae_weights.safetensors is damaged or no safetensors file: …",
+        "sae_weights",
     ),
     "a pickle of other things": (
         lambda world: convertible(theirs(world, dictionary_learning("AutoEncoder"), None, **{f"{SITE}/ae.pt": b"x"})),
         OSError,
-        "…ae.pt is damaged, or holds more than tensors: …",
+        "or holds more than tensors:",
     ),
-    "a published one without a number": (
-        lambda world: theirs(world, sparsify(k="many")),
-        ValueError,
-        "…cfg.json must have 'k' as a positive int, got 'many'.",
-    ),
+    "a published one without a number": (lambda world: theirs(world, sparsify(k="many")), "cfg.json", "'many'"),
     "a published one that was scaled by what is not told": (
         lambda world: theirs(world, saelens("standard", normalize_activations="expected_average_only_in")),
-        ValueError,
-        "…cfg.json says normalize_activations = 'expected_average_only_in', and the factor that it was trained with "
-        "is in no file.",
+        "cfg.json",
+        "'expected_average_only_in'",
     ),
-    "a published one of an unknown kind": (
-        lambda world: theirs(world, saelens("matching_pursuit")),
-        ValueError,
-        "…cfg.json says architecture = 'matching_pursuit', and it is of a kind that is not known here.",
+    "a published one of an unknown kind": (lambda world: theirs(world, saelens("crosscoder")), "'crosscoder'"),
+    "a published one whose class nothing says": (
+        lambda world: theirs(world, overcomplete("SAE"), **{f"{SITE}/overcomplete.json": b"{}"}),
+        "`class`",
     ),
-    "a transcoder around which something passes": (
-        lambda world: theirs(world, sparsify(transcode=True, skip_connection=True)),
-        ValueError,
-        "…cfg.json says skip_connection = True, and the linear path around a transcoder has no place here.",
+    "a published one without a threshold": (
+        lambda world: theirs(
+            world, overcomplete("SAE"), **{f"{SITE}/overcomplete.json": b'{"class": "BatchTopKSAE"}'}
+        ),
+        "'running_threshold'",
     ),
+    "a published one that may round or not": (
+        lambda world: theirs(
+            world, overcomplete("QSAE"), **{f"{SITE}/overcomplete.json": b'{"class": "QSAE", "hard": "no"}'}
+        ),
+        "'hard'",
+        "'no'",
+    ),
+    "a published one whose rows are not normalised": (
+        lambda world: theirs(world, with_tensor(overcomplete("SAE"), "dictionary._weights", torch.randn(24, 6))),
+        "overcomplete.safetensors has a dictionary that is not normal",
+    ),
+    "a published one with a deep encoder": (
+        lambda world: theirs(
+            world, with_tensor(overcomplete("SAE"), "encoder.mlp_blocks.0.0.weight", torch.zeros(6, 6))
+        ),
+        "overcomplete.safetensors has an encoder of many layers; only",
+    ),
+    "a published one whose latents are normalised together": (
+        lambda world: theirs(world, with_tensor(overcomplete("SAE"), "encoder.final_block.1.weight", torch.ones(24))),
+        "overcomplete.safetensors normalises all latents of a token t",
+    ),
+    "a site for several": (
+        lambda world: load_dictionary(
+            sparsify().write(sparsify().write(world.empty / "a").parent / "b").parent, site=SITE
+        ),
+        "`site`",
+        "`subfolder`",
+    ),
+    "a site for what says it": (lambda world: load_dictionary(world.folder, site=SITE), "`site`"),
     "a published one with other tensors": (
         lambda world: theirs(world, sparsify(d_in=7)),
-        ValueError,
-        "…sae.safetensors must hold 'encoder.weight' as floats of shape (28, 7), found float32 of shape (24, 6).",
+        "'encoder.weight'",
+        "(24, 6)",
     ),
     "a published one of an unknown class": (
         lambda world: convertible(theirs(world, dictionary_learning("CrossCoder"), None)),
-        ValueError,
-        "…config.json must name a `dict_class` that is known here, got 'CrossCoder'.",
+        "config.json",
+        "'CrossCoder'",
     ),
-    "exporting trajectories": (
-        lambda world: world.dictionary.export("saelens", world.empty),
-        ValueError,
-        "SAELens has nothing like the RTSAE of up_blocks.1.attentions.1.",
+    "exporting what adds two things": (
+        lambda world: Dictionary({SMALL: SparseAutoencoder(SMALL, 8, [1], 8, 2, skip=True)}).export(
+            "saelens", world.empty
+        ),
+        "SAELens has nothing like the settings of mid_block: threshol",
     ),
+    "exporting trajectories": (lambda world: world.dictionary.export("saelens", world.empty), "SAELens", "up_blocks"),
     "exporting to a format that is only read": (
         lambda world: FORMATS["sparsify"].export(world.dictionary.sites[SITE], None),
-        ValueError,
         "sparsify is read, and not written.",
     ),
     "exporting for an unknown library": (
         lambda world: world.dictionary.export("keras", world.empty),
-        ValueError,
-        "`layout` must be one of ['saelens'], got 'keras'.",
+        "`layout`",
+        "'keras'",
     ),
     "measuring on nothing": (
         lambda world: measure(world.pipe, world.dictionary, []),
-        ValueError,
-        "Statistics need at least one prompt, and a dictionary that reads single steps.",
+        "for dictionaries of single steps",
     ),
     "measuring with another model": (
         lambda world: measure(
@@ -1456,232 +1031,120 @@ MISUSE = {
             ["a star"],
             num_inference_steps=1,
         ),
-        ValueError,
-        "The dictionary of up_blocks.1.attentions.1 is for 8 channels, the model has 160 there.",
+        "up_blocks",
+        "160",
     ),
-    "a linear map of what is read": (
-        map_of_a_transcoder,
-        ValueError,
-        f"A linear map needs a dictionary that reads the output of {SITE}, got one that reads its input.",
-    ),
+    "a linear map of what is read": (map_of_a_transcoder, "up_blocks"),
     # The command line
     "converting with prompts alone": (
         lambda world: cli.convert("org/name", world.empty, prompts=Path("prompts.txt")),
-        ValueError,
-        "Expected both --pipeline and --prompts, or neither.",
+        "--pipeline",
+        "--prompts",
     ),
-    "the command line without its packages": (
-        command_line_without_typer,
-        SystemExit,
-        'The command line needs typer: pip install "diffusers-rtsae[analysis]"',
-    ),
+    "the command line without its packages": (command_line_without_typer, SystemExit, '"diffusers-rtsae[analysis]"'),
     "bundled files that are not there": (
         train_without_the_trainer,
-        ValueError,
-        "…commands.py is missing: install diffusers-rtsae again.",
+        "commands.py is missing: install diffusers-rtsae again.",
     ),
     "a name that the package has not": (
         lambda world: diffusers_rtsae.RTSAEs,
         AttributeError,
-        "module 'diffusers_rtsae' has no attribute 'RTSAEs'",
+        "'diffusers_rtsae'",
+        "'RTSAEs'",
     ),
     "a world that is not bundled": (
         lambda world: cli.common.parse_world("mars"),
         typer.BadParameter,
-        "expected one of ['shapes', 'people'], got 'mars'.",
+        "'shapes'",
+        "'mars'",
     ),
-    "a guidance that is no number": (
-        lambda world: cli.common.finite(float("nan")),
-        typer.BadParameter,
-        "expected a finite number, got nan.",
-    ),
-    "a feature twice": (
-        lambda world: cli.steer("a star", ["red=1", "blue=1", "red=2"]),
-        ValueError,
-        "The feature 'red' is given twice: expected one strength of each.",
-    ),
-    "an empty prompt to find": (
-        lambda world: cli.find(["a star", " "], ["a heart"]),
-        ValueError,
-        "A prompt of --with is empty: expected words.",
-    ),
+    "a guidance that is no number": (lambda world: cli.common.finite(float("nan")), typer.BadParameter, "got nan"),
+    "a feature twice": (lambda world: cli.steer("a star", ["red=1", "blue=1", "red=2"]), "'red'"),
+    "an empty prompt to find": (lambda world: cli.find(["a star", " "], ["a heart"]), "--with"),
     "a picture of no format": (
         lambda world: cli.steer("a star", ["red=1"], out=Path("star.doc")),
-        ValueError,
-        "star.doc must end in .png, .jpg, .jpeg, .webp, .tif, .tiff.",
+        ".jpg, .jpeg, .webp, .tif, .tiff",
     ),
     "a picture where a folder is": (
         lambda world: cli.common.check_output(world.empty),
         OSError,
-        "… is a folder: expected another name to write to.",
+        "another name to write to",
     ),
     "a picture below a file": (
         lambda world: cli.common.check_output(world.folder / "rtsae_config.json" / "star.png"),
         OSError,
-        "… cannot be written: …rtsae_config.json is a file.",
+        "rtsae_config.json",
     ),
     "a picture where nothing may be written": (
         lambda world: cli.common.check_output(Path("/proc/star.png")),
         OSError,
-        "/proc/star.png cannot be written: ….",
+        "/proc/star.png cannot be written:",
     ),
-    "prompts in another encoding": (
-        no_utf8,
-        ValueError,
-        "…prompts.txt, line 3: expected text in UTF-8, got b'ein gr\\xf6\\xdferer Stern'.",
-    ),
+    "prompts in another encoding": (no_utf8, "UTF", "'ein gr\\xf6\\xdferer Stern'"),
     "a file instead of a dictionary": (
         lambda world: load_dictionary(world.folder / "rtsae_config.json"),
         OSError,
-        "…rtsae_config.json is a file: expected the folder of a dictionary, or a Hub id.",
+        "rtsae_config.json",
     ),
-    "a full disk": (
-        save_on_a_full_disk,
-        OSError,
-        "… could not be written: …",
-    ),
-    "a demonstration without labels": (
-        demo_without_labels,
-        ValueError,
-        "The dictionary has no labels to steer with.",
-    ),
-    "steering with nothing": (
-        lambda world: cli.steer("a star"),
-        ValueError,
-        "Expected either features, like red=1.5, or --preset.",
-    ),
-    "fitting without pairs on the command line": (
-        lambda world: cli.fit("red"),
-        ValueError,
-        "Expected either --from and --to, or --pairs.",
-    ),
-    "fitting half a pair": (
-        lambda world: cli.fit("red", ["a star"], []),
-        ValueError,
-        "Expected as many --from as --to, got 1 and 0.",
-    ),
+    "a full disk": (save_on_a_full_disk, OSError, "could not be written:"),
+    "a demonstration without labels": (demo_without_labels, "no labels to steer with"),
+    "steering with nothing": (lambda world: cli.steer("a star"), "1.5", "--preset"),
+    "fitting without pairs on the command line": (lambda world: cli.fit("red"), "--from", "--pairs"),
+    "fitting half a pair": (lambda world: cli.fit("red", ["a star"], []), "--from", "got 1"),
     "a strip without --verify": (
         lambda world: cli.find(["a star"], ["a heart"], strip=Path("strip.png")),
-        ValueError,
-        "A --strip shows what verified features do: expected --verify with how many.",
+        "--strip",
+        "--verify",
     ),
-    "a preset and options": (
-        lambda world: cli.steer("a star", preset="sunset", start=0.5),
-        ValueError,
-        "A preset brings its own --start, --end, --mask and --operation.",
-    ),
-    "a feature without strength": (
-        lambda world: cli.common.parse_strengths(["red"]),
-        ValueError,
-        "Expected FEATURE=STRENGTH, like red=1.5 or 1234=-0.5, got 'red'.",
-    ),
-    "a report on another pipeline without prompts": (
-        lambda world: cli.report(pipeline="another"),
-        ValueError,
-        "A report on another pipeline needs --prompts, a text file with one prompt a line.",
-    ),
-    "a report without prompts": (
-        lambda world: report_of_nothing(world, ()),
-        ValueError,
-        "Expected prompts to look for features in, got none.",
-    ),
-    "a report of no features": (
-        report_of_nothing,
-        ValueError,
-        "Expected features to report, got none: the dictionary has no labels, and `count` is 0.",
-    ),
-    "the app without gradio": (
-        app_without_gradio,
-        ModuleNotFoundError,
-        "No module named 'gradio'",
-    ),
-}
-
-# messages that need a server, a browser or huge files: what the tests elsewhere look for, and in which file
-ELSEWHERE = {
-    "it has no rtsae_config.json, and no files of a format that is read here.": (
-        "it has no rtsae_config.json",
-        "dictionary/test_dictionary.py",
-    ),
-    "… arrived damaged: its SHA-256 is … instead of … .": (
-        "arrived damaged: its SHA-256 is",
-        "dictionary/test_dictionary.py",
-    ),
-    "… could not be pushed to the Hub: …": ("could not be pushed to the Hub: ", "dictionary/test_dictionary.py"),
-    "… is no folder here, not in the cache, and the Hub does not answer: …": (
-        "not in the cache, and the Hub does not answer: ",
-        "dictionary/test_dictionary.py",
-    ),
-    "The Hub could not be asked for dictionaries: …": (
-        "The Hub could not be asked for dictionaries: ",
-        "dictionary/test_dictionary.py",
-    ),
-    "Say what to draw: the prompt is empty.": ("Say what to draw", "test_app.py"),
-    "The seed is empty: expected a number.": ("The seed is empty", "test_app.py"),
-    "Choose a feature first: a preset of none does nothing.": ("a preset of none", "test_app.py"),
-    "Choose a feature first, then see where it is active.": ("then see where it is active", "test_app.py"),
-    "Choose a feature first, then see what its strengths do.": ("then see what its strengths do", "test_app.py"),
-    "The new feature needs a name.": ("needs a name", "test_app.py"),
-    "There is a feature … already: choose another name.": ("There is a feature 'red' already", "test_app.py"),
-    "Expected as many prompts with it as without, got … and ….": ("as without, got 1 and 0", "test_app.py"),
-    "… was run at other steps than …: record it alone.": ("was run at other steps than", "test_caches.py"),
-    "The unconditional call has … tokens at …, the conditional one …: apply_to='contrast' cannot follow it there. Use "
-    "apply_to='cond'.": ("apply_to='contrast' cannot follow it there", "denoiser/test_call.py"),
-    "… does not say which text is the negative one: expected it in a variable of its call with `negative` or `uncond` "
-    "in its name.": ("does not say which text is the negative one", "steering/test_custom_pipelines.py"),
-    "The backward pass calls the denoiser again, and an edit cannot know as which call: have its blocks checkpointed, "
-    "by `enable_gradient_checkpointing`, instead of the whole.": (
-        "have its blocks checkpointed",
-        "steering/test_custom_pipelines.py",
-    ),
-    "Nothing is painted: features act everywhere.": ("Nothing is painted", "test_app.py"),
-    "… is too large: expected at most … MB of JSON.": ("is too large", "dictionary/test_security.py"),
-    "The device ran out of memory with batch_size=…: a smaller batch needs less, and checkpointing=True needs less for "
-    "gradients.": ("a smaller batch needs less", "analysis/test_fit_feature.py"),
-    "… is nested more than … levels deep.": ("nested more than 32 levels deep", "dictionary/test_security.py"),
+    "a preset and options": (lambda world: cli.steer("a star", preset="sunset", start=0.5), "--start", "--operation"),
+    "a feature without strength": (lambda world: cli.common.parse_strengths(["red"]), "FEATURE", "'red'"),
+    "a report on another pipeline without prompts": (lambda world: cli.report(pipeline="another"), "--prompts"),
+    "a report without prompts": (lambda world: report_of_nothing(world, ()), "to look for features in"),
+    "a report of no features": (report_of_nothing, "`count`"),
+    "the app without gradio": (app_without_gradio, ModuleNotFoundError, "'gradio'"),
 }
 
 
-@pytest.mark.parametrize(("misuse", "kind", "message"), MISUSE.values(), ids=MISUSE)
-def test_misuse_says(world, misuse, kind, message):
-    pattern = re.escape(message).replace("…", ".*")
-    with pytest.raises(kind, match=rf"(?s)\A{pattern}\Z"):
+@pytest.mark.parametrize("case", MISUSE.values(), ids=MISUSE)
+def test_misuse_is_told_what_was_expected_and_what_exists(world, case):
+    misuse, *named = case
+    kind = named.pop(0) if isinstance(named[0], type) else ValueError
+    with pytest.raises(kind) as caught:
         misuse(world)
+    told = str(caught.value)
+    assert [name for name in named if name not in told] == [], told
 
 
 def messages(source: str):
-    """The kind and the message of each `raise` in a module, as a regular expression in which anything may vary."""
+    """The kind of each `raise` in a module, and the words it is sure to say."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Raise) or node.exc is None:
             continue
-        if ast.unparse(node.exc).startswith(("gr.Error", "_")):  # passed on by the app; caught and reported elsewhere
+        if isinstance(node.exc, ast.Name) and node.exc.id.startswith("_"):  # caught inside, and said by nobody
             continue
         assert isinstance(node.exc, ast.Call), f"write the message out: {ast.unparse(node)}"
         kind, text = ast.unparse(node.exc.func), node.exc.args[0]
+        if kind == "gr.Error" or kind.startswith("_"):  # the app passes on what was raised; caught and said elsewhere
+            continue
         for said in (text.body, text.orelse) if isinstance(text, ast.IfExp) else (text,):
             if isinstance(said, ast.Constant) and isinstance(said.value, int):
                 continue  # the status a process exits with
             assert isinstance(said, ast.JoinedStr | ast.Constant), f"write the message out: {ast.unparse(node)}"
             parts = said.values if isinstance(said, ast.JoinedStr) else [said]
-            constant = [part.value if isinstance(part, ast.Constant) else None for part in parts]
-            assert sum(map(len, filter(None, constant))) >= 10, f"say more: {ast.unparse(node)}"
-            yield kind, "".join(".*" if part is None else re.escape(part) for part in constant)
+            yield kind, "".join(part.value for part in parts if isinstance(part, ast.Constant))
 
 
-def test_every_message_has_its_misuse():
-    package, tests = Path(diffusers_rtsae.__file__).parent, Path(__file__).parent
-    said = [(kind, m) for path in sorted(package.rglob("*.py")) for kind, m in messages(path.read_text())]
+def test_every_message_is_written_out_where_it_is_raised():
+    said = [one for path in PACKAGE.rglob("*.py") for one in messages(path.read_text())]
     assert {kind for kind, _ in said} == {
-        *("ValueError", "OSError", "SystemExit", "typer.BadParameter", "AttributeError", "ModuleNotFoundError"),
-        "torch.OutOfMemoryError",
+        *(
+            "ValueError",
+            "OSError",
+            "SystemExit",
+            "typer.BadParameter",
+            "AttributeError",
+            "ModuleNotFoundError",
+            "torch.OutOfMemoryError",
+        )
     }
-    expected = Counter(message for _, message in said)
-    found = Counter()
-    for message in [message for _, _, message in MISUSE.values()] + list(ELSEWHERE):
-        fitting = [pattern for pattern in expected if re.fullmatch(pattern, message, re.DOTALL)]
-        assert fitting, f"nothing says {message!r}"
-        found[max(fitting, key=lambda pattern: len(pattern.replace(".*", "")))] += 1  # the one with most words
-    missing = [pattern for pattern, count in expected.items() if found[pattern] < count]
-    assert not missing, f"no test provokes {missing}"
-    for text, file in ELSEWHERE.values():
-        assert text in (tests / file).read_text(), f"{file} does not provoke {text!r}"
+    assert not [words for _, words in said if len(words) < 10]

@@ -45,7 +45,6 @@ LARGE = {  # what is downloaded, and what takes its place
     "bcywinski/SAeUron": str(ROOT / "examples" / "shapes-rtsae"),
     "torch.float16": "torch.float32",
     '"cuda"': '"cpu"',
-    '"examples/': f'"{ROOT}/examples/',  # of a clone
 }
 
 

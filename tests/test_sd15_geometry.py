@@ -45,7 +45,7 @@ def test_every_site_takes_a_dictionary_of_its_width_and_is_steered(pipe):
 
     def run() -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
-        return pipe(**call, height=32, width=32, generator=generator, output_type="latent").images
+        return pipe(**call, height=16, width=16, generator=generator, output_type="latent").images
 
     hooks = [
         get_site(pipe.unet, site).register_forward_hook(

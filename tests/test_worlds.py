@@ -3,12 +3,15 @@
 import copy
 import inspect
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import diffusers_rtsae
-from diffusers_rtsae.pairs import labels_between, left_open, more_pairs
+from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.pairs import judgement, labels_between, left_open, more_pairs
 from diffusers_rtsae.worlds import WORLDS
 
 
@@ -60,6 +63,34 @@ def test_more_pairs_bring_in_the_same():
         assert not [prompt for pair in made for prompt in pair if WORLDS[world].remarks(prompt)]
     assert more_pairs([("a star", "a tiny star")], WORLDS["shapes"], 8) == []
     assert left_open("an orange star on white", "a red star on white") == "a star on white"
+    assert judgement({"effect": 0.8}, 2)[1].startswith("Judged on the 2 pairs it was made from, with other noise")
+    assert judgement({"effect": 0.8}, 8) == (
+        [("Effect", "0.80", "of what changing the prompt does; 1 is all of it"),
+         ("Harm", "–", "not measured: no prompts that were to stay")],
+        "Judged on pairs of prompts that it was not made from.",
+    )  # fmt: skip
     labels = ("red", "striped", "dark", "medium-dark")
     assert labels_between(labels, ["a star"], ["a striped star"]) == ["striped"]
     assert labels_between(labels, ["a man"], ["a man with medium-dark skin"]) == ["medium-dark"]
+
+
+def printed() -> list[tuple[str, str]]:
+    """The prompts that the pages have bundled pipelines draw, and those that the app opens with."""
+    root = Path(__file__).parents[1]
+    text = "".join((root / page).read_text() for page in ("README.md", "diffusers_rtsae/README.md"))
+    called = re.findall(r'pipe\((?:\[)?((?:"[^"]+"(?:, )?)+)', text) + re.findall(r'rtsae steer ("[^"]+")', text)
+    prompts = {prompt for group in called for prompt in re.findall(r'"([^"]+)"', group)} - {"a photo of a car"}
+    shown = [(name, scenes[0][0]) for name, w in WORLDS.items() for scenes in [*w.scenes.values()][:3]]
+    return [*(("shapes", prompt) for prompt in sorted(prompts)), ("people", "a woman firefighter"), *shown]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, prompt", printed())
+def test_the_prompts_of_the_pages_are_drawn_well(name, prompt):
+    world = WORLDS[name]
+    pipe = diffusers_rtsae.load_bundled(world.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(50)]
+    images = pipe([prompt] * 50, generator=generators, output_type="pt").images.clamp(0, 1)
+    readings = FactorScorer.from_pretrained(diffusers_rtsae.bundled(world.scorer)).read(images)
+    assert sum(reading["valid"] == "yes" for reading in readings) >= 49

@@ -677,7 +677,7 @@ def calibrate(sae: SparseDictionary, trajectories: torch.Tensor, k: int, layout:
     (tokens, G, d)`."""
     if not isinstance(sae, RTSAE):
         steps = list(zip(trajectories.unbind(1), sae.config.anchors, strict=True))
-        centred = torch.cat([sae.shown(h, t) for h, t in steps]) - sae.decoder_bias
+        centred = torch.cat([sae.normalize(h, t) for h, t in steps]) - sae.decoder_bias
         gates = None
         if isinstance(sae, MixtureSAE):  # telling the router the place and the guidance moves L0 by less than 1 %
             shares = torch.cat([sae.gates(h, sae.metadata(Step(t, 0.0), 1))[0] for h, t in steps])

@@ -22,7 +22,7 @@ from .states import States
 _EARLY = 0.35  # of denoising; features that are present in this part steer
 _PASSES = 16  # backward passes that rank all latents
 _SHORTLIST, _STATES = 3, 12  # measured features for each one asked for, and batches of states to measure them on
-_SAMPLE, _UNSURE = 8, 2.0  # states in such a batch, and standard errors behind the best at which a feature is dropped
+_SAMPLE, _HALVED = 4, (4, 8)  # states in such a batch, and numbers of batches after which the worse third is dropped
 _DUPLICATE = 0.9  # least cosine of two trajectories that count as one feature
 
 
@@ -323,26 +323,25 @@ def _rank_by_effect(states: States, count: int, until: float | None, progress: b
         presence = steps[:early], present[:early], absent[:early]
         shortlist = rank(states.dictionary, site, *presence, _SHORTLIST * count, order)
         with tqdm(total=_STATES, desc="measured", unit="batch", leave=False, disable=not progress) as bar:
-            _score(states, shortlist, passes[:_STATES], count, bar)
-        table += sorted(shortlist, key=lambda f: -f.score)[:count]
+            table += _score(states, shortlist, passes[:_STATES], count, bar)
     return table
 
 
 @torch.no_grad()
-def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count: int, bar) -> None:
+def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count: int, bar) -> FeatureTable:
     """
-    Write the effect of strength 1 of each feature of a site into its `score`. The score is the feature's slope plus
-    the mean difference between effect and slope on some states; that difference varies less than the effects do.
-    Features that are clearly behind the best `count` are not measured further.
+    The features of a site with the largest effect. The `score` of each becomes the effect of strength 1: its slope
+    plus the mean difference between effect and slope on some states, which varies less than the effects do. Features
+    that are behind after a few states are dropped (sequential halving: Karnin, Koren and Somekh 2013).
     """
     shortfalls: dict[int, list[float]] = {feature.index: [] for feature in features}
     left, site = list(features), features[0].site if features else ""
-    sae = states.dictionary.sites.get(site)
-    for one_pass in passes:
+    sae, models = states.dictionary.sites.get(site), {f.index: adding(f.site, f.index, states) for f in features}
+    for measured, one_pass in enumerate(passes, start=1):
         state, chosen = one_pass.state, one_pass.rows[:_SAMPLE]
-        models = [adding(f.site, f.index, states) for f in left]
         distances = states.distances(state, chosen)
-        for feature, prediction in zip(left, states.predictions(state, chosen, models), strict=True):
+        predictions = states.predictions(state, chosen, [models[f.index] for f in left])
+        for feature, prediction in zip(left, predictions, strict=True):
             gain = distances - states.squared_distance(state, chosen, prediction, state.target).cpu()
             path = sae.directions([feature.index]).at(states.step(site, state))[0].float().cpu()
             typical = float(sae.typical_activation[feature.index])
@@ -350,21 +349,9 @@ def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count
             shortfalls[feature.index].append(one_pass.weight * float((gain - linear).mean()))
             feature.score = round(feature.slope + statistics.mean(shortfalls[feature.index]), 4)
         bar.update()
-        left = _in_reach(left, shortfalls, count)
-
-
-def _in_reach(left: list[Feature], shortfalls: dict[int, list[float]], count: int) -> list[Feature]:
-    """The features that may still be among the best `count`."""
-    ranked = sorted(left, key=lambda f: -f.score)
-    if len(shortfalls[ranked[0].index]) < 2 or len(ranked) <= count:
-        return left
-    last, candidates = ranked[count - 1], ranked[:count]
-    for feature in ranked[count:]:
-        differences = [a - b for a, b in zip(shortfalls[last.index], shortfalls[feature.index], strict=True)]
-        error = statistics.stdev(differences) / len(differences) ** 0.5
-        if last.score - feature.score <= _UNSURE * error:
-            candidates.append(feature)
-    return candidates
+        if measured in _HALVED:
+            left = sorted(left, key=lambda f: -f.score)[: max(count, 2 * len(left) // 3)]
+    return FeatureTable(sorted(left, key=lambda f: -f.score)[:count])
 
 
 def _rank_by_presence(

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..dictionary import Dictionary
 from ..files import write_text
 from ..models import FeatureTimes
+from ..pairs import has_phrase
 from ..pipeline import get_dictionary, own_size
 from .find import labels_of
 from .record import record
@@ -28,6 +29,7 @@ _PAGE = Path(__file__).with_name("report.html")
 _SHOWN_STEPS = 5
 _MAP_SIDES = (16, 12, 8, 6, 4)  # sides that maps are averaged down to; the first is used with which
 _MAP_BYTES = 5_000_000  # is enough for all maps
+_NAMED = 1e6  # added to the rank of a picture whose prompt names the label, so that it comes first
 
 
 @dataclass
@@ -38,12 +40,15 @@ class _Activity:
     Args:
         image (`torch.Tensor`): indices of the pictures, `(features, top)`.
         peak (`torch.Tensor`): the largest presence of a step, `(features, top)`.
+        rank (`torch.Tensor`): what the pictures are sorted by, `(features, top)`: `peak`, plus `_NAMED` if the prompt
+            names the feature.
         curve (`torch.Tensor`): the presence at each of the sampler's steps, `(features, top, steps)`.
         maps (`torch.Tensor`): the activation at the shown steps, `(features, top, shown, height, width)`.
     """
 
     image: torch.Tensor
     peak: torch.Tensor
+    rank: torch.Tensor
     curve: torch.Tensor
     maps: torch.Tensor
 
@@ -51,7 +56,7 @@ class _Activity:
 def _best(activities: Sequence[_Activity], top: int) -> _Activity:
     """The `top` strongest pictures of each feature among several activities."""
     fields = {name: torch.cat([getattr(a, name) for a in activities], 1) for name in _Activity.__annotations__}
-    order = fields["peak"].topk(min(top, fields["peak"].shape[1]), dim=1).indices
+    order = fields["rank"].topk(min(top, fields["rank"].shape[1]), dim=1).indices
     return _Activity(**{name: torch.take_along_dim(v, _like(order, v), 1) for name, v in fields.items()})
 
 
@@ -71,9 +76,9 @@ def _map_side(features: int, top: int) -> int:
     return next((s for s in _MAP_SIDES if features * top * _SHOWN_STEPS * s * s <= _MAP_BYTES), _MAP_SIDES[-1])
 
 
-def _activity(recording, site: str, columns: list[list[int]], first: int, side: int) -> _Activity:
+def _activity(recording, site: str, columns: list[list[int]], named: torch.Tensor, first: int, side: int) -> _Activity:
     """The activity of features in a recording. Each of `columns` is a feature: a list of latents whose activations are
-    summed."""
+    summed. `named`, `(features, images)`, says whether the prompt of an image names the feature."""
     height, width = recording.sizes[site]
     size = (min(height, side), min(width, side))
     rows = sorted({row for column in columns for row in column})
@@ -86,7 +91,8 @@ def _activity(recording, site: str, columns: list[list[int]], first: int, side: 
             maps.append(torch.nn.functional.adaptive_avg_pool2d(features.unflatten(2, (height, width)), size))
     curve = torch.stack(curves, 2)
     image = torch.arange(first, first + len(recording.images)).expand(len(columns), -1)
-    return _Activity(image, curve.amax(2), curve, torch.stack(maps, 2))
+    peak = curve.amax(2)
+    return _Activity(image, peak, peak + _NAMED * named, curve, torch.stack(maps, 2))
 
 
 def _picture(image: Image.Image, side: int) -> str:
@@ -158,6 +164,22 @@ def _choose(dictionary: Dictionary, count: int) -> list[str | tuple[str, int]]:
     return chosen
 
 
+def _places(dictionary: Dictionary, key: str | tuple[str, int]) -> dict[str, list[int]]:
+    """For each site, the latents that a feature's activation is read from; without sites that have none."""
+    places: dict[str, list[int]] = {}
+    for entry in dictionary.seen(key):
+        if entry["latents"]:
+            places.setdefault(entry["site"], []).extend(entry["latents"])
+    return {site: list(dict.fromkeys(latents)) for site, latents in places.items()}
+
+
+def _names(dictionary: Dictionary, key: str | tuple[str, int], prompt: str) -> bool:
+    """Whether a prompt names a label, or the value that it stands for."""
+    if not isinstance(key, str):
+        return False
+    return any(has_phrase(prompt, str(name)) for name in (key, dictionary.labels[key].get("value", key)))
+
+
 def _facts(dictionary: Dictionary, key: str | tuple[str, int], path: torch.Tensor) -> dict:
     """What the dictionary itself knows about a feature with the trajectory `path`."""
     entry = dictionary.seen(key)[0]
@@ -178,6 +200,7 @@ def _facts(dictionary: Dictionary, key: str | tuple[str, int], path: torch.Tenso
         return facts | {
             "label": True,
             "factor": label.get("factor"),
+            "value": label.get("value"),
             "measured": label.get("measured", {}),
             "options": label.get("edit", {}),
         }
@@ -259,15 +282,16 @@ def write_report(
     sites, keys = list(dictionary.sites), _choose(dictionary, count)
     if not keys:
         raise ValueError("Expected features to report, got none: the dictionary has no labels, and `count` is 0.")
-    at = {site: [i for i, k in enumerate(keys) if dictionary.seen(k)[0]["site"] == site] for site in sites}
-    columns = {site: [dictionary.seen(keys[i])[0]["latents"] for i in at[site]] for site in sites}
-    at = {site: where for site, where in at.items() if where}
+    places = [_places(dictionary, key) for key in keys]
+    at = {site: [i for i, place in enumerate(places) if site in place] for site in sites}
+    at = {site: features for site, features in at.items() if features}
+    columns = {site: [places[i][site] for i in features] for site, features in at.items()}
 
     pictures: list[str] = []
     activities: dict[str, _Activity] = {}
     timesteps: list[float] = []
     activations = {dictionary.sites[site].config.activation for site in at}
-    side_of_maps = _map_side(len(keys), top)
+    side_of_maps = _map_side(sum(map(len, places)), top)
     steer_prompts = list(steer_prompts) or list(prompts[:1])
     adding = [i for i, key in enumerate(keys) if dictionary.features(key)[1].get("operation", "add") == "add"]
     adding = adding[:steered]
@@ -283,7 +307,8 @@ def write_report(
                 generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
                 recording = record(pipeline, part, adapter_name, same, generator=generators, **call)
                 for site in same:
-                    new = _activity(recording, site, columns[site], first, side_of_maps)
+                    named = torch.tensor([[_names(dictionary, keys[i], prompt) for prompt in part] for i in at[site]])
+                    new = _activity(recording, site, columns[site], named, first, side_of_maps)
                     activities[site] = _best([activities[site], new] if site in activities else [new], top)
                 drawn(len(part))
             timesteps, aspect = recording.timesteps, recording.images[0].width / recording.images[0].height
@@ -293,25 +318,28 @@ def write_report(
         facts = [_facts(dictionary, key, path) for key, path in zip(keys, paths, strict=True)]
         for feature, similar in zip(facts, _similar(dictionary, keys, paths), strict=True):
             feature["similar"] = similar
-        for site, where in at.items():
+        for site, features in at.items():
             activity = activities[site]
-            for row, i in enumerate(where):
+            for row, i in enumerate(features):
                 highest = max(activity.maps[row].max().item(), 1e-6)
-                is_active = activity.peak[row] > 0
-                facts[i] |= {
+                is_named = activity.rank[row] >= _NAMED  # these pictures show what steering by the label makes
+                shown = is_named if is_named.any() else activity.peak[row] > 0
+                place = {
+                    "site": sites.index(site),
+                    "latents": places[i][site],
                     "top": [
-                        [int(image), round(peak, 3)]
-                        for image, peak, shown in zip(
-                            activity.image[row], activity.peak[row].tolist(), is_active, strict=True
+                        [image, round(peak, 3)]
+                        for image, peak in zip(
+                            activity.image[row][shown].tolist(), activity.peak[row][shown].tolist(), strict=True
                         )
-                        if shown
                     ],
-                    "maps": _bytes(activity.maps[row][is_active] / highest),
+                    "maps": _bytes(activity.maps[row][shown] / highest),
                     "highest": round(highest, 3),
-                    "curve": [round(v, 4) for v in activity.curve[row][is_active].mean(0).tolist()]
-                    if is_active.any()
-                    else [],
+                    "curve": [round(v, 4) for v in activity.curve[row][shown].mean(0).tolist()] if shown.any() else [],
                 }
+                facts[i].setdefault("places", []).append(place)
+        for feature in facts:
+            feature |= next(place for place in feature["places"] if place["site"] == feature["site"])
         strips = _strips(
             pipeline, [keys[i] for i in adding], steer_prompts, seed, batch_size, side, adapter_name, call, drawn
         )

@@ -543,10 +543,9 @@ class States:
 
     def predict(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
         """v(x, from) of some of a state's rows, with `changes` added at the sites; differentiable in the changes."""
-        adding = _Adding(changes, self.activations)
+        adding = _Adding(self.activations)
         with adding.tap.watching({"": state.call.denoiser}, changes):
-            texts = [state.texts[row] for row in rows]
-            return state.call.replay([state.samples[row] for row in rows], texts).float()
+            return adding.predict(state, rows, changes)
 
     def errors(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
         """‖v(x, from; changes) − v(x, to)‖² of some of a state's rows, `(rows,)`, divided by the mean of
@@ -601,11 +600,15 @@ class States:
         self, state: State, rows: Sequence[int], edits: Sequence[Callable[[State, Sequence[int]], Changes]]
     ) -> Iterator[torch.Tensor]:
         """`predict` for each of several edits."""
-        with SharedPrefix(state.call.denoiser, self.activations if len(edits) > 1 else ()) as prefix:
+        denoiser, adding = state.call.denoiser, _Adding(self.activations)
+        with (
+            SharedPrefix(denoiser, self.activations if len(edits) > 1 else ()) as prefix,
+            adding.tap.watching({"": denoiser}, self.activations),
+        ):
             for edit in edits:
                 changes = edit(state, rows)
                 with prefix.reused():
-                    yield self.predict(state, rows, changes) if changes else state.prediction[list(rows)].float()
+                    yield adding.predict(state, rows, changes) if changes else state.prediction[list(rows)].float()
 
     def draw(self, count: int, generator: torch.Generator) -> Iterator[tuple[State, list[int], float]]:
         """Random rows of random states. States whose two predictions are far apart are drawn more often; the weight
@@ -623,19 +626,27 @@ class States:
 
 
 class _Adding:
-    """Adds changes to the activations of sites."""
+    """Adds changes to the activations of the sites that its tap watches."""
 
-    def __init__(self, changes: Changes, activations: dict[str, str]):
-        self.changes, self.activations, self.tap = changes, activations, Tap(self)
+    def __init__(self, activations: dict[str, str]):
+        self.changes: Changes = {}
+        self.activations, self.tap = activations, Tap(self)
+
+    def predict(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
+        """v(x, from) of some of a state's rows, with these changes."""
+        self.changes = changes
+        return state.call.replay([state.samples[row] for row in rows], [state.texts[row] for row in rows]).float()
 
     def begin(self, call: Call, arguments: Arguments) -> None:
         """Called before the denoiser runs."""
 
     def site(
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
-    ) -> torch.Tensor:
-        """The block's hidden states with the change added."""
-        change = self.changes[name]
+    ) -> torch.Tensor | None:
+        """The block's hidden states with the change added; `None` if nothing changes at this site."""
+        change = self.changes.get(name)
+        if change is None:
+            return None
         if callable(change):
             change = change(block.activation(self.activations[name], block_input, hidden_states))
         return hidden_states + block.from_tokens(change.to(hidden_states.device), hidden_states)

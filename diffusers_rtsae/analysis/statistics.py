@@ -34,7 +34,9 @@ def set_statistics(sae: SparseDictionary, codes: Iterable[torch.Tensor]) -> None
     sums, starts, last = F.pad(values.cumsum(0), (1, 0)), ends - sizes, len(values) - 1  # `last` holds 1
     sae.density.copy_(sizes / count)
     sae.mean_activation.copy_((sums[ends] - sums[starts]) / count)
-    sae.typical_activation.copy_(values[torch.where(sizes > 0, starts + (0.99 * (sizes - 1)).long(), last)])
+    place = 0.99 * (sizes - 1).double()  # linear between neighbours
+    lower, upper = (values[torch.where(sizes > 0, starts + at.long(), last)] for at in (place.floor(), place.ceil()))
+    sae.typical_activation.copy_(lower.lerp(upper, place % 1))
     sae.max_activation.copy_(values[torch.where(sizes > 0, ends - 1, last)])
 
 
@@ -87,9 +89,8 @@ def measure(
 
 
 def _codes(sae: SparseDictionary, recorded: list[tuple[torch.Tensor, list[float]]]) -> Iterator[torch.Tensor]:
-    ranks_together = sae.config.get("sparsity") in ("batch_topk", "sample_topk")
     for trajectories, timesteps in recorded:
         for i, timestep in enumerate(timesteps):
             for picture in trajectories[:, :, i].float():
-                for piece in [picture] if ranks_together else picture.split(_TOKENS):
+                for piece in [picture] if sae.shares_picture else picture.split(_TOKENS):
                     yield sae.encode_step(piece.to(sae.encoder.device), timestep)

@@ -234,11 +234,13 @@ class Events:
         names, sliders = entry["names"], self.sliders_of(entry["names"], entry["strengths"])
         return [*entry["data"], names, names, random.random(), *sliders]
 
-    def size_warning(self, width, height):
-        """Say once, when it is typed, that the model was made for another size."""
+    def size_warning(self, width, height, warned: bool) -> bool:
+        """Say once that the model was made for another size."""
         own = self.studio.size
-        if own and any(side and int(side) != own for side in (width, height)):
-            gr.Warning(f"This model was made for {own} × {own} pixels: at another size it may draw something else.")
+        if warned or not own or all(not side or int(side) == own for side in (width, height)):
+            return warned
+        gr.Warning(f"This model was made for {own} × {own} pixels: at another size it may draw something else.")
+        return True
 
     # ---- what is written
 
@@ -439,8 +441,10 @@ class Events:
             self.choose, [c.names, c.shown, *c.strengths], [c.names, c.shown, *options, *c.strengths],
             show_progress="hidden",
         )  # fmt: skip
-        c.names.input(None, js=CLOSE_LIST)
-        gr.on([c.width.change, c.height.change], self.size_warning, [c.width, c.height], None, **at_once)
+        c.names.change(None, js=CLOSE_LIST)
+        sizes = [event for field in (c.width, c.height) for event in (field.submit, field.blur)]
+        # in the queue, without which gradio shows no warnings
+        gr.on(sizes, self.size_warning, [c.width, c.height, c.warned], c.warned, show_progress="hidden")
         gr.on([page.load, *(field.change for field in asked)], self.code, asked, c.script, **at_once)
 
         c.canvas.input(self.paint, None, [c.mask, c.where], show_progress="hidden", trigger_mode="always_last")
@@ -460,7 +464,7 @@ class Events:
         c.search.click(self.find, [c.positive, c.negative_lines, c.count, c.scale], c.table, **one_at_a_time)
         c.table.select(self.take_row, c.names, c.names, **at_once)
         lines = {c.before_lines, c.after_lines}
-        c.more.click(self.more, lines, [c.before_lines, c.after_lines], **at_once)
+        c.more.click(self.more, lines, [c.before_lines, c.after_lines], show_progress="hidden")
         made = c.make.click(
             self.make, asked | {c.names, c.new, c.same_lines} | lines, [c.progress, c.numbers, c.names, c.keep],
             show_progress_on=[c.progress], **one_at_a_time,

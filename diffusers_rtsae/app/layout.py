@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
@@ -165,9 +167,6 @@ watch("value", load);
 
 def _words(words: Sequence[str], values: Mapping[str, Sequence[str]]) -> str:
     """The line below the prompt: what the model knows, and a place for suggestions."""
-    import html
-    import json
-
     listed = " · ".join(f"<b>{factor}</b> {', '.join(own)}" for factor, own in values.items())
     place = f'<span class="list" data-words="{html.escape(json.dumps(list(words)))}"></span>'
     return f"{place}<details><summary>Words it knows</summary>{listed}</details>"
@@ -204,7 +203,7 @@ def lay_out(
         `SimpleNamespace`: the components, by name.
     """
     c = SimpleNamespace()
-    c.shown, c.mask, c.past, c.again = (gr.State(value) for value in (list(chosen), None, [], None))
+    c.shown, c.mask, c.past, c.again, c.warned = (gr.State(v) for v in (list(chosen), None, [], None, False))
     gr.Markdown(
         f"## Steer {title} by its features\n"
         "Say what to draw, choose a feature (a colour, a style, whatever the model was found to know of), and "

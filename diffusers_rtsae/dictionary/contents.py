@@ -130,6 +130,7 @@ def locate(
     *,
     weights: bool = True,
     pickles: bool = False,
+    site: str | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -154,7 +155,7 @@ def locate(
         from .hub import LIBRARY_NAME, fetch
 
         folder = fetch(
-            str(source), inside.as_posix(), layers, revision, force_download, weights, pickles,
+            str(source), inside.as_posix(), layers, revision, force_download, weights, pickles, site,
             token=token, cache_dir=cache_dir, local_files_only=local_files_only, library_name=LIBRARY_NAME,
         )  # fmt: skip
     elif revision is not None:

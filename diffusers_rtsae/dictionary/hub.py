@@ -128,6 +128,7 @@ def fetch(
     force_download: bool,
     weights: bool = True,
     pickles: bool = False,
+    site: str | None = None,
     **options,
 ) -> Path:
     """
@@ -138,6 +139,7 @@ def fetch(
         layers (`list[str]`, *optional*): sites to download; all by default.
         weights (`bool`): with the tensors, or what describes them only.
         pickles (`bool`): whether other people's formats may be pickles.
+        site (`str`, *optional*): the site of somebody else's autoencoder, where no name says it.
         options: as of `huggingface_hub.snapshot_download`.
 
     Raises:
@@ -164,7 +166,7 @@ def fetch(
             foreign = find(_names(repo_id, prefix, folder, **options), PurePosixPath(subfolder).parts)
             if not foreign:
                 raise OSError(f"it has no {prefix}{CONFIG_NAME}, and no files of a format that is read here.")
-            chosen = choose(foreign, layers, repo_id)
+            chosen = choose(foreign, layers, repo_id, site)
             chosen = {site: chosen[site] for site in choose_sites(chosen, layers)}
             check_pickles(chosen, repo_id, pickles)
             names = [name for one in chosen.values() for name in one.files]

@@ -23,6 +23,7 @@ def load_dictionary(
     layers: list[str] | None = None,
     dtype: torch.dtype | None = None,
     *,
+    site: str | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -32,18 +33,18 @@ def load_dictionary(
 ) -> Dictionary:
     """
     Open a dictionary from a local folder, the Hub, or memory. Its rows are read from disk when they are used. Files of
-    SDLens, sparsify (SAeUron), SAELens, dictionary_learning and DifFRACT are read too, if they are safetensors. These
-    say nothing about how active latents are (a warning says so): strength 1.0 is then an activation of 1, and the end
-    of the range of the training data is not known.
+    SDLens, sparsify (SAeUron, SAEmnesia), SAELens, dictionary_learning, DifFRACT and overcomplete are read too, if
+    they are safetensors. These say nothing about how active latents are (a warning says so): strength 1.0 is then an
+    activation of 1, and the end of the range of the training data is not known.
 
     Args:
         source (`str`, `os.PathLike`, `dict` or `Dictionary`): Hub id, folder, or `{site: dictionary of it}`.
         layers (`list[str]`, *optional*): sites to load; all by default. Others are not downloaded. Of what others
             published, a site is what the folder (or for DifFRACT the file) is named after: `unet.mid_block_k10…` is of
-            `mid_block`. If nothing says it and there is but one, `layers` names it. Of several of one site the one
-            nearest to the root is taken; `subfolder` chooses another.
+            `mid_block`. Of several of one site the one nearest to the root is taken; `subfolder` chooses another.
         dtype (`torch.dtype`, *optional*): of the weights in memory: `torch.float16`, `torch.bfloat16` or
             `torch.float32`; as they are stored by default. Statistics and arithmetic are always float32.
+        site (`str`, *optional*): the site of the one autoencoder that somebody else published, where no name says it.
         subfolder (`str`, *optional*): of the dictionary inside the folder or repository.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         token (`str` or `bool`, *optional*): of the Hub, for private and gated repositories.
@@ -57,22 +58,23 @@ def load_dictionary(
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"Expected `dtype` to be one of {list(DTYPES.values())}, got {dtype!r}.")
     if isinstance(source, Dictionary | dict):
-        if any(option is not None for option in (subfolder, revision, dtype)):
+        if any(option is not None for option in (site, subfolder, revision, dtype)):
             raise ValueError(
-                "`subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed."
+                "`site`, `subfolder`, `revision` and `dtype` are for folders and the Hub, but a dictionary was passed."
             )
         dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
         chosen = {site: dictionary.sites[site] for site in choose_sites(dictionary.sites, layers)}
         return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets, dictionary.maps)
-    options = {"subfolder": subfolder, "revision": revision, "token": token, "cache_dir": cache_dir}
+    options = {"site": site, "subfolder": subfolder, "revision": revision, "token": token, "cache_dir": cache_dir}
     options |= {"force_download": force_download, "local_files_only": local_files_only}
-    return _open(source, locate(source, layers, **options), subfolder, layers, dtype)
+    return _open(source, locate(source, layers, **options), subfolder, layers, dtype, site=site)
 
 
 def convertible(
     source: str | os.PathLike,
     layers: list[str] | None = None,
     *,
+    site: str | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -81,8 +83,8 @@ def convertible(
     Open what others published, as `load_dictionary` does, from pickles too, of which only tensors are read: for
     `diffusers-rtsae convert`, and for nothing else.
     """
-    folder = locate(source, layers, pickles=True, subfolder=subfolder, revision=revision, token=token)
-    return _open(source, folder, subfolder, layers, None, pickles=True)
+    folder = locate(source, layers, pickles=True, site=site, subfolder=subfolder, revision=revision, token=token)
+    return _open(source, folder, subfolder, layers, None, pickles=True, site=site)
 
 
 def _open(
@@ -92,8 +94,11 @@ def _open(
     layers: list[str] | None,
     dtype: torch.dtype | None,
     pickles: bool = False,
+    site: str | None = None,
 ) -> Dictionary:
     """Read a folder with a dictionary, this package's or other people's."""
+    if (folder / CONFIG_NAME).is_file() and site is not None:
+        raise ValueError(f"`site` says what somebody else's files are of, but {source} says it itself.")
     if (folder / CONFIG_NAME).is_file() or not folder.is_dir():
         return _read(folder, layers, dtype)
     local = Path(source).is_dir()
@@ -101,7 +106,7 @@ def _open(
     published = find(walk(folder), around)
     if not published:
         return _read(folder, layers, dtype)
-    chosen = choose(published, layers, str(source))
+    chosen = choose(published, layers, str(source), site)
     chosen = {site: chosen[site] for site in choose_sites(chosen, layers)}
     check_pickles(chosen, str(source), pickles)
     sites = {site: read(folder, entry, site, dtype) for site, entry in chosen.items()}

@@ -86,12 +86,13 @@ def save_site(folder: Path, site: str, sae: SparseDictionary) -> None:
     float32."""
     path = folder / site
     path.mkdir()
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, tensor in sae.state_dict().items():
         tensor = tensor.detach().to("cpu", torch.float16 if name in sae.matrices else torch.float32).contiguous()
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name!r} of {site} holds NaN, inf, or what is too large for {tensor.dtype}.")
-        tensors[name] = tensor
+        is_shared = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())  # as of tied rows
+        tensors[name] = tensor.clone() if is_shared else tensor
     write_json(path / "config.json", json.loads(sae.to_json_string()))
     write_tensors(tensors, path / WEIGHTS_NAME)
     shutil.copymode(path / "config.json", path / WEIGHTS_NAME)  # safetensors makes it unreadable for others

@@ -1,6 +1,6 @@
 """Other people's formats of sparse autoencoders, one module each. To add one, see [`Format`]."""
 
-from .base import Description, Format, Published, Settings, Tensors, gated
+from .base import Description, Format, Published, Settings, Tensors
 from .read import UNKNOWN, read
 from .registry import FORMATS
 from .search import check_pickles, choose, find, walk
@@ -16,7 +16,6 @@ __all__ = [
     "check_pickles",
     "choose",
     "find",
-    "gated",
     "read",
     "walk",
 ]

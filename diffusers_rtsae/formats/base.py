@@ -68,13 +68,18 @@ class Format(ABC):
         name (`str`): of the library or publication.
         weights (`str`): regular expression of the file with the weights, without its suffix.
         config (`str`, *optional*): name of the JSON file beside it; without one, the weights must say it all.
+        needs_config (`bool`): whether weights without their JSON file are none of this format.
         more (`tuple[str, ...]`): names of other files with tensors, which may lie beside pickled weights.
+        pickled_classes (`tuple[str, ...]`): how the classes and functions begin that a pickle may name beside tensors.
+            Of those, nothing is imported or called: only attributes are read, into the settings.
     """
 
     name: str
     weights: str
     config: str | None = None
+    needs_config: bool = True
     more: tuple[str, ...] = ()
+    pickled_classes: tuple[str, ...] = ()
 
     def site(self, stem: str) -> str | None:
         """The site (hookpoint) that the name of the weights, without its suffix, says; else the folder says it."""
@@ -115,6 +120,19 @@ class Settings:
             raise ValueError(f"{self.path} must have {name!r} as a positive int, got {brief(value)}.")
         return value
 
+    def number(self, name: str) -> float:
+        """A finite number."""
+        value = self.content.get(name)
+        if type(value) not in (int, float) or not abs(value) < 1e30:
+            raise ValueError(f"{self.path} must have {name!r} as a number, got {brief(value)}.")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.content.get(name)
+        if type(value) is not bool:
+            raise ValueError(f"{self.path} must have {name!r} as true or false, got {brief(value)}.")
+        return value
+
     def section(self, name: str) -> Settings:
         """An object inside, empty if there is none."""
         value = self.content.get(name)
@@ -126,6 +144,12 @@ class Settings:
         if value is not None and value not in list(known):
             raise ValueError(f"{self.path} says {name} = {brief(value)}, and {why}.")
 
+    def require(self, name: str, known: Collection, why: str) -> None:
+        """Raise `ValueError`, which ends with `why`, unless a value is one of `known`."""
+        value = self.content.get(name)
+        if value not in list(known):
+            raise ValueError(f"{self.path} says {name} = {brief(value)}, and {why}.")
+
 
 class Tensors:
     """Somebody else's tensors by name, with type and shape checked as each is taken."""
@@ -135,6 +159,10 @@ class Tensors:
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.tensors)
 
     def size(self, name: str) -> tuple[int, int]:
         """The shape of a matrix."""
@@ -149,7 +177,7 @@ class Tensors:
             what = "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} of shape {sizes}"
             expected = tuple("any" if size is None else size for size in shape)
             raise ValueError(f"{self.path} must hold {name!r} as floats of shape {expected}, found {what}.")
-        return tensor if tensor.dtype.itemsize <= 4 else tensor.float()
+        return tensor if tensor.dtype.itemsize in (2, 4) else tensor.float()
 
     def threshold(self, name: str, count: int) -> torch.Tensor:
         """One for each latent, given so or as one for all."""
@@ -171,3 +199,22 @@ def gated(
         "decoder": decoder,
         "decoder_bias": bias,
     }
+
+
+def unit_rows(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same autoencoder with decoder rows of length 1, and activations as large as what they add."""
+    length = tensors["decoder"].float().norm(dim=1).clamp(min=1e-20)
+    scaled = {"encoder": tensors["encoder"].float() * length[:, None], "decoder": tensors["decoder"] / length[:, None]}
+    for name in ("encoder_bias", "threshold"):
+        if name in tensors:
+            scaled[name] = tensors[name].float() * length
+    return tensors | scaled
+
+
+def signed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An autoencoder of m latents that may be negative, with the k largest by absolute value, as one of 2 m latents
+    that may not: latent j + m is active where latent j is negative, and points the other way."""
+    import torch
+
+    parts = ("encoder", "encoder_bias", "decoder")
+    return tensors | {name: torch.cat([tensors[name], -tensors[name]]) for name in parts}

@@ -1,10 +1,10 @@
-"""dictionary_learning, by the class that its configuration names. Newer versions count activations of gated and
-JumpReLU ones in lengths of decoder rows; what these stand for is the same."""
+"""dictionary_learning, by the class that its configuration names. Latents are in the units that they have in the
+package once it has loaded a file: of an `AutoEncoder`, it makes the decoder's rows as long as 1."""
 
 from __future__ import annotations
 
 from ..files import brief
-from .base import Description, Format, Settings, Tensors, gated
+from .base import Description, Format, Settings, Tensors, gated, unit_rows
 
 
 class DictionaryLearning(Format):
@@ -45,6 +45,8 @@ class DictionaryLearning(Format):
             }
             if name == "BatchTopKSAE":
                 converted["threshold"] = tensors.threshold("threshold", count)
+            if name == "AutoEncoder":
+                converted = unit_rows(converted)
             if name == "AutoEncoderTopK":
                 options = {"sparsity": "topk", "k": trainer.count("k")}
             if name == "AutoEncoderNew":

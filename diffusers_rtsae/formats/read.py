@@ -34,14 +34,20 @@ def read(folder: Path, published: Published, site: str, dtype: torch.dtype | Non
     import torch
 
     from ..models import with_tensors, without_weights
+    from .pickles import unpickled
 
     weights = folder / published.weights
     config_path = folder / published.config if published.config else weights
     config = read_json(config_path) if published.config else {}
-    tensors = _unpickled(weights) if published.is_pickled else _mapped(weights)
+    format = FORMATS[published.format]
+    if published.is_pickled:
+        tensors, attributes = unpickled(weights, format.pickled_classes)
+        config = attributes | config
+    else:
+        tensors = _mapped(weights)
     for other in published.more:
-        tensors |= {PurePosixPath(other).stem: value for value in _unpickled(folder / other).values()}
-    described = FORMATS[published.format].describe(Settings(config_path, config), Tensors(weights, tensors))
+        tensors |= {PurePosixPath(other).stem: value for value in unpickled(folder / other)[0].values()}
+    described = format.describe(Settings(config_path, config), Tensors(weights, tensors))
     count, width = described.tensors["encoder"].shape
     options = {"k": count, "anchors": ANCHORS} | described.options
     options |= {"site": site, "in_channels": width, "num_latents": count}
@@ -61,17 +67,3 @@ def read(folder: Path, published: Published, site: str, dtype: torch.dtype | Non
 def _mapped(path: Path) -> dict[str, torch.Tensor]:
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def _unpickled(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle that holds nothing else, or one of them."""
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle may raise anything
-        raise OSError(f"{path} is damaged, or holds more than tensors: {line(error)}") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    content = content if isinstance(content, dict) else {"": content}
-    return {str(name): value for name, value in content.items() if torch.is_tensor(value)}

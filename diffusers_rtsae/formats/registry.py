@@ -5,11 +5,12 @@ from __future__ import annotations
 from .base import Format
 from .dictionary_learning import DictionaryLearning
 from .diffract import DifFRACT
+from .overcomplete import Overcomplete
 from .saelens import SAELens
 from .sdlens import SDLens
 from .sparsify import Sparsify
 
 #: The formats by name.
 FORMATS: dict[str, Format] = {
-    one.name: one for one in (Sparsify(), SAELens(), SDLens(), DictionaryLearning(), DifFRACT())
+    one.name: one for one in (Sparsify(), SAELens(), SDLens(), DictionaryLearning(), DifFRACT(), Overcomplete())
 }

@@ -39,8 +39,10 @@ def find(names: Iterable[str], around: Sequence[str] = ()) -> list[Published]:
         path = PurePosixPath(name)
         for one in FORMATS.values():
             config = str(path.with_name(one.config)) if one.config else None
-            complete = path.suffix in (".safetensors", *PICKLES) and (config is None or config in names)
-            if complete and re.fullmatch(one.weights, path.stem):
+            if config not in names and not one.needs_config:
+                config = None
+            complete = config is None or config in names
+            if complete and path.suffix in (".safetensors", *PICKLES) and re.fullmatch(one.weights, path.stem):
                 site = one.site(path.stem) or _site_of((*around, *path.parts[:-1]))
                 more = [str(path.with_name(other)) for other in one.more if path.suffix in PICKLES]
                 entry = Published(site, one.name, name, config, tuple(other for other in more if other in names))
@@ -54,28 +56,39 @@ def _site_of(folders: Sequence[str]) -> str | None:
     for folder in reversed(folders):
         name = re.split(r"_k\d", folder)[0]
         site = re.sub(r"^(unet|transformer)\.", "", name)
-        if _MODULE_PATH.fullmatch(site) and (site != name or "." in site or site == "mid_block"):
+        is_path = _MODULE_PATH.fullmatch(site) and not re.search(r"\d\.\d", site)  # a version, as in sae_v1.5
+        if is_path and (site != name or "." in site or site == "mid_block"):
             return site
     return None
 
 
-def choose(published: list[Published], layers: list[str] | None, source: str) -> dict[str, Published]:
+def choose(
+    published: list[Published], layers: list[str] | None, source: str, site: str | None = None
+) -> dict[str, Published]:
     """
     The autoencoders to read by site: of each of `layers`, or of every site that is named, the one nearest to the root.
 
     Args:
         source (`str`): the folder or repository, for messages.
+        site (`str`, *optional*): the site of the only one there is, whatever names say.
 
     Raises:
         `ValueError`: names do not say which is of which site.
     """
-    if len(published) == 1 and published[0].site is None and layers is not None and len(layers) == 1:
-        published = [published[0]._replace(site=layers[0])]
-    if all(entry.site is None for entry in published):
-        folders = sorted({str(PurePosixPath(entry.weights).parent) for entry in published})
+    folders = sorted({str(PurePosixPath(entry.weights).parent) for entry in published})
+    if site is None and len(published) == 1 and published[0].site is None and layers and len(layers) == 1:
+        site = layers[0]
+    if site is not None and len(folders) > 1:
         raise ValueError(
-            f"No name in {source} says which site it is of: name the site by `layers`, and if there are several, one "
-            f"folder of {brief(folders)} by `subfolder`."
+            f"`site` says what one autoencoder is of, but {source} has several: choose one of {brief(folders)} by "
+            "`subfolder`."
+        )
+    if site is not None:
+        published = [entry._replace(site=site) for entry in published]
+    if all(entry.site is None for entry in published):
+        raise ValueError(
+            f"No name in {source} says which site it is of: name the site by `site` (--site of diffusers-rtsae "
+            f"convert), and if there are several, one folder of {brief(folders)} by `subfolder`."
         )
     sites: dict[str, list[Published]] = {}
     for entry in published:

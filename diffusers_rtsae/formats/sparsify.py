@@ -1,8 +1,8 @@
-"""sparsify, and SAeUron (2501.18052): TopK of a token, or of all tokens."""
+"""sparsify, and SAeUron (2501.18052) and SAEmnesia (2509.21379): TopK of a token, or of all tokens."""
 
 from __future__ import annotations
 
-from .base import Description, Format, Settings, Tensors
+from .base import Description, Format, Settings, Tensors, signed
 
 
 class Sparsify(Format):
@@ -11,9 +11,7 @@ class Sparsify(Format):
     name, weights, config = "sparsify", "sae", "cfg.json"
 
     def describe(self, settings: Settings, tensors: Tensors) -> Description:
-        settings.expect("skip_connection", [False], "the linear path around a transcoder has no place here")
-        settings.expect("activation", ["topk"], "only 'topk' is known")
-        settings.expect("signed", [False], "latents are not negative here")
+        settings.expect("activation", ["topk", "groupmax"], "only 'topk' and 'groupmax' are known")
         width, k = settings.count("d_in"), settings.count("k")
         count = settings.count("num_latents" if settings.get("num_latents") else "expansion_factor")
         count = count if settings.get("num_latents") else count * width
@@ -24,10 +22,14 @@ class Sparsify(Format):
             "decoder_bias": tensors("b_dec", width),
         }
         options = {"k": k, "sparsity": "batch_topk" if settings.get("batch_topk") is True else "topk"}
-        if settings.get("sample_topk") is True and options["sparsity"] == "topk":
+        if settings.get("activation") == "groupmax":
+            options["sparsity"] = "groupmax"
+        elif settings.get("sample_topk") is True and options["sparsity"] == "topk":
             options["sparsity"] = "sample_topk"
         if settings.get("input_unit_norm") is True:
             options["input_norm"] = "layer"
         if settings.get("transcode") is True:
             options |= {"activation": "input", "centred": False}
-        return Description("SparseAutoencoder", options, converted)
+        if settings.get("skip_connection") is True:
+            options["skip"], converted["skip_matrix"] = True, tensors("W_skip", width, width)
+        return Description("SparseAutoencoder", options, signed(converted) if settings.get("signed") else converted)

@@ -15,10 +15,13 @@ from .base import (
 from .dynamics import LinearDynamics
 from .kinds import KINDS, with_tensors, without_weights
 from .linear_map import PLACES, LinearMap, waves
+from .matching_pursuit import MatchingPursuitSAE
 from .mixture import METADATA, MixtureSAE, share_of_guidance
+from .quantized import QuantizedSAE
 from .rtsae import RTSAE, RTSAEOutput
 from .sae import SparseAutoencoder
 from .sparsity import batch_topk, jump_relu, topk
+from .temporal import TemporalSAE
 from .tide import TIDE
 
 __all__ = [
@@ -33,12 +36,15 @@ __all__ = [
     "LinearMap",
     "PLACES",
     "Memory",
+    "MatchingPursuitSAE",
     "MixtureSAE",
+    "QuantizedSAE",
     "RTSAEOutput",
     "Reader",
     "SparseAutoencoder",
     "SparseDictionary",
     "Step",
+    "TemporalSAE",
     "TokenGrid",
     "batch_topk",
     "interpolate",

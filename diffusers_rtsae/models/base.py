@@ -153,6 +153,7 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
     matrices = ("encoder", "decoder")  # stored in half precision; all else stays float32
     activations = ("output", "update")  # what of a site it can be of
     reads_past = False  # whether a code depends on the activations at earlier steps
+    shares_picture = False  # whether the code of a token depends on the other tokens of its picture
     summary = ""  # what the model card says of the kind
 
     def __init__(self, anchors: list[int], num_latents: int, activation: str):
@@ -186,8 +187,8 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
         (`"trajectory"`), or by this step's innovation alone (`"residual"`), where a kind tells the two apart."""
 
     def gain(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """How many times its direction a latent moves each of these tokens `(..., d)` by, per unit of its own,
-        `(..., 1)`, where a kind rescales tokens; `None` where it is once."""
+        """The factor for each of these tokens `(..., d)`, `(..., 1)`, that undoes the normalisation of the input: a
+        latent moves a token by its direction times this; `None` where tokens are not rescaled."""
         return None
 
     @abstractmethod

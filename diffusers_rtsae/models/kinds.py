@@ -6,14 +6,18 @@ from __future__ import annotations
 import torch
 
 from .base import SparseDictionary
+from .matching_pursuit import MatchingPursuitSAE
 from .mixture import MixtureSAE
+from .quantized import QuantizedSAE
 from .rtsae import RTSAE
 from .sae import SparseAutoencoder
+from .temporal import TemporalSAE
 from .tide import TIDE
 
 #: The kinds that load, by the `_class_name` in their configuration.
 KINDS: dict[str, type[SparseDictionary]] = {
-    kind.__name__: kind for kind in (RTSAE, SparseAutoencoder, TIDE, MixtureSAE)
+    kind.__name__: kind
+    for kind in (RTSAE, SparseAutoencoder, TIDE, MixtureSAE, MatchingPursuitSAE, QuantizedSAE, TemporalSAE)
 }
 _MAPPED = ("encoder", "decoder")  # too large to look through: whoever takes rows of these checks them
 

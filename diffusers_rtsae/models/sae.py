@@ -10,9 +10,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from .base import ACTIVATIONS, Directions, Memory, Reader, SparseDictionary, Step
-from .sparsity import jump_relu, picture_topk, topk
+from .sparsity import groupmax, jump_relu, picture_topk, topk
 
-SPARSITIES = ("threshold", "topk", "batch_topk", "sample_topk")
+SPARSITIES = ("threshold", "topk", "batch_topk", "sample_topk", "groupmax")
 INPUT_NORMS = (None, "layer", "length")
 _PIECE = 2**24  # pre-activations held at once where all latents must be known
 
@@ -24,7 +24,8 @@ class SparseAutoencoder(SparseDictionary):
     z = S(W_enc (x − b_dec) + b_enc) and x̂ = W_decᵀ z + b_dec, with S the rectifier above a threshold of each latent
     (JumpReLU, 2407.14435; a ReLU at threshold 0; a gated one, 2404.16014; BatchTopK, 2412.06410, once it is trained),
     or the k largest of each token (TopK, 2406.04093). With `activation="input"` it is a transcoder: x is the site's
-    input and x̂ stands for its output.
+    input and x̂ stands for its output; with a `skip` connection (2501.18823), x̂ has another linear part, W_skip x,
+    which no latent takes part in.
 
     Args:
         site (`str`): path of the module in the denoiser whose activation this is, e.g. `"up_blocks.1.attentions.1"`.
@@ -37,10 +38,13 @@ class SparseAutoencoder(SparseDictionary):
         sparsity (`str`, defaults to `"threshold"`): a latent is active above its own `"threshold"`, so that it is
             decidable alone; or if it is among the k largest of its token, `"topk"`, the k · N largest of the N tokens
             of its picture, `"batch_topk"`, or the k largest of the picture, `"sample_topk"`: an edit that must read
-            one latent then computes all m of them, m · d multiplications a token and step.
+            one latent then computes all m of them, m · d multiplications a token and step. With `"groupmax"` the
+            latents are k groups in a row, and of each the largest is active.
         centred (`bool`, defaults to `True`): whether b_dec is taken from x before it is encoded.
         input_norm (`str`, *optional*): x is each token without its mean and over its standard deviation, `"layer"`,
-            or over its root mean square, `"length"`, and x̂ is brought back.
+            or over its root mean square, `"length"`.
+        undone (`bool`, defaults to `True`): whether x̂ is brought back from that.
+        skip (`bool`, defaults to `False`): whether it has a skip connection.
 
     Example:
         ```py
@@ -58,19 +62,25 @@ class SparseAutoencoder(SparseDictionary):
     @register_to_config
     def __init__(
         self, site: str, in_channels: int, anchors: list[int], num_latents: int, k: int, activation: str = "output",
-        sparsity: str = "threshold", centred: bool = True, input_norm: str | None = None,
+        sparsity: str = "threshold", centred: bool = True, input_norm: str | None = None, undone: bool = True,
+        skip: bool = False,
     ):  # fmt: skip
         super().__init__(anchors, num_latents, activation)
-        if sparsity not in SPARSITIES or sparsity in ("topk", "batch_topk") and k > num_latents:
+        if sparsity not in SPARSITIES or sparsity in ("topk", "batch_topk", "groupmax") and k > num_latents:
             raise ValueError(
                 f"`sparsity` must be one of {list(SPARSITIES)}, with k up to {num_latents}, got {sparsity!r} with {k}."
             )
-        if not isinstance(centred, bool) or input_norm not in INPUT_NORMS:
+        if sparsity == "groupmax" and num_latents % k:
+            raise ValueError(f"With 'groupmax', k must divide the number of latents, got {num_latents} with {k}.")
+        flags = (centred, undone, skip)
+        if not all(isinstance(flag, bool) for flag in flags) or input_norm not in INPUT_NORMS:
             raise ValueError(
-                f"`centred` must be a bool and `input_norm` one of {list(INPUT_NORMS)}, got {centred!r} and "
-                f"{input_norm!r}."
+                f"`centred`, `undone` and `skip` must be bools and `input_norm` one of {list(INPUT_NORMS)}, got "
+                f"{centred!r}, {undone!r}, {skip!r} and {input_norm!r}."
             )
         self._allocate(in_channels, anchors, num_latents)
+        if skip:
+            self.skip_matrix = nn.Parameter(torch.zeros(in_channels, in_channels))
 
     def _allocate(self, in_channels: int, anchors: list[int], num_latents: int) -> None:
         decoder = F.normalize(torch.randn(num_latents, in_channels), dim=1)
@@ -90,35 +100,43 @@ class SparseAutoencoder(SparseDictionary):
         """What the encoder's input is centred at, `(d,)`."""
         return self.decoder_bias if self.config.get("centred", True) else torch.zeros_like(self.decoder_bias)
 
-    def shown(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
-        """What the encoder is shown of activations `(..., d)` at a step."""
-        gain = self.gain(tokens)
-        if gain is None:
+    def normalize(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
+        """What the encoder is given of activations `(..., d)` at a step."""
+        size = self._size(tokens)
+        if size is None:
             return tokens
         if self.config.input_norm == "length":
-            return tokens / gain.clamp(min=1e-20)
-        return (tokens - tokens.mean(-1, keepdim=True)) / (gain + 1e-5)
+            return tokens / size.clamp(min=1e-20)
+        return (tokens - tokens.mean(-1, keepdim=True)) / (size + 1e-5)
 
-    def shown_on(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
-        """`shown` for many steps on a device, with all that it needs there."""
-        return self.shown
+    def normalizer_on(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        """`normalize` for many steps on a device, with all that it needs there."""
+        return self.normalize
 
-    def hidden(self, shown: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """The inverse of `shown`, of these tokens where an `input_norm` needs them."""
-        gain = None if tokens is None else self.gain(tokens)
-        if gain is None:
-            return shown
-        return shown * gain + (tokens.mean(-1, keepdim=True) if self.config.input_norm == "layer" else 0)
+    def denormalize(self, decoded: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """The inverse of `normalize`, of these tokens where an `input_norm` needs them."""
+        size = None if tokens is None else self.gain(tokens)
+        if size is None:
+            return decoded
+        return decoded * size + (tokens.mean(-1, keepdim=True) if self.config.input_norm == "layer" else 0)
 
     def gain(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        return self._size(tokens) if self.config.get("undone", True) else None
+
+    def _size(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """What the `input_norm` divides each token by, `(..., 1)`."""
         norm = self.config.get("input_norm")
         if norm is None:
             return None
         return tokens.std(-1, keepdim=True) if norm == "layer" else tokens.square().mean(-1, keepdim=True).sqrt()
 
     def reader(self, latents: list[int], device: torch.device) -> Reader:
-        readers = {"threshold": StepReader, "topk": TopKReader}
+        readers = {"threshold": StepReader, "topk": TopKReader, "groupmax": GroupReader}
         return readers.get(self.config.sparsity, PictureReader)(self, latents, device)
+
+    @property
+    def shares_picture(self) -> bool:
+        return self.config.get("sparsity") in ("batch_topk", "sample_topk")
 
     def kept(self, tokens: int) -> int:
         """How many latents are active in a picture of so many tokens, with the sparsity of pictures."""
@@ -130,18 +148,23 @@ class SparseAutoencoder(SparseDictionary):
     def encode_step(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
         """Latents `(..., m)` of activations `(..., d)` at a timestep; where their number is that of a picture, of the
         picture that the last tokens `(N, d)` are."""
-        centred = self.shown(tokens.float(), timestep) - self.centre
+        centred = self.normalize(tokens.float(), timestep) - self.centre
         pre_activations = F.linear(centred, self.encoder.float(), self.encoder_bias)
         if self.config.sparsity == "threshold":
             return jump_relu(pre_activations, self.threshold)
         if self.config.sparsity == "topk":
             return topk(pre_activations, self.config.k)
+        if self.config.sparsity == "groupmax":
+            return groupmax(pre_activations, self.config.k)
         return picture_topk(pre_activations, self.kept(tokens.shape[-2]))
 
     def decode_step(self, latents: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Activations `(..., d)` at a timestep that latents `(..., m)` stand for, on these tokens where an
-        `input_norm` needs them."""
-        return self.hidden(latents @ self.decoder.float() + self.decoder_bias, timestep, tokens)
+        `input_norm` or a skip connection needs them."""
+        decoded = self.denormalize(latents @ self.decoder.float() + self.decoder_bias, timestep, tokens)
+        if tokens is not None and self.config.get("skip"):
+            decoded = decoded + tokens @ self.skip_matrix.float().T
+        return decoded
 
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.check_trajectories(hidden_states)
@@ -164,35 +187,36 @@ class StepReader(Reader):
     """Reads latents that are each decidable alone: O(tokens · d · rows), and no other row."""
 
     def __init__(self, sae: SparseAutoencoder, rows: list[int], device: torch.device):
-        self.sae, self.shown = sae, sae.shown_on(device)
+        self.sae, self.normalize = sae, sae.normalizer_on(device)
         self.encoder, self.bias = _rows(sae, rows, device)
         self.threshold = sae.threshold[rows].to(device)
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        shown = self.shown(tokens.float(), step.timestep)
-        return jump_relu(shown @ self.encoder.T + self.bias, self.threshold)
+        normalized = self.normalize(tokens.float(), step.timestep)
+        return self.activate(normalized @ self.encoder.T + self.bias)
+
+    def activate(self, pre_activations: torch.Tensor) -> torch.Tensor:
+        """Latents from pre-activations, `(..., rows)` both."""
+        return jump_relu(pre_activations, self.threshold)
 
 
 class TopKReader(Reader):
     """Reads latents of which the k largest of a token are active, so that all must be known: O(tokens · d · m)."""
 
     def __init__(self, sae: SparseAutoencoder, rows: list[int], device: torch.device):
-        self.sae, self.shown, self.rows = (
-            sae,
-            sae.shown_on(device),
-            torch.tensor(rows, dtype=torch.long, device=device),
-        )
+        self.sae, self.normalize = sae, sae.normalizer_on(device)
+        self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.encoder, self.bias = _rows(sae, list(range(sae.config.num_latents)), device)
         self.computes = len(self.encoder)
 
-    def _pieces(self, shown: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Pre-activations `(tokens, m)` of tokens `(N, d)`, some at once."""
-        for piece in shown.split(max(1, _PIECE // len(self.encoder))):
+    def _pieces(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Pre-activations `(tokens, m)` of normalised tokens `(N, d)`, some at once."""
+        for piece in tokens.split(max(1, _PIECE // len(self.encoder))):
             yield torch.addmm(self.bias, piece, self.encoder.T)
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        shown, latents = self.shown(tokens.float(), step.timestep).flatten(0, -2), []
-        for pre_activations in self._pieces(shown):
+        normalized, latents = self.normalize(tokens.float(), step.timestep).flatten(0, -2), []
+        for pre_activations in self._pieces(normalized):
             least = pre_activations.topk(self.sae.config.k, dim=1).values[:, -1:]
             latents.append(_from(pre_activations[:, self.rows], least))
         return torch.cat(latents).unflatten(0, tokens.shape[:-1])
@@ -202,16 +226,32 @@ class PictureReader(TopKReader):
     """Reads latents of which as many as the tokens of a picture share are active."""
 
     def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        shown, count = self.shown(tokens.float(), step.timestep), self.sae.kept(tokens.shape[-2])
-        return torch.stack([self._picture(picture, count) for picture in shown])
+        normalized, count = self.normalize(tokens.float(), step.timestep), self.sae.kept(tokens.shape[-2])
+        return torch.stack([self._picture(picture, count) for picture in normalized])
 
-    def _picture(self, shown: torch.Tensor, count: int) -> torch.Tensor:
-        largest, read = shown.new_zeros(0), []
-        for pre_activations in self._pieces(shown):
-            seen = torch.cat([largest, pre_activations.flatten()])
-            largest = seen.topk(min(count, len(seen))).values
+    def _picture(self, picture: torch.Tensor, count: int) -> torch.Tensor:
+        largest, read = picture.new_zeros(0), []
+        for pre_activations in self._pieces(picture):
+            candidates = torch.cat([largest, pre_activations.flatten()])
+            largest = candidates.topk(min(count, len(candidates))).values
             read.append(pre_activations[:, self.rows])
         return _from(torch.cat(read), largest[-1])
+
+
+class GroupReader(Reader):
+    """Reads latents of which the largest of each group is active: O(tokens · d · rows of these groups)."""
+
+    def __init__(self, sae: SparseAutoencoder, rows: list[int], device: torch.device):
+        self.normalize, size = sae.normalizer_on(device), sae.config.num_latents // sae.config.k
+        groups = sorted({row // size for row in rows})
+        members = [group * size + place for group in groups for place in range(size)]
+        self.encoder, self.bias = _rows(sae, members, device)
+        self.groups, self.computes = len(groups), len(members)
+        self.rows = torch.tensor([members.index(row) for row in rows], dtype=torch.long, device=device)
+
+    def read(self, memory: Memory, tokens: torch.Tensor, step: Step) -> torch.Tensor:
+        pre_activations = self.normalize(tokens.float(), step.timestep) @ self.encoder.T + self.bias
+        return groupmax(pre_activations, self.groups)[..., self.rows] if self.groups else pre_activations
 
 
 def _from(pre_activations: torch.Tensor, least: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,14 @@ def picture_topk(pre_activations: torch.Tensor, count: int) -> torch.Tensor:
     return torch.zeros_like(positive).scatter(-1, indices, values).view_as(pre_activations)
 
 
+def groupmax(pre_activations: torch.Tensor, groups: int) -> torch.Tensor:
+    """Keep the largest of each of the `groups` in which pre-activations `(..., latents)` lie in a row, as far as it is
+    positive."""
+    grouped = pre_activations.relu().unflatten(-1, (groups, -1))
+    values, indices = grouped.max(-1, keepdim=True)
+    return torch.zeros_like(grouped).scatter(-1, indices, values).flatten(-2)
+
+
 def jump_relu(pre_activations: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
     """Keep what exceeds `threshold`, zero the rest; a tie with the threshold is off (JumpReLU, 2407.14435)."""
     return torch.where(pre_activations > threshold, pre_activations, 0.0).relu()

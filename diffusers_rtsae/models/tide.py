@@ -21,10 +21,9 @@ class TIDE(SparseAutoencoder):
     the timestep, whose last layer is zero to begin with.
 
     Args:
-        site, in_channels, anchors, num_latents, k, activation, sparsity, centred, input_norm: as of
-            [`SparseAutoencoder`].
+        site, in_channels, anchors, num_latents, k, activation, sparsity, centred, input_norm, undone, skip: as of
+            [`SparseAutoencoder`]; `undone` is about the modulation too.
         time_channels (`int`, defaults to 256): of the embedding and of the MLP.
-        undone (`bool`, defaults to `True`): whether what is decoded is brought back.
         time_scale (`float`, defaults to 1.0): of the timestep that is embedded, from 1000 at pure noise to 0 at 1.0.
         flip_sin_to_cos, downscale_freq_shift: of the embedding, as diffusers' `get_timestep_embedding` takes them.
 
@@ -46,17 +45,20 @@ class TIDE(SparseAutoencoder):
         self, site: str, in_channels: int, anchors: list[int], num_latents: int, k: int, activation: str = "output",
         sparsity: str = "threshold", time_channels: int = 256, centred: bool = True, input_norm: str | None = None,
         undone: bool = True, time_scale: float = 1.0, flip_sin_to_cos: bool = True, downscale_freq_shift: float = 0.0,
+        skip: bool = False,
     ):  # fmt: skip
-        super().__init__(site, in_channels, anchors, num_latents, k, activation, sparsity, centred, input_norm)
+        super().__init__(
+            site, in_channels, anchors, num_latents, k, activation, sparsity, centred, input_norm, undone, skip
+        )
         width = time_channels
         if not isinstance(time_channels, int) or time_channels < 2 or time_channels % 2:
             raise ValueError(f"`time_channels` must be an even number, got {time_channels!r}.")
-        flags, numbers = (undone, flip_sin_to_cos), (time_scale, downscale_freq_shift)
+        numbers = (time_scale, downscale_freq_shift)
         finite = all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers)
-        if not finite or not all(isinstance(flag, bool) for flag in flags) or downscale_freq_shift == width // 2:
+        if not finite or not isinstance(flip_sin_to_cos, bool) or downscale_freq_shift == width // 2:
             raise ValueError(
-                "Expected bools `undone` and `flip_sin_to_cos`, and numbers `time_scale` and `downscale_freq_shift`, "
-                f"got {undone!r}, {flip_sin_to_cos!r}, {time_scale!r} and {downscale_freq_shift!r}."
+                "Expected a bool `flip_sin_to_cos`, and numbers `time_scale` and `downscale_freq_shift`, "
+                f"got {flip_sin_to_cos!r}, {time_scale!r} and {downscale_freq_shift!r}."
             )
         self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.modulation = nn.Linear(width, 2 * in_channels)
@@ -87,19 +89,19 @@ class TIDE(SparseAutoencoder):
         }
         return moved
 
-    def shown(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
+    def normalize(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
         factor, shift = self._modulate(timestep, tokens.device)
-        return super().shown(tokens, timestep) * factor + shift
+        return super().normalize(tokens, timestep) * factor + shift
 
     @torch.no_grad()
-    def shown_on(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
-        return self.on(device).shown
+    def normalizer_on(self, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        return self.on(device).normalize
 
-    def hidden(self, shown: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def denormalize(self, decoded: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
         if self.config.undone:
-            factor, shift = self._modulate(timestep, shown.device)
-            shown = (shown - shift) / factor
-        return super().hidden(shown, timestep, tokens)
+            factor, shift = self._modulate(timestep, decoded.device)
+            decoded = (decoded - shift) / factor
+        return super().denormalize(decoded, timestep, tokens)
 
     def directions(self, latents: list[int] | torch.Tensor, injection: str = "trajectory") -> Directions:
         directions = super().directions(latents)
@@ -107,7 +109,7 @@ class TIDE(SparseAutoencoder):
 
 
 class _ModulatedDirections(Directions):
-    """Directions `(latents, 1, d)` in what the encoder is shown."""
+    """Directions `(latents, 1, d)` in the modulated activation."""
 
     def __init__(self, paths: torch.Tensor, tide: TIDE):
         super().__init__(paths)

@@ -18,7 +18,10 @@ CALL = {"num_inference_steps": 3, "guidance_scale": 3.0}
 PAIRS = [("a star", "a star on a white background"), ("a heart", "a heart on a white background")]
 
 
-@pytest.fixture(scope="module", params=[kind for kind in OTHERS if kind != "TIDE, TopK"])
+TOPK = pytest.param("SparseAutoencoder, TopK", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[*(kind for kind in OTHERS if "TopK" not in kind), TOPK])
 def sae(request):
     sae = random_dictionary(request.param, SITE, 160, [667, 334, 1], 32, 4)
     for name, factor in (("decoder_bias", 0.0), ("modulation.weight", 0.05), ("typical_activation", 5.0)):

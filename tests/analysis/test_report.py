@@ -62,6 +62,14 @@ def test_what_it_says_of_a_feature_is_what_a_recording_shows(told, steered, dict
     assert feature["density"] == pytest.approx(rtsae.density[feature["latents"]].max().item())
 
 
+def test_pictures_of_a_label_are_those_whose_prompts_name_it(told):
+    named = [f for f in told["features"] if f.get("label") and any(f["name"] in prompt.split() for prompt in PROMPTS)]
+    assert {"red", "star", "brown"} & {f["name"] for f in named}
+    for feature in named:
+        for place in feature["places"]:
+            assert place["top"] and all(feature["value"] in PROMPTS[image] for image, _ in place["top"])
+
+
 def test_strips_show_the_prompts_at_all_strengths(told, steered):
     shown = [feature for feature in told["features"] if feature.get("strips")]
     strips = [base64.b64decode(feature["strips"][0].partition(",")[2]) for feature in shown]

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from tests.simulated_device import NAME, simulated
 from training.collect import trajectories
 from training.recipe import load_recipe
 from training.store import TrajectoryStore
 from training.train import load_pipeline
 
-from .timing import DEVICE, rows, seconds, take_turns
+from .timing import DEVICE, per_step, rows, seconds, take_turns
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,4 +35,13 @@ def measure(budget: float) -> list[dict]:
             TrajectoryStore(Path(folder), recipe.collected).write(0, tensors, None)
 
     works = {"pictures": plain, "pictures, again": plain, "pictures, collected from": collected}
-    return rows(take_turns({name: partial(seconds, work) for name, work in works.items()}, budget))
+    found = rows(take_turns({name: partial(seconds, work) for name, work in works.items()}, budget))
+    with simulated() as device:
+        pipe.to(NAME)
+        counts = []
+        for _ in range(2):  # batches
+            device.reset()
+            trajectories(pipe, samples, 0, recipe, anchors)
+            counts.append(device.own)
+    found[-1] |= {what: count / recipe.collect.steps for what, count in per_step(counts).items()}
+    return found

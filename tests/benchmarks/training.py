@@ -29,13 +29,14 @@ import torch
 import torch.distributed as dist
 
 from diffusers_rtsae.models import LinearDynamics
+from tests.simulated_device import NAME, simulated
 from training.commands import Adding
 from training.dictionary import DictionaryTrainer, new_dictionary
 from training.memory import keep_freed_memory
 from training.processes import ALONE, Processes
 from training.recipe import Recipe
 
-from .timing import CUDA, DEVICE, rows, seconds, take_turns
+from .timing import CUDA, DEVICE, per_step, rows, seconds, take_turns
 
 UNUSED = (
     "nnsight",
@@ -261,6 +262,18 @@ def share_a_step(count: int, width: int, latents: int, rounds: int) -> list[dict
     return rows(taken, f"a training step on {count:,} x {width:,} with {latents:,} latents by the clock, ")
 
 
+def counted(steps: int = 11) -> dict[str, float]:
+    """How often a step of a small dictionary waits for the device and copies."""
+    with simulated() as device:
+        data, counts = torch.randn(64, 32).to(NAME), []
+        ours = Ours(data, 128, 4, steps, 3e-4)
+        for _ in range(steps):
+            device.reset()
+            ours.step(data)
+            counts.append(device.own)
+    return per_step(counts)
+
+
 def measure(budget: float) -> list[dict]:
     """
     Our step on batches of 1,024 x 1,280 with 20,480 latents and k = 32, beside the encoder's product; on a CPU also
@@ -276,6 +289,7 @@ def measure(budget: float) -> list[dict]:
             f"a training step, {precision}": lambda ours=ours: ours.step(data[torch.randperm(len(data))[:count]]),
         }
         found += rows(take_turns({name: partial(seconds, work) for name, work in works.items()}, budget / 2))
+        found[-1] |= counted()
     if not CUDA:
         found += share_a_step(count, width, latents, 10) + share_a_step(count, 768, 2048, 60)
     return found

@@ -33,7 +33,7 @@ COUNTS = {
     LABELS_NAME: 2000,
     CONFIG_NAME: 2000,
 }
-FUZZ = bool(os.environ.get("FUZZ"))  # as many for every other kind; without it fewer, of the files that differ
+FUZZ = bool(os.environ.get("FUZZ"))  # as many damaged files as `COUNTS` says, for every kind; without it a tenth
 FEWER = 1 if FUZZ else 10
 OF_KIND = [(kind, target) for kind in OTHERS for target in COUNTS if FUZZ or SITE in target or "weights" in target]
 DEEP, LONG = "\N{DOWNWARDS ARROW}", "\N{RIGHTWARDS ARROW}"  # stand for what `json.dumps` would not write
@@ -188,7 +188,7 @@ def test_there_are_enough():
 
 @pytest.mark.parametrize("kind, target", [*(("RTSAE", target) for target in COUNTS), *OF_KIND])
 def test_damaged_files(tmp_path, kind, target):
-    folder, count = tmp_path / "inside" / "dictionary", COUNTS[target] // (1 if kind == "RTSAE" else FEWER)
+    folder, count = tmp_path / "inside" / "dictionary", COUNTS[target] // FEWER
     write(folder, kind)
     chance, loaded = random.Random(target), 0
     path = folder / (WEIGHTS if "weights" in target else target)
@@ -226,7 +226,11 @@ FOREIGN = {  # layout -> files that are damaged
     "SDLens, safetensors": ("config.json", "state_dict.safetensors"),
     "DifFRACT, sae_txt_6.safetensors": ("sae_txt_6.safetensors",),
 }
-PICKLED = {"SDLens": ("config.json", "state_dict.pth", "mean.pt"), "dictionary_learning, BatchTopKSAE": ("ae.pt",)}
+PICKLED = {
+    "SDLens": ("config.json", "state_dict.pth", "mean.pt"),
+    "overcomplete, pickled": ("overcomplete.json",),
+    "dictionary_learning, BatchTopKSAE": ("ae.pt",),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*how active its latents are")

@@ -1,11 +1,14 @@
 """Autoencoders in the formats of others: read, encoded, decoded and steered as their publishers' formulas say."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from foreign import CASES, SITE, Case, D, K, M, dictionary_learning, diffract, sdlens, sparsify
+import torch.nn.functional as F
+from foreign import CASES, SITE, Case, D, K, M, dictionary_learning, diffract, rand, sdlens, sparsify, topk
 from hub_server import Repository
 from huggingface_hub import constants
 from small_pipelines import FLUX_TEXT, XL_TEXT, flux, sd3
@@ -116,9 +119,12 @@ def test_the_nearest_of_a_site_is_taken_and_subfolders_choose(tmp_path):
 def test_a_site_that_no_name_says_is_told(tmp_path):
     folder = sparsify().write(tmp_path) / f"unet.{SITE}"
     folder.rename(tmp_path / "my sae")
-    with pytest.raises(ValueError, match="No name in .* says which site it is of: name the site by `layers`"):
+    with pytest.raises(ValueError, match="No name in .* says which site it is of: name the site by `site`"):
         load_dictionary(tmp_path / "my sae")
     assert list(load_dictionary(tmp_path / "my sae", layers=["mid_block"]).sites) == ["mid_block"]
+    (tmp_path / "my sae").rename(tmp_path / "sae_v1.5")  # which is no path of a module
+    for told in ({"site": "mid_block"}, {"layers": ["mid_block"]}):
+        assert list(load_dictionary(tmp_path / "sae_v1.5", **told).sites) == ["mid_block"]
 
 
 def on_hub(hub, folder: Path, name: str = "org/saes") -> None:
@@ -347,6 +353,11 @@ EXPORTED = {
     "a length": ({"input_norm": "length"}, "standard"),
     "a transcoder": ({"activation": "input", "centred": False}, "transcoder"),
     "a JumpReLU transcoder": ({"activation": "input", "centred": False}, "jumprelu_transcoder"),
+    "a skip transcoder": ({"activation": "input", "centred": False, "skip": True}, "skip_transcoder"),
+    "a transcoder of a length": (
+        {"activation": "input", "centred": False, "input_norm": "length", "undone": False},
+        "jumprelu_transcoder",
+    ),
 }
 
 
@@ -372,46 +383,50 @@ def test_what_is_exported_is_read_again(tmp_path, name):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("name", EXPORTED)
-def test_saelens_reads_what_is_exported(tmp_path, name):
-    lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
-    sae, x = exported(name, tmp_path), torch.randn(12, D)
-    theirs = (lens.Transcoder if "transcoder" in name else lens.SAE).load_from_disk(tmp_path / SITE)
-    assert theirs.cfg.metadata.hook_name == SITE
-    z = theirs.encode(x)
-    torch.testing.assert_close(sae.encode_step(x, 1.0), z, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(sae.decode_step(z, 1.0, x), theirs.decode(z), atol=1e-5, rtol=1e-4)
+def pickled_model(tmp_path: Path, monkeypatch, steps) -> tuple[Path, torch.nn.Module]:
+    """A model as overcomplete pickles it, of classes that are gone afterwards; its `steps` are an attribute."""
+    theirs = ModuleType("overcomplete.sae.base")
+    monkeypatch.setitem(sys.modules, "overcomplete", ModuleType("overcomplete"))
+    monkeypatch.setitem(sys.modules, "overcomplete.sae", ModuleType("overcomplete.sae"))
+    monkeypatch.setitem(sys.modules, "overcomplete.sae.base", theirs)
+
+    def normalize_l2(x):
+        return F.normalize(x)
+
+    for name in ("TopKSAE", "MLPEncoder", "DictionaryLayer"):
+        setattr(theirs, name, type(name, (torch.nn.Module,), {"__module__": theirs.__name__}))
+    normalize_l2.__module__, normalize_l2.__qualname__, theirs.normalize_l2 = (
+        theirs.__name__,
+        "normalize_l2",
+        normalize_l2,
+    )
+    model = theirs.TopKSAE()
+    model.top_k, model.steps, model.encoder, model.dictionary = K, steps, theirs.MLPEncoder(), theirs.DictionaryLayer()
+    model.encoder.final_block = torch.nn.Sequential(torch.nn.Linear(D, M), torch.nn.BatchNorm1d(M))
+    model.encoder.final_activation = torch.nn.ReLU()
+    model.dictionary._weights = torch.nn.Parameter(rand(M, D))
+    model.dictionary.normalization = normalize_l2
+    torch.nn.init.normal_(model.encoder.final_block[1].bias)
+    model.encoder.final_block[1].running_var.uniform_(0.5, 2)
+    (tmp_path / SITE).mkdir()
+    torch.save(model.eval(), tmp_path / SITE / "overcomplete.pt")
+    for name in ("overcomplete", "overcomplete.sae", "overcomplete.sae.base"):
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path, model
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("SAELens")])
-def test_saelens_says_the_same(tmp_path, name):
-    lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
-    torch.manual_seed(0)
-    case, x = CASES[name](), torch.randn(12, D)
-    if "matryoshka" in name:  # it is jumprelu there once it is trained
-        case.files[f"{SITE}/cfg.json"]["architecture"] = "jumprelu"
-    case.write(tmp_path)
-    theirs = (lens.Transcoder if "transcoder" in name else lens.SAE).load_from_disk(tmp_path / SITE)
-    sae = load_dictionary(tmp_path).sites[SITE]
-    z = theirs.encode(x)
-    torch.testing.assert_close(sae.encode_step(x, 1.0), z, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(sae.decode_step(z, 1.0, x), theirs.decode(z), atol=1e-5, rtol=1e-4)
+@torch.no_grad()
+def test_a_pickled_model_is_read_without_its_package(tmp_path, monkeypatch):
+    folder, model = pickled_model(tmp_path, monkeypatch, steps=3)
+    sae, x = convertible(folder).sites[SITE], torch.randn(12, D)
+    torch.testing.assert_close(sae.encode_step(x, 1.0), topk(model.encoder.final_block(x).relu(), K))
+    torch.testing.assert_close(sae.decoder, F.normalize(model.dictionary._weights))
+    with pytest.raises(ValueError, match="has pickles"):
+        load_dictionary(folder)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("dictionary_learning")])
-def test_dictionary_learning_says_the_same(tmp_path, name):
-    theirs = pytest.importorskip("dictionary_learning.dictionary", reason="dictionary_learning is not installed")
-    name = name.split(", ")[1]
-    if name == "AutoEncoderTopK":
-        theirs = pytest.importorskip("dictionary_learning.trainers.top_k")
-    if not hasattr(theirs, name):
-        pytest.skip(f"this version has no {name}")
-    torch.manual_seed(0)
-    case, x = dictionary_learning(name), torch.randn(12, D)
-    case.write(tmp_path)
-    weights = case.files[f"{SITE}/ae.pt"]
-    ae = getattr(theirs, name)(D, M, K) if name == "AutoEncoderTopK" else getattr(theirs, name)(D, M)
-    ae.load_state_dict({n: weights[n] for n in ae.state_dict() if n in weights}, strict=False)
-    sae, z = convertible(tmp_path).sites[SITE], ae.encode(x)
-    torch.testing.assert_close(sae.encode_step(x, 1.0), z, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(sae.decode_step(z, 1.0, x), ae.decode(z), atol=1e-5, rtol=1e-4)
+def test_a_pickled_model_with_anything_else_is_not_read(tmp_path, monkeypatch):
+    folder, _ = pickled_model(tmp_path, monkeypatch, Evil(tmp_path / "evil"))
+    with pytest.raises(OSError, match="holds more than tensors"):
+        convertible(folder)
+    assert not (tmp_path / "evil").exists()
