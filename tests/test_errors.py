@@ -597,7 +597,7 @@ MISUSE = {
     ),
     "choosing latents of what has no gradient": (
         lambda world: gradient(torch.zeros(()), []),
-        "a linear map needs none",
+        "`rank`",
     ),
     "recording nothing": (
         lambda world: Recorder(world.pipe, [SITE]).size(SITE),
@@ -870,7 +870,7 @@ MISUSE = {
         "'mid_block'",
     ),
     "recording two kinds of activation": (record_two_kinds, "['output', 'update']", "'mid_block'"),
-    "an empty mask": (lambda world: recorded(world).presence(SITE, torch.zeros(8, 8)), "The mask is empty"),
+    "an empty mask": (lambda world: recorded(world).presence(SITE, torch.zeros(8, 8)), "at least one token"),
     "presence in none of denoising": (
         lambda world: find.find_features(world.pipe, ["a star"], ["a heart"], until=0),
         "got 0",
@@ -880,7 +880,7 @@ MISUSE = {
         lambda world: find.find_features(
             world.pipe, ["a star"], [Image.new("RGB", (64, 64))], by="presence", num_inference_steps=1
         ),
-        "for positive and negative alike",
+        "got a mix",
     ),
     "a scorer of another architecture": (
         lambda world: FactorScorer({"colour": ["red", "blue"]}, architecture="none"),
@@ -905,16 +905,17 @@ MISUSE = {
     "fitting a prompt that is too long": (fitted((("a star " * 40, "a heart"),)), "32"),
     "fitting without text": (
         lambda world: fit_feature(Caller(world.pipe), [("a star", "a heart")], progress=False),
-        "prompt, and Caller takes none",
+        "Caller takes no `prompt`",
     ),
     "fitting in a denoiser that is broken": (fitted_in_a_broken_denoiser, "NaN", "16"),
-    "fitting a compiled denoiser": (fitted_when_compiled, "none; load a plain one"),
+    "fitting a compiled denoiser": (fitted_when_compiled, "got a compiled one", "torch.compile"),
     "fitting with latents that do nothing": (fitted_with_nothing, "an effect on these pairs"),
     "verifying without prompts": (
         lambda world: find.find_features(
             world.pipe, *[[Image.new("RGB", (64, 64), c)] for c in ("red", "white")], verify=True
         ),
-        "prompts, and there are none",
+        "negative prompts",
+        "got none",
     ),
     "pictures for a pipeline that cannot read them": (
         lambda world: find.record_images(flow_pipeline(world), []),
@@ -924,7 +925,7 @@ MISUSE = {
     "a label that is not there": (lambda world: search_labels(world.dictionary, "reddish"), "'reddish'"),
     "crops of what is active nowhere": (
         lambda world: plot_crops([recorded(world)], quiet_feature(world)),
-        "in none of these pictures",
+        "got none",
     ),
     # What others published
     "a published one whose folder says nothing": (
@@ -1022,7 +1023,8 @@ MISUSE = {
     ),
     "measuring on nothing": (
         lambda world: measure(world.pipe, world.dictionary, []),
-        "for dictionaries of single steps",
+        "at least one prompt",
+        "single steps",
     ),
     "measuring with another model": (
         lambda world: measure(

@@ -1,16 +1,20 @@
 """Every example runs on the bundled world, with few steps, and writes what it says."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffusers_rtsae.analysis import fit
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
+PUBLISHED = "published_dictionary.py"  # downloads a large model: run on the bundled one below
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in ("common.py", PUBLISHED))
 LONG = ("training_your_own.py", "fit_feature.py", "who_gets_drawn.py")
 
 
@@ -28,6 +32,27 @@ def test_example_runs_and_writes_pictures(name, tmp_path, monkeypatch, capsys):
     assert written and all(path.name in told for path in written)
     for path in written:
         assert len(Image.open(path).convert("RGB").getcolors(1 << 20)) > 20
+
+
+@pytest.mark.filterwarnings("ignore:.*how active its latents are", "ignore:To read some latents")
+def test_the_example_of_a_published_dictionary(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    folder, d, m = tmp_path / "SAeUron" / "unet.up_blocks.1.attentions.1", 160, 64
+    folder.mkdir(parents=True)
+    config = {"d_in": d, "num_latents": m, "expansion_factor": 0, "k": 4, "batch_topk": True, "sample_topk": False}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    rows = torch.nn.functional.normalize(torch.randn(m, d), dim=1)
+    tensors = {"encoder.weight": rows, "encoder.bias": torch.zeros(m), "W_dec": rows.clone(), "b_dec": torch.zeros(d)}
+    save_file(tensors, folder / "sae.safetensors")
+    arguments = ["--pipeline", str(EXAMPLES / "shapes-sd"), "--dictionary", str(tmp_path / "SAeUron"), "--steps", "2"]
+    arguments += ["--with", "a red star", "--without", "a blue heart", "--count", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [PUBLISHED, *arguments])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    runpy.run_path(str(EXAMPLES / PUBLISHED), run_name="__main__")
+    assert "up_blocks.1.attentions.1" in capsys.readouterr().out
+    sheet = Image.open(tmp_path / "published_dictionary.png").convert("RGB")
+    above, below = (sheet.crop((0, top, 64, top + 64)) for top in (0, 68))
+    assert above.tobytes() != below.tobytes()
 
 
 @pytest.mark.slow

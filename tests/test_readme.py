@@ -41,8 +41,8 @@ FEWER = {
     "train": ["--dry-run"],
 }
 LARGE = {  # what is downloaded, and what takes its place
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": str(ROOT / "examples" / "shapes-sd"),
-    "org/sd15-rtsae": str(ROOT / "examples" / "shapes-rtsae"),
+    "CompVis/stable-diffusion-v1-4": str(ROOT / "examples" / "shapes-sd"),
+    "bcywinski/SAeUron": str(ROOT / "examples" / "shapes-rtsae"),
     "torch.float16": "torch.float32",
     '"cuda"': '"cpu"',
 }

@@ -132,7 +132,7 @@ def test_layerwise_casting(fresh, dictionary, draw, reference):
     images = draw(fresh, steps=3)
     assert np.array_equal(images[0], plain[0]) and not np.array_equal(images[1], plain[1])
     np.testing.assert_allclose(images[1] - plain[1], reference[1][1] - reference[0][1], atol=0.25)
-    with pytest.raises(ValueError, match="layerwise casting has its weights in another precision"), frozen(fresh):
+    with pytest.raises(ValueError, match="layerwise casting, whose weights are in another precision"), frozen(fresh):
         pass
 
 

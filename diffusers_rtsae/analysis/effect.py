@@ -1,13 +1,14 @@
 """
-Effect: how much of what another prompt would change in a denoiser's prediction an edit of its activations changes.
+Effect: how far an edit of activations moves a denoiser's prediction towards its prediction for another prompt.
 
 With v the prediction, x a noisy latent, and a "from" and a "to" prompt that differ in a concept,
 
     E(edit) = 1 − Σ ‖v(x, from; edit) − v(x, to)‖² / Σ ‖v(x, from) − v(x, to)‖²
 
-over steps and over noisy latents of both prompts' own runs; the mean over pairs. 1: the edit does what changing the
-prompt does; 0: nothing; below 0: harm. It needs no scorer and no picture. Its gradient at no edit ranks all latents at
-once (attribution patching: Nanda 2022; Kramár et al. 2024, 2403.00745).
+The sums go over the steps and the noisy latents of both prompts' own generations; E is averaged over pairs. 1 means
+that the edit does what changing the prompt does, 0 that it does nothing, less than 0 that it does harm. No scorer and
+no picture is needed. The gradient of E without an edit ranks all latents at once (attribution patching: Nanda 2022;
+Kramár et al. 2024, 2403.00745).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ __all__ = [
 
 
 def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
-    """Pairs of different prompts; raises `ValueError` with the first that is none."""
+    """Return the pairs as a list of tuples; raise `ValueError` unless each has two different prompts."""
     if isinstance(pairs, str) or not pairs:
         raise ValueError("Expected pairs (from, to) of prompts, got none.")
     for pair in pairs:
@@ -39,27 +40,35 @@ def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
             raise ValueError(f"Expected pairs (from, to) of prompts, got {pair!r}.")
         if pair[0] == pair[1]:
             raise ValueError(
-                f"The prompts of a pair must differ, or there is no effect to have a share of: both are {pair[0]!r}. "
-                "Prompts in which nothing is to change go in `unchanged`."
+                f"Expected the two prompts of a pair to differ, got {pair[0]!r} twice; prompts that must not change "
+                "go in `unchanged`."
             )
     return [tuple(pair) for pair in pairs]
 
 
 @contextlib.contextmanager
 def frozen(pipeline, checkpointing: bool = False):
-    """The denoiser can be differentiated with respect to its activations alone inside the `with` block."""
+    """
+    Inside the `with` block gradients flow through the denoiser to its activations, but not to its weights.
+
+    Args:
+        checkpointing (`bool`): recompute activations in the backward pass, which needs less memory and more time.
+
+    Raises:
+        `ValueError`: the denoiser is compiled, or uses layerwise casting.
+    """
     denoiser = get_denoiser(pipeline)
     if is_compiled(denoiser, pipeline):
         raise ValueError(
-            "Effects are gradients through the denoiser, and a compiled one gives none; load a plain one."
+            "Expected a denoiser that gives gradients, got a compiled one; load it without torch.compile."
         )
     if any(_casts_weights(module) for module in denoiser.modules()):
         raise ValueError(
-            "Effects are gradients through the denoiser, and layerwise casting has its weights in another precision "
-            "again when these are computed; load one without."
+            "Expected a denoiser that gives gradients, got one with layerwise casting, whose weights are in another "
+            "precision again when gradients are computed; load it without."
         )
-    wanted = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    for parameter in wanted:
+    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -69,20 +78,20 @@ def frozen(pipeline, checkpointing: bool = False):
     finally:
         if checkpointing:
             denoiser.disable_gradient_checkpointing()
-        for parameter in wanted:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
-def memory_told(batch_size: int):
-    """Raise `torch.OutOfMemoryError` that says what needs less, if a device runs out of memory inside the `with`
-    block."""
+def explain_out_of_memory(batch_size: int):
+    """If a device runs out of memory inside the `with` block, raise a `torch.OutOfMemoryError` that says which
+    arguments need less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
-            f"The device ran out of memory with batch_size={batch_size}: a smaller one needs less, and "
-            "checkpointing=True less for gradients."
+            f"The device ran out of memory with batch_size={batch_size}: a smaller batch needs less, and "
+            "checkpointing=True needs less for gradients."
         ) from error
 
 
@@ -93,17 +102,18 @@ def _casts_weights(module: torch.nn.Module) -> bool:
 
 class Intervention:
     """
-    Edits at some sites as changes of a state's activations: what they do when they steer, by the same folds, and
-    differentiable in their weights. It is called with a state and some of its rows.
+    Edits applied to the activations of states. It uses the same [`Fold`]s as steering, so it changes exactly what
+    steering changes, and its changes are differentiable in the edits' weights. Call it with a state and some of its
+    rows.
 
     Args:
-        edits (`dict[str, list[Edit]]`): of each site; those of no latents and no map are left out.
-        states (`States`): that it acts on, or others of the same dictionary.
-        reached (*optional*): what the changes at a site are multiplied by on each token of some rows of a state,
+        edits (`dict[str, list[Edit]]`): by site. Edits that have neither latents nor a map are left out.
+        states (`States`): the states that it is called with, or others of the same dictionary.
+        reached (*optional*): computes for a site, a state and some of its rows a factor for the change of each token,
             `(rows, N, 1)`.
 
     Raises:
-        `ValueError`: an edit reads latents, and the states know none.
+        `ValueError`: an edit reads latents, but the states were drawn with `codes=False`.
     """
 
     def __init__(
@@ -111,35 +121,35 @@ class Intervention:
         reached: Callable[[str, State, Sequence[int]], torch.Tensor] | None = None,
     ):  # fmt: skip
         self.states, self.reached, self._folds, self._rows = states, reached, {}, {}
-        for site, own in edits.items():
-            own = [edit for edit in own if edit.latents or edit.map is not None]
-            rows = self._rows[site] = read_by(own)
+        for site, site_edits in edits.items():
+            site_edits = [edit for edit in site_edits if edit.latents or edit.map is not None]
+            rows = self._rows[site] = read_by(site_edits)
             if rows and not all(site in state.codes for state in states.all()):
-                raise ValueError(f"Latents of {site} are read, and these states were drawn without: codes=True.")
-            self._folds[site] = fold_edits(own, states.dictionary.sites[site], rows, states.device)
+                raise ValueError(f"The edits at {site} read latents: expected states drawn with codes=True.")
+            self._folds[site] = fold_edits(site_edits, states.dictionary.sites[site], rows, states.device)
 
     @property
     def edits(self) -> dict[str, list[Edit]]:
-        """Its edits, with their weights as they are now."""
+        """The edits of each site, with their current weights."""
         return {site: [edit for fold in folds for edit in fold.edits_now()] for site, folds in self._folds.items()}
 
     def variant(self, **options) -> Intervention:
-        """The same with other options of all its edits, e.g. `strength=1.5`."""
-        edits = {site: [replace(edit, **options) for edit in own] for site, own in self.edits.items()}
+        """A copy with other options for all its edits, e.g. `strength=1.5`."""
+        edits = {site: [replace(edit, **options) for edit in edits] for site, edits in self.edits.items()}
         return Intervention(edits, self.states, self.reached)
 
     def with_edits(self, edits: dict[str, list[Edit]]) -> Intervention:
-        """Other edits that act on the same tokens."""
+        """A copy with other edits and the same `reached`."""
         return Intervention(edits, self.states, self.reached)
 
     def folds(self) -> list[Fold]:
-        """Of edits of latents, which have weights."""
+        """The folds that have weights: those of edits of latents."""
         return [fold for folds in self._folds.values() for fold in folds if len(fold.weights)]
 
     def changes(
         self, site: str, state: State, rows: Sequence[int], tokens: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What each fold of a site adds to these tokens `(rows, N, d)`: see [`Fold.change`]."""
+        """What each fold of a site adds to tokens `(rows, N, d)`, as [`Fold.change`] returns it."""
         step, latents = self.states.step(site, state), None
         if self._rows[site]:
             latents = state.codes[site].dense(self._rows[site])[list(rows)]
@@ -148,7 +158,7 @@ class Intervention:
         return [fold.change(tokens.to(fold.device), latents, step, reached=reached) for fold in folds]
 
     def __call__(self, state: State, rows: Sequence[int]) -> Changes:
-        """What to add at each site at which something acts."""
+        """The changes at the sites that have an edit in its window at this step."""
         acting = {
             site: any(fold.options.acts_at(state.timestep) for fold in folds) for site, folds in self._folds.items()
         }
@@ -159,7 +169,7 @@ class Intervention:
 
 
 def adding(site: str, latent: int, states: States, strength: float = 1.0) -> Intervention:
-    """A latent that is added everywhere, as far as its typical activation times a strength."""
+    """An edit that adds a latent to every token: `strength` times its typical activation."""
     edit = Edit(latents=(latent,), weights=(1.0,), strength=strength, clip=False)
     return Intervention({site: [edit]}, states)
 
@@ -167,13 +177,14 @@ def adding(site: str, latent: int, states: States, strength: float = 1.0) -> Int
 @dataclass
 class FirstOrder:
     """
-    How the effect grows with the weight of each latent of a site, at the present weights.
+    The derivative of the effect with respect to each latent's weight at a site, at the present weights.
 
     Args:
-        added (`torch.Tensor`): dE by weight of its constant addition, `(m,)`, in units of its typical activation.
-        added_length (`torch.Tensor`): root mean square size of that addition in activation space, `(m,)`.
-        removed, removed_length (`torch.Tensor`): the same by share of what is there of each candidate,
-            `(candidates,)`.
+        added (`torch.Tensor`): derivative with respect to the weight of the latent when it is added, `(m,)`; weight 1
+            is its typical activation.
+        added_length (`torch.Tensor`): root mean square length of that addition in activation space, `(m,)`.
+        removed, removed_length (`torch.Tensor`): the same for each candidate when a share of its own activation is
+            taken away, `(candidates,)`.
     """
 
     added: torch.Tensor
@@ -188,9 +199,10 @@ class Pass:
     One backward pass.
 
     Args:
-        state (`State`), rows (`list[int]`), weight (`float`): of what, and what it counts.
-        slopes (`dict[str, torch.Tensor]`): how the effect on each row grows with a constant addition at each site,
-            `(rows, d)`, on the CPU.
+        state (`State`), rows (`list[int]`): the state and its rows that were differentiated.
+        weight (`float`): its weight in the average over states.
+        slopes (`dict[str, torch.Tensor]`): for each site, the derivative of each row's effect with respect to a
+            vector that is added to all its tokens, `(rows, d)`, on the CPU.
     """
 
     state: State
@@ -200,26 +212,26 @@ class Pass:
 
 
 class _Leaves:
-    """Changes of activations by what an intervention does, as leaves to differentiate with respect to; and what
-    probes would add to the same tokens."""
+    """The changes that an intervention makes, as leaf tensors that a gradient is taken of; and the changes that the
+    probes would make to the same tokens."""
 
     def __init__(self, model: Intervention, probes: Intervention, state: State, rows: Sequence[int]):
         self.model, self.probes, self.state, self.rows = model, probes, state, rows
-        self.made: dict[str, torch.Tensor] = {}
+        self.leaves: dict[str, torch.Tensor] = {}
         self.probed: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def __call__(self, sites: Iterable[str]) -> Changes:
-        there = self.model(self.state, self.rows)
-        return {site: partial(self._make, site, there.get(site)) for site in sites}
+        changes = self.model(self.state, self.rows)
+        return {site: partial(self._make, site, changes.get(site)) for site in sites}
 
     def _make(self, site: str, change: Callable | None, tokens: torch.Tensor) -> torch.Tensor:
-        if site not in self.made:  # checkpointed gradients run a site twice
+        if site not in self.leaves:  # gradient checkpointing runs a site twice
             with torch.no_grad():
                 leaf = torch.zeros(tokens.shape, device=tokens.device)
                 leaf += 0 if change is None else change(tokens)
                 self.probed[site] = self.probes.changes(site, self.state, self.rows, tokens)
-            self.made[site] = leaf.requires_grad_()
-        return self.made[site]
+            self.leaves[site] = leaf.requires_grad_()
+        return self.leaves[site]
 
 
 def first_order(
@@ -227,14 +239,16 @@ def first_order(
     candidates: dict[str, list[int]] | None = None, passes: list[Pass] | None = None,
 ) -> dict[str, FirstOrder]:  # fmt: skip
     """
-    Attribution patching: all latents of all sites of a dictionary at once, from `count` backward passes.
+    Attribution patching: the first-order effect of all latents of all sites of a dictionary, from `count` backward
+    passes.
 
     Args:
-        where (`dict[str, Sequence[int]]`, *optional*): latents of each site; additions reach tokens on which one of
-            them is active. Without: all tokens that the model reaches.
-        candidates (`dict[str, list[int]]`, *optional*): latents of each site that might be taken away; the states
-            must have read them.
-        passes (`list[Pass]`, *optional*): the passes are added to it.
+        model (`Intervention`): the edits at which the derivatives are taken.
+        where (`dict[str, Sequence[int]]`, *optional*): latents of each site. Additions act on tokens on which one of
+            them is active; without it, on all tokens that `model` reaches.
+        candidates (`dict[str, list[int]]`, *optional*): latents of each site whose removal is differentiated too; the
+            states must have read them.
+        passes (`list[Pass]`, *optional*): each pass is appended to it.
 
     Raises:
         `ValueError`: the denoiser gives no gradient, or one that is NaN or inf.
@@ -248,20 +262,20 @@ def first_order(
     for state, rows, weight in states.draw(count, generator):
         leaves = _Leaves(model, probes, state, rows)
         errors = states.errors(state, rows, leaves(configs)).sum()
-        gradients = gradient(errors, [leaves.made[site] for site in configs])
-        seen, share = Pass(state, rows, weight, {}), weight / len(rows)
-        for site, own in zip(configs, gradients, strict=True):
+        gradients = gradient(errors, [leaves.leaves[site] for site in configs])
+        one_pass, share = Pass(state, rows, weight, {}), weight / len(rows)
+        for site, site_gradient in zip(configs, gradients, strict=True):
             at = interpolate(torch.eye(len(sums[site])), states.grids[site].coordinate(state.timestep))
-            (reach, _), *taken = leaves.probed[site]
-            slopes = seen.slopes[site] = -(own * reach).sum(1).cpu()
+            (reach, _), *removals = leaves.probed[site]
+            slopes = one_pass.slopes[site] = -(site_gradient * reach).sum(1).cpu()
             sums[site] += share * at[:, None] * slopes.sum(0)
-            sizes[site] += weight * at * float(reach.square().mean()) * own.shape[1]
-            for amounts, paths in taken:
-                removed[site][0] -= share * torch.einsum("bnk,bnd,bkd->k", amounts, own, paths).cpu()
+            sizes[site] += weight * at * float(reach.square().mean()) * site_gradient.shape[1]
+            for amounts, paths in removals:
+                removed[site][0] -= share * torch.einsum("bnk,bnd,bkd->k", amounts, site_gradient, paths).cpu()
                 removed[site][1] += share * (amounts.square().sum(1) * paths.square().sum(2)).sum(0).cpu()
         if passes is not None:
-            passes.append(seen)
-    found = {}
+            passes.append(one_pass)
+    orders = {}
     for site, sae in dictionary.sites.items():
         added = torch.zeros(2, sae.config.num_latents)
         for start in range(0, sae.config.num_latents, CHUNK):
@@ -271,12 +285,12 @@ def first_order(
             added[0, rows] = torch.einsum("mgd,gd->m", paths, sums[site])
             added[1, rows] = torch.einsum("mgd,mgd,g->m", paths, paths, sizes[site])
         gain, square = removed.get(site, torch.zeros(2, 0)) / count
-        found[site] = FirstOrder(added[0] / count, (added[1] / count).sqrt(), gain, square.sqrt())
-    return found
+        orders[site] = FirstOrder(added[0] / count, (added[1] / count).sqrt(), gain, square.sqrt())
+    return orders
 
 
 def _probes(where: Sequence[int] | None, candidates: Sequence[int]) -> list[Edit]:
-    """An edit that adds a latent on the tokens that additions reach, and one that takes candidates away."""
+    """An edit that adds a latent, to learn which tokens additions reach, and one that takes candidates away."""
     where, ones = None if where is None else tuple(where), (1.0,) * len(candidates)
     return [
         Edit(latents=(0,), weights=(1.0,), strength=1.0, where=where, clip=False),
@@ -285,7 +299,9 @@ def _probes(where: Sequence[int] | None, candidates: Sequence[int]) -> list[Edit
 
 
 def gradient(loss: torch.Tensor, of: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Of a loss through the denoiser; raises `ValueError` if there is none, or it is NaN or inf."""
+    """The gradient of a loss through the denoiser; raises `ValueError` if there is none, or if it is NaN or inf."""
     if not loss.requires_grad:
-        raise ValueError("The denoiser gives no gradient, and by that latents are chosen; a linear map needs none.")
-    return tuple(finite(own) for own in torch.autograd.grad(loss, of))
+        raise ValueError(
+            "Latents are chosen by gradients, and this denoiser gives none; a linear map (`rank`) needs none."
+        )
+    return tuple(finite(values) for values in torch.autograd.grad(loss, of))

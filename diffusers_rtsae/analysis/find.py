@@ -1,4 +1,4 @@
-"""Find the latents that stand for a concept, from what changes in them with the prompt, and check them causally."""
+"""Find the latents that stand for a concept, by their effect or by their presence, and verify them by steering."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from ..denoiser import get_denoiser
 from ..dictionary import Dictionary
 from ..pipeline import get_dictionary, own_size
 from ..steering import as_mask
-from .effect import FirstOrder, Intervention, Pass, adding, check_pairs, first_order, frozen, memory_told
-from .record import Recorder, Recording, kind_of, record
+from .effect import FirstOrder, Intervention, Pass, adding, check_pairs, explain_out_of_memory, first_order, frozen
+from .record import Recorder, Recording, activation_of, record
 from .states import States
 
-_EARLY = 0.35  # of denoising: what is present then steers
+_EARLY = 0.35  # of denoising; features that are present in this part steer
 _PASSES = 16  # backward passes that rank all latents
-_SHORTLIST, _STATES = 3, 12  # as many times the features asked for are then measured, on so many batches of states
-_SAMPLE, _HALVED = 4, (4, 8)  # states of such a batch; after so many batches the worse third is measured no further
-_DUPLICATE = 0.9  # cosine of two trajectories from which on they are one feature
+_SHORTLIST, _STATES = 3, 12  # measured features for each one asked for, and batches of states to measure them on
+_SAMPLE, _HALVED = 4, (4, 8)  # states in such a batch, and numbers of batches after which the worse third is dropped
+_DUPLICATE = 0.9  # least cosine of two trajectories that count as one feature
 
 
 @dataclass
 class Feature:
     """
-    A latent that was found.
+    A row of a [`FeatureTable`]: one latent.
 
     Args:
-        site (`str`), index (`int`): which; `pipe.set_rtsae_features({(site, index): 1.0})` steers it.
-        score (`float`): what the table is sorted by: the effect of strength 1 on the prediction, of 1 that changing
-            the prompt has, or `present * specific`.
-        slope (`float`): how fast that effect grows from strength 0; `None` if it was ranked by presence.
-        present (`float`): how much more present it is with the concept than without, at its best step, in units of its
-            typical full activation.
-        specific (`float`): from 0, as present without the concept (or everywhere in the training data), to 1, only
-            with it.
-        timestep (`float`): when the difference is largest.
-        labels (`list[str]`): of the dictionary, that contain it.
-        duplicates (`list[int]`): latents with almost the same trajectory that were left out.
-        verified (`dict`): what steering it does, if that was asked for.
-        pictures (`list`): of the negative prompts, steered, if it was verified.
+        site (`str`), index (`int`): its site and index; `pipe.set_rtsae_features({(site, index): 1.0})` steers it.
+        score (`float`): the table is sorted by it. By effect: the effect of strength 1 on the prediction (1: what
+            changing the prompt does). By presence: `present * specific`.
+        present (`float`): how much more present the latent is with the concept than without, at the step where the
+            difference is largest, in units of its typical activation.
+        specific (`float`): 1 if the latent is present only with the concept, 0 if it is as present without, or
+            everywhere in the training data.
+        timestep (`float`): of the step where the difference is largest.
+        labels (`list[str]`): labels of the dictionary that contain it.
+        duplicates (`list[int]`): latents with almost the same trajectory, which are left out of the table.
+        verified (`dict`): the measurements of [`find_features`] with `verify`.
+        slope (`float`, *optional*): the derivative of the effect at strength 0; `None` if ranked by presence.
+        pictures (`list`): the negative prompts steered by it, if it was verified.
     """
 
     site: str
@@ -60,18 +60,18 @@ class Feature:
     pictures: list = field(default_factory=list, repr=False)
 
     def told(self) -> dict:
-        """All but the pictures, as JSON can hold it."""
+        """All fields but the pictures, as a dictionary that JSON can hold."""
         return {name: value for name, value in vars(self).items() if name != "pictures"}
 
 
 class FeatureTable(list):
-    """A list of [`Feature`] that prints as a table. `plain` are the pictures on which verified features were
-    steered; [`plots.plot_strip`] shows them."""
+    """A list of [`Feature`] that prints as a table. If features were verified, `plain` holds the unsteered pictures;
+    [`plots.plot_strip`] shows both."""
 
     plain: list = []
 
     def to_pandas(self):
-        """As a `pandas.DataFrame`, one row a feature; pandas must be installed."""
+        """A `pandas.DataFrame` with one row per feature; needs pandas."""
         import pandas
 
         return pandas.DataFrame([(row := f.told()) | row.pop("verified") for f in self])
@@ -97,7 +97,7 @@ class FeatureTable(list):
 
 
 def labels_of(dictionary: Dictionary, site: str, index: int) -> list[str]:
-    """The labels that are seen by a latent."""
+    """The labels whose activation is read from this latent."""
     return [
         name
         for name, label in dictionary.labels.items()
@@ -115,11 +115,14 @@ def rank(
     order: FirstOrder | None = None,
 ) -> FeatureTable:
     """
-    The latents of a site that are more present with a concept than without, or that have most effect.
+    Rank the latents of a site by how much more present they are with a concept than without, or by their effect.
 
     Args:
-        order (`FirstOrder`, *optional*): their effects; ranked by presence without it.
-        present, absent (`torch.Tensor`): mean presence at each step, `(steps, num_latents)`.
+        timesteps (`Sequence[float]`): of the steps of `present` and `absent`.
+        present, absent (`torch.Tensor`): mean presence at each step with and without the concept,
+            `(steps, num_latents)`.
+        count (`int`): the most latents to return.
+        order (`FirstOrder`, *optional*): first-order effects; without it latents are ranked by presence.
     """
     sae = dictionary.sites[site]
     difference, when = (present - absent).max(0)
@@ -135,8 +138,8 @@ def rank(
         if len(table) == count or score[index] <= 0:
             break
         path = (sae.feature_trajectories([index]).detach() / scale).flatten()
-        kept = (sae.feature_trajectories([f.index for f in table]).detach() / scale).flatten(1)
-        same = torch.cosine_similarity(kept, path[None]) > _DUPLICATE
+        earlier = (sae.feature_trajectories([f.index for f in table]).detach() / scale).flatten(1)
+        same = torch.cosine_similarity(earlier, path[None]) > _DUPLICATE
         if same.any():
             table[int(same.int().argmax())].duplicates.append(index)
             continue
@@ -151,7 +154,7 @@ def rank(
 
 
 def _generators(count: int, seeds: int) -> list[torch.Generator]:
-    """The same few seeds for each of several prompts."""
+    """Generators with the same few seeds for each of `count` prompts."""
     return [torch.Generator().manual_seed(seed) for _ in range(count) for seed in range(seeds)]
 
 
@@ -160,20 +163,21 @@ def record_images(
     pipeline, images: Sequence[Image.Image], adapter_name: str | None = None, caption: str = ""
 ) -> Recording:
     """
-    What a dictionary sees in given pictures: each is encoded, noised to every anchor with the same noise (seed 0), and
-    shown to the denoiser.
+    Record what a dictionary reads from given pictures. Each picture is encoded by the VAE, noised to every anchor with
+    the same noise (seed 0), and denoised by one step there.
+
+    The latents that are active on something in a given picture need not be the ones that draw it from a prompt, so
+    verify them before steering.
 
     Args:
         pipeline (`StableDiffusionPipeline`): with a dictionary loaded.
         images (`Sequence`): PIL pictures; resized to the model's size.
-        caption (`str`): of all of them.
-
-    The latents that see something in a picture need not be those that a prompt paints it with: verify before steering.
+        caption (`str`): one prompt for all pictures.
     """
     dictionary = get_dictionary(pipeline, adapter_name)
     if type(pipeline).__name__ != "StableDiffusionPipeline" or not hasattr(pipeline.scheduler, "alphas_cumprod"):
         raise ValueError(
-            "Pictures can be read with a StableDiffusionPipeline and its noise schedule only, not with "
+            "Reading pictures needs a StableDiffusionPipeline and a scheduler with alphas_cumprod, got "
             f"{type(pipeline).__name__} and {type(pipeline.scheduler).__name__}."
         )
     denoiser, vae = get_denoiser(pipeline), pipeline.vae
@@ -184,7 +188,7 @@ def record_images(
     text, _ = pipeline.encode_prompt(caption, denoiser.device, 1, False)
     sites = list(dictionary.sites)
     anchors = {anchor for site in sites for anchor in dictionary.sites[site].config.anchors}
-    with Recorder(pipeline, sites, activation=kind_of(dictionary, sites)) as recorder:
+    with Recorder(pipeline, sites, activation=activation_of(dictionary, sites)) as recorder:
         for anchor in sorted(anchors, reverse=True):
             alpha = pipeline.scheduler.alphas_cumprod[anchor].to(clean)
             noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
@@ -215,39 +219,47 @@ def find_features(
     **call,
 ) -> FeatureTable:
     """
-    The features of a loaded dictionary that stand for what the positive examples have and the negative have not.
+    Find the features of a loaded dictionary that stand for a concept which the positive examples have and the negative
+    examples do not have.
 
     Args:
-        pipeline (`DiffusionPipeline`): with a dictionary loaded; it need not steer.
-        positive, negative (`Sequence`): prompts, or pictures (PIL). By effect, prompts one to one that differ in
-            nothing else.
-        count (`int`): how many features, of each site.
-        seeds (`int`): pictures made of each prompt, with the same seeds for all.
-        verify (`int` or `bool`): steer so many of the best (`True`: five) on the negative prompts and other noise, and
-            say what that does.
-        scorer (*optional*): from a list of PIL pictures to one number each, larger where they show the concept. With
-            it the verified features are sorted by how much they raise it.
-        strength (`float`): to verify with.
-        caption (`str`): of all pictures, if examples are pictures: what they share, not what they differ in.
-        until (`float`, *optional*): the beginning of denoising, 0 to 1, in which presence counts. By default 0.35 for
-            prompts, as features that are there early steer and later ones mostly follow; all of it for pictures.
-        by (`str`, *optional*): rank by `"effect"`, what adding a latent does to the prediction of the negative prompts
-            towards that of the positive ones (see [`analysis.effect`]), of all latents to first order and of the first
-            30 or so as it is, the default for prompts; or by `"presence"`, the default for pictures.
-        unchanged (`Sequence[str]`): prompts that have nothing to do with it, to tell the `harm` of verified features.
-        batch_size (`int`): pictures drawn at once by effect and to verify, and states of one gradient, up to eight.
-        checkpointing (`bool`): trade time for memory in the denoiser's gradients.
+        pipeline (`DiffusionPipeline`): with a dictionary loaded. Nothing has to be set on it.
+        positive, negative (`Sequence`): prompts, or PIL pictures. To rank by effect they are prompts, one to one, that
+            differ in the concept alone.
+        count (`int`): the number of features of each site.
+        adapter_name (`str`, *optional*): of the dictionary.
+        seeds (`int`): pictures drawn of each prompt, with the same seeds for all prompts.
+        verify (`int` or `bool`): steer this many of the best features (`True`: five) on the negative prompts with
+            other noise, and measure what that does.
+        scorer (*optional*): maps a list of PIL pictures to one number each, larger if the picture shows the concept.
+            The table is then sorted by how much the verified features raise it.
+        strength (`float`): used to verify.
+        caption (`str`): for examples that are pictures: a prompt that describes what they have in common.
+        until (`float`, *optional*): presence counts in the part of denoising from 0 to `until`, at most 1. The default
+            is 0.35 for prompts, as features that are present early steer and later ones mostly follow, and 1 for
+            pictures.
+        by (`str`, *optional*): `"effect"`, the default for prompts, ranks by how far adding a latent moves the
+            prediction of the negative prompts towards that of the positive prompts (see [`analysis.effect`]): to first
+            order for all latents, then measured for about the first 30. `"presence"`, the default for pictures, ranks
+            by how active a latent is.
+        unchanged (`Sequence[str]`): prompts that have nothing to do with the concept, to measure the `harm` of
+            verified features.
+        batch_size (`int`): pictures drawn at once; also the states in one gradient, up to eight.
+        checkpointing (`bool`): gradients of the denoiser need less memory and more time.
         progress (`bool`): show a bar.
         call: passed to the pipeline.
 
     Returns:
-        [`FeatureTable`]: sorted by score. `verified` holds `effect`, the share of what changing the prompt does, and
-        `harm`, the change of `unchanged` prompts in the same unit; `image_distance`, the RMS change of the pictures,
-        0 to 1; `prediction_change`, of the denoiser's output, relative to its length; and `gain` of the scorer.
+        [`FeatureTable`]: sorted by score. `verified` of a feature holds
+
+        - `effect` (1: what changing the prompt does) and `harm`, the change of `unchanged` prompts in the same unit
+        - `image_distance`: the root mean square change of the pixels, 0 to 1
+        - `prediction_change`: the change of the denoiser's output, relative to its length
+        - `gain`: the change of the scorer
 
     Raises:
-        `ValueError`: if there are no examples, by effect if they are no pairs of different prompts, if prompts are
-        needed and there are none, or `until` is out of range.
+        `ValueError`: there are no examples; `by="effect"` and they are not pairs of different prompts; `verify` and
+        there are no negative prompts; or `until` is out of range.
 
     Example:
         ```py
@@ -257,10 +269,10 @@ def find_features(
     by = _ranking(positive, negative, by, until)
     prompts = [example for example in negative if isinstance(example, str)]
     if verify and not prompts:
-        raise ValueError("Features are verified on negative prompts, and there are none.")
+        raise ValueError("Expected negative prompts to verify features on, got none.")
     shared = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
     pairs = check_pairs(list(zip(negative, positive, strict=True))) if by == "effect" else []
-    with memory_told(batch_size):
+    with explain_out_of_memory(batch_size):
         if by == "effect":
             with frozen(pipeline, checkpointing):
                 states = States(pipeline, pairs * seeds, progress=progress, **shared)
@@ -284,7 +296,8 @@ def find_features(
 
 
 def _ranking(positive: Sequence, negative: Sequence, by: str | None, until: float | None) -> str:
-    """What these examples are ranked by; raises `ValueError` if they cannot be, or `until` is out of range."""
+    """`"effect"` or `"presence"`; raises `ValueError` if these examples cannot be ranked by it, or `until` is out of
+    range."""
     if not positive or not negative:
         raise ValueError(f"Expected positive and negative examples, got {len(positive)} and {len(negative)}.")
     if until is not None and not 0 < until <= 1:
@@ -307,8 +320,8 @@ def _rank_by_effect(states: States, count: int, until: float | None, progress: b
     for site, order in orders.items():
         steps, present, absent = states.presence(site)
         early = sum(1000 - t <= 1000 * (until or _EARLY) for t in steps) or 1
-        seen = steps[:early], present[:early], absent[:early]
-        shortlist = rank(states.dictionary, site, *seen, _SHORTLIST * count, order)
+        presence = steps[:early], present[:early], absent[:early]
+        shortlist = rank(states.dictionary, site, *presence, _SHORTLIST * count, order)
         with tqdm(total=_STATES, desc="measured", unit="batch", leave=False, disable=not progress) as bar:
             table += _score(states, shortlist, passes[:_STATES], count, bar)
     return table
@@ -317,24 +330,24 @@ def _rank_by_effect(states: States, count: int, until: float | None, progress: b
 @torch.no_grad()
 def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count: int, bar) -> FeatureTable:
     """
-    The features of a site that have most effect, with the effect of strength 1 as their `score`: the slope, and what
-    the effect on some states falls short of their own slopes, which varies less than effects do. Those that are behind
-    after a few states are measured no further (sequential halving: Karnin, Koren and Somekh 2013).
+    The features of a site with the largest effect. The `score` of each becomes the effect of strength 1: its slope
+    plus the mean difference between effect and slope on some states, which varies less than the effects do. Features
+    that are behind after a few states are dropped (sequential halving: Karnin, Koren and Somekh 2013).
     """
-    short: dict[int, list[float]] = {feature.index: [] for feature in features}
+    shortfalls: dict[int, list[float]] = {feature.index: [] for feature in features}
     left, site = list(features), features[0].site if features else ""
     sae, models = states.dictionary.sites.get(site), {f.index: adding(f.site, f.index, states) for f in features}
-    for measured, seen in enumerate(passes, start=1):
-        chosen = seen.rows[:_SAMPLE]
-        distances = states.distances(seen.state, chosen)
-        predictions = states.predictions(seen.state, chosen, [models[f.index] for f in left])
+    for measured, one_pass in enumerate(passes, start=1):
+        state, chosen = one_pass.state, one_pass.rows[:_SAMPLE]
+        distances = states.distances(state, chosen)
+        predictions = states.predictions(state, chosen, [models[f.index] for f in left])
         for feature, prediction in zip(left, predictions, strict=True):
-            gained = distances - states.apart(seen.state, chosen, prediction, seen.state.wanted).cpu()
-            path = sae.directions([feature.index]).at(states.step(site, seen.state))[0].float().cpu()
+            gain = distances - states.squared_distance(state, chosen, prediction, state.target).cpu()
+            path = sae.directions([feature.index]).at(states.step(site, state))[0].float().cpu()
             typical = float(sae.typical_activation[feature.index])
-            linear = seen.slopes[site][: len(chosen)] @ path * typical
-            short[feature.index].append(seen.weight * float((gained - linear).mean()))
-            feature.score = round(feature.slope + statistics.mean(short[feature.index]), 4)
+            linear = one_pass.slopes[site][: len(chosen)] @ path * typical
+            shortfalls[feature.index].append(one_pass.weight * float((gain - linear).mean()))
+            feature.score = round(feature.slope + statistics.mean(shortfalls[feature.index]), 4)
         bar.update()
         if measured in _HALVED:
             left = sorted(left, key=lambda f: -f.score)[: max(count, 2 * len(left) // 3)]
@@ -352,7 +365,7 @@ def _rank_by_presence(
 
     with_it, without = read(list(positive)), read(list(negative))
     if with_it.timesteps != without.timesteps:
-        raise ValueError("Expected examples of one kind: prompts or pictures, for positive and negative alike.")
+        raise ValueError("Expected either prompts or pictures for both positive and negative examples, got a mix.")
     until = until or (_EARLY if isinstance(positive[0], str) else 1.0)
     early = [t for t in with_it.timesteps if 1000 - t <= 1000 * until] or with_it.timesteps[:1]
     table, dictionary = FeatureTable(), get_dictionary(pipeline, adapter_name)
@@ -364,17 +377,17 @@ def _rank_by_presence(
 
 @torch.no_grad()
 def _judge(features: Sequence[Feature], states: States, strength: float) -> None:
-    """Write the true effect and harm of each feature alone on other states into its `verified`."""
+    """Measure the effect and harm of each feature on held-out states, and write them into its `verified`."""
     for feature in features:
         effects = states.effects(adding(feature.site, feature.index, states, strength))
-        told = {"effect": round(float(effects[states.told].mean()), 4)}
-        if not states.told.all():
-            told["harm"] = round(float(-effects[~states.told].mean()), 4)
-        feature.verified = told | feature.verified
+        measured = {"effect": round(float(effects[states.differs].mean()), 4)}
+        if not states.differs.all():
+            measured["harm"] = round(float(-effects[~states.differs].mean()), 4)
+        feature.verified = measured | feature.verified
 
 
 class _Outputs:
-    """Keeps what the denoiser returns while a pipeline runs."""
+    """Keeps the denoiser's outputs while a pipeline runs inside the `with` block."""
 
     def __init__(self, denoiser):
         self.denoiser, self.kept = denoiser, []
@@ -396,8 +409,8 @@ def verify_features(
     pipeline, features: Sequence[Feature], prompts: Sequence[str], scorer=None, strength: float = 1.0,
     adapter_name: str | None = None, seeds: int = 2, batch_size: int = 16, **call,
 ) -> list:  # fmt: skip
-    """Steer each feature alone on `prompts`, and write into its `verified` and `pictures` what that does; returns the
-    plain pictures. See [`find_features`]."""
+    """Steer each feature alone on `prompts`, write the results into its `verified` and `pictures`, and return the
+    unsteered pictures. See [`find_features`]."""
 
     def generate() -> tuple[list, torch.Tensor, list[torch.Tensor]]:
         repeated, generators = [p for p in prompts for _ in range(seeds)], _generators(len(prompts), seeds)
@@ -435,12 +448,14 @@ def _pixels(images: list) -> torch.Tensor:
 
 def top_features(recording: Recording, image: int = 0, mask=None, count: int = 10) -> FeatureTable:
     """
-    What is active in a picture, and when.
+    The features that are most active in a recorded picture, and when.
 
     Args:
-        image (`int`): which picture of the recording.
-        mask (*optional*): `(height, width)`, image, array or tensor: what is active there more than elsewhere in the
-            picture. Without it: more than usual, over the training data.
+        recording (`Recording`): as [`record`] returns it.
+        image (`int`): the index of the picture in the recording.
+        mask (*optional*): image, array or tensor `(height, width)`: rank by how much more active a feature is inside
+            the mask than outside. Without it: than on average over the training data.
+        count (`int`): the number of features.
     """
     table = FeatureTable()
     for site, sae in recording.dictionary.sites.items():

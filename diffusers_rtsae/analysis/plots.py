@@ -1,4 +1,4 @@
-"""Figures: what steering does, how features move through denoising time, and where they are active."""
+"""Figures: what steering does, how features change over denoising time, and where they are active."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from .record import Recording
 
 def plot_strengths(rows: list[tuple[str, str, list]], strengths: list[float], title: str) -> Figure:
     """
-    A contact sheet: one row a prompt, one column a strength.
+    A contact sheet with one row per prompt and one column per strength.
 
     Args:
-        rows (`list`): `(feature, prompt, images)`, one image a strength.
-        strengths (`list[float]`): column titles.
+        rows (`list`): `(feature, prompt, images)`, with one image per strength.
+        strengths (`list[float]`): the column titles.
+        title (`str`): above the sheet.
     """
     width, height = len(strengths), len(rows)
     figure = Figure(figsize=(1.15 * width + 2.6, 1.15 * height + 1.0), layout="constrained")
@@ -45,20 +46,20 @@ def plot_strengths(rows: list[tuple[str, str, list]], strengths: list[float], ti
 
 def plot_strip(table) -> Figure:
     """
-    What verified features do, one row each below the plain pictures.
+    What verified features do: the unsteered pictures, and below them one row per feature.
 
     Args:
         table (`FeatureTable`): as `find_features(..., verify=True)` returns it.
 
     Raises:
-        `ValueError`: nothing in it is verified.
+        `ValueError`: no feature of the table is verified.
     """
     if not table.plain:
-        raise ValueError("Nothing in this table is verified: call find_features with verify=True.")
-    shown = [feature for feature in table if feature.pictures]
-    several = len({feature.site for feature in shown}) > 1
+        raise ValueError("Expected a table of verified features, got none: call find_features with verify=True.")
+    verified = [feature for feature in table if feature.pictures]
+    several = len({feature.site for feature in verified}) > 1
     rows = [("unsteered", table.plain)]
-    for feature in shown:
+    for feature in verified:
         lines = [feature.site] * several + [f"latent {feature.index}", *feature.labels[:2]]
         lines += [f"{name} {feature.verified[name]:.2f}" for name in ("effect", "gain") if name in feature.verified]
         rows.append(("\n".join(lines), feature.pictures))
@@ -76,11 +77,12 @@ def plot_strip(table) -> Figure:
 
 def plot_feature_trajectories(dictionary: Dictionary, features: Sequence) -> Figure:
     """
-    Features along denoising time: how long each one's direction is, with its onset (where it has half of its greatest
-    length) and its peak marked, how much it turns from one anchor to the next, and how much of the last is there.
+    How the directions of features change over denoising time, in three panels: the length, with its onset (the first
+    anchor with half of the greatest length) and its peak; the cosine between neighbouring anchors; and the cosine to
+    the last anchor.
 
     Args:
-        features (`Sequence`): labels, indices, `(site, index)` or found features.
+        features (`Sequence`): labels, indices, `(site, index)` or [`Feature`]s.
     """
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     norms, neighbours, last = figure.subplots(1, 3)
@@ -119,14 +121,14 @@ def _bare(axes) -> None:
 
 
 def _overlay(axis, image, activation: torch.Tensor, top: float) -> AxesImage:
-    """An activation map `(height, width)` over a picture; brightest at `top`."""
+    """Draw an activation map `(height, width)` over a picture; `top` is the brightest value."""
     whole = {"extent": (0, image.width, 0, image.height), "interpolation": "nearest"}
     axis.imshow(image, alpha=0.35, **whole)
     return axis.imshow(activation, vmin=0, vmax=top, cmap="magma", alpha=0.75, **whole)
 
 
 def _name(feature) -> str:
-    """What a label, an index, a `(site, index)` or a found feature is called in a figure."""
+    """The name in a figure of a label, an index, a `(site, index)` or a [`Feature`]."""
     if isinstance(feature, Feature):
         return ", ".join([*feature.labels, str(feature.index)])
     return str(feature[1] if isinstance(feature, tuple) else feature)
@@ -138,12 +140,14 @@ def _key(feature):
 
 def plot_heat_maps(recording: Recording, features: Sequence, image: int = 0, columns: int = 8) -> Figure:
     """
-    Where and when features are active: one row a feature over denoising time, beside the finished picture and the
-    colours of its activation, in units of its typical full one. A feature that is nowhere active says so.
+    Heat maps of where and when features are active: one row per feature, one column per step, and the finished picture
+    at the end. The colour bar is in units of the typical activation. A feature that is active nowhere is marked so.
 
     Args:
-        features (`Sequence`): labels, indices, `(site, index)` or found features, all at one site.
-        image (`int`): which picture of the recording.
+        recording (`Recording`): as [`record`] returns it.
+        features (`Sequence`): labels, indices, `(site, index)` or [`Feature`]s, all at one site.
+        image (`int`): the index of the picture in the recording.
+        columns (`int`): the most steps to show.
     """
     activations, timesteps = recording.maps([_key(f) for f in features])[image], recording.timesteps
     columns = min(columns, len(timesteps))
@@ -170,7 +174,7 @@ def plot_heat_maps(recording: Recording, features: Sequence, image: int = 0, col
 
 
 def plot_presence(recording: Recording, features: Sequence, image: int = 0) -> Figure:
-    """How present features are in a picture over denoising time: mean activation over its tokens."""
+    """The presence of features in a picture over denoising time: the mean activation over its tokens."""
     present = recording.maps([_key(f) for f in features])[image].mean((2, 3))
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
@@ -185,26 +189,31 @@ def plot_presence(recording: Recording, features: Sequence, image: int = 0) -> F
 
 def plot_crops(recordings: Sequence[Recording], feature, count: int = 12, size: float = 0.5) -> Figure:
     """
-    Where a feature is most active in many pictures: the crops around its strongest tokens at the last step.
+    Crops of the pictures in which a feature is most active, around its strongest token at the last step.
 
     Args:
-        recordings (`Sequence`): whose pictures are looked through; one crop of a picture at most.
+        recordings (`Sequence`): of the pictures; each gives one crop at most.
+        feature: a label, an index, a `(site, index)` or a [`Feature`].
+        count (`int`): the most crops.
         size (`float`): of a crop, relative to the picture.
+
+    Raises:
+        `ValueError`: the feature is active in none of the pictures.
     """
-    found = []
+    crops = []
     for recording in recordings:
         for image, last in zip(recording.images, recording.maps([_key(feature)])[:, 0, -1], strict=True):
             y, x = divmod(int(last.argmax()), last.shape[1])
-            found.append((last.max().item(), image, (x + 0.5) / last.shape[1], (y + 0.5) / last.shape[0]))
-    found = sorted((f for f in found if f[0] > 0), key=lambda f: -f[0])[:count]
-    if not found:
-        raise ValueError(f"{_name(feature)!r} is active in none of these pictures.")
-    columns = min(6, len(found))
-    rows = math.ceil(len(found) / columns)
+            crops.append((last.max().item(), image, (x + 0.5) / last.shape[1], (y + 0.5) / last.shape[0]))
+    crops = sorted((crop for crop in crops if crop[0] > 0), key=lambda crop: -crop[0])[:count]
+    if not crops:
+        raise ValueError(f"Expected pictures in which {_name(feature)!r} is active, got none.")
+    columns = min(6, len(crops))
+    rows = math.ceil(len(crops) / columns)
     figure = Figure(figsize=(1.3 * columns, 1.45 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle(f"where {_name(feature)} is most active", fontsize=10)
-    for axis, (strength, image, x, y) in zip(axes.flat, found, strict=False):
+    for axis, (strength, image, x, y) in zip(axes.flat, crops, strict=False):
         wide, high = size * image.width, size * image.height
         left, top = (min(max(c * full - part / 2, 0), full - part) for c, full, part in
                      ((x, image.width, wide), (y, image.height, high)))  # fmt: skip
@@ -217,7 +226,7 @@ def plot_crops(recordings: Sequence[Recording], feature, count: int = 12, size: 
 
 
 def plot_activations(recordings: Sequence[Recording], feature, bins: int = 40) -> Figure:
-    """Histogram of a feature's activation over all tokens on which it is active, at the last step."""
+    """A histogram of a feature's activation at the last step, over the tokens on which it is active."""
     values = torch.cat([r.maps([_key(feature)])[:, 0, -1].flatten() for r in recordings])
     active = values[values > 0]
     figure = Figure(figsize=(4.5, 2.8), layout="constrained")
@@ -232,7 +241,7 @@ def plot_activations(recordings: Sequence[Recording], feature, bins: int = 40) -
 
 
 def plot_similarity(dictionary: Dictionary, features: Sequence) -> Figure:
-    """Cosines between the whole trajectories of features, each its first site's latents together."""
+    """The cosines between the trajectories of features. A label of several sites is represented by its first one."""
     paths = []
     for feature in features:
         scale = _site(dictionary, feature).spread.cpu()

@@ -1,4 +1,4 @@
-"""Record what a denoiser's sites do during a generation."""
+"""Record the activations of a denoiser's sites during a generation."""
 
 from __future__ import annotations
 
@@ -28,17 +28,22 @@ from ..steering import as_mask
 
 class Recorder:
     """
-    Keeps the conditional activations of some sites at some timesteps while a pipeline runs inside the `with` block.
+    Records the activations of some sites while a pipeline runs inside the `with` block.
 
     Args:
         pipeline (`DiffusionPipeline`): its U-Net or transformer is read.
         sites (`list[str]`): paths of the modules.
-        timesteps (`list[float]`, *optional*): steps to keep, to the nearest integer; all by default.
-        activation (`str`, defaults to `"output"`): keep a site's `"output"`, its `"update"` (output − input) or its
+        timesteps (`list[float]`, *optional*): steps to record, to the nearest integer; all by default.
+        activation (`str`, defaults to `"output"`): record a site's `"output"`, its `"update"` (output − input) or its
             `"input"`.
-        dtype (`torch.dtype`, defaults to `torch.float32`): of what is kept.
-        streams (`tuple[str, ...]`, defaults to `("cond",)`): parts of guidance to keep, one after the other.
-        device (`str`, *optional*, defaults to `"cpu"`): where it is kept; `None` for where the denoiser is.
+        dtype (`torch.dtype`, defaults to `torch.float32`): of the recorded activations.
+        streams (`tuple[str, ...]`, defaults to `("cond",)`): guidance branches to record, of `"cond"`, `"uncond"` and
+            `"perturbed"`; their rows follow one another.
+        device (`str`, *optional*, defaults to `"cpu"`): device of the recorded activations; `None` for the
+            denoiser's.
+
+    Raises:
+        `ValueError`: the denoiser has no such site, or `activation` is none of the three.
 
     Example:
         ```py
@@ -57,7 +62,7 @@ class Recorder:
         self.denoisers = get_denoisers(pipeline)
         for site in sites:
             get_site(next(iter(self.denoisers.values())), site)
-        self.sites, self.wanted, self.activation = list(sites), timesteps, activation
+        self.sites, self.steps, self.activation = list(sites), timesteps, activation
         self.dtype, self.streams, self.device = dtype, streams, device
         self.call: Call | None = None
         self._tap = Tap(self)
@@ -73,50 +78,53 @@ class Recorder:
         self._tap.watch(self.denoisers, None)
 
     def begin(self, call: Call, arguments: Arguments) -> None:
-        """The denoiser is called."""
+        """Called before the denoiser runs."""
         self.call = call
 
     def site(
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> None:
-        """A site was run."""
-        if self.wanted is not None and all(abs(call.timestep - t) > 0.5 for t in self.wanted):
+        """Called after a site has run."""
+        if self.steps is not None and all(abs(call.timestep - t) > 0.5 for t in self.steps):
             return
-        batch, kept = block.batch(hidden_states), self._kept[name]
-        found = {role: rows for role in self.streams if (rows := call.rows_of(role, batch)) is not None}
-        if not found:  # a call for another part of guidance alone
+        batch, steps = block.batch(hidden_states), self._kept[name]
+        branches = {role: rows for role in self.streams if (rows := call.rows_of(role, batch)) is not None}
+        if not branches:  # this call has only other guidance branches
             return
         tokens = block.activation(self.activation, block_input, hidden_states)
         self._grids[name] = token_grid(call, name, batch, block.space(hidden_states))
-        if not kept or kept[-1][0] != call.timestep:
-            kept.append((call.timestep, {}))
-        for role, rows in found.items():  # where a sampler calls twice at one timestep, the later call stands
-            kept[-1][1][role] = tokens[rows].detach().to(self.device, self.dtype, copy=True)
+        if not steps or steps[-1][0] != call.timestep:
+            steps.append((call.timestep, {}))
+        for role, rows in branches.items():  # where a sampler calls twice at one timestep, the later call stays
+            steps[-1][1][role] = tokens[rows].detach().to(self.device, self.dtype, copy=True)
 
     @property
     def timesteps(self) -> list[float]:
-        """The steps that were kept; a block cache may have left some out."""
-        return next(([timestep for timestep, _ in kept] for kept in self._kept.values() if kept), [])
+        """Of the recorded steps. A block cache may have skipped some of the generation's steps."""
+        return next(([timestep for timestep, _ in steps] for steps in self._kept.values() if steps), [])
 
     def trajectories(self, site: str) -> torch.Tensor:
-        """Activations `(streams * images, tokens, steps, d)` of the generation inside the `with` block."""
-        kept = self._kept.get(site)
-        if not kept:
+        """The activations of a site, `(branches * images, tokens, steps, d)`; raises `ValueError` if it ran at other
+        steps than the others, or at some step without one of the guidance branches."""
+        steps = self._kept.get(site)
+        if not steps:
             raise ValueError(
                 f"Nothing was recorded at {site!r}; recorded were {[s for s, h in self._kept.items() if h]}."
             )
-        if [timestep for timestep, _ in kept] != self.timesteps:
+        if [timestep for timestep, _ in steps] != self.timesteps:
             raise ValueError(f"{site!r} was run at other steps than {self.sites[0]!r}: record it alone.")
-        for timestep, parts in kept:
-            if missing := set(self.streams) - parts.keys():
-                raise ValueError(f"The step at {timestep:g} has no {sorted(missing)}, it has {sorted(parts)}.")
-        counts = sorted({part.shape[1] for _, parts in kept for part in parts.values()})
+        for timestep, branches in steps:
+            if set(self.streams) - branches.keys():
+                raise ValueError(
+                    f"Expected the guidance branches {sorted(self.streams)} at {timestep:g}, got {sorted(branches)}."
+                )
+        counts = sorted({branch.shape[1] for _, branches in steps for branch in branches.values()})
         if len(counts) > 1:
-            raise ValueError(f"{site!r} has {counts} tokens at one step or text and another: expected one number.")
-        return torch.stack([torch.cat([parts[role] for role in self.streams]) for _, parts in kept], dim=2)
+            raise ValueError(f"Expected one number of tokens at all steps and for all texts, {site!r} has {counts}.")
+        return torch.stack([torch.cat([branches[role] for role in self.streams]) for _, branches in steps], dim=2)
 
     def size(self, site: str) -> tuple[int, int]:
-        """Height and width of a site's token grid, frames below one another; tokens of text lie in a row."""
+        """Height and width of a site's token grid. Frames of a video lie below one another; text is one row."""
         if not self._kept.get(site):
             raise ValueError(f"Nothing was recorded at {site!r}: run the pipeline inside the `with` block first.")
         if is_text(site):
@@ -131,17 +139,17 @@ class Recorder:
 @dataclass
 class Recording:
     """
-    What a dictionary saw while a pipeline generated pictures.
+    Generated pictures, with the activations that a dictionary reads.
 
     Args:
         images (`list`): the pictures.
-        prompts (`list[str]`): what they show.
+        prompts (`list[str]`): one for each picture.
         timesteps (`list[float]`): the sampler's, in order.
         trajectories (`dict[str, torch.Tensor]`): activations of each site, `(images, tokens, steps, d)`.
         sizes (`dict[str, tuple[int, int]]`): height and width of each site's token grid.
-        dictionary (`Dictionary`): that reads them.
-        alphas_cumprod (`torch.Tensor`, *optional*): of the model's noise schedule.
-        guidance (`float`, *optional*): scale of guidance, if that is known.
+        dictionary (`Dictionary`): reads the activations.
+        alphas_cumprod (`torch.Tensor`, *optional*): the model's noise schedule.
+        guidance (`float`, *optional*): the guidance scale, if it is known.
     """
 
     images: list
@@ -156,10 +164,11 @@ class Recording:
     @torch.no_grad()
     def latents(self, site: str, rows: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
         """
-        Latents of a site step by step, each `(images, tokens, rows)`, in units of their typical activation.
+        The latents of a site, one step after the other, each `(images, tokens, rows)`, in units of their typical
+        activation.
 
         Args:
-            rows (`Sequence[int]`, *optional*): which; all by default.
+            rows (`Sequence[int]`, *optional*): indices of the latents; all by default.
         """
         sae, trajectories = self.dictionary.sites[site], self.trajectories[site]
         rows = list(range(sae.config.num_latents)) if rows is None else list(rows)
@@ -172,16 +181,16 @@ class Recording:
 
     def maps(self, features: Sequence[str | int | tuple[str, int]]) -> torch.Tensor:
         """
-        Where and when features are active, `(images, features, steps, height, width)`.
+        Maps of where and when features are active, `(images, features, steps, height, width)`.
 
         Args:
-            features (`Sequence`): labels, indices or `(site, index)`, all at one site. A label's map sums its latents'
-                activations there, each in units of its typical activation.
+            features (`Sequence`): labels, indices or `(site, index)`, all at one site. The map of a label is the sum
+                of its latents' activations, each in units of its typical activation.
         """
         entries = [entry for feature in features for entry in self.dictionary.seen(feature)[:1]]
         sites = sorted({entry["site"] for entry in entries})
         if len(sites) != 1:
-            raise ValueError(f"Expected features that live at one site, got {list(features)} at {sites}.")
+            raise ValueError(f"Expected features of one site, got {list(features)} at {sites}.")
         rows = sorted({row for entry in entries for row in entry["latents"]})
         columns = [[rows.index(row) for row in entry["latents"]] for entry in entries]
         steps = [torch.stack([z[..., c].sum(-1) for c in columns], 1).cpu() for z in self.latents(sites[0], rows)]
@@ -190,31 +199,32 @@ class Recording:
     def presence(self, site: str, mask=None) -> torch.Tensor:
         """
         How present each latent is in each picture at each step, `(images, steps, num_latents)`: its mean activation
-        over the tokens, in units of its typical one.
+        over the tokens, in units of its typical activation.
 
         Args:
-            mask (*optional*): `(height, width)` or one a picture, image, array or tensor; only there.
+            mask (*optional*): image, array or tensor `(height, width)`, or one for each picture; the mean is taken
+                inside it.
         """
         weight = torch.ones(len(self.images), self.trajectories[site].shape[1])
         if mask is not None:
             small = torch.nn.functional.adaptive_avg_pool2d(as_mask(mask)[:, None], self.sizes[site])
             weight = small.flatten(1).expand(len(self.images), -1)
             if not weight.sum(1).all():
-                raise ValueError("The mask is empty.")
+                raise ValueError("Expected a mask that covers at least one token, got an empty one.")
         weight = weight / weight.sum(1, keepdim=True)
         count, parts = self.dictionary.sites[site].config.num_latents, []
-        for start in range(0, count, 4096):  # all at once would be large
+        for start in range(0, count, 4096):  # in parts, to bound the memory
             rows = range(start, min(start + 4096, count))
             parts.append(torch.stack([torch.einsum("bnr,bn->br", z, weight) for z in self.latents(site, rows)], 1))
         return torch.cat(parts, 2)
 
 
-def kind_of(dictionary: Dictionary, sites: Sequence[str]) -> str:
-    """The kind of activation that all `sites` read."""
-    kinds = {dictionary.sites[site].config.activation for site in sites}
-    if len(kinds) != 1:
-        raise ValueError(f"Expected sites of one kind of activation, got {sorted(kinds)} at {sites}.")
-    return kinds.pop()
+def activation_of(dictionary: Dictionary, sites: Sequence[str]) -> str:
+    """The activation that all `sites` read: `"output"`, `"update"` or `"input"`."""
+    activations = {dictionary.sites[site].config.activation for site in sites}
+    if len(activations) != 1:
+        raise ValueError(f"Expected sites that all read the same activation, got {sorted(activations)} at {sites}.")
+    return activations.pop()
 
 
 @torch.no_grad()
@@ -222,11 +232,12 @@ def record(
     pipeline, prompt: str | Sequence[str], adapter_name: str | None = None, sites: Sequence[str] | None = None, **call
 ) -> Recording:
     """
-    Generate pictures and keep what a loaded dictionary needs to read them.
+    Generate pictures and record the activations that a loaded dictionary reads.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.
-        prompt (`str` or `Sequence[str]`): what to generate, one picture each.
+        prompt (`str` or `Sequence[str]`): one picture is generated for each.
+        adapter_name (`str`, *optional*): of the dictionary.
         sites (`Sequence[str]`, *optional*): of the dictionary; all by default.
         call: passed to the pipeline.
 
@@ -242,7 +253,7 @@ def record(
         if site not in dictionary.sites:
             raise ValueError(f"The dictionary has no site {site!r}. {closest(site, dictionary.sites)}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    with Recorder(pipeline, sites, activation=kind_of(dictionary, sites)) as recorder:
+    with Recorder(pipeline, sites, activation=activation_of(dictionary, sites)) as recorder:
         images = pipeline(prompts, num_images_per_prompt=1, **own_size(pipeline) | call).images
     return Recording(
         list(images), prompts, recorder.timesteps, {site: recorder.trajectories(site) for site in sites},

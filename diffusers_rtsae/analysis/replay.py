@@ -1,4 +1,4 @@
-"""Asking a denoiser again what it was asked once: with other text, and with other activations."""
+"""Repeat a call of a denoiser with another text, or with other activations at its sites."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..denoiser import Arguments, Call, get_site
 
 _NOT_BATCHED = ("img_ids", "txt_ids")  # positions, the same for all rows
-_LISTS = nn.ModuleList, nn.ModuleDict  # are never called themselves
-_SHARED = 2**29  # bytes of what a denoiser computes before its sites that are kept, at most
+_LISTS = nn.ModuleList, nn.ModuleDict  # never called themselves
+_SHARED = 2**29  # bytes of outputs before the first site that are kept, at most
 
 
 def _take(value, batch: int, rows, name: str = ""):
-    """Some rows of whatever in a denoiser's arguments has one for each of its batch."""
+    """Some rows of an argument of the denoiser. An argument that has no batch dimension is returned as it is."""
     if torch.is_tensor(value) and value.ndim and len(value) == batch and name not in _NOT_BATCHED:
         return value[rows]
     if isinstance(value, dict):
@@ -33,37 +33,38 @@ def _take(value, batch: int, rows, name: str = ""):
 
 
 def prediction_of(output) -> torch.Tensor:
-    """The prediction in what a denoiser returned, `(rows, ...)`."""
+    """The prediction in a denoiser's output, `(rows, ...)`."""
     output = output[0] if isinstance(output, tuple) else output.sample
     return torch.stack(output) if isinstance(output, list) else output
 
 
-class Texts:
-    """The conditional rows of arguments that many calls share, of which one copy is enough."""
+class SharedArguments:
+    """Copies of the conditional rows of a denoiser's arguments. Many calls pass the same tensor, such as the text; it
+    is copied once."""
 
     def __init__(self):
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+        self._copies: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 
-    def own(self, value, batch: int, rows: slice, name: str = ""):
-        """`_take`, copied, so that nothing keeps the other rows."""
+    def copy_rows(self, value, batch: int, rows: slice, name: str = ""):
+        """`_take` as a copy, so that the other rows can be freed."""
 
         def copied(original: torch.Tensor) -> torch.Tensor:
-            known = self._known.get(id(original))
-            if known is None or known[0]() is not original:
-                known = weakref.ref(original), _take(original, batch, rows, name).clone()
-                self._known[id(original)] = known
-            return known[1]
+            entry = self._copies.get(id(original))
+            if entry is None or entry[0]() is not original:
+                entry = weakref.ref(original), _take(original, batch, rows, name).clone()
+                self._copies[id(original)] = entry
+            return entry[1]
 
         if torch.is_tensor(value):
             return copied(value)
         if isinstance(value, dict):
-            return {key: self.own(inner, batch, rows, key) for key, inner in value.items()}
+            return {key: self.copy_rows(inner, batch, rows, key) for key, inner in value.items()}
         return _take(value, batch, rows, name)
 
 
 @dataclass
-class Asked:
-    """What the conditional rows of a denoiser were asked in one call."""
+class ReplayableCall:
+    """The conditional rows of one call of a denoiser, which can be called again."""
 
     denoiser: nn.Module
     timestep: float  # in training units
@@ -71,18 +72,21 @@ class Asked:
     rows: int
 
     @classmethod
-    def of(cls, denoiser: nn.Module, call: Call, arguments: Arguments, texts: Texts) -> Asked | None:
-        """`None` if it has no conditional rows."""
+    def of(
+        cls, denoiser: nn.Module, call: Call, arguments: Arguments, shared: SharedArguments
+    ) -> ReplayableCall | None:
+        """From a call's record and arguments; `None` if the call has no conditional rows."""
         rows = call.rows_of("cond", call.rows)
         if rows is None:
             return None
-        args = tuple(texts.own(value, call.rows, rows) for value in arguments.args)
-        kwargs = texts.own(arguments.kwargs, call.rows, rows)
-        own = Arguments(arguments.names, args, kwargs, arguments.channels)
-        return cls(denoiser, call.timestep, own, rows.stop - rows.start)
+        args = tuple(shared.copy_rows(value, call.rows, rows) for value in arguments.args)
+        kwargs = shared.copy_rows(arguments.kwargs, call.rows, rows)
+        conditional = Arguments(arguments.names, args, kwargs, arguments.channels)
+        return cls(denoiser, call.timestep, conditional, rows.stop - rows.start)
 
     def replay(self, samples: Sequence[int], texts: Sequence[int]) -> torch.Tensor:
-        """The prediction for the noisy latents of some rows and the text, and all else, of others."""
+        """The prediction for the noisy latents of the rows `samples` with the text, and all other arguments, of the
+        rows `texts`."""
         names, args, kwargs = self.arguments.names, self.arguments.args, self.arguments.kwargs
         args, kwargs = tuple(_take(value, self.rows, texts) for value in args), _take(kwargs, self.rows, texts)
         sample = _take(self.arguments.sample, self.rows, samples)
@@ -90,23 +94,23 @@ class Asked:
         return prediction_of(self.denoiser(*args, **kwargs))
 
 
-class Beginning:
+class SharedPrefix:
     """
-    What a denoiser computes before the first of some sites, computed once inside the `with` block: calls with the same
-    arguments, which differ in nothing but what is changed at the sites, go on from there. The modules before them
-    return what they returned the first time, unless that is too much to keep.
+    Runs the modules before the first of some sites only once for several calls of a denoiser inside the `with` block.
+    The calls must have the same arguments and differ only in the changes at the sites. From the second call on, these
+    modules return their first outputs, unless the outputs are too large to keep.
     """
 
     def __init__(self, denoiser: nn.Module, sites: Sequence[str]):
         self._sites = {get_site(denoiser, site) for site in sites}
         self._modules = [*_beside(denoiser, self._sites)] if sites else []
 
-    def __enter__(self) -> Beginning:
-        self._kept: dict[nn.Module, list] = {}
-        self._room, self._turns, self._is_over = _SHARED, Counter(), True
+    def __enter__(self) -> SharedPrefix:
+        self._outputs: dict[nn.Module, list] = {}
+        self._bytes_left, self._turns, self._is_over = _SHARED, Counter(), True
         self._replaced = [(module, vars(module).get("forward")) for module in (*self._modules, *self._sites)]
         for module, _ in self._replaced:
-            stand_in = self._reach if module in self._sites else self._again
+            stand_in = self._run_site if module in self._sites else self._run_or_reuse
             module.forward = _bound(stand_in, module, module.forward)
         return self
 
@@ -116,35 +120,35 @@ class Beginning:
                 del module.forward
             else:
                 module.forward = forward
-        self._kept = {}
+        self._outputs = {}
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """The denoiser is called once inside the `with` block."""
+    def reused(self) -> Iterator[None]:
+        """Call the denoiser once inside the `with` block."""
         self._turns.clear()
-        self._is_over = self._room < 0
+        self._is_over = self._bytes_left < 0
         try:
             yield
         finally:
             self._is_over = True
 
-    def _reach(self, module: nn.Module, forward: Callable, *args, **kwargs):
+    def _run_site(self, module: nn.Module, forward: Callable, *args, **kwargs):
         self._is_over = True
         return forward(*args, **kwargs)
 
-    def _again(self, module: nn.Module, forward: Callable, *args, **kwargs):
+    def _run_or_reuse(self, module: nn.Module, forward: Callable, *args, **kwargs):
         if self._is_over:
             return forward(*args, **kwargs)
-        kept, turn = self._kept.setdefault(module, []), self._turns[module]
+        outputs, turn = self._outputs.setdefault(module, []), self._turns[module]
         self._turns[module] += 1
-        if turn < len(kept):
-            return _copied(kept[turn])
+        if turn < len(outputs):
+            return _copied(outputs[turn])
         output = forward(*args, **kwargs)
-        self._room -= sum(one.nbytes for one in tree_leaves(output) if torch.is_tensor(one))
-        if self._room < 0:
-            self._kept, self._is_over = {}, True
+        self._bytes_left -= sum(leaf.nbytes for leaf in tree_leaves(output) if torch.is_tensor(leaf))
+        if self._bytes_left < 0:
+            self._outputs, self._is_over = {}, True
         else:
-            kept.append(_copied(output))  # what comes later may write into it
+            outputs.append(_copied(output))  # a later module may write into the output itself
         return output
 
 
@@ -157,7 +161,7 @@ def _bound(stand_in: Callable, module: nn.Module, forward: Callable) -> Callable
 
 
 def _beside(module: nn.Module, sites: set[nn.Module]) -> Iterator[nn.Module]:
-    """The largest modules inside of one that hold no site."""
+    """The largest modules inside `module` that contain no site."""
     for child in module.children():
         if child in sites:
             continue

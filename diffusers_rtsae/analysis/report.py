@@ -1,4 +1,4 @@
-"""A dictionary explained on one page: figures, a table of its features, and for each what it sees and what it does."""
+"""A report of a dictionary on one page: figures, a table of its features, and for each its pictures and its effect."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from .record import record
 STRENGTHS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 _PAGE = Path(__file__).with_name("report.html")
 _SHOWN_STEPS = 5
-_MAP_SIDES = (16, 12, 8, 6, 4)  # larger maps are averaged down to the first of these with which
-_MAP_BYTES = 5_000_000  # all maps fit into this
-_NAMED = 1e6  # a picture whose prompt names a label comes before all others
+_MAP_SIDES = (16, 12, 8, 6, 4)  # sides that maps are averaged down to; the first is used with which
+_MAP_BYTES = 5_000_000  # is enough for all maps
+_NAMED = 1e6  # added to the rank of a picture whose prompt names the label, so that it comes first
 
 
 @dataclass
 class _Activity:
     """
-    What features of one site did in the pictures that show them best, strongest first.
+    The activity of a site's features in the pictures in which they are most present, the strongest first.
 
     Args:
-        image (`torch.Tensor`): which pictures, `(features, top)`.
-        peak (`torch.Tensor`): the largest presence over time, `(features, top)`.
-        rank (`torch.Tensor`): what the pictures are sorted by, `(features, top)`: `peak`, and `_NAMED` more where the
-            prompt names the feature.
-        curve (`torch.Tensor`): presence over the sampler's steps, `(features, top, steps)`.
-        maps (`torch.Tensor`): activation at the shown steps, `(features, top, shown, height, width)`.
+        image (`torch.Tensor`): indices of the pictures, `(features, top)`.
+        peak (`torch.Tensor`): the largest presence of a step, `(features, top)`.
+        rank (`torch.Tensor`): what the pictures are sorted by, `(features, top)`: `peak`, plus `_NAMED` if the prompt
+            names the feature.
+        curve (`torch.Tensor`): the presence at each of the sampler's steps, `(features, top, steps)`.
+        maps (`torch.Tensor`): the activation at the shown steps, `(features, top, shown, height, width)`.
     """
 
     image: torch.Tensor
@@ -54,14 +54,14 @@ class _Activity:
 
 
 def _best(activities: Sequence[_Activity], top: int) -> _Activity:
-    """The `top` pictures of each feature among several lots."""
+    """The `top` strongest pictures of each feature among several activities."""
     fields = {name: torch.cat([getattr(a, name) for a in activities], 1) for name in _Activity.__annotations__}
     order = fields["rank"].topk(min(top, fields["rank"].shape[1]), dim=1).indices
     return _Activity(**{name: torch.take_along_dim(v, _like(order, v), 1) for name, v in fields.items()})
 
 
 def _like(index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """`index` `(a, b)` with as many dimensions as `tensor`."""
+    """`index` `(a, b)`, reshaped to as many dimensions as `tensor` has."""
     return index.reshape(*index.shape, *[1] * (tensor.ndim - 2))
 
 
@@ -72,13 +72,13 @@ def _shown(steps: int) -> list[int]:
 
 
 def _map_side(features: int, top: int) -> int:
-    """Into how large maps those of all features fit."""
+    """The largest side with which the maps of all features fit into `_MAP_BYTES`."""
     return next((s for s in _MAP_SIDES if features * top * _SHOWN_STEPS * s * s <= _MAP_BYTES), _MAP_SIDES[-1])
 
 
 def _activity(recording, site: str, columns: list[list[int]], named: torch.Tensor, first: int, side: int) -> _Activity:
-    """What the features of `columns` (each a list of latents, whose activations are summed) did in a recording, whose
-    prompts name a feature where `named`, `(features, images)`, is true."""
+    """The activity of features in a recording. Each of `columns` is a feature: a list of latents whose activations are
+    summed. `named`, `(features, images)`, says whether the prompt of an image names the feature."""
     height, width = recording.sizes[site]
     size = (min(height, side), min(width, side))
     rows = sorted({row for column in columns for row in column})
@@ -105,7 +105,7 @@ def _picture(image: Image.Image, side: int) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> str:
-    """A tensor in [0, 1] as base64 of one byte a number."""
+    """A tensor of numbers in [0, 1] as base64, one byte per number."""
     return base64.b64encode((tensor.clamp(0, 1) * 255).round().to(torch.uint8).numpy().tobytes()).decode()
 
 
@@ -114,11 +114,11 @@ def _strips(
     drawn: Callable[[int], None],
 ) -> Iterator[tuple[list[str], float]]:  # fmt: skip
     """
-    Yields for each feature one picture a prompt, the prompt at all `STRENGTHS` side by side, and how much strength 1
-    changes: root mean square over the pixels, 0 to 1.
+    For each feature, yield one strip per prompt, with the prompt at all `STRENGTHS` side by side, and the change that
+    strength 1 makes: root mean square over the pixels, 0 to 1.
 
     Args:
-        drawn (`Callable`): is told how many pictures were drawn.
+        drawn (`Callable`): called with the number of pictures after each batch.
     """
 
     def generate(texts: list[str]) -> list[Image.Image]:
@@ -153,19 +153,19 @@ def _strips(
 
 
 def _choose(dictionary: Dictionary, count: int) -> list[str | tuple[str, int]]:
-    """The labels, and of each site the `count` latents that are active most often, without the dead."""
+    """The labels, and for each site the `count` latents that are active most often, without dead ones."""
     chosen: list[str | tuple[str, int]] = []
     for name, label in dictionary.labels.items():
         if any(entry["site"] in dictionary.sites for entry in label["features"]):
             chosen.append(name)
     for site, sae in dictionary.sites.items():
-        known = int((sae.density > 0).sum()) or len(sae.density)  # a dictionary may come without statistics
+        known = int((sae.density > 0).sum()) or len(sae.density)  # a dictionary may have no statistics
         chosen += [(site, index) for index in sae.density.argsort(descending=True)[: min(count, known)].tolist()]
     return chosen
 
 
 def _places(dictionary: Dictionary, key: str | tuple[str, int]) -> dict[str, list[int]]:
-    """The latents that a feature is seen by, at each site at which there are any."""
+    """For each site, the latents that a feature's activation is read from; without sites that have none."""
     places: dict[str, list[int]] = {}
     for entry in dictionary.seen(key):
         if entry["latents"]:
@@ -181,7 +181,7 @@ def _names(dictionary: Dictionary, key: str | tuple[str, int], prompt: str) -> b
 
 
 def _facts(dictionary: Dictionary, key: str | tuple[str, int], path: torch.Tensor) -> dict:
-    """What the dictionary itself says of a feature whose trajectory is `path`."""
+    """What the dictionary itself knows about a feature with the trajectory `path`."""
     entry = dictionary.seen(key)[0]
     sae = dictionary.sites[entry["site"]]
     times = FeatureTimes.of((path / sae.spread.cpu()[:, None]).norm(dim=1)[None])
@@ -208,26 +208,26 @@ def _facts(dictionary: Dictionary, key: str | tuple[str, int], path: torch.Tenso
 
 
 def _similar(dictionary: Dictionary, keys: list, paths: list[torch.Tensor], count: int = 4) -> list[list[list]]:
-    """For each feature the others at its site with the most similar trajectories, `[position, cosine]`."""
-    found: list[list[list]] = [[] for _ in keys]
+    """For each feature, the others at its site with the most similar trajectories, each as `[position, cosine]`."""
+    similar: list[list[list]] = [[] for _ in keys]
     sites = [dictionary.seen(key)[0]["site"] for key in keys]
     for site, sae in dictionary.sites.items():
-        mine = [i for i, of in enumerate(sites) if of == site]
-        if len(mine) < 2:
+        at_site = [i for i, of in enumerate(sites) if of == site]
+        if len(at_site) < 2:
             continue
-        scaled = torch.stack([paths[i] for i in mine]) / sae.spread.cpu()[:, None]
+        scaled = torch.stack([paths[i] for i in at_site]) / sae.spread.cpu()[:, None]
         directions = torch.nn.functional.normalize(scaled.flatten(1), dim=1)
-        for part in torch.arange(len(mine)).split(1024):
+        for part in torch.arange(len(at_site)).split(1024):
             cosines = directions[part] @ directions.T
             cosines[torch.arange(len(part)), part] = -2
-            values, others = cosines.topk(min(count, len(mine) - 1), dim=1)
+            values, others = cosines.topk(min(count, len(at_site) - 1), dim=1)
             for i, near, value in zip(part.tolist(), others.tolist(), values.tolist(), strict=True):
-                found[mine[i]] = [[mine[j], round(v, 2)] for j, v in zip(near, value, strict=True)]
-    return found
+                similar[at_site[i]] = [[at_site[j], round(v, 2)] for j, v in zip(near, value, strict=True)]
+    return similar
 
 
-def _json(told) -> str:
-    """JSON that can stand inside a page: no tags, and `null` for what is no number."""
+def _json(data) -> str:
+    """JSON that can be embedded in a page: without tags, and with `null` instead of NaN and infinity."""
 
     def clean(value):
         if isinstance(value, dict):
@@ -236,7 +236,7 @@ def _json(told) -> str:
             return [clean(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(clean(told), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return json.dumps(clean(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def write_report(
@@ -254,73 +254,75 @@ def write_report(
     **call,
 ) -> None:
     """
-    Write one HTML file that explains a loaded dictionary and needs nothing besides it: figures, a table of features to
-    search, sort and filter, and for each its strongest pictures with heat maps over denoising time, when it is
-    present, and what steering it does.
+    Write a report of a loaded dictionary as one self-contained HTML file. It has figures and a table of features to
+    search, sort and filter. Each feature has its strongest pictures with heat maps over denoising time, a curve of its
+    presence, and pictures steered by it.
 
     Args:
-        pipeline (`DiffusionPipeline`): with a dictionary loaded; it need not steer.
-        out (`str` or `Path`): the file.
-        prompts (`Sequence[str]`): of the pictures in which features are looked for, one picture each.
-        steer_prompts (`Sequence[str]`): that features are steered on; the first of `prompts` by default.
-        count (`int`): latents of each site, those that are active most often. Labels are shown in any case.
-        steered (`int`): features that are steered: labels, then latents; seven pictures each and prompt. Labels whose
-            operation is not `add` are left out.
-        top (`int`): pictures shown of each feature.
-        batch_size (`int`): pictures generated at once; the activations of so many are in memory.
+        pipeline (`DiffusionPipeline`): with a dictionary loaded. Nothing has to be set on it.
+        out (`str` or `Path`): the file to write.
+        prompts (`Sequence[str]`): one picture is generated for each, and features are looked for in it.
+        steer_prompts (`Sequence[str]`): prompts to steer features on; the first of `prompts` by default.
+        count (`int`): for each site, the number of latents, those that are active most often. All labels are shown.
+        steered (`int`): the number of features to steer, labels first; seven pictures per feature and prompt. Labels
+            whose operation is not `add` are left out.
+        top (`int`): pictures shown for each feature.
+        batch_size (`int`): pictures generated at once; their activations are in memory together.
+        seed (`int`): of the noise.
         side (`int`): height of a picture in the file, in pixels.
+        adapter_name (`str`, *optional*): of the dictionary.
         call: passed to the pipeline.
 
     Raises:
-        `ValueError`: if there are no prompts.
+        `ValueError`: there are no prompts, or there is no feature to report.
     """
     if not prompts:
-        raise ValueError("A report needs prompts to look for features in.")
+        raise ValueError("Expected prompts to look for features in, got none.")
     dictionary = get_dictionary(pipeline, adapter_name)
     sites, keys = list(dictionary.sites), _choose(dictionary, count)
     if not keys:
-        raise ValueError("There is nothing to report: the dictionary has no labels, and `count` is 0.")
+        raise ValueError("Expected features to report, got none: the dictionary has no labels, and `count` is 0.")
     places = [_places(dictionary, key) for key in keys]
-    at = {site: [i for i, own in enumerate(places) if site in own] for site in sites}
+    at = {site: [i for i, place in enumerate(places) if site in place] for site in sites}
     at = {site: features for site, features in at.items() if features}
     columns = {site: [places[i][site] for i in features] for site, features in at.items()}
 
     pictures: list[str] = []
-    found: dict[str, _Activity] = {}
+    activities: dict[str, _Activity] = {}
     timesteps: list[float] = []
-    kinds = {dictionary.sites[site].config.activation for site in at}
+    activations = {dictionary.sites[site].config.activation for site in at}
     side_of_maps = _map_side(sum(map(len, places)), top)
     steer_prompts = list(steer_prompts) or list(prompts[:1])
     adding = [i for i, key in enumerate(keys) if dictionary.features(key)[1].get("operation", "add") == "add"]
     adding = adding[:steered]
-    looked, each = len(prompts) * len(kinds), len(steer_prompts) * (len(STRENGTHS) - 1)
-    total = looked + (len(steer_prompts) + len(adding) * each if adding else 0)
+    recorded, each = len(prompts) * len(activations), len(steer_prompts) * (len(STRENGTHS) - 1)
+    total = recorded + (len(steer_prompts) + len(adding) * each if adding else 0)
     shown = TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*shown) as bar:
         drawn = functools.partial(bar.advance, bar.add_task("pictures", total=total))
         for first in range(0, len(prompts), batch_size):
             part = list(prompts[first : first + batch_size])
-            for kind in kinds:  # sites of one kind are recorded together
-                of_kind = [site for site in at if dictionary.sites[site].config.activation == kind]
+            for activation in activations:  # a recording reads one activation
+                same = [site for site in at if dictionary.sites[site].config.activation == activation]
                 generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
-                recording = record(pipeline, part, adapter_name, of_kind, generator=generators, **call)
-                for site in of_kind:
+                recording = record(pipeline, part, adapter_name, same, generator=generators, **call)
+                for site in same:
                     named = torch.tensor([[_names(dictionary, keys[i], prompt) for prompt in part] for i in at[site]])
                     new = _activity(recording, site, columns[site], named, first, side_of_maps)
-                    found[site] = _best([found[site], new] if site in found else [new], top)
+                    activities[site] = _best([activities[site], new] if site in activities else [new], top)
                 drawn(len(part))
             timesteps, aspect = recording.timesteps, recording.images[0].width / recording.images[0].height
             pictures += [_picture(image, side) for image in recording.images]
 
         paths = [dictionary.trajectory(key) for key in keys]
         facts = [_facts(dictionary, key, path) for key, path in zip(keys, paths, strict=True)]
-        for own, near in zip(facts, _similar(dictionary, keys, paths), strict=True):
-            own["similar"] = near
+        for feature, similar in zip(facts, _similar(dictionary, keys, paths), strict=True):
+            feature["similar"] = similar
         for site, features in at.items():
-            activity = found[site]
+            activity = activities[site]
             for row, i in enumerate(features):
                 highest = max(activity.maps[row].max().item(), 1e-6)
-                is_named = activity.rank[row] >= _NAMED  # what steering it makes is there
+                is_named = activity.rank[row] >= _NAMED  # these pictures show what steering by the label makes
                 shown = is_named if is_named.any() else activity.peak[row] > 0
                 place = {
                     "site": sites.index(site),
@@ -336,8 +338,8 @@ def write_report(
                     "curve": [round(v, 4) for v in activity.curve[row][shown].mean(0).tolist()] if shown.any() else [],
                 }
                 facts[i].setdefault("places", []).append(place)
-        for own in facts:
-            own |= next(place for place in own["places"] if place["site"] == own["site"])
+        for feature in facts:
+            feature |= next(place for place in feature["places"] if place["site"] == feature["site"])
         strips = _strips(
             pipeline, [keys[i] for i in adding], steer_prompts, seed, batch_size, side, adapter_name, call, drawn
         )
@@ -345,13 +347,13 @@ def write_report(
             facts[i] |= {"strips": strip, "change": change}
 
     metrics = dictionary.config.get("metrics") or {}
-    told = {
+    data = {
         "base_model": dictionary.config.get("base_model"),
         "sites": [
             {
                 "name": site, "channels": r.config.in_channels, "latents": r.config.num_latents, "k": r.config.k,
                 "anchors": list(r.config.anchors), "metrics": metrics.get(site) or {},
-                "map": list(found[site].maps.shape[-2:]) if site in found else [0, 0],
+                "map": list(activities[site].maps.shape[-2:]) if site in activities else [0, 0],
             }
             for site, r in dictionary.sites.items()
         ],
@@ -359,4 +361,4 @@ def write_report(
         "steer_prompts": steer_prompts,
         "images": pictures, "aspect": aspect, "features": facts,
     }  # fmt: skip
-    write_text(Path(out), _PAGE.read_text(encoding="utf-8").replace("/*DATA*/", _json(told), 1))
+    write_text(Path(out), _PAGE.read_text(encoding="utf-8").replace("/*DATA*/", _json(data), 1))

@@ -1,5 +1,4 @@
-"""`FactorScorer`: a small image classifier that reads named factors back from pictures, so that steering can be
-measured."""
+"""`FactorScorer`: a small image classifier that reads named factors from pictures, to measure steering."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ from torch import nn
 
 
 class _Attention(nn.Module):
-    """A transformer of four layers over cells of 8x8 pixels and one token more for each factor, of which it returns
-    the latter, `(batch, factors, channels)`."""
+    """A transformer of four layers over cells of 8x8 pixels and one extra token for each factor. It returns the
+    factors' tokens, `(batch, factors, channels)`."""
 
     def __init__(self, factors: int, sample_size: int, channels: int):
         super().__init__()
@@ -36,7 +35,7 @@ class _Attention(nn.Module):
 
 
 class _Heads(nn.Module):
-    """Logits of each factor from its own token."""
+    """Logits of each factor, computed from the factor's token."""
 
     def __init__(self, sizes: list[int], channels: int):
         super().__init__()
@@ -50,15 +49,20 @@ class FactorScorer(ModelMixin, ConfigMixin):
     """
     A small network with one softmax per factor.
 
-    A factor name may have a slot, `slot.factor`: if any factor of a slot reads `none`, the slot is empty and all its
-    factors read `None`. The factor `valid` (values `no`, `yes`) says whether the picture shows what the scorer knows.
+    A factor may belong to a slot of the picture; its name is then `slot.factor`. If any factor of a slot reads `none`,
+    the slot is empty, and all its factors are returned as `None`. The factor `valid` (values `no`, `yes`) says whether
+    the picture is a scene of the kind that the scorer was trained on.
 
     Args:
         factors (`dict[str, list[str]]`): the values of each factor.
         sample_size (`int`, defaults to 64): height and width of the images; a multiple of 16.
-        channels (`int`, defaults to 32): width of the first stage of convolutions; of attention a multiple of 32.
-        architecture (`str`, defaults to `"convolution"`): or `"attention"`, a transformer, so that pictures can be
-            judged by a scorer that errs in other ways.
+        channels (`int`, defaults to 32): width of the first convolution, or of the transformer, where it must be a
+            multiple of 32.
+        architecture (`str`, defaults to `"convolution"`): or `"attention"`, a transformer; a second scorer that makes
+            other mistakes.
+
+    Raises:
+        `ValueError`: `architecture` is neither.
     """
 
     @register_to_config
@@ -70,7 +74,7 @@ class FactorScorer(ModelMixin, ConfigMixin):
         architecture: Literal["convolution", "attention"] = "convolution",
     ):
         super().__init__()
-        # saved configs are sorted by key, so the order of the logits is alphabetical from the beginning
+        # sorted by name, as saved configs are, so that the order of the logits does not change on loading
         self.factors = {name: list(factors[name]) for name in sorted(factors)}
         if architecture == "attention":
             self.features = _Attention(len(factors), sample_size, channels)
@@ -94,14 +98,14 @@ class FactorScorer(ModelMixin, ConfigMixin):
         )
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Logits `(batch, values)` of every factor for `images` `(batch, 3, height, width)` in [0, 1]."""
+        """Logits `(batch, values)` of each factor for `images` `(batch, 3, height, width)` in [0, 1]."""
         logits = self.head(self.features(images.to(self.dtype) * 2 - 1))
         sizes = [len(values) for values in self.factors.values()]
         return dict(zip(self.factors, logits.split(sizes, dim=1), strict=True))
 
     @torch.no_grad()
     def read(self, images: torch.Tensor, batch_size: int = 256) -> list[dict[str, str | None]]:
-        """The most likely value of every factor for each image; factors of empty slots are `None`."""
+        """For each image the most likely value of each factor; `None` for factors of empty slots."""
         readings = []
         for batch in images.split(batch_size):
             logits = self(batch.to(self.device))
@@ -115,6 +119,6 @@ class FactorScorer(ModelMixin, ConfigMixin):
 
 
 def shows(reading: dict[str, str | None], factor: str, value: str) -> bool:
-    """Whether a picture is valid and every filled slot (or the whole picture) has `value` for `factor`."""
-    seen = [v for name, v in reading.items() if name.rpartition(".")[2] == factor and v is not None]
-    return reading.get("valid", "yes") == "yes" and bool(seen) and all(v == value for v in seen)
+    """Whether the picture is valid and `factor` has this value in every filled slot, or in the whole picture."""
+    values = [v for name, v in reading.items() if name.rpartition(".")[2] == factor and v is not None]
+    return reading.get("valid", "yes") == "yes" and bool(values) and all(v == value for v in values)

@@ -1,9 +1,9 @@
 """
-States: the noisy latents that a denoiser meets on the way to pictures of pairs of prompts, and what it answers.
+States: the noisy latents that a denoiser meets while it draws pairs of prompts, and its predictions for them.
 
-What is kept of them is small: the noisy latents, the texts, the predictions with both prompts, and of the activations
-the few latents that are active. Activations themselves are on disk while a batch of pictures is drawn, and are then
-summed up and forgotten; where one is wanted later, it is made again from the noisy latents.
+A state is small. It keeps the noisy latents, the texts, the predictions with both prompts, and the few latents of the
+dictionary that are active. The activations themselves lie on disk while a batch of pictures is drawn; then they are
+summed up and deleted. Whoever needs one later computes it again from the noisy latents.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from ..dictionary import Dictionary
 from ..models import Step, TokenGrid
 from ..pipeline import get_dictionary, own_size, resting
 from .maps import Moments
-from .replay import Asked, Beginning, Texts, prediction_of
+from .replay import ReplayableCall, SharedArguments, SharedPrefix, prediction_of
 
 Pair = tuple[str, str]
 Change = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-# What to add to the tokens of each site, (rows, N or 1, d), or how that follows from these.
+# What to add to the tokens of each site, (rows, N or 1, d), or a function that computes it from the tokens.
 Changes = dict[str, Change]
-TOKENS = Block("")  # of activations that are laid out as tokens
-CHUNK = 4096  # latents looked at together
-_ROWS = 8  # states of one gradient, at most
-_READ = 2**22  # numbers that are read or computed at once where latents are read, or those of one picture
+CHUNK = 4096  # latents that are processed together
+_ROWS = 8  # states in one gradient, at most
+_READ = 2**22  # numbers in memory at once while latents are read, unless one picture alone has more
 
 
 def check_prompts(pipeline, prompts: Sequence[str]) -> None:
-    """Raise `ValueError` unless a pipeline draws prompts, and reads these to their end."""
+    """Raise `ValueError` unless the pipeline takes prompts and its tokenizer cuts none of these off."""
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
-        raise ValueError(f"An effect is that of a prompt, and {type(pipeline).__name__} takes none.")
+        raise ValueError(f"An effect compares prompts, but {type(pipeline).__name__} takes no `prompt`.")
     tokenizer = getattr(pipeline, "tokenizer", None)
     for prompt in prompts if tokenizer is not None else ():
         count = len(tokenizer(prompt).input_ids)
@@ -50,17 +49,17 @@ def check_prompts(pipeline, prompts: Sequence[str]) -> None:
 
 
 def finite(values: torch.Tensor) -> torch.Tensor:
-    """The same values; raises `ValueError` if some are none."""
+    """Return the values; raise `ValueError` if one of them is NaN or inf."""
     if not values.isfinite().all():
-        raise ValueError("The denoiser, or its gradient, is NaN or inf here; float32 or bfloat16 may help.")
+        raise ValueError("Expected finite numbers from the denoiser, got NaN or inf; float32 or bfloat16 may help.")
     return values
 
 
 class _Shelf:
-    """Tensors on disk, of which some rows at a time are read; gone when it is closed."""
+    """Tensors in a temporary file, read a few rows at a time. Closing deletes them."""
 
     def __init__(self):
-        self._file, self._kept = tempfile.TemporaryFile(), {}
+        self._file, self._entries = tempfile.TemporaryFile(), {}
 
     def __enter__(self) -> _Shelf:
         return self
@@ -69,90 +68,91 @@ class _Shelf:
         self._file.close()
 
     def put(self, key: tuple, values: torch.Tensor) -> None:
-        """Keep `(rows, ...)`, instead of what has this key and the same shape."""
+        """Store a tensor `(rows, ...)`. One that is stored under this key already is overwritten, and has the same
+        shape."""
         host = values.detach().to("cpu").contiguous()
-        if key not in self._kept:
-            self._kept[key] = self._file.seek(0, 2), host.shape, host.dtype, values.device
-        self._file.seek(self._kept[key][0])
+        if key not in self._entries:
+            self._entries[key] = self._file.seek(0, 2), host.shape, host.dtype, values.device
+        self._file.seek(self._entries[key][0])
         self._file.write(host.flatten().view(torch.uint8).numpy().data)
 
     def get(self, key: tuple, start: int, stop: int) -> torch.Tensor:
-        """These rows, on the device that they came from."""
-        place, shape, dtype, device = self._kept[key]
+        """Rows `start` to `stop`, on the device that they came from."""
+        offset, shape, dtype, device = self._entries[key]
         row = shape[1:].numel() * dtype.itemsize
-        self._file.seek(place + start * row)
-        read = bytearray((stop - start) * row)
-        self._file.readinto(read)
-        return torch.frombuffer(read, dtype=dtype).view(stop - start, *shape[1:]).to(device)
+        self._file.seek(offset + start * row)
+        buffer = bytearray((stop - start) * row)
+        self._file.readinto(buffer)
+        return torch.frombuffer(buffer, dtype=dtype).view(stop - start, *shape[1:]).to(device)
 
 
-class Calls:
+class CallRecorder:
     """
-    Keeps the conditional part of a denoiser's calls, and tells of the activations of some sites, while a pipeline runs
-    inside the `with` block. A sampler that calls twice at one timestep: the later call stands.
+    Keeps the conditional branch of each denoiser call while a pipeline runs inside the `with` block. Where a sampler
+    calls twice at one timestep, the later call replaces the earlier one.
 
     Args:
-        kinds (`dict[str, str]`): what is read at each site.
-        keep (*optional*): is told of the step, counted from 0, the site and its activation, `(rows, N, d)`.
+        activations (`dict[str, str]`): for each site, which activation is read: `"output"`, `"update"` or `"input"`.
+        keep (*optional*): called with the step (counted from 0), the site and its activation `(rows, N, d)`.
     """
 
     def __init__(
-        self, denoisers: dict[str, nn.Module], kinds: dict[str, str],
+        self, denoisers: dict[str, nn.Module], activations: dict[str, str],
         keep: Callable[[int, str, torch.Tensor], None] | None = None,
     ):  # fmt: skip
-        self.denoisers, self.kinds, self._keep = denoisers, kinds, keep
+        self.denoisers, self.activations, self._keep = denoisers, activations, keep
         self._tap = Tap(self)
 
-    def __enter__(self) -> Calls:
-        self.kept: list[tuple[Asked, torch.Tensor]] = []
+    def __enter__(self) -> CallRecorder:
+        self.calls: list[tuple[ReplayableCall, torch.Tensor]] = []
         self.sizes: dict[str, TokenGrid | None] = {}
-        self.call, self._asked, self._tokens, self._texts = None, None, {}, Texts()
-        self._tap.watch(self.denoisers, self.kinds)
+        self.call, self._current, self._tokens, self._texts = None, None, {}, SharedArguments()
+        self._tap.watch(self.denoisers, self.activations)
         return self
 
     def __exit__(self, *error) -> None:
         self._tap.watch(self.denoisers, None)
-        self._asked, self._tokens, self._texts = None, {}, Texts()
+        self._current, self._tokens, self._texts = None, {}, SharedArguments()
 
     def begin(self, call: Call, arguments: Arguments) -> None:
-        """The denoiser is called."""
-        asked = Asked.of(self.denoisers[self._tap.last.component], call, arguments, self._texts)
-        self.call, self._asked, self._tokens = call, asked, {}
+        """Called before the denoiser runs."""
+        replayable = ReplayableCall.of(self.denoisers[self._tap.last.component], call, arguments, self._texts)
+        self.call, self._current, self._tokens = call, replayable, {}
 
     def site(
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> None:
-        """A site was run."""
-        if self._asked is None:
+        """Called after a site has run."""
+        if self._current is None:
             return
         batch = block.batch(hidden_states)
         index = block.rows(hidden_states, call.rows_of("cond", batch))
         self.sizes[name] = token_grid(call, name, batch, block.space(hidden_states))
         if self._keep is not None:
-            self._tokens[name] = block.activation(self.kinds[name], block_input[index], hidden_states[index])
+            self._tokens[name] = block.activation(self.activations[name], block_input[index], hidden_states[index])
 
     def end(self, call: Call, output) -> None:
-        """The denoiser returns."""
-        if self._asked is None:
+        """Called when the denoiser returns."""
+        if self._current is None:
             return
-        if self.kept and self.kept[-1][0].timestep == self._asked.timestep:
-            self.kept.pop()
+        if self.calls and self.calls[-1][0].timestep == self._current.timestep:
+            self.calls.pop()
         for site, tokens in self._tokens.items():
-            self._keep(len(self.kept), site, tokens)
+            self._keep(len(self.calls), site, tokens)
         prediction = prediction_of(output)
-        self.kept.append((self._asked, prediction[call.rows_of("cond", len(prediction))].clone()))
-        self._asked, self._tokens = None, {}
+        self.calls.append((self._current, prediction[call.rows_of("cond", len(prediction))].clone()))
+        self._current, self._tokens = None, {}
 
 
 @dataclass
 class Codes:
     """
-    The latents of a site that are active on the tokens of some rows.
+    The active latents of a site on the tokens of some rows, as a sparse tensor.
 
     Args:
-        rows, tokens, count (`int`): how many rows there are, tokens in each, and latents in all.
-        places, latents (`torch.Tensor`): token, counted through all rows, and latent of each that is active.
-        values (`torch.Tensor`): how much it is.
+        rows, tokens, count (`int`): the number of rows, of tokens in a row, and of latents of the dictionary.
+        places, latents (`torch.Tensor`): for each active entry its token, numbered through all rows, and its latent.
+        values (`torch.Tensor`): for each active entry its activation.
     """
 
     rows: int
@@ -163,26 +163,31 @@ class Codes:
     values: torch.Tensor
 
     @classmethod
-    def of(cls, rows: int, tokens: int, count: int, found: list[tuple[torch.Tensor, ...]]) -> Codes:
-        """Of what was found in parts: places, latents and values."""
-        places, latents, values = (torch.cat(kind) for kind in zip(*found, strict=True))
-        kinds = (torch.int16 if bound < 2**15 else torch.int32 for bound in (rows * tokens, count))
-        places, latents = (index.to(kind) for index, kind in zip((places, latents), kinds, strict=True))
+    def of(cls, rows: int, tokens: int, count: int, parts: list[tuple[torch.Tensor, ...]]) -> Codes:
+        """Join parts `(places, latents, values)`."""
+        places, latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
+        dtypes = (torch.int16 if bound < 2**15 else torch.int32 for bound in (rows * tokens, count))
+        places, latents = (index.to(dtype) for index, dtype in zip((places, latents), dtypes, strict=True))
         return cls(rows, tokens, count, places, latents, values)
 
     def dense(self, latents: Sequence[int]) -> torch.Tensor:
-        """Of these latents, `(rows, N, latents)`."""
+        """The activations of some latents, `(rows, N, latents)`."""
         column = torch.full((self.count,), -1, device=self.values.device)
         column[list(latents)] = torch.arange(len(latents), device=self.values.device)
         columns = column[self.latents.long()]
-        wanted = columns >= 0
-        found = torch.zeros(self.rows * self.tokens, len(latents), device=self.values.device)
-        found[self.places[wanted].long(), columns[wanted]] = self.values[wanted]
-        return found.view(self.rows, self.tokens, -1)
+        selected = columns >= 0
+        dense = torch.zeros(self.rows * self.tokens, len(latents), device=self.values.device)
+        dense[self.places[selected].long(), columns[selected]] = self.values[selected]
+        return dense.view(self.rows, self.tokens, -1)
 
     def sums(self, weights: torch.Tensor, active: bool = False) -> torch.Tensor:
-        """Over tokens that weigh `(rows, N or 1)`, of each latent's activation, or of whether it is active: `(m,)`, on
-        the CPU."""
+        """
+        The weighted sum over tokens of each latent's activation, `(m,)`, on the CPU.
+
+        Args:
+            weights (`torch.Tensor`): of the tokens, `(rows, N or 1)`.
+            active (`bool`): count each active entry as 1 instead of its activation.
+        """
         weights = weights.to(self.values).expand(self.rows, self.tokens).flatten()[self.places.long()]
         values = weights if active else weights * self.values
         return torch.zeros(self.count, device=values.device).index_add_(0, self.latents.long(), values).cpu()
@@ -191,65 +196,68 @@ class Codes:
 @dataclass
 class State:
     """
-    Noisy latents of one step, and what the denoiser should answer to them.
+    Noisy latents of one step, with the denoiser's predictions for both prompts of their pairs.
 
     Args:
-        call (`Asked`): what the denoiser was called with.
-        samples, texts, wants (`list[int]`): its rows with the noisy latent, the "from" and the "to" prompt of each
-            state.
-        pairs (`list[int]`): which pair each state is of.
-        before, wanted (`torch.Tensor`): v(x, from) and v(x, to), `(states, ...)`.
+        call (`ReplayableCall`): the call of the denoiser.
+        samples, texts, target_texts (`list[int]`): for each state, the rows of the call that hold its noisy latent,
+            its "from" prompt and its "to" prompt.
+        pairs (`list[int]`): the index of each state's pair.
+        prediction, target (`torch.Tensor`): v(x, from) and v(x, to), `(states, ...)`.
         distance (`torch.Tensor`): ‖v(x, from) − v(x, to)‖² of each state, `(states,)`, on the CPU.
-        kinds (`dict[str, str]`): what the dictionary reads at each site.
-        tokens (`dict[str, int]`): how many each site has.
-        codes, goal_codes (`dict[str, Codes]`): the latents of each site with the "from" and the "to" prompt.
+        activations (`dict[str, str]`): which activation the dictionary reads at each site.
+        tokens (`dict[str, int]`): the number of tokens of each site.
+        codes, goal_codes (`dict[str, Codes]`): the active latents of each site with the "from" and with the "to"
+            prompt.
     """
 
-    call: Asked
+    call: ReplayableCall
     samples: list[int]
     texts: list[int]
-    wants: list[int]
+    target_texts: list[int]
     pairs: list[int]
-    before: torch.Tensor
-    wanted: torch.Tensor
+    prediction: torch.Tensor
+    target: torch.Tensor
     distance: torch.Tensor
-    kinds: dict[str, str]
+    activations: dict[str, str]
     tokens: dict[str, int] = field(default_factory=dict)
     codes: dict[str, Codes] = field(default_factory=dict)
     goal_codes: dict[str, Codes] = field(default_factory=dict)
 
     @property
     def timestep(self) -> float:
+        """In training units."""
         return self.call.timestep
 
     @property
     def device(self) -> torch.device:
-        """Where its activations are."""
-        return self.before.device
+        """The device of its activations."""
+        return self.prediction.device
 
     @property
-    def drawn_plain(self) -> torch.Tensor:
+    def drawn_with_from(self) -> torch.Tensor:
         """Whether the noisy latent of each state was made with its "from" prompt, `(states,)`."""
         return torch.tensor([sample == text for sample, text in zip(self.samples, self.texts, strict=True)])
 
     @property
     def present(self) -> dict[str, torch.Tensor]:
-        """The activation of each site with the "from" prompt, `(states, N, d)`; made again whenever it is asked for,
-        as `goal` is."""
-        return self.activations(self.texts)
+        """The activation of each site with the "from" prompt, `(states, N, d)`. It is not stored: each access runs
+        the denoiser again, as `goal` does."""
+        return self.replayed(self.texts)
 
     @property
     def goal(self) -> dict[str, torch.Tensor]:
         """The activation of each site with the "to" prompt, `(states, N, d)`."""
-        return self.activations(self.wants)
+        return self.replayed(self.target_texts)
 
     @torch.no_grad()
-    def activations(self, texts: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Those of each site with the prompts of these rows of the call, `(states, N, d)`."""
-        found = {}
-        with Calls({"": self.call.denoiser}, self.kinds, lambda step, site, tokens: found.update({site: tokens})):
+    def replayed(self, texts: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The activation of each site with the texts of some rows of the call, `(states, N, d)`."""
+        results = {}
+        keep = lambda _, site, tokens: results.update({site: tokens})  # noqa: E731
+        with CallRecorder({"": self.call.denoiser}, self.activations, keep):
             self.call.replay(self.samples, texts)
-        return found
+        return results
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -257,40 +265,41 @@ class State:
     def reversed(self) -> State:
         """With the "from" and the "to" prompts exchanged."""
         return replace(
-            self, texts=self.wants, wants=self.texts, before=self.wanted, wanted=self.before, codes=self.goal_codes,
-            goal_codes=self.codes,
+            self, texts=self.target_texts, target_texts=self.texts, prediction=self.target, target=self.prediction,
+            codes=self.goal_codes, goal_codes=self.codes,
         )  # fmt: skip
 
 
 @dataclass
 class _Run:
-    """The states of one generation, and on which tokens of each site the prompts make a difference, `(states, N)`."""
+    """The states of one generation, and for each site the tokens that the two prompts change, `(states, N)`."""
 
     states: list[State]
-    concern: dict[str, torch.Tensor]
+    differing: dict[str, torch.Tensor]
 
     def reversed(self) -> _Run:
         """With the prompts exchanged."""
-        return _Run([state.reversed() for state in self.states], self.concern)
+        return _Run([state.reversed() for state in self.states], self.differing)
 
 
 @dataclass
 class _Drawn:
     """
-    What was seen while one batch of pictures was drawn.
+    The activations of one batch of pictures.
 
     Args:
-        shelf (`_Shelf`): has the activation of each site `("own", site, step)`, `(rows, N, d)`, and, at steps that
-            are looked at, that of the rows in `differ` with the other prompt of their pair, `("other", site, step)`.
+        shelf (`_Shelf`): holds the activation of each site at each step, `(rows, N, d)`, under `("own", site, step)`;
+            and at sampled steps, for the rows in `differ`, the activation with the other prompt of their pair, under
+            `("other", site, step)`.
         timesteps (`list[float]`): of all steps.
-        looked (`list[int]`): steps that are looked at.
+        sampled (`list[int]`): the steps that states are made of.
         towards (`list[bool]`): whether each row is drawn with the "to" prompt.
-        differ (`list[int]`): rows whose prompts differ.
+        differ (`list[int]`): the rows whose two prompts differ.
     """
 
     shelf: _Shelf
     timesteps: list[float]
-    looked: list[int]
+    sampled: list[int]
     towards: list[bool]
     differ: list[int]
 
@@ -310,10 +319,10 @@ class Measured:
     What an edit does to predictions.
 
     Args:
-        gains (`dict[float, torch.Tensor]`): what each step, by timestep, contributes to its effect on each pair,
+        gains (`dict[float, torch.Tensor]`): by timestep, how much that step adds to the effect on each pair,
             `(pairs,)`.
-        moved (`torch.Tensor`): how far, squared, it moves the predictions of each pair, in units of how far changing
-            the prompt does, `(pairs,)`.
+        moved (`torch.Tensor`): the squared distance that the edit moves the predictions of each pair, as a share of
+            the squared distance between the two prompts' predictions, `(pairs,)`.
     """
 
     gains: dict[float, torch.Tensor]
@@ -327,23 +336,24 @@ class Measured:
 
 class States:
     """
-    What a denoiser meets on the way from noise to the pictures of pairs of prompts. Nothing is steered meanwhile.
+    The noisy latents that a denoiser meets while it draws both pictures of each pair of prompts, unsteered.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.
-        pairs (`Sequence[tuple[str, str]]`): (from, to). The two may be the same: nothing is to change then.
+        pairs (`Sequence[tuple[str, str]]`): (from, to). The two may be equal: such a pair measures what must not
+            change.
         adapter_name (`str`, *optional*): of the dictionary.
-        seed (`int`): of the noise; both prompts of a pair start at the same, each pair at another.
-        batch_size (`int`): prompts shown to the denoiser at once; what memory is needed goes with it.
+        seed (`int`): of the noise. Both prompts of a pair start from the same noise, each pair from another.
+        batch_size (`int`): prompts in one denoiser call; memory grows with it.
         progress (`bool`): show a bar.
-        codes (`bool`): read all latents, which parts of an [`Intervention`] need that read any.
-        moments (`bool`): sum up what linear maps are fitted by, in `moments`.
-        steps (`int`): of a generation that are looked at, at most.
-        drawn (*optional*): called after each batch of pictures, with the share that it is of all.
+        codes (`bool`): read all latents. An [`Intervention`] whose edits read latents needs them.
+        moments (`bool`): collect the sums that linear maps are fitted to, in `moments`.
+        steps (`int`): the most steps of a generation to make states of.
+        drawn (*optional*): called after each batch of pictures with the share of all pictures that it drew.
         call: passed to the pipeline.
 
     Raises:
-        `ValueError`: the pipeline takes no prompt, cuts one off, or its denoiser gives NaN or inf.
+        `ValueError`: the pipeline takes no prompt, its tokenizer cuts one off, or its denoiser gives NaN or inf.
     """
 
     @torch.no_grad()
@@ -358,56 +368,53 @@ class States:
         self._codes, self._steps = codes, steps
         self.moments: dict[str, Moments] | None = {} if moments else None
         check_prompts(pipeline, sorted({prompt for pair in self.pairs for prompt in pair}))
-        self.kinds = {site: rtsae.config.activation for site, rtsae in self.dictionary.sites.items()}
+        self.activations = {site: sae.config.activation for site, sae in self.dictionary.sites.items()}
         self.grids = {
-            site: TimeGrid(rtsae.config.anchors, noise_schedule(pipeline.scheduler))
-            for site, rtsae in self.dictionary.sites.items()
+            site: TimeGrid(sae.config.anchors, noise_schedule(pipeline.scheduler))
+            for site, sae in self.dictionary.sites.items()
         }
         per_run, self._runs = max(1, batch_size // 2), []
         starts = range(0, len(self.pairs), per_run)
         with resting(pipeline):
             for start in tqdm(starts, desc="pictures", unit="batch", leave=False, disable=not progress):
-                own = self.pairs[start : start + per_run]
-                self._runs.append(self._capture(start, own))
+                batch = self.pairs[start : start + per_run]
+                self._runs.append(self._capture(start, batch))
                 if drawn is not None:
-                    drawn(len(own) / len(self.pairs))
+                    drawn(len(batch) / len(self.pairs))
         total, count = torch.zeros(len(self.pairs)), torch.zeros(len(self.pairs))
         for state in self.all():
             total.index_add_(0, torch.tensor(state.pairs), state.distance)
             count.index_add_(0, torch.tensor(state.pairs), torch.ones(len(state)))
-        told = torch.tensor([pair[0] != pair[1] for pair in self.pairs])
-        self.scale = total / count  # mean distance of the states of each pair
-        self.scale[~told] = self.scale[told].median() if told.any() else 1.0
-        self.told = told
+        self.differs = torch.tensor([pair[0] != pair[1] for pair in self.pairs])
+        self.scale = total / count  # mean squared distance of the two predictions over the states of each pair
+        self.scale[~self.differs] = self.scale[self.differs].median() if self.differs.any() else 1.0
 
     def _capture(self, first: int, pairs: list[Pair]) -> _Run:
-        """Draw both pictures of some pairs, and take what is wanted of them."""
+        """Draw both pictures of some pairs, and make states of their sampled steps."""
         order = [*range(len(pairs)), *(i for i, pair in enumerate(pairs) if pair[0] != pair[1])]
         row_of = {i: row for row, i in enumerate(order[len(pairs) :], start=len(pairs))}
         prompts = [pairs[i][int(row >= len(pairs))] for row, i in enumerate(order)]
-        wants = [row_of.get(i, i) for i in order]
+        target_texts = [row_of.get(i, i) for i in order]
         keeps, denoisers = self._codes or self.moments is not None, get_denoisers(self.pipeline)
         with _Shelf() as shelf:
-            kept = self._draw(prompts, [self._seed + first + i for i in order], denoisers, shelf if keeps else None)
+            calls = self._draw(prompts, [self._seed + first + i for i in order], denoisers, shelf if keeps else None)
             towards = [row >= len(pairs) for row in range(len(order))]
             differ = [row for row, i in enumerate(order) if i in row_of]
-            every = -(-len(kept) // self._steps)
-            drawn = _Drawn(
-                shelf, [asked.timestep for asked, _ in kept], [*range(0, len(kept), every)], towards, differ
-            )
-            others = [order[row] if towards[row] else wants[row] for row in differ]
+            sampled = [*range(0, len(calls), -(-len(calls) // self._steps))]
+            drawn = _Drawn(shelf, [call.timestep for call, _ in calls], sampled, towards, differ)
+            others = [order[row] if towards[row] else target_texts[row] for row in differ]
             states = []
-            for step in drawn.looked:
-                asked, own = kept[step]
-                before, wanted = own, own
+            for step in drawn.sampled:
+                replayable, own = calls[step]
+                prediction, target = own, own
                 if differ:
                     other = own.clone()
-                    other[differ] = self._ask(asked, differ, others, step, shelf if keeps else None)
+                    other[differ] = self._replay(replayable, differ, others, step, shelf if keeps else None)
                     to = torch.tensor(towards, device=own.device).view(-1, *(1 for _ in own.shape[1:]))
-                    before, wanted = torch.where(to, other, own), torch.where(to, own, other)
-                distance = finite((before.float() - wanted.float()).square().flatten(1).sum(1)).cpu()
-                numbers = list(range(len(order))), order, wants, [first + i for i in order]
-                states.append(State(asked, *numbers, before, wanted, distance, self.kinds))
+                    prediction, target = torch.where(to, other, own), torch.where(to, own, other)
+                distance = finite((prediction.float() - target.float()).square().flatten(1).sum(1)).cpu()
+                numbers = list(range(len(order))), order, target_texts, [first + i for i in order]
+                states.append(State(replayable, *numbers, prediction, target, distance, self.activations))
             run = _Run(states, {})
             for site in self.dictionary.sites if keeps else ():
                 self._take(site, drawn, run)
@@ -415,81 +422,84 @@ class States:
 
     def _draw(
         self, prompts: list[str], seeds: list[int], denoisers: dict[str, nn.Module], shelf: _Shelf | None
-    ) -> list[tuple[Asked, torch.Tensor]]:
-        """What the denoiser was asked while the pipeline drew prompts, and what it said."""
+    ) -> list[tuple[ReplayableCall, torch.Tensor]]:
+        """The calls of the denoiser while the pipeline drew these prompts, each with its prediction."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         call = own_size(self.pipeline) | self._call
         keep = None if shelf is None else lambda step, site, tokens: shelf.put(("own", site, step), tokens)
-        with Calls(denoisers, self.kinds, keep) as calls:
+        with CallRecorder(denoisers, self.activations, keep) as recorder:
             self.pipeline(prompts, generator=generators, output_type="latent", **call)
-            self.sizes, self.guidance = calls.sizes, calls.call.guidance
-            return calls.kept
+            self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
+            return recorder.calls
 
-    def _ask(self, asked: Asked, rows: list[int], texts: list[int], step: int, shelf: _Shelf | None) -> torch.Tensor:
-        """The prediction of some rows with other prompts; their activations are put on the shelf."""
+    def _replay(
+        self, replayable: ReplayableCall, rows: list[int], texts: list[int], step: int, shelf: _Shelf | None
+    ) -> torch.Tensor:
+        """The prediction for some rows with other prompts; their activations go to the shelf."""
         if shelf is None:
-            return asked.replay(rows, texts)
-        with Calls({"": asked.denoiser}, self.kinds, lambda _, site, tokens: shelf.put(("other", site, step), tokens)):
-            return asked.replay(rows, texts)
+            return replayable.replay(rows, texts)
+        keep = lambda _, site, tokens: shelf.put(("other", site, step), tokens)  # noqa: E731
+        with CallRecorder({"": replayable.denoiser}, self.activations, keep):
+            return replayable.replay(rows, texts)
 
     def _take(self, site: str, drawn: _Drawn, run: _Run) -> None:
-        """Take what is wanted of the activations of a site, a row at a time, as they may be large."""
-        rtsae, rows = self.dictionary.sites[site], range(len(drawn.towards))
+        """Sum up the activations of a site, row by row, as they may be large."""
+        sae, rows = self.dictionary.sites[site], range(len(drawn.towards))
         tokens = len(drawn.sides(site, 0, 0)[0])
         if self.moments is not None and site not in self.moments:
-            self.moments[site] = Moments(rtsae, tokens, self.sizes[site])
-        concern = torch.zeros(len(rows), tokens)
-        for state, step in zip(run.states, drawn.looked, strict=True):
+            self.moments[site] = Moments(sae, tokens, self.sizes[site])
+        change = torch.zeros(len(rows), tokens)
+        for state, step in zip(run.states, drawn.sampled, strict=True):
             changes = torch.zeros(len(rows), tokens)
             for row in rows:
                 present, goal = drawn.sides(site, step, row)
                 changes[row] = (present.float() - goal.float()).norm(dim=-1).cpu()
-            concern, state.tokens[site] = concern + changes, tokens
+            change, state.tokens[site] = change + changes, tokens
             if self.moments is not None and drawn.differ:
                 at = self.grids[site].coordinate(state.timestep)
                 weight = self.moments[site].weight(at, changes[drawn.differ])
                 for row in rows:
                     self.moments[site].add(at, weight, *drawn.sides(site, step, row))
-        run.concern[site] = concern > 0.3 * concern.amax(1, keepdim=True)
+        run.differing[site] = change > 0.3 * change.amax(1, keepdim=True)
         if self._codes:
             for state, codes in zip(run.states, self._read(site, drawn, tokens), strict=True):
                 state.codes[site], state.goal_codes[site] = codes
 
     def _read(self, site: str, drawn: _Drawn, tokens: int) -> Iterator[tuple[Codes, Codes]]:
-        """The latents of each state of a run with the "from" and with the "to" prompt. A latent depends on what was
-        there at the steps before, with the prompt that the noisy latents were made with."""
-        rtsae, rows = self.dictionary.sites[site], len(drawn.towards)
-        count, device = rtsae.config.num_latents, drawn.sides(site, 0, 0)[0].device
-        together = min(CHUNK, max(1024, _READ // (len(rtsae.config.anchors) * rtsae.config.in_channels)))
-        found, start = [([], []) for _ in drawn.looked], 0
+        """The latents of each state of a run, with the "from" and with the "to" prompt. Both read the same past: the
+        steps before, with the prompt that the picture was drawn with."""
+        sae, rows = self.dictionary.sites[site], len(drawn.towards)
+        count, device = sae.config.num_latents, drawn.sides(site, 0, 0)[0].device
+        together = min(CHUNK, max(1024, _READ // (len(sae.config.anchors) * sae.config.in_channels)))
+        results, start = [([], []) for _ in drawn.sampled], 0
         while start < count:
             stop = min(start + together, count)
-            reader = rtsae.reader(list(range(start, stop)), device)
-            if reader.computes is not None and stop - start < count:  # which computes all anyway
+            reader = sae.reader(list(range(start, stop)), device)
+            if reader.computes is not None and stop - start < count:  # a reader that computes all latents anyway
                 start, stop = 0, count
-                reader = rtsae.reader(list(range(count)), device)
-            size = max(1, _READ // (tokens * max(rtsae.config.in_channels, stop - start)))
+                reader = sae.reader(list(range(count)), device)
+            size = max(1, _READ // (tokens * max(sae.config.in_channels, stop - start)))
             for first in range(0, rows, size):
                 some = range(first, min(first + size, rows))
                 memory = reader.begin()
                 for step, timestep in enumerate(drawn.timesteps):
                     at = self.grids[site].step(timestep, self.sizes[site], self.guidance)
                     own, sides = drawn.shelf.get(("own", site, step), some.start, some.stop), ()
-                    if step in drawn.looked:
+                    if step in drawn.sampled:
                         sides = zip(*(drawn.sides(site, step, row) for row in some), strict=True)
-                    for side, there in enumerate(sides):
-                        codes = reader.read(memory.copy(), torch.stack(there), at)
+                    for side, activation in enumerate(sides):
+                        codes = reader.read(memory.copy(), torch.stack(activation), at)
                         row, token, latent = where = codes.nonzero(as_tuple=True)
                         active = (row + first) * tokens + token, latent + start, codes[where]
-                        found[drawn.looked.index(step)][side].append(active)
+                        results[drawn.sampled.index(step)][side].append(active)
                     reader.read(memory, own, at)
                     memory.continue_with(own)
             start = stop
-        for sides in found:
+        for sides in results:
             yield tuple(Codes.of(rows, tokens, count, side) for side in sides)
 
     def reversed(self) -> States:
-        """The same with the "from" and the "to" prompts exchanged."""
+        """These states with the "from" and the "to" prompts exchanged."""
         other = copy.copy(self)
         other.pairs = [pair[::-1] for pair in self.pairs]
         other._runs = [run.reversed() for run in self._runs]
@@ -502,85 +512,87 @@ class States:
 
     @property
     def device(self) -> torch.device:
-        """Where activations are."""
+        """The device of the activations."""
         return next(self.all()).device
 
     def step(self, site: str, state: State) -> Step:
-        """Where in a generation a state is, for the dictionary of a site."""
+        """The denoising step of a state, as the dictionary of a site takes it."""
         return self.grids[site].step(state.timestep, self.sizes.get(site), self.guidance)
 
     def presence(self, site: str) -> tuple[list[float], torch.Tensor, torch.Tensor]:
         """
-        How present each latent is in the runs of the "to" prompts and in those of the "from" prompts, at each step
-        that is looked at: timesteps, and twice `(steps, num_latents)`, the mean activation over tokens in units of the
-        typical one.
+        How present each latent is at each sampled step: its mean activation over tokens, in units of its typical
+        activation. Returns the timesteps, and `(steps, num_latents)` for the pictures of the "to" prompts and for
+        those of the "from" prompts.
         """
-        rtsae = self.dictionary.sites[site]
+        sae = self.dictionary.sites[site]
         timesteps = [state.timestep for state in self._runs[0].states]
-        sums = torch.zeros(2, len(timesteps), rtsae.config.num_latents)
+        sums = torch.zeros(2, len(timesteps), sae.config.num_latents)
         for run in self._runs:
             for step, state in enumerate(run.states):
-                plain = state.drawn_plain[:, None]
+                plain = state.drawn_with_from[:, None]
                 sums[0, step] += state.goal_codes[site].sums(~plain) / state.tokens[site]
                 sums[1, step] += state.codes[site].sums(plain) / state.tokens[site]
-        means = sums / (len(self.pairs) * rtsae.typical_activation.cpu())
+        means = sums / (len(self.pairs) * sae.typical_activation.cpu())
         return timesteps, means[0], means[1]
 
-    def concerned(self, site: str) -> Iterator[torch.Tensor]:
-        """For each state, the tokens `(states, N)` on which the two prompts make a difference."""
+    def differing_tokens(self, site: str) -> Iterator[torch.Tensor]:
+        """For each state, the tokens whose activation the two prompts change, `(states, N)`."""
         for run in self._runs:
-            yield from (run.concern[site] for _ in run.states)
+            yield from (run.differing[site] for _ in run.states)
 
     def predict(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
-        """v(x, from) of some of a state's rows with `changes` added at the sites; differentiable in these."""
-        adding = _Adding(self.kinds)
+        """v(x, from) of some of a state's rows, with `changes` added at the sites; differentiable in the changes."""
+        adding = _Adding(self.activations)
         with adding.tap.watching({"": state.call.denoiser}, changes):
             return adding.predict(state, rows, changes)
 
     def errors(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
-        """‖v(x, from; changes) − v(x, to)‖² of some of a state's rows, `(rows,)`, in units of the mean distance of the
-        two prompts' predictions over the states of its pair: the average over these is 1 − E."""
-        return self.apart(state, rows, self.predict(state, rows, changes), state.wanted)
+        """‖v(x, from; changes) − v(x, to)‖² of some of a state's rows, `(rows,)`, divided by the mean of
+        ‖v(x, from) − v(x, to)‖² over the states of the row's pair. Its average over these states is 1 − E."""
+        return self.squared_distance(state, rows, self.predict(state, rows, changes), state.target)
 
-    def apart(self, state: State, rows: Sequence[int], prediction: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """How far, squared, predictions of some of a state's rows are from others of all of them, in that unit."""
+    def squared_distance(
+        self, state: State, rows: Sequence[int], prediction: torch.Tensor, reference: torch.Tensor
+    ) -> torch.Tensor:
+        """The squared distance, `(rows,)`, in the unit of `errors`, between predictions of some of a state's rows and
+        the same rows of `reference`, which has all rows."""
         scale = self.scale[[state.pairs[row] for row in rows]].to(prediction.device)
-        return (prediction - others[list(rows)].float()).square().flatten(1).sum(1) / scale
+        return (prediction - reference[list(rows)].float()).square().flatten(1).sum(1) / scale
 
     def distances(self, state: State, rows: Sequence[int]) -> torch.Tensor:
-        """‖v(x, from) − v(x, to)‖² of some rows, `(rows,)`, in that unit, on the CPU."""
+        """‖v(x, from) − v(x, to)‖² of some rows, `(rows,)`, in the unit of `errors`, on the CPU."""
         return state.distance[list(rows)] / self.scale[[state.pairs[row] for row in rows]]
-
-    def gained(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
-        """By how much `changes` bring the prediction of some of a state's rows nearer to that of the "to" prompt,
-        `(rows,)`, in units of `errors`: the average over these is E."""
-        return self.distances(state, rows) - self.errors(state, rows, changes).cpu()
 
     def effects(self, changes: Callable[[State, Sequence[int]], Changes]) -> torch.Tensor:
         """
-        E of the edit that `changes` gives for each state and rows of it, for each pair, `(pairs,)`. Where the prompts
-        are the same: minus the change, in units of the median distance of the pairs that differ.
+        E of an edit on each pair, `(pairs,)`. Where both prompts are the same: minus the squared change, in units of
+        the median squared distance of the pairs that differ.
+
+        Args:
+            changes: the edit: computes the changes for a state and some of its rows.
         """
         return self.measure([changes])[0].effects
 
     @torch.no_grad()
     def measure(self, edits: Sequence[Callable[[State, Sequence[int]], Changes]]) -> list[Measured]:
-        """What each of several edits does, at little more than the cost of one where sites come late: what is before
-        them is computed once."""
+        """What each of several edits does. The blocks before the first site run once for all of them, so that several
+        edits at late sites cost little more than one."""
         pairs = len(self.pairs)
         gains, moved, count = [{} for _ in edits], torch.zeros(len(edits), pairs), torch.zeros(pairs)
         for state in self.all():
             for start in range(0, len(state), self.batch_size):
                 rows = range(len(state))[start : start + self.batch_size]
-                at, before = torch.tensor([state.pairs[row] for row in rows]), self.distances(state, rows)
+                at, distances = torch.tensor([state.pairs[row] for row in rows]), self.distances(state, rows)
                 count.index_add_(0, at, torch.ones(len(rows)))
                 for i, prediction in enumerate(self.predictions(state, rows, edits)):
-                    own = gains[i].setdefault(state.timestep, torch.zeros(pairs))
-                    own.index_add_(0, at, before - self.apart(state, rows, prediction, state.wanted).cpu())
-                    moved[i].index_add_(0, at, self.apart(state, rows, prediction, state.before).cpu())
+                    gain = gains[i].setdefault(state.timestep, torch.zeros(pairs))
+                    missing = self.squared_distance(state, rows, prediction, state.target).cpu()
+                    gain.index_add_(0, at, distances - missing)
+                    moved[i].index_add_(0, at, self.squared_distance(state, rows, prediction, state.prediction).cpu())
         count = count.clamp(min=1)
         return [
-            Measured({timestep: own / count for timestep, own in gains[i].items()}, moved[i] / count)
+            Measured({timestep: gain / count for timestep, gain in gains[i].items()}, moved[i] / count)
             for i in range(len(edits))
         ]
 
@@ -588,25 +600,25 @@ class States:
         self, state: State, rows: Sequence[int], edits: Sequence[Callable[[State, Sequence[int]], Changes]]
     ) -> Iterator[torch.Tensor]:
         """`predict` for each of several edits."""
-        denoiser, adding = state.call.denoiser, _Adding(self.kinds)
+        denoiser, adding = state.call.denoiser, _Adding(self.activations)
         with (
-            Beginning(denoiser, self.kinds if len(edits) > 1 else ()) as beginning,
-            adding.tap.watching({"": denoiser}, self.kinds),
+            SharedPrefix(denoiser, self.activations if len(edits) > 1 else ()) as prefix,
+            adding.tap.watching({"": denoiser}, self.activations),
         ):
             for edit in edits:
                 changes = edit(state, rows)
-                with beginning.again():
-                    yield adding.predict(state, rows, changes) if changes else state.before[list(rows)].float()
+                with prefix.reused():
+                    yield adding.predict(state, rows, changes) if changes else state.prediction[list(rows)].float()
 
     def draw(self, count: int, generator: torch.Generator) -> Iterator[tuple[State, list[int], float]]:
-        """Random rows of random states, with the weight that makes their average that of all; states that the prompts
-        tell apart more come more often."""
+        """Random rows of random states. States whose two predictions are far apart are drawn more often; the weight
+        that comes with each makes the weighted average an average over all states."""
         states, rows = list(self.all()), min(_ROWS, self.batch_size)
         size = torch.stack([(state.distance / self.scale[state.pairs]).mean() for state in states])
         if not size.any():
             size += 1
         chance = 0.8 * size / size.sum() + 0.2 / len(states)
-        places = (torch.arange(count) + torch.rand(1, generator=generator)) / count  # evenly, so that they vary less
+        places = (torch.arange(count) + torch.rand(1, generator=generator)) / count  # evenly, to vary less
         picks = torch.bucketize(places, chance.cumsum(0)).clamp(max=len(states) - 1)
         for pick in picks[torch.randperm(count, generator=generator)].tolist():
             chosen = torch.randperm(len(states[pick]), generator=generator)[:rows].tolist()
@@ -614,27 +626,27 @@ class States:
 
 
 class _Adding:
-    """Adds changes to activations at sites that its tap watches."""
+    """Adds changes to the activations of the sites that its tap watches."""
 
-    def __init__(self, kinds: dict[str, str]):
+    def __init__(self, activations: dict[str, str]):
         self.changes: Changes = {}
-        self.kinds, self.tap = kinds, Tap(self)
+        self.activations, self.tap = activations, Tap(self)
 
     def predict(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
-        """What the denoiser answers to some rows of a state with these changes."""
+        """v(x, from) of some of a state's rows, with these changes."""
         self.changes = changes
         return state.call.replay([state.samples[row] for row in rows], [state.texts[row] for row in rows]).float()
 
     def begin(self, call: Call, arguments: Arguments) -> None:
-        """The denoiser is called."""
+        """Called before the denoiser runs."""
 
     def site(
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> torch.Tensor | None:
-        """The activation with the change."""
+        """The block's hidden states with the change added; `None` if nothing changes at this site."""
         change = self.changes.get(name)
         if change is None:
             return None
         if callable(change):
-            change = change(block.activation(self.kinds[name], block_input, hidden_states))
+            change = change(block.activation(self.activations[name], block_input, hidden_states))
         return hidden_states + block.from_tokens(change.to(hidden_states.device), hidden_states)

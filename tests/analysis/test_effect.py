@@ -76,16 +76,16 @@ def test_an_intervention_is_what_steering_does(states, _pipeline, latent):
 def test_reversed_pairs_want_what_was_there(states):
     backwards = states.reversed()
     there, back = next(iter(states.all())), next(iter(backwards.all()))
-    assert torch.equal(there.wanted, back.before) and torch.equal(there.before, back.wanted)
+    assert torch.equal(there.target, back.prediction) and torch.equal(there.prediction, back.target)
     assert torch.equal(there.goal[SITE], back.present[SITE])
-    assert backwards.pairs[0] == PAIR[::-1] and backwards.told.tolist() == [True, False]
+    assert backwards.pairs[0] == PAIR[::-1] and backwards.differs.tolist() == [True, False]
 
 
 def test_what_is_no_pair_is_said():
     for pairs, message in {
         (): "got none",
         ("a star",): "got 'a star'",
-        (("a star", "a star"),): "must differ",
+        (("a star", "a star"),): "Expected the two prompts of a pair to differ",
         (("a star", 3),): "Expected pairs",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -152,7 +152,7 @@ def test_maps_are_measured_as_they_steer_and_move_as_far_as_the_prompt(_pipeline
 
 
 def test_what_cannot_be_fitted_is_one_sentence(steered):
-    with pytest.raises(ValueError, match="must differ"):
+    with pytest.raises(ValueError, match="Expected the two prompts of a pair to differ"):
         fit_feature(steered, [("a star", "a star")], **CALL)
     for wrong in ({"latents": 0}, {"rank": 0}):
         with pytest.raises(ValueError, match="at least one"):
@@ -184,7 +184,7 @@ def test_a_device_that_runs_out_of_memory_is_one_sentence_and_leaves_nothing(_pi
 
         with (
             _pipeline.unet.mid_block.register_forward_pre_hook(full),
-            pytest.raises(torch.OutOfMemoryError, match="batch_size=16: a smaller one needs less"),
+            pytest.raises(torch.OutOfMemoryError, match="batch_size=16: a smaller batch needs less"),
         ):
             fit_feature(_pipeline, PAIRS, 4, UNCHANGED, rank, progress=False, **CALL)
         assert [parameter.requires_grad for parameter in _pipeline.unet.parameters()] == parameters

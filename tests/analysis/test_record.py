@@ -57,7 +57,7 @@ def test_presence_under_a_mask_counts_only_there(steered, site):
     left, right, whole = recording.presence(site, mask), recording.presence(site, 1 - mask), recording.presence(site)
     assert whole.shape == (2, 4, 2048)
     torch.testing.assert_close((left + right) / 2, whole, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="The mask is empty"):
+    with pytest.raises(ValueError, match="covers at least one token, got an empty one"):
         recording.presence(site, torch.zeros(64, 64))
 
 

@@ -143,7 +143,7 @@ def test_a_strange_dictionary_is_reported_too(strange, browser, tmp_path):
 
 
 def test_a_report_needs_prompts(steered, tmp_path):
-    with pytest.raises(ValueError, match="needs prompts"):
+    with pytest.raises(ValueError, match="Expected prompts"):
         write_report(steered, tmp_path / "report.html", [])
 
 

@@ -9,14 +9,15 @@ from collections import Counter
 import diffusers
 
 MEANING = {
-    "exact": "idle bit-equal, and every edit does what it should, with guidance and without",
-    "exact in part": "exact for one prompt, and what the row says is refused in a sentence",
-    "exact without guidance": "exact without guidance, refused in a sentence with it",
-    "refused": "refused in a sentence",
-    "wrong": "steered otherwise than it should be",
-    "crash": "an error from inside",
+    "exact": "bit-equal to the plain pipeline without edits, and every edit changes exactly what it should, with "
+    "guidance and without",
+    "exact in part": "exact for one prompt; the use that the row names raises an error that says why",
+    "exact without guidance": "exact without guidance; with it an error says why not",
+    "refused": "an error says why it cannot be steered",
+    "wrong": "an edit changes something else than it should",
+    "crash": "an error from inside the plugin",
     "no denoiser": "has no U-Net or transformer that it calls to denoise",
-    "untold": "cannot be told here",
+    "untold": "could not be built or measured here",
 }
 
 
@@ -31,9 +32,9 @@ def sentence(rows: list[dict]) -> str:
     others = len(rows) - found["exact"] - partly - found["refused"]
     return (
         f"Of the {len(rows)} pipeline classes of diffusers {diffusers.__version__}, {found['exact']} are steered "
-        f"exactly, {partly} but for what a sentence refuses (several prompts with several images each, mostly), and "
-        f"{found['refused']} are refused with a sentence that says why; {others} do not denoise or cannot be built "
-        "here"
+        f"exactly. Another {partly} are steered exactly except in some uses (mostly several prompts with several "
+        f"images each), and {found['refused']} are not supported; both raise an error that says why. The other "
+        f"{others} do not denoise or cannot be built here"
     )
 
 
@@ -49,15 +50,15 @@ def into_readme(text: str, rows: list[dict]) -> str:
 
 
 def page(rows: list[dict]) -> str:
-    """Markdown."""
+    """The page in Markdown."""
     found = counts(rows)
     lines = [
         "# Every pipeline",
         "",
         *textwrap.wrap(
-            f"Made by `python -m tests.every_pipeline` with diffusers {diffusers.__version__}: each class built small "
-            "from random weights, run plainly, idle and steered. The truth comes from elsewhere than the plugin: see "
-            "[measure.py](measure.py).",
+            f"Made by `python -m tests.every_pipeline` with diffusers {diffusers.__version__}. Each class is built "
+            "small from random weights and run without the plugin, with it and no edit, and steered. What an edit "
+            "should change is computed without the plugin, by [measure.py](measure.py).",
             119,
         ),
         "",

@@ -29,7 +29,7 @@ def axes(like: SparseDictionary) -> Dictionary:
 
 def concern(states: States, site: str) -> dict[int, torch.Tensor]:
     """The tokens `(states, N)` on which the two prompts make a difference, by the `id` of each state."""
-    return {id(state): where for state, where in zip(states.all(), states.concerned(site), strict=True)}
+    return {id(state): where for state, where in zip(states.all(), states.differing_tokens(site), strict=True)}
 
 
 def concerned(edits: dict[str, list[Edit]], states: States) -> Intervention:
@@ -51,10 +51,10 @@ def mean_change(states: States, site: str) -> torch.Tensor:
     sae = states.dictionary.sites[site]
     anchors = len(sae.config.anchors)
     square, product = torch.zeros(anchors, anchors), torch.zeros(anchors, sae.config.in_channels)
-    for state, where in zip(states.all(), states.concerned(site), strict=True):
+    for state, where in zip(states.all(), states.differing_tokens(site), strict=True):
         there = interpolate(torch.eye(anchors), states.grids[site].coordinate(state.timestep))
         change = state.goal[site] - state.present[site]
-        differ = states.told[state.pairs]
+        differ = states.differs[state.pairs]
         weight = float((change[differ].square().sum((1, 2)).mean() / sae.spread.mean() ** 2).clamp(min=1e-6)) ** -0.5
         kept = where & differ[:, None]
         square += weight * float(kept.sum()) * there[:, None] * there
