@@ -483,7 +483,7 @@ MISUSE = {
     "a mask of one dimension": (steer(mask=np.ones(4)), "(height, width)", "(4,)"),
     "a mask of frames for pictures": (
         lambda world: generate(world, {"red": 1.0}, mask=np.ones((2, 3, 4, 5))),
-        "and a picture has one",
+        "has one frame",
         "3",
     ),
     "a mask without pixels": (steer(mask=np.ones((0, 4))), "(height, width)", "(1, 0, 4)"),
@@ -812,7 +812,7 @@ MISUSE = {
     "pairs in a file of something else": (lambda world: read_pairs(world.folder / LABELS_NAME), "labels.json"),
     "a map that takes away": (
         lambda world: Edit(latents=(1,), weights=(1.0,), strength=1.0, map=torch.zeros(1, 3, 17)),
-        "unclipped, and to no latents",
+        "takes no latents",
     ),
     "a site without safetensors": (replaced(f"{SMALL}/{WEIGHTS_NAME}", None), OSError, "config.json", "'config.json'"),
     "damaged weights": (replaced(f"{SMALL}/{WEIGHTS_NAME}", b"weights"), OSError, "diffusion_pytorch_model"),

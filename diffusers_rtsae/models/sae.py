@@ -254,6 +254,6 @@ class GroupReader(Reader):
         return groupmax(pre_activations, self.groups)[..., self.rows] if self.groups else pre_activations
 
 
-def _from(pre_activations: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+def _at_least(pre_activations: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     """Keep what is at least as large, as far as it is positive."""
     return torch.where(pre_activations >= least, pre_activations, 0.0).relu()

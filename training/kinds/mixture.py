@@ -41,7 +41,7 @@ class RoutedSteps(Steps):
         if metadata is not None:
             columns = zip(METADATA[1:], metadata.T, strict=True)
             values |= {name: column.repeat_interleave(count) for name, column in columns}
-        encoded = sae.told(values).to(rows)
+        encoded = sae.encode_metadata(values).to(rows)
         if metadata is not None:  # a value that some of the rows lack counts as zeros for all
             known = F.pad((metadata != NOWHERE).all(0), (1, 0), value=True)
             encoded = encoded * known[self.places].repeat_interleave(2)
