@@ -437,6 +437,15 @@ def test_steps_after_the_first_neither_wait_for_the_device_nor_copy_to_it(steps_
     assert not later(steps) and (not steps[0]) == (case == "nothing")
 
 
+@pytest.mark.parametrize("steps", [3, 5])
+def test_steps_that_skip_anchors_copy_nothing_either(device, both, monkeypatch, steps):
+    """What they read by is known from the sampler's timesteps before the second step."""
+    sae = random_dictionary("RTSAE", SITE, 160, [961, 801, 641, 481, 321, 161, 1], 32, 4)
+    pipe = both("shapes-sd", {SITE: sae})[1]
+    pipe.set_rtsae_features({0: 1.0, 5: 1.0}, **READ)
+    assert not later(by_step(pipe, device, monkeypatch, steps))
+
+
 # What is read, found, fitted and measured
 
 

@@ -62,6 +62,8 @@ class Call:
         caller (`weakref.ref`, *optional*): see `pipeline`.
         guidance (`float`, *optional*): guidance scale at this step, if it is known.
         alphas_cumprod (`torch.Tensor`, *optional*): noise schedule of the sampler.
+        ahead (`tuple[float, ...]`): on the first call of a trajectory: this timestep and all that follow, in training
+            units, if the sampler says them.
         view (`tuple`): identifies the part of the picture or the window of frames, if a pipeline draws several.
         is_start (`bool`): whether the call begins a trajectory: that of the generation, or of the next window or chunk
             in it.
@@ -82,6 +84,7 @@ class Call:
     caller: weakref.ref | None = None
     guidance: float | None = None
     alphas_cumprod: torch.Tensor | None = None
+    ahead: tuple[float, ...] = ()
     view: tuple = ()
     is_start: bool = False
     in_turns: bool = False
@@ -229,7 +232,8 @@ class CallReader:
         guidance = caller.property("guidance_scale")
         return Call(
             time, parts, **record, guidance=float(guidance) if isinstance(guidance, int | float) else None,
-            alphas_cumprod=noise_schedule(scheduler), view=view, is_start=is_start, in_turns=in_turns,
+            alphas_cumprod=noise_schedule(scheduler), ahead=_ahead(scheduler, time) if is_start else (),
+            view=view, is_start=is_start, in_turns=in_turns,
             given_latents=next((variables[n] for n in _PICTURES if torch.is_tensor(variables.get(n))), None),
             given=_given(arguments),
         )  # fmt: skip
@@ -329,6 +333,18 @@ def _refuse_different_times(caller: Caller) -> NoReturn:
         f"{type(caller.pipeline).__name__} denoises frames or images at different times in one call: that cannot be "
         "followed, as an edit has one time."
     )
+
+
+def _ahead(scheduler, time: float) -> tuple[float, ...]:
+    """The timesteps of a sampler from this one on, in training units; none if it does not say them."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if not torch.is_tensor(timesteps):
+        return ()
+    try:
+        times = [training_time(timestep, scheduler) for timestep in timesteps.flatten().tolist()]
+    except ValueError:  # those that are not reached may be out of range
+        return ()
+    return tuple(times[times.index(time) :] if time in times else times)
 
 
 def _number(timestep, caller: Caller, progress: _Progress) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,8 +87,8 @@ class Reader(ABC):
 
     computes: int | None = None
 
-    def prepare(self) -> None:  # noqa: B027 - most kinds need nothing
-        """Move to the device what the steps of a usual generation need, so that no step waits for a transfer."""
+    def prepare(self, coordinates: Sequence[float]) -> None:  # noqa: B027 - most kinds need nothing
+        """Move to the device what steps at these coordinates need, see [`Step`], so that none waits for a transfer."""
 
     def begin(self) -> Memory:
         """The memory of a new generation."""

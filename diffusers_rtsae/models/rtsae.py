@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -164,6 +164,13 @@ class RTSAE(SparseDictionary):
         return decoder.float() * (self.dynamics.residual_scale * self.dynamics.scale)[:, None]
 
 
+def _passes(past: float | None, pending: float, now: float) -> bool:
+    """Whether the pending step stands for the anchor that follows the past one, when time moves on to `now`: no later
+    step is closer to it. All are coordinates."""
+    following = 0 if past is None else int(past + _REACHED) + 1
+    return pending >= following - _REACHED and abs(pending - following) <= abs(now - following)
+
+
 _REACHED = 0.1  # in units of anchors: a step at most this far before an anchor may be used for it
 
 
@@ -213,11 +220,14 @@ class PrefixReader(Reader):
         self.threshold = rtsae.threshold.tolist()
         self._products: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
 
-    def prepare(self) -> None:
-        for block in range(len(self.threshold)):  # products for steps that skip more anchors are made on demand
-            for intervals in ((), (block - 1,), (block - 2,), (block - 1, block - 2)):
-                if min(intervals, default=0) >= 0:
-                    self._product(block, intervals)
+    def prepare(self, coordinates: Sequence[float]) -> None:
+        past = pending = None  # coordinates, as `read` goes on with them
+        for coordinate in coordinates:
+            if pending is not None and not (past is None and coordinate == 0):
+                past = pending if _passes(past, pending, coordinate) else past
+            if past is None or past + _REACHED < len(self.threshold) - 1:
+                self._fold(past, coordinate)
+            pending = coordinate
 
     def _product(self, block: int, intervals: tuple[int, ...]) -> torch.Tensor:
         """Encoder rows of an anchor times the predictors of these intervals. The results are cached."""
@@ -267,8 +277,7 @@ class PrefixReader(Reader):
         """When time moves on to coordinate `now`: if no later step is closer to the next anchor than the pending one,
         that step stands for the anchor, and later steps are predicted from it."""
         _, coordinate, pre_activations = memory.pending
-        following = 0 if memory.past is None else int(memory.past[0] + _REACHED) + 1
-        if coordinate >= following - _REACHED and abs(coordinate - following) <= abs(now - following):
+        if _passes(memory.past and memory.past[0], coordinate, now):
             memory.past, memory.committed = (coordinate, memory.continued), pre_activations
             memory.anchors.append(memory.past)
 

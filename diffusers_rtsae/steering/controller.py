@@ -77,7 +77,7 @@ class _Run:
         """The state of a plan. Conditional parts with different timesteps have separate states."""
         key = (*key, part.branch if part.role == "cond" else None, call.view)
         if key not in self.states:
-            state = PlanState() if call.caller is None else plan.begin(call.alphas_cumprod, call.guidance)
+            state = PlanState() if call.caller is None else plan.begin(call.alphas_cumprod, call.guidance, call.ahead)
             state.images = call.images if call.in_turns else None
             self.states[key] = state
         return self.states[key]

@@ -30,6 +30,7 @@ class PlanState:
     on_conditional: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
     counts: list[Counts] = field(default_factory=list)
+    ahead: tuple[float, ...] = ()  # the timesteps of the generation, if they are known
 
     def copy(self) -> PlanState:
         """An independent copy of the present state, with an empty report."""
@@ -61,13 +62,12 @@ class SitePlan:
         self.reads_of = {edit.apply_to for edit in self.edits if edit.read}
         self.renormalises = any(edit.renormalise for edit in self.edits)
         self.device: torch.device | None = None
+        self._prepared: tuple[float, ...] = ()  # timesteps
 
     @torch.inference_mode(False)  # cached tensors may be used with autograd later
     @torch.no_grad()
     def _load(self, device: torch.device) -> None:
         self.reader = self.sae.reader(self.rows, device) if self.rows else None
-        if self.reader is not None:
-            self.reader.prepare()
         if self.reader is not None and self.reader.computes is not None:
             config = self.sae.config
             warnings.warn(
@@ -77,11 +77,13 @@ class SitePlan:
                 stacklevel=2,
             )
         self.folds = fold_edits(self.edits, self.sae, self.rows, device)
-        self.device = device
+        self.device, self._prepared = device, ()
 
-    def begin(self, alphas_cumprod: torch.Tensor | None, guidance: float | None) -> PlanState:
-        """The state of a new generation with its own noise schedule and guidance scale."""
-        return PlanState(TimeGrid(self.sae.config.anchors, alphas_cumprod), guidance)
+    def begin(
+        self, alphas_cumprod: torch.Tensor | None, guidance: float | None, ahead: tuple[float, ...] = ()
+    ) -> PlanState:
+        """The state of a new generation with its own noise schedule and guidance scale; `ahead` are its timesteps."""
+        return PlanState(TimeGrid(self.sae.config.anchors, alphas_cumprod), guidance, ahead=ahead)
 
     def reads(self, role: str) -> bool:
         """Whether latents are read on rows with this role."""
@@ -101,6 +103,13 @@ class SitePlan:
             with _loading:  # all threads use what one of them loads
                 if self.device != device:
                     self._load(device)
+
+    def _prepare(self, state: PlanState) -> None:
+        """Have on the device what the steps of a generation need to read latents, before the second one."""
+        if state.ahead != self._prepared:
+            grid = state.grid or self.grid
+            self.reader.prepare([grid.coordinate(timestep) for timestep in state.ahead])
+            self._prepared = state.ahead
 
     def conditional(
         self,
@@ -193,6 +202,7 @@ class SitePlan:
                 )
             if branch not in state.memories:
                 state.memories[branch] = self.reader.begin()
+                self._prepare(state)
             latents = self.reader.read(state.memories[branch], tokens, step)
         acting = [fold for fold in folds if fold.options.acts_at(timestep)]
         return [(fold, fold.change(tokens, latents, step, counts, state.images, state.denoised)) for fold in acting]
