@@ -280,7 +280,7 @@ def another_sampler(scheduler, steps):
     return misuse
 
 
-def told_of(text: list[float], pooled: list[float] | None = None, prompts: int | None = None, **variables):
+def metadata_name(text: list[float], pooled: list[float] | None = None, prompts: int | None = None, **variables):
     """What rows are that carry these numbers as their texts."""
     given = {"encoder_hidden_states": text, "pooled_projections": text if pooled is None else pooled}
     told = {name: torch.tensor(values)[:, None].expand(-1, 3) for name, values in given.items()}
@@ -713,13 +713,13 @@ MISUSE = {
         "apply_to='contrast' follows. Use apply_to='cond'.",
     ),
     "rows that are told apart by nothing": (
-        lambda world: told_of([0.0, 1.0], negative_prompt_embeds=torch.zeros(1, 3)),
+        lambda world: metadata_name([0.0, 1.0], negative_prompt_embeds=torch.zeros(1, 3)),
         ValueError,
         "Some of the 2 rows that the denoiser is called with carry the negative prompt, and their layout is not "
         "known.",
     ),
     "rows of two prompts at once": (
-        lambda world: told_of([0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0], prompts=2),
+        lambda world: metadata_name([0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0], prompts=2),
         ValueError,
         "object gives an image the text of one prompt and the pooled text of another, where there are several prompts "
         "and several images of each: draw one at a time.",
