@@ -16,7 +16,7 @@ from diffusers_rtsae.analysis.fit import fit_feature
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the trainer is part of the clone, not of the package
 from training.recipe import Recipe  # noqa: E402
-from training.train import run  # noqa: E402
+from training.run import run  # noqa: E402
 
 a = arguments(__doc__)
 places = "on the left", "on the right", "at the top", "at the bottom"

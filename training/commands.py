@@ -1,4 +1,4 @@
-"""The trainer's commands: what they are told is checked before anything that takes seconds to import."""
+"""The trainer's commands. Arguments and recipes are checked before any library that takes seconds to import."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _TRAIN = """Train the dictionaries of a recipe: collect, fit, train, evaluate, s
 
     {prog} training/recipes/shapes.yaml --out runs/shapes
 
-Every stage continues where it was stopped; a GPU is used if there is one, several processes (accelerate launch -m
+Every stage continues where it was stopped. A GPU is used if there is one; several processes (accelerate launch -m
 training.train) share the work.
 """
 _COLLECT = """Collect the trajectories of a recipe and stop; training with the same recipe goes on from there.
 
     {prog} training/recipes/shapes.yaml --work runs/shapes
 """
-_EVALUATE = """How well dictionaries describe held-out trajectories, and what the denoiser makes of it.
+_EVALUATE = """How well dictionaries reconstruct held-out trajectories, and what the denoiser predicts from that.
 
     {prog} examples/shapes-rtsae --pipeline examples/shapes-sd --prompts shapes --out runs/report
 
@@ -28,7 +28,7 @@ Works with any pipeline and dictionary; writes report.json, report.md and plots.
 
 
 class Adding(argparse.Action):
-    """The values of a flag that may have several: given again, it adds to them."""
+    """For a flag with several values: a flag that is given again adds to them."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest)
@@ -41,8 +41,8 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def _told(parser: argparse.ArgumentParser):
-    """What goes wrong with what the user has is one sentence."""
+def _one_sentence(parser: argparse.ArgumentParser):
+    """Turn errors that the user can mend into one sentence, without a traceback."""
     try:
         yield
     except (OSError, ValueError, MemoryError) as error:
@@ -50,25 +50,25 @@ def _told(parser: argparse.ArgumentParser):
 
 
 def collect(prog: str) -> None:
-    """The beginning of a recipe's run: its trajectories."""
+    """The first stage of a recipe: its trajectories."""
     train(prog, collect_only=True)
 
 
 def train(prog: str = "python -m training.train", collect_only: bool = False) -> None:
-    """The whole run of a recipe, or what it would take."""
+    """All stages of a recipe, or a dry run."""
     parser = _parser(prog, _COLLECT if collect_only else _TRAIN)
     parser.add_argument("recipe", type=Path)
     if not collect_only:
         parser.add_argument("--out", type=Path, help="folder of the dictionary")
-        parser.add_argument("--collect-only", action="store_true", help="stop when the trajectories are there")
+        parser.add_argument("--collect-only", action="store_true", help="stop when the trajectories are collected")
     parser.add_argument("--work", type=Path, help="shards and checkpoints; runs/<name of the recipe> by default")
-    parser.add_argument("--shards", help="where shards lie if not in the work folder: any URL that fsspec knows")
+    parser.add_argument("--shards", help="where to keep shards, if not in the work folder: any URL that fsspec knows")
     parser.add_argument(
         "--set", nargs="*", action=Adding, default=[], metavar="KEY=VALUE", help="change the recipe: train.k=8"
     )
-    parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
-    parser.add_argument("--dry-run", action="store_true", help="say what it would take, and stop")
-    parser.add_argument("--teraflops", type=float, default=50.0, help="what the device sustains, for the dry run")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would take, and stop")
+    parser.add_argument("--teraflops", type=float, default=50.0, help="speed of the device, for the dry run")
     parser.set_defaults(**{"out": None, "collect_only": True} if collect_only else {})
     a = parser.parse_args()
     try:
@@ -79,7 +79,7 @@ def train(prog: str = "python -m training.train", collect_only: bool = False) ->
         parser.error("this recipe streams (`collect.buffer`): it keeps no trajectories to collect")
     if a.out is None and not a.collect_only and not a.dry_run:
         parser.error("the following arguments are required: --out")
-    with _told(parser):
+    with _one_sentence(parser):
         if a.dry_run:
             if not Path(bundled(recipe.pipeline)).is_dir():
                 from diffusers_rtsae.dictionary import check_available
@@ -105,13 +105,13 @@ def evaluate(prog: str = "python -m training.evaluate") -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64, help="of each picture")
+    parser.add_argument("--tokens", type=int, default=64, help="of each picture that are kept")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/report"))
     parser.add_argument("--device", help="a GPU if there is one")
     a = parser.parse_args()
 
-    with _told(parser):
+    with _one_sentence(parser):
         collect = Collect(
             prompts=a.prompts, count=a.count, steps=a.steps, guidance_scale=a.guidance, batch_size=a.batch_size,
             tokens_per_image=a.tokens,

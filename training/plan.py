@@ -1,4 +1,4 @@
-"""What a run would take, from the model's configuration alone: shapes, bytes, steps, hours. Nothing is generated.
+"""What a run would take: shapes, bytes, steps, hours, from the model's configuration alone. Nothing is generated.
 
 python -m training.train training/recipes/sd15.yaml --dry-run
 """
@@ -24,8 +24,8 @@ GIB, PETA = 2**30, 1e15
 def _denoiser(pipeline: str):
     """The denoiser of a pipeline on the meta device, built from its configuration; `(module, config)`."""
     pipeline = bundled(pipeline)
-    here = Path(pipeline).is_dir() or not is_cached(pipeline, INDEX)
-    cached = {} if here else {"local_files_only": True}
+    local = Path(pipeline).is_dir() or not is_cached(pipeline, INDEX)
+    cached = {} if local else {"local_files_only": True}
     index = diffusers.DiffusionPipeline.load_config(pipeline, **cached)
     part = next((name for name in ("unet", "transformer") if name in index), None)
     if part is None:
@@ -58,7 +58,7 @@ def _inputs(config: dict) -> dict[str, torch.Tensor]:
 
 
 class _Shapes:
-    """Keeps the tokens and channels of sites."""
+    """Records the number of tokens and channels at sites."""
 
     def __init__(self):
         self.by_site, self.tap = {}, Tap(self)
@@ -74,14 +74,15 @@ class _Shapes:
 def plan(recipe: Recipe, teraflops: float) -> dict:
     """
     Args:
-        teraflops (`float`): what the device sustains, 1e12 operations a second.
+        teraflops (`float`): speed of the device, in 1e12 operations a second.
 
     Returns:
-        `dict`: for each site its tokens and channels, what is kept of a picture, bytes on disk (or in memory, if
-        streaming), size of the dictionary and memory while it trains; and hours of computation.
+        `dict`: for each site its tokens and channels, how many tokens of a picture are kept, the size of the
+        trajectories on disk (or in memory, if streaming) and of the dictionary, and the memory that training takes;
+        and hours of computation.
 
     Raises:
-        `ValueError`: if the denoiser or a site is not there.
+        `ValueError`: if the pipeline has no denoiser, or the denoiser has no such site.
     """
     collect, train = recipe.collect, recipe.train
     anchors = recipe.anchors if isinstance(recipe.anchors, int) else len(recipe.anchors)
@@ -91,8 +92,8 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
         FlopCounterMode(display=False) as counter, torch.no_grad(), shapes.tap.watching({"": denoiser}, recipe.sites)
     ):  # fmt: skip
         denoiser(**_inputs(config))
-    halves = statistics.mean(1 + (scale > 1) for scale in collect.scales)
-    generating = counter.get_total_flops() * halves * collect.count * collect.steps
+    branches = statistics.mean(1 + (scale > 1) for scale in collect.scales)
+    generating = counter.get_total_flops() * branches * collect.count * collect.steps
     sites, training = {}, 0
     for site, (tokens, channels) in shapes.by_site.items():
         kept = min(collect.tokens_per_image, tokens) * (2 if collect.streams == "both" else 1)
@@ -124,21 +125,19 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
     }
 
 
-def describe(found: dict, teraflops: float) -> str:
+def describe(run: dict, teraflops: float) -> str:
     """The plan in words."""
     lines = []
-    for site, s in found["sites"].items():
+    for site, s in run["sites"].items():
         lines.append(
             f"{site}: {s['tokens']} tokens x {s['channels']} channels; {s['kept_tokens']} tokens a picture at "
-            f"{found['anchors']} anchors make {s['trajectories']:,} trajectories, {s['trajectories_gib']} GiB "
-            f"{found['stored']}; dictionary {s['dictionary_gib']} GiB (float16), {s['training_memory_gib']} GiB "
+            f"{run['anchors']} anchors make {s['trajectories']:,} trajectories, {s['trajectories_gib']} GiB "
+            f"{run['stored']}; dictionary {s['dictionary_gib']} GiB (float16), {s['training_memory_gib']} GiB "
             "while it trains"
         )
     lines.append(
-        f"{found['pictures']:,} pictures: {found['generation_petaflop']} petaflop, {found['generation_hours']} h at "
+        f"{run['pictures']:,} pictures: {run['generation_petaflop']} petaflop, {run['generation_hours']} h at "
         f"{teraflops:g} teraflop/s"
     )
-    lines.append(
-        f"{found['steps']:,} training steps: {found['training_petaflop']} petaflop, {found['training_hours']} h"
-    )
+    lines.append(f"{run['steps']:,} training steps: {run['training_petaflop']} petaflop, {run['training_hours']} h")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a training run is told: a YAML file, checked before anything is computed."""
+"""Recipes: YAML files that describe a training run, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ class Section(BaseModel):
 
 
 class Collect(Section):
-    """Which pictures are generated, and what is kept of them."""
+    """Which pictures are generated, and which of their trajectories are kept."""
 
     prompts: str  # a world ("shapes"); a .txt, .jsonl or .parquet file; or the name of a dataset on the Hub
     split: str = "train"  # of a dataset on the Hub
     column: str = "prompt"  # of everything that has columns; a column "seed" is used if there is one
     count: Positive
     steps: Positive
-    guidance_scale: float | Annotated[list[float], Field(min_length=1)]  # several: the shards take turns
+    guidance_scale: float | Annotated[list[float], Field(min_length=1)]  # a list: the shards take turns
     batch_size: Positive  # prompts a shard
     tokens_per_image: Positive
-    streams: Literal["cond", "both"] = "cond"  # halves of guidance
-    buffer: Positive | None = None  # stream through so many trajectories in memory, nothing on disk
-    reuse: float = Field(4.0, gt=0)  # while streaming: how often a trajectory is trained on, on average
+    streams: Literal["cond", "both"] = "cond"  # guidance branches that are kept
+    buffer: Positive | None = None  # keep so many trajectories in memory and none on disk (streaming)
+    reuse: float = Field(4.0, gt=0)  # while streaming: how often each trajectory is trained on, on average
 
     @property
     def scales(self) -> list[float]:
         return self.guidance_scale if isinstance(self.guidance_scale, list) else [self.guidance_scale]
 
     def guidance(self, first: int) -> float:
-        """The scale of the shard whose first picture has this index."""
+        """The guidance scale of the shard that begins with this picture."""
         return self.scales[first // self.batch_size % len(self.scales)]
 
 
@@ -61,7 +61,7 @@ class Fit(Section):
     """The linear dynamics."""
 
     ridge: float = Field(1e-3, ge=0)
-    residualize: bool = True  # without: a dictionary of raw activations
+    residualize: bool = True  # false: a dictionary of raw activations
 
 
 class Train(Section):
@@ -74,28 +74,30 @@ class Train(Section):
     k: Positive
     steps: Positive
     batch_size: Positive
-    accumulate: Positive = 1  # parts a batch is computed in
+    accumulate: Positive = 1  # parts in which a batch is computed
     learning_rate: float = Field(gt=0)
     auxiliary: float = 1 / 32  # weight of the loss that revives dead latents
     dead_after: Positive = 10_000_000  # trajectories without firing
-    prefix: Share = 0.5  # share of batches that show the encoder only a beginning
-    validation: Share = 0.1  # share of shards held out, one half to set thresholds, the other to measure
+    prefix: Share = 0.5  # share of batches of which the encoder sees only the first anchors
+    validation: Share = 0.1  # share of shards held out: one half sets thresholds, the other is measured on
     validate_every: Positive = 500
     checkpoint_every: Positive = 500
-    checkpoints: Positive = 1  # kept
-    precision: Literal["no", "bf16", "fp16"] = "no"  # of the encoder's product; masters stay float32
+    checkpoints: Positive = 1  # how many are kept
+    precision: Literal["no", "bf16", "fp16"] = "no"  # of the encoder's product; weights stay float32
     log_with: list[Literal["tensorboard", "wandb"]] = []
-    nested: list[Share] = [1 / 16, 1 / 4, 1.0]  # of matryoshka
-    bandwidth: float = Field(0.25, gt=0)  # of jump_relu: how near, in first thresholds, moves a threshold
+    nested: list[Share] = [1 / 16, 1 / 4, 1.0]  # of matryoshka: sizes that reconstruct alone, as shares of the latents
+    bandwidth: float = Field(
+        0.25, gt=0
+    )  # of jump_relu: how near pre-activations move a threshold, in first thresholds
     experts: Annotated[int, Field(ge=2)] = 8  # of a mixture
-    shared: Share = 0.25  # of the latents of a mixture: of no expert
-    # what the router of a mixture is told
+    shared: Share = 0.25  # of a mixture: share of the latents that belong to no expert
+    # of a mixture: what its router reads
     metadata: list[Literal["time", "row", "column", "guidance"]] = ["time", "row", "column", "guidance"]
-    masked: Annotated[float, Field(ge=0, lt=1)] = 0.25  # of the channels that a mixture must reconstruct unseen
-    penalty: float = Field(0.3, ge=0)  # of jump_relu: for L0 being another than k
-    importance: Literal["mean", "product"] = "mean"  # of atm: what a latent's three running means make
-    mask_above: float = 0.0  # of atm: standard deviations over the mean importance, below which latents are masked
-    mask_rate: float = Field(1.0, gt=0)  # of atm: how soon
+    masked: Annotated[float, Field(ge=0, lt=1)] = 0.25  # of a mixture: share of channels that the encoder does not see
+    penalty: float = Field(0.3, ge=0)  # of jump_relu: weight of the squared relative difference of L0 from k
+    importance: Literal["mean", "product"] = "mean"  # of atm: how a latent's three running means are combined
+    mask_above: float = 0.0  # of atm: latents are masked below the mean importance plus so many standard deviations
+    mask_rate: float = Field(1.0, gt=0)  # of atm: how fast the chance of masking grows below that
 
     @model_validator(mode="after")
     def _check(self):
@@ -112,11 +114,11 @@ class Train(Section):
         return self
 
 
-SHARED = {"batch_size", "validation", "checkpoint_every", "checkpoints", "log_with"}  # one pass over the data
+SHARED = {"batch_size", "validation", "checkpoint_every", "checkpoints", "log_with"}  # all variants have the same
 
 
 class Recipe(Section):
-    """A whole run. `variants` are several dictionaries from one pass over the data: a name, and what differs."""
+    """A whole run. `variants` are several dictionaries that share one pass over the data: names, and their changes."""
 
     pipeline: str
     base_model: str
@@ -144,7 +146,7 @@ class Recipe(Section):
         return self
 
     def variant(self, name: str) -> Recipe:
-        """The recipe of one of the `variants`, with its changes to `seed`, `fit` and `train` made."""
+        """The recipe of a variant: this one, with the variant's `seed` and its settings in `fit` and `train`."""
         changes = dict(self.variants[name])
         whole = self.model_dump() | {"variants": {}, "seed": changes.pop("seed", self.seed)}
         if shared := SHARED & changes.keys():
@@ -160,14 +162,14 @@ class Recipe(Section):
 
     @property
     def collected(self) -> str:
-        """What determines the trajectories, as JSON."""
-        told = {name: getattr(self, name) for name in ("pipeline", "dtype", "seed", "sites", "activation")}
-        return json.dumps(told | {"collect": self.collect.model_dump()}, sort_keys=True)
+        """The settings that determine the trajectories, as JSON."""
+        settings = {name: getattr(self, name) for name in ("pipeline", "dtype", "seed", "sites", "activation")}
+        return json.dumps(settings | {"collect": self.collect.model_dump()}, sort_keys=True)
 
 
 def bundled(path: str | Path) -> str:
-    """`path`, or what came with the trainer under that name (`examples/…`, `training/recipes/…`) if nothing is there.
-    The id of a repository stays."""
+    """`path` if it exists, else the file of that name that came with the trainer (`examples/…`, `training/recipes/…`).
+    Anything else, such as the id of a repository, is returned as it is."""
     return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else str(path)
 
 
@@ -176,8 +178,8 @@ def load_recipe(path: Path, changes: list[str] = ()) -> Recipe:
     Read a recipe; `changes` are like `"train.k=8"`.
 
     Raises:
-        `ValueError`: if something in it is unknown, missing or out of range, and the message names each; or if two
-            changes are of one key.
+        `ValueError`: if keys or values are unknown, missing or out of range (the message names each), or if a key is
+            changed twice.
     """
     try:
         content = yaml.safe_load(Path(bundled(path)).read_text(encoding="utf-8"))

@@ -40,7 +40,7 @@ from .recipe import Recipe, bundled
 
 
 def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) -> tuple[LinearDynamics, dict]:
-    """The dynamics of a site: those in `path` if they belong to this run, else fitted and written there."""
+    """The dynamics of a site, and their R²: read from `path` if its mark is `mark`, else fitted and written."""
     if path.exists():
         tensors = load_file(path)
         facts = json.loads(bytes(tensors.pop("told").tolist()))
@@ -48,37 +48,37 @@ def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) 
             dynamics = LinearDynamics(*tensors["mean"].shape)
             dynamics.load_state_dict(tensors)
             return dynamics, facts["fitted"]
-    dynamics, found = fit_dynamics(train, validation, **recipe.fit.model_dump())
-    facts = json.dumps({"mark": mark, "fitted": found}).encode()
+    dynamics, fit = fit_dynamics(train, validation, **recipe.fit.model_dump())
+    facts = json.dumps({"mark": mark, "fitted": fit}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path, os.getpid()) as partial:  # every process may fit
+    with whole(path, os.getpid()) as partial:  # several processes may fit at once
         save_file(dynamics.state_dict() | {"told": torch.tensor(list(facts), dtype=torch.uint8)}, partial)
-    print(f"{site}: R² of the predictors {found['r2']}", flush=True)
-    return dynamics, found
+    print(f"{site}: R² of the predictors {fit['r2']}", flush=True)
+    return dynamics, fit
 
 
 def announce(recipe: Recipe, samples: int, store: TrajectoryStore) -> None:
-    """Say how much disk the collection takes; raise `OSError` before it starts if there is too little."""
+    """Print how much disk the collection takes; raise `OSError` if there is too little."""
     try:
-        found = plan(recipe, 1.0)
+        expected = plan(recipe, 1.0)
     except (ValueError, AttributeError, RuntimeError) as error:  # a denoiser that a dry run does not know
         print(f"The size of the collection is not known beforehand: {error}")
         return
     share = samples / recipe.collect.count
-    needed = int(sum(site["trajectories_gib"] for site in found["sites"].values()) * share * 2**30)
-    there = sum(path.stat().st_size for path in store.folder.glob("shard-*.safetensors"))
+    needed = int(sum(site["trajectories_gib"] for site in expected["sites"].values()) * share * 2**30)
+    present = sum(path.stat().st_size for path in store.folder.glob("shard-*.safetensors"))
     free = shutil.disk_usage(store.folder).free
     print(f"{samples} pictures, {needed / 2**30:.2f} GiB of trajectories in {store.folder}", flush=True)
-    if needed - there > free:
+    if needed - present > free:
         raise OSError(
-            f"{store.folder} has {free / 2**30:.2f} GiB free, {(needed - there) / 2**30:.2f} GiB are needed. Keep "
+            f"{store.folder} has {free / 2**30:.2f} GiB free, {(needed - present) / 2**30:.2f} GiB are needed. Keep "
             "fewer `tokens_per_image` or prompts, choose another --work, or stream (`collect.buffer`)."
         )
 
 
 def new_accelerator(recipe: Recipe, work: Path, cpu: bool) -> Accelerator:
-    """The process' share of the devices, and the recipe's trackers."""
-    waits = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the slowest to have collected
+    """An accelerator for this process, with the recipe's trackers."""
+    waits = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the slowest process to finish collecting
     log_with = recipe.train.log_with
     accelerator = Accelerator(cpu=cpu, log_with=log_with or None, project_dir=work, kwargs_handlers=[waits])
     if log_with:
@@ -92,9 +92,9 @@ class Source(NamedTuple):
 
     Args:
         data (`Data`): of all sites.
-        moments (`dict`): for each site the parts to fit its dynamics to, and those to judge them on.
-        mark (`str`): what the trajectories were made of.
-        stream (`Stream`, *optional*): that renews the data while training.
+        moments (`dict`): for each site the trajectories to fit its dynamics to, and those to measure R² on.
+        mark (`str`): fingerprint of the trajectories.
+        stream (`Stream`, *optional*): renews the data while training.
     """
 
     data: Data
@@ -104,7 +104,7 @@ class Source(NamedTuple):
 
 
 def load_pipeline(recipe: Recipe, device: torch.device) -> tuple[DiffusionPipeline, list[Sample], list[int]]:
-    """The recipe's pipeline, the pictures to make with it, and the timesteps to keep of each."""
+    """The recipe's pipeline, the pictures to make with it, and the timesteps to keep."""
     pipe = DiffusionPipeline.from_pretrained(bundled(recipe.pipeline), dtype=getattr(torch, recipe.dtype))
     pipe.to(device).set_progress_bar_config(disable=True)
     return pipe, read_samples(recipe.collect, recipe.seed), anchor_timesteps(pipe, recipe.collect, recipe.anchors)
@@ -114,10 +114,10 @@ def collect_stage(
     recipe: Recipe, work: Path, accelerator: Accelerator, shards: str | None, pipe, samples, anchors
 ) -> TrajectoryStore:
     """
-    Every process makes its shards of the trajectories, and waits for the others.
+    Collect this process' shards of the trajectories, and wait for the other processes.
 
     Args:
-        shards (`str`, *optional*): a URL they are at; then `work` keeps a copy of what is used.
+        shards (`str`, *optional*): a URL for the shards; `work` then keeps copies of those that are read.
     """
     scorer = FactorScorer.from_pretrained(bundled(recipe.scorer)).to(accelerator.device) if recipe.scorer else None
     made_of = fingerprint(recipe, samples, anchors, pipe, scorer)
@@ -130,16 +130,16 @@ def collect_stage(
 
 
 def from_disk(recipe: Recipe, store: TrajectoryStore) -> Source:
-    """The collected trajectories."""
+    """Collected trajectories as a source."""
     data, train, held_out = stored_data(recipe, store)
     moments = {s: ([store.load(p, s) for p in train], [store.load(p, s) for p in held_out]) for s in recipe.sites}
     return Source(data, moments, store.fingerprint)
 
 
 def from_stream(recipe: Recipe, work: Path, accelerator: Accelerator, pipe, samples, anchors) -> Source:
-    """A buffer of trajectories in memory, full to begin with, or as it was when training stopped."""
+    """A full buffer of trajectories in memory as a source; a continued run starts with the buffer it had."""
     if accelerator.num_processes > 1:
-        raise ValueError("Streaming (`collect.buffer`) runs in one process: its buffer is one.")
+        raise ValueError("Streaming (`collect.buffer`) runs in one process, as there is one buffer.")
     per_batch = recipe.collect.batch_size * recipe.collect.tokens_per_image
     held = max(2, round(recipe.train.validation * recipe.collect.buffer / per_batch))
     stream = Stream(pipe, samples, recipe, anchors, held)
@@ -161,7 +161,8 @@ def run(
     All stages of a recipe.
 
     Returns:
-        the dictionaries by the names of the recipe's variants, saved in `out/<name>`; without variants one, in `out`.
+        the dictionaries by the names of the recipe's variants, saved in `out/<name>`; without variants one dictionary
+        named `""`, saved in `out`.
     """
     accelerator = accelerator or new_accelerator(recipe, work, cpu=not torch.cuda.is_available())
     pipe, samples, anchors = load_pipeline(recipe, accelerator.device)
@@ -171,15 +172,15 @@ def run(
         source = from_stream(recipe, work, accelerator, pipe, samples, anchors)
     variants = {name: recipe.variant(name) for name in recipe.variants} or {"": recipe}
     names, dynamics, facts = {}, {}, {}
-    for variant, own in variants.items():
+    for variant, settings in variants.items():
         for site in recipe.sites:
-            mark = json.dumps([source.mark, own.fit.model_dump()], sort_keys=True)
+            mark = json.dumps([source.mark, settings.fit.model_dump()], sort_keys=True)
             digest = hashlib.blake2b(mark.encode(), digest_size=6).hexdigest()
             name = f"{variant}/{site}".lstrip("/").replace("/", "@")
             names[name] = variant, site
             with accelerator.main_process_first():
                 path = work / "dynamics" / f"{site}-{digest}.safetensors"
-                dynamics[name], facts[name] = fitted(own, site, *source.moments[site], path, mark)
+                dynamics[name], facts[name] = fitted(settings, site, *source.moments[site], path, mark)
     folder = work / "checkpoints"
 
     def remedy() -> str:
@@ -196,14 +197,15 @@ def run(
             {name: site for name, (_, site) in names.items()}, anchors, work, accelerator, source.mark, source.stream,
         )  # fmt: skip
     saved = {}
-    for variant, own in variants.items() if accelerator.is_main_process else ():
+    for variant, settings in variants.items() if accelerator.is_main_process else ():
         sites, report = {}, {}
         for name, (whose, site) in names.items():
             if whose == variant:
                 sites[site] = trained[name]
-                report[site] = facts[name] | evaluate(trained[name], source.data.validation[site].float(), own.train.k)
+                held_out = source.data.validation[site].float()
+                report[site] = facts[name] | evaluate(trained[name], held_out, settings.train.k)
         print(json.dumps(report, indent=2))
-        saved[variant] = save(own, sites, report, out / variant, pipe, anchors)
+        saved[variant] = save(settings, sites, report, out / variant, pipe, anchors)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return saved
@@ -212,27 +214,27 @@ def run(
 def save(
     recipe: Recipe, sites: dict[str, SparseDictionary], report: dict, out: Path, pipe, anchors: list[int]
 ) -> Dictionary:
-    """Write the dictionary of trained `sites`; labels that are there stay if they are of these very weights."""
+    """Write the dictionary of trained `sites`. Labels and presets in `out` stay if they belong to the same weights."""
     config = {
         "base_model": recipe.base_model, "license": recipe.license, "signature": signature(get_denoiser(pipe)),
         "anchors": anchors, "recipe": recipe.model_dump(), "sampler": type(pipe.scheduler).__name__, "metrics": report,
         "prediction_type": pipe.scheduler.config.get("prediction_type", "flow"),
     }  # fmt: skip
     before = _unchanged(sites, out)
-    kept = (before.labels, config, before.presets, before.maps) if before else ({}, config)
-    dictionary = Dictionary(sites, *kept)
+    contents = (before.labels, config, before.presets, before.maps) if before else ({}, config)
+    dictionary = Dictionary(sites, *contents)
     dictionary.save(out)
     write_json(out / "metrics.json", report)
     return dictionary
 
 
 def _unchanged(sites: dict[str, SparseDictionary], folder: Path) -> Dictionary | None:
-    """What `folder` holds, if these are its very dictionaries, so that its labels and presets still hold."""
+    """The dictionary in `folder`, if it has the same weights, so that its labels and presets are still right."""
     if not (folder / CONFIG_NAME).exists():
         return None
     try:
         before = load_dictionary(folder)
-    except (OSError, ValueError):  # of another version, or damaged: about to be replaced
+    except (OSError, ValueError):  # of another version, or damaged: it will be replaced
         return None
     same = before.sites.keys() == sites.keys() and all(
         torch.equal(before.sites[site].encoder.half(), sites[site].encoder.half()) for site in sites
@@ -241,7 +243,7 @@ def _unchanged(sites: dict[str, SparseDictionary], folder: Path) -> Dictionary |
 
 
 def run_all(recipe: Recipe, out: Path | None, work: Path, shards: str | None, cpu: bool, collect_only: bool) -> None:
-    """What the command does, once it knows what it is told."""
+    """The command `train` or `collect`, once its arguments are checked."""
     keep_freed_memory()
     accelerator = new_accelerator(recipe, work, cpu or not torch.cuda.is_available())
     if collect_only:

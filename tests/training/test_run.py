@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from diffusers_rtsae import load_dictionary
 from training.data import stream as module
-from training.data.store import told_of
+from training.data.store import metadata_name
 from training.data.stream import Stream
 from training.loop.checkpoints import Checkpoints
 from training.recipe import Recipe
@@ -138,7 +138,7 @@ def test_every_turn_of_a_stream_draws_other_tokens_and_noise(monkeypatch):
 
     def drawing(pipe, part, first, *told):
         drawn.append((first, [sample.seed for sample in part]))
-        return dict.fromkeys((site, told_of(site)), torch.zeros(1)), None
+        return dict.fromkeys((site, metadata_name(site)), torch.zeros(1)), None
 
     site = RECIPE["sites"][0]
     monkeypatch.setattr(module, "trajectories", drawing)

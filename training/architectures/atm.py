@@ -9,34 +9,34 @@ from ..recipe import Train
 from .batch_topk import BatchTopK
 from .sparse import Code, batch_topk, encode
 
-MEMORY = 100  # batches that running means go back; before that nothing is masked
+MEMORY = 100  # batches that the running means cover; nothing is masked before that many
 
 
 class AdaptiveMasking(BatchTopK):
     """
-    BatchTopK among latents that take part by how important they are (adaptive temporal masking, 2510.08855; the time
-    is that of training). Running means of a latent's magnitude, frequency and contribution to the reconstruction make
-    its importance; below θ = mean + `mask_above` · std of all it is left out of a step with the chance
-    1 − exp(−`mask_rate` (θ − importance) / θ).
+    BatchTopK in which latents of little importance are masked at random (adaptive temporal masking, 2510.08855; the
+    time is that of training). A latent's importance is made from running means of its magnitude, its frequency and its
+    contribution to the reconstruction. Below θ = mean + `mask_above` · std over all latents, a latent is left out of a
+    step with the chance 1 − exp(−`mask_rate` (θ − importance) / θ).
 
-    How the three make the importance is ours: `importance: mean` of them, each in units of its mean over the latents,
-    or their `product`, its cube root.
+    The formula of the importance is ours: each of the three is divided by its mean over the latents; `importance` is
+    their `mean`, or the cube root of their `product`.
     """
 
     draws = True
 
     def __init__(self, settings: Train, device: torch.device | str, processes: Processes):
         super().__init__(settings, device, processes)
-        self.settings, self.noting = settings, False
-        # magnitude where active, frequency, and by how much it lessens the squared error
+        self.settings, self.recording = settings, False
+        # magnitude where active, frequency, and how much the latent reduces the squared error
         self.running = processes.share(torch.zeros(settings.num_latents, 3, device=device)).clone()
-        self.seen = torch.zeros(1)  # batches; on the host, which must know
+        self.seen = torch.zeros(1)  # batches so far, on the host
 
     def state(self):
         return {"running": self.running, "seen": self.seen}
 
     def chance(self) -> torch.Tensor:
-        """Of each of this process' latents, to be left out."""
+        """The chance of each of this process' latents to be masked."""
         count, least = self.settings.num_latents, torch.finfo(torch.float32).tiny
         mean = self.processes.sum(self.running.sum(0)) / count
         parts = self.running / mean.clamp(min=least)
@@ -48,33 +48,32 @@ class AdaptiveMasking(BatchTopK):
         return 1 - torch.exp(-self.settings.mask_rate * below)
 
     def encode(self, centred, centre, weight, bias, gates, training):
-        self.noting, taking_part = training, bias
+        self.recording, masked_bias = training, bias
         if training and self.seen >= MEMORY:
             drawn = torch.rand(self.settings.num_latents, device=bias.device)
             masked = self.processes.share(drawn) < self.chance()
-            taking_part = bias.detach().masked_fill(masked, torch.finfo(self.dtype).min / 2)
-        code = batch_topk(centred, weight, taking_part, self.k, self.dtype, self.processes, gates)
+            masked_bias = bias.detach().masked_fill(masked, torch.finfo(self.dtype).min / 2)
+        code = batch_topk(centred, weight, masked_bias, self.k, self.dtype, self.processes, gates)
         return encode(centred, centre, weight, bias, code, gates)
 
     def loss(self, target, code, weight, centre, unit):
         loss, error, reconstruction = super().loss(target, code, weight, centre, unit)
-        if self.noting:
-            self._note(code, weight, target - reconstruction)
+        if self.recording:
+            self._record(code, weight, target - reconstruction)
         return loss, error, reconstruction
 
     @torch.no_grad()
-    def _note(self, code: Code, weight: torch.Tensor, left: torch.Tensor) -> None:
-        """Take note of a batch and of the error `(rows, d)` that is left."""
+    def _record(self, code: Code, weight: torch.Tensor, error: torch.Tensor) -> None:
+        """Update the running means from a code and the error `(rows, d)` of its reconstruction."""
         active = code.where(code.values > 0)
-        size = max(1, 2**24 // left.shape[1])
+        size = max(1, 2**24 // error.shape[1])
         pieces = zip(active.rows.split(size), active.latents.split(size), strict=True)
-        along = torch.cat([(left[rows] * weight[latents]).sum(1) for rows, latents in pieces])
-        lessened = active.values * (2 * along + active.values)  # decoder rows have length 1
+        along = torch.cat([(error[rows] * weight[latents]).sum(1) for rows, latents in pieces])
+        reduced = active.values * (2 * along + active.values)  # decoder rows have length 1
         sums = torch.zeros_like(self.running)
-        found = torch.stack([active.values, (active.values > 0).float(), lessened], 1)
-        sums.index_add_(0, active.latents, found)
+        sums.index_add_(0, active.latents, torch.stack([active.values, (active.values > 0).float(), reduced], 1))
         fired, share = sums[:, 1:2], 1 / min(self.seen.item() + 1, MEMORY)
-        there = torch.cat([sums[:, :1] / fired.clamp(min=1), sums[:, 1:] / len(left)], 1)
-        there[:, :1] = torch.where(fired > 0, there[:, :1], self.running[:, :1])
-        self.running.lerp_(there.clamp(min=0), share)
+        means = torch.cat([sums[:, :1] / fired.clamp(min=1), sums[:, 1:] / len(error)], 1)
+        means[:, :1] = torch.where(fired > 0, means[:, :1], self.running[:, :1])
+        self.running.lerp_(means.clamp(min=0), share)
         self.seen += 1

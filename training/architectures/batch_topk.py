@@ -22,38 +22,39 @@ def mean_squared_error(reconstruction: torch.Tensor, target: torch.Tensor, unit:
 class BatchTopK:
     """The rows of a batch share a budget of `k` latents each (2412.06410)."""
 
-    shares_budget = True  # of the batch: on unseen data one threshold must stand for it
-    draws = False  # something at random
+    shares_budget = True  # rows of a batch share it, so that on unseen data a threshold must take its place
+    draws = False  # whether it draws random numbers
 
     def __init__(self, settings: Train, device: torch.device | str, processes: Processes):
         self.k, self.processes = settings.k, processes
         self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
 
     def start(self, centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Take note of a sample as the first encoder sees it."""
+        """Prepare for a centred sample, given the first weight and bias of the encoder."""
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """What is learned beside the dictionary."""
+        """Parameters that are learned beside those of the dictionary, one row for each latent."""
         return {}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What else a checkpoint must hold."""
+        """Other tensors that a checkpoint must hold."""
         return {}
 
     def encode(self, centred, centre, weight, bias, gates: Gates | None, training: bool) -> Code:
+        """The code of centred rows, with gradients to the encoder (see `sparse.encode`)."""
         code = batch_topk(centred, weight, bias, self.k, self.dtype, self.processes, gates)
         return encode(centred, centre, weight, bias, code, gates)
 
     def loss(
         self, target: torch.Tensor, code: Code, weight: torch.Tensor, centre: torch.Tensor, unit: torch.Tensor | None
     ):
-        """What is minimised, the mean squared error in `unit`, and the reconstruction `(rows, d)`."""
+        """The loss, the mean squared error in `unit`, and the reconstruction `(rows, d)`."""
         reconstruction = decode(code, weight, len(target), self.processes) + centre
         error = mean_squared_error(reconstruction, target, unit)
         return error, error, reconstruction
 
     def finish(self, sae: SparseDictionary) -> None:
-        """Bring a trained dictionary into the form that one threshold serves."""
+        """Rescale a trained dictionary, if it needs that, so that one threshold for all latents is enough."""
 
 
 class TopK(BatchTopK):

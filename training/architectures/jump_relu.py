@@ -9,7 +9,7 @@ from ..recipe import Train
 from .batch_topk import BatchTopK
 from .sparse import batch_topk, encode, most_above
 
-CANDIDATES = 8  # times k: how many latents of a row near their thresholds are looked at, on average
+CANDIDATES = 8  # times k: how many latents of a row are considered, on average
 
 
 class _Step(torch.autograd.Function):
@@ -31,8 +31,8 @@ class _Step(torch.autograd.Function):
 
 class JumpReLU(BatchTopK):
     """
-    A learned threshold for each latent, pulled to `k` active ones by a penalty on L0 (2407.14435). The penalty has
-    work to do where many more are active: of a batch, up to `8 k` a row are looked at, those most above it.
+    A learned threshold for each latent; a penalty on L0 pulls the mean number of active latents to `k` (2407.14435).
+    At most `8 k` latents a row, on average over a batch, are considered: those that exceed their threshold most.
     """
 
     shares_budget = False
@@ -59,7 +59,7 @@ class JumpReLU(BatchTopK):
         least, most = threshold.detach() - self.bandwidth / 2, CANDIDATES * self.k * len(centred)
         near = most_above(centred, weight, bias, least, most, self.dtype, gates)
         threshold = threshold[near.latents]
-        if gates is not None:  # what is behind a closed gate has no threshold to exceed
+        if gates is not None:  # a latent behind a closed gate is never active
             is_open = gates.of(near) > 0
             near, threshold = near.where(is_open), threshold.masked_fill(~is_open, torch.inf)
         code = encode(centred, centre, weight, bias, near, gates)
@@ -73,7 +73,7 @@ class JumpReLU(BatchTopK):
 
     @torch.no_grad()
     def finish(self, sae):
-        # a latent measured in units of its own threshold: then all have the threshold 1
+        # measured in units of its own threshold, every latent has the threshold 1
         unit = self.log_threshold.exp().to(sae.encoder.device)
         sae.encoder.flatten(1).div_(unit[:, None])
         sae.encoder_bias.div_(unit)

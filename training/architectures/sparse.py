@@ -1,11 +1,11 @@
-"""Sparse autoencoding with sparse gradients: nothing as wide as the dictionary is kept between forward and backward.
+"""Sparse autoencoding with sparse gradients: no tensor as wide as the dictionary is kept between forward and backward.
 
-A code is a list of (row, latent, value), sorted by row. What the dense formulation does with matrix products over all
-latents, decoding and every gradient, is here a weighted sum over the active ones (`embedding_bag`). Only the
-encoder's forward product is dense, made in pieces of a few rows each.
+A code is a list of (row, latent, value), sorted by row. Decoding and all gradients are weighted sums over the active
+latents (`embedding_bag`), where a dense formulation has matrix products over all latents. Only the encoder's forward
+product is dense; it is made in pieces of a few rows.
 
-On a CPU a code has as many entries as are active. On other devices the host would have to wait to learn how many these
-are, so a code has as many as there may be, and those of value 0 fill it up: they get no gradient and give none.
+On a CPU a code has one entry for each active latent. On other devices the host would have to wait to learn their
+number, so a code has as many entries as may be active. Entries of value 0 fill it up; they carry no gradient.
 """
 
 from __future__ import annotations
@@ -43,25 +43,30 @@ class Code(NamedTuple):
 
 class Gates(NamedTuple):
     """
-    What pre-activations are multiplied by.
+    Factors of pre-activations, the same for all latents of a group.
 
-    shares (`torch.Tensor`): `(rows, groups)`, not negative.
-    group (`torch.Tensor`): of each latent, `(latents,)` int64.
+    shares (`torch.Tensor`): the factor of each row and group, `(rows, groups)`, not negative.
+    group (`torch.Tensor`): the group of each latent, `(latents,)` int64.
     """
 
     shares: torch.Tensor
     group: torch.Tensor
 
     def of(self, code: Code) -> torch.Tensor:
-        """`(active,)`, with gradients to the shares."""
+        """The factor of each entry of a code, `(active,)`, with gradients to the shares."""
         return self.shares[code.rows, self.group[code.latents]]
 
 
 def products(
     centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, gates: Gates | None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """`centred @ weight.T` computed in `dtype`, in pieces of rows, each with the index of its first row, and what is
-    still to be added to it: the bias, unless it had to be before the gates. Behind a closed gate there is -inf."""
+    """
+    `centred @ weight.T` computed in `dtype`, in pieces of a few rows.
+
+    Yields:
+        index of the first row of a piece, the piece, and what is still to be added to it: the bias. With gates, which
+        multiply the bias too, that is 0; behind a closed gate there is -inf.
+    """
     centred, weight = centred.to(dtype), weight.to(dtype)
     step = max(1, _PIECE // max(1, len(weight)))
     for start in range(0, len(centred), step):
@@ -75,7 +80,7 @@ def products(
 
 
 def _true(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns where the few true entries of `mask (rows, columns)` are; looked for eight at a time."""
+    """Rows and columns of the true entries of `mask (rows, columns)`. Few are true, so eight are tested at a time."""
     flat = mask.flatten()
     whole = len(flat) // 8 * 8
     words = flat[:whole].view(torch.int64).nonzero()[:, 0]
@@ -93,7 +98,7 @@ def above(
     dtype: torch.dtype = torch.float32,
     gates: Gates | None = None,
 ) -> Code:
-    """All pre-activations that exceed `threshold`: a number, one per latent, or what tells it from the first piece."""
+    """All pre-activations that exceed `threshold`: a number, one per latent, or a function of the first piece."""
     found = []
     for start, piece, rest in products(centred, weight, bias, dtype, gates):
         if callable(threshold):
@@ -114,8 +119,8 @@ def most_above(
     gates: Gates | None = None,
 ) -> Code:
     """
-    The `count` pre-activations of the batch that exceed `threshold`, one per latent, by most. On other devices than
-    CPUs there are others among them if fewer exceed it.
+    The `count` pre-activations of the batch that exceed `threshold (latents,)` by most. If fewer exceed it, a CPU
+    returns fewer; other devices fill up with pre-activations that do not.
     """
     if centred.device.type == "cpu":
         code = above(centred, weight, bias, threshold, dtype, gates)
@@ -135,7 +140,7 @@ def most_above(
 
 
 def _largest(values: torch.Tensor, k: int, processes: Processes) -> torch.Tensor:
-    """Which of `values (rows, n)` are among the `k` largest that a row has over all processes."""
+    """Which of `values (rows, n)` are among the `k` largest of their row over all processes, bool."""
     all_values = processes.gather(values).transpose(0, 1)
     kept = all_values.flatten(1).topk(min(k, all_values[0].numel()), sorted=False).indices
     largest = torch.zeros_like(all_values, dtype=torch.bool)
@@ -176,7 +181,7 @@ def batch_topk(
     """
     The `k * rows` largest positive pre-activations of the batch (BatchTopK, 2412.06410) over all processes, exactly.
 
-    A few rows tell above which value to look for twice as many; if there are too few, lower.
+    A threshold is guessed from a few rows, so that about twice as many exceed it; it is lowered if too few do.
     """
     count, threshold = k * len(centred), 0.0
     if centred.device.type != "cpu":
@@ -221,7 +226,7 @@ def _by_latent(rows: torch.Tensor, latents: torch.Tensor, values: torch.Tensor) 
 
 
 class _Encode(torch.autograd.Function):
-    """The values of a code whose pre-activations are `(x - centre) @ weight.T + bias`."""
+    """The values of a code of pre-activations `(x - centre) @ weight.T + bias`."""
 
     @staticmethod
     def forward(ctx, centred, centre, weight, bias, rows, latents, values):
@@ -267,8 +272,8 @@ def encode(
     A code that carries gradients to the encoder.
 
     Args:
-        centred (`torch.Tensor`): `(rows, d)`, the input minus the detached `centre (d,)`; if what made it is learned
-            too, it gets its gradient.
+        centred (`torch.Tensor`): `(rows, d)`, the input minus the detached `centre (d,)`; gets a gradient if it
+            requires one.
         weight, bias (`torch.Tensor`): `(latents, d)` and `(latents,)`.
         code (`Code`): chosen among the pre-activations `centred @ weight.T + bias`, times the gates.
     """
@@ -281,7 +286,8 @@ def encode(
 
 def decode(code: Code, weight: torch.Tensor, count: int, processes: Processes = ALONE) -> torch.Tensor:
     """
-    `(count, d)`: the sum of `values * weight[latents]` of each row over all processes, with gradients to this one's.
+    `(count, d)`: the sum of `values * weight[latents]` of each row over all processes, with gradients to the values
+    and weights of this process.
     """
     reconstruction = processes.sum(_sum_by(code.rows, count, code.latents, code.values, weight.detach()))
     return _DecoderGradient.apply(reconstruction, weight, code.rows, code.latents, code.values.detach())

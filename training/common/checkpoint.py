@@ -19,7 +19,7 @@ from .differences import differences
 def save_checkpoint(
     path: Path, step: int, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, fingerprint: str
 ) -> None:
-    """Write `tensors` and the optimizer's moments; `fingerprint` names the run they belong to."""
+    """Write `tensors` and the optimizer's moments; `fingerprint` describes the run that they belong to."""
     flat = {f"state.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for i, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
@@ -32,7 +32,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, fingerprint: str
 ) -> int:
-    """Copy a checkpoint into `tensors` and `optimizer`; returns the number of steps done, 0 if there is none.
+    """Copy a checkpoint into `tensors` and `optimizer`. Returns the number of finished steps, 0 if there is no file.
 
     Raises:
         `ValueError`: if the checkpoint was written by a run with other settings.

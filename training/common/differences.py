@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 def differences(before: str | None, now: str) -> list[str] | None:
-    """What is another in two fingerprints; `None` if the first is of an earlier version, or no fingerprint."""
+    """What differs between two fingerprints; `None` if the first is of an earlier version, or no fingerprint."""
     try:
         one, other = (dict(_leaves(json.loads(text))) for text in (before, now))
     except (TypeError, ValueError):
@@ -20,6 +20,7 @@ def differences(before: str | None, now: str) -> list[str] | None:
 
 
 def _leaves(value, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values of all entries, however deep."""
     if isinstance(value, str) and value.startswith("{"):  # one fingerprint in another
         value = json.loads(value)
     if isinstance(value, dict):

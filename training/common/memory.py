@@ -1,4 +1,4 @@
-"""Memory: what a step frees is kept for the next, and what to lower where a device has too little."""
+"""Memory: keep what a step frees for the next one, and say what to lower where a device has too little."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 
 def keep_freed_memory() -> None:
     """
-    Have this process keep the memory of freed tensors for those of the next step, as it is on devices other than CPUs.
+    Keep the memory of freed tensors in this process, for the tensors of the next step. On other devices than CPUs
+    PyTorch does so by itself.
 
-    The system zeroes the pages that it hands out; a step that takes and returns gradients as large as the dictionary
-    spent a seventh of its time on that.
+    The system zeroes every page that it hands out. A step that allocates gradients as large as the dictionary spent a
+    seventh of its time on that.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other libraries of C have no such
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # not all C libraries have it
         libc.mallopt(-4, 0)  # M_MMAP_MAX: everything from the heap,
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which stays
 

@@ -1,7 +1,7 @@
 """How several processes train one dictionary: each has a share of the latents, and all see every row.
 
-Weights, gradients and the optimizer's moments never travel. What does is a batch's rows, the values of its codes, and
-its reconstruction, so that the result is that of one process, to rounding.
+The rows of a batch, the values of its codes and its reconstruction are exchanged; weights, gradients and the
+optimizer's moments never are. The result is that of one process, to rounding.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ import torch.nn.functional as F
 
 
 class Processes(NamedTuple):
-    """Which of how many processes this is. All of them must make the same calls in the same order."""
+    """The rank of this process, and the number of processes. All must make the same calls in the same order."""
 
     rank: int
     count: int
 
     def start(self, length: int) -> int:
-        """Where this process' share of so many elements begins; the last ones may have fewer than the others."""
+        """Index of the first element of this process' share of `length` elements. The last shares may be smaller."""
         return self.rank * -(-length // self.count)
 
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What this process has of a tensor's first dimension."""
+        """This process' share of a tensor along its first dimension."""
         return tensor[self.start(len(tensor)) :][: -(-len(tensor) // self.count)]
 
     def whole(self, share: torch.Tensor, length: int) -> torch.Tensor:
-        """The tensor of so many elements that every process has its share of."""
+        """The tensor of `length` elements, put together from the shares of all processes."""
         if self.count == 1:
             return share
         missing = -(-length // self.count) - len(share)
         return self.gather(F.pad(share, (0, 0) * (share.ndim - 1) + (0, missing))).flatten(0, 1)[:length]
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`(count, *shape)`: tensors of one shape, of each process."""
+        """`(count, *shape)`: the tensors of all processes, which have the same shape."""
         if self.count == 1:
             return tensor[None]
-        found = tensor.new_empty(self.count, *tensor.shape)
-        dist.all_gather(list(found), tensor.contiguous())
-        return found
+        gathered = tensor.new_empty(self.count, *tensor.shape)
+        dist.all_gather(list(gathered), tensor.contiguous())
+        return gathered
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         """
-        The sum of the parts that each process has; `part` may be overwritten.
+        The sum of the parts of all processes; `part` may be overwritten.
 
-        Its gradient is passed on as it is: each process computes the same loss, to learn its own part.
+        The gradient passes through unchanged: every process computes the same loss, and learns its own part from it.
         """
         return part if self.count == 1 else _Sum.apply(part)
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have come here."""
         if self.count > 1:
             dist.barrier()
 

@@ -1,4 +1,4 @@
-"""Generate pictures from prompts and keep the trajectories of chosen sites."""
+"""Generate pictures from prompts and keep the trajectories of chosen sites (others say hook points or layers)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ..common.memory import enough_memory
 from ..common.seeds import step_generator
 from ..recipe import Collect, Recipe
 from .prompts import Sample
-from .store import NOWHERE, TrajectoryStore, told_of
+from .store import NOWHERE, TrajectoryStore, metadata_name
 
 _REMEDY = (
-    "Free the device and run the same command again, which keeps the shards that are whole; or lower "
-    "`collect.batch_size`, with which all shards are collected anew."
+    "Free the device and run the same command again, which keeps the finished shards; or lower "
+    "`collect.batch_size`, after which all shards are collected again."
 )
 
 
 def anchor_timesteps(pipe: DiffusionPipeline, settings: Collect, anchors: int | list[int]) -> list[int]:
     """
-    `anchors` of the sampler's timesteps, evenly spaced, first and last included; or those given.
+    The timesteps to keep: a number of the sampler's, evenly spaced from the first to the last, or those listed.
 
-    Models trained on a noise schedule are sampled with DDIM from here on, others with the sampler they have.
+    A pipeline with a noise schedule is switched to DDIM; others keep the sampler they have.
     """
     if noise_schedule(pipe.scheduler) is not None:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -44,7 +44,7 @@ def anchor_timesteps(pipe: DiffusionPipeline, settings: Collect, anchors: int | 
     if isinstance(anchors, int):
         return [timesteps[round(i * (len(timesteps) - 1) / (anchors - 1))] for i in range(anchors)]
     if unknown := [t for t in anchors if t not in timesteps]:
-        raise ValueError(f"The anchors {unknown} are no steps of the sampler, which visits {timesteps}.")
+        raise ValueError(f"The anchors {unknown} are not among the timesteps of the sampler, {timesteps}.")
     return sorted(set(anchors), reverse=True)
 
 
@@ -62,51 +62,56 @@ def trajectories(
 
     Args:
         first (`int`): index of the first sample in the whole collection.
-        pictures (`bool`): decode them too.
+        pictures (`bool`): also decode the pictures.
 
     Returns:
-        the tensors of a shard (see `TrajectoryStore`), and the pictures `(batch, 3, height, width)` in [0, 1].
+        the tensors of a shard (see `TrajectoryStore`), and the pictures `(batch, 3, height, width)` in [0, 1], or
+        `None`.
     """
-    settings, streams = recipe.collect, ("cond",) if recipe.collect.streams == "cond" else ("cond", "uncond")
+    settings, branches = recipe.collect, ("cond",) if recipe.collect.streams == "cond" else ("cond", "uncond")
     guidance = settings.guidance(first)
     generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
-    recorder = Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, streams, device=None)
+    recorder = Recorder(pipe, recipe.sites, anchors, recipe.activation, torch.float16, branches, device=None)
     with enough_memory(f"drawing {len(samples)} pictures", lambda: _REMEDY), recorder:
         images = pipe(
             [sample.prompt for sample in samples], generator=generators, num_inference_steps=settings.steps,
             guidance_scale=guidance, output_type="pt" if pictures else "latent", **own_size(pipe),
         ).images  # fmt: skip
-    tensors, of_sites = {}, {}
+    tensors, activations = {}, {}
     for site in recipe.sites:
         whole = recorder.trajectories(site)
         if whole.shape[2] != len(anchors):
-            raise ValueError(f"The sampler visited {recorder.timesteps}, not all anchors {anchors}.")
-        kept, generator = min(settings.tokens_per_image, whole.shape[1]), step_generator(recipe.seed + 1, first)
-        chosen = torch.stack([torch.randperm(whole.shape[1], generator=generator)[:kept].sort().values for _ in whole])
-        of = torch.arange(first, first + len(samples), dtype=torch.int32).repeat(len(streams))
+            raise ValueError(
+                f"Expected a sampler that visits all anchors {anchors}, got one that visits {recorder.timesteps}."
+            )
+        count, generator = min(settings.tokens_per_image, whole.shape[1]), step_generator(recipe.seed + 1, first)
+        chosen = torch.stack(
+            [torch.randperm(whole.shape[1], generator=generator)[:count].sort().values for _ in whole]
+        )
+        image = torch.arange(first, first + len(samples), dtype=torch.int32).repeat(len(branches))
         rows = (chosen + whole.shape[1] * torch.arange(len(whole))[:, None]).flatten()
-        of_sites[site] = whole.flatten(0, 1)[rows.to(whole.device)]
+        activations[site] = whole.flatten(0, 1)[rows.to(whole.device)]
         tensors[f"{site}/token"] = chosen.flatten().to(torch.int32)
-        tensors[f"{site}/image"] = of.repeat_interleave(kept)
+        tensors[f"{site}/image"] = image.repeat_interleave(count)
         try:
             where = places(recorder.size(site))[chosen.flatten()]
-        except ValueError:  # its tokens lie on no grid
+        except ValueError:  # the tokens lie on no grid
             where = torch.full((chosen.numel(), 2), NOWHERE)
         scale = share_of_guidance(guidance).expand(chosen.numel(), 1)
-        tensors[told_of(site)] = torch.cat([where, scale], 1)
-    tensors |= on_host(of_sites)
+        tensors[metadata_name(site)] = torch.cat([where, scale], 1)
+    tensors |= on_host(activations)
     return tensors, images.float().clamp(0, 1) if pictures else None
 
 
 def on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of one dtype, copied from a device all at once."""
+    """Tensors of one dtype, copied from a device in one copy."""
     whole = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
     parts = whole.split([tensor.numel() for tensor in tensors.values()])
     return {name: part.view(tensors[name].shape).clone() for name, part in zip(tensors, parts, strict=True)}
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[tuple[int, Sequence[Sample]]]:
-    """The samples of each shard, with the index of the first."""
+    """The samples of each shard, each with the index of its first sample."""
     for start in range(0, len(samples), size):
         yield start, samples[start : start + size]
 
@@ -121,12 +126,12 @@ def collect(
     process: tuple[int, int] = (0, 1),
 ) -> None:
     """
-    Fill `store` with one shard per batch of prompts; shards that are there already are kept.
+    Fill `store` with one shard for each batch of prompts. Shards that exist already are kept.
 
     Args:
         anchors (`list[int]`): timesteps of the sampler to keep.
-        scorer (*optional*): its readings of the finished pictures are stored with the shard.
-        process (`tuple[int, int]`): which of how many processes this is; each makes its own shards.
+        scorer (*optional*): reads the finished pictures; its readings are stored with the shard.
+        process (`tuple[int, int]`): rank and number of processes; each makes its own shards.
     """
     size = recipe.collect.batch_size
     mine = [(start, part) for start, part in batches(samples, size) if start // size % process[1] == process[0]]

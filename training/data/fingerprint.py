@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..recipe import Recipe
 
-# components that latents do not depend on, and what a configuration says of its file
+# components that latents do not depend on, and configuration keys that concern only the file
 _OF_PICTURES = {"vae", "image_encoder", "feature_extractor", "safety_checker", "watermark"}
 _OF_FILES = {"transformers_version", "architectures", "dtype", "torch_dtype"}
 
@@ -21,12 +21,12 @@ def fingerprint(
     recipe: Recipe, samples: Sequence, anchors: Sequence[int], pipe: DiffusionPipeline, scorer: torch.nn.Module | None
 ) -> str:
     """
-    All that trajectories, and readings of the pictures, depend on.
+    Everything that trajectories, and a scorer's readings of the pictures, depend on.
 
     Args:
         samples: pairs of a prompt and a seed.
-        anchors: timesteps that are kept.
-        scorer (*optional*): that reads the pictures; without one nothing depends on how latents are decoded.
+        anchors: the timesteps to keep.
+        scorer (*optional*): reads the pictures. Without one nothing depends on how latents are decoded.
     """
     prompts = _digest(json.dumps(samples).encode())
     made_of = json.loads(recipe.collected) | {"anchors": list(anchors), "prompts": prompts}
@@ -47,13 +47,13 @@ def _digest(*parts: bytes) -> str:
 
 
 def _settings(config: dict) -> dict:
-    """A configuration without what says where it comes from."""
+    """A configuration without the keys that say where it was loaded from."""
     kept = {name: value for name, value in config.items() if not name.startswith("_") and name not in _OF_FILES}
     return json.loads(json.dumps(kept, sort_keys=True, default=str))
 
 
 def _component(part) -> str | dict:
-    """A scheduler's settings; of what is large, its class and a digest."""
+    """A scheduler's settings; of larger components their class and a digest."""
     name = type(part).__name__
     if isinstance(part, SchedulerMixin):
         return {"class": name} | _settings(dict(part.config))
@@ -73,11 +73,11 @@ def _weights(module: torch.nn.Module) -> Iterator[bytes]:
 
 
 def _tokenizer(tokenizer) -> dict:
-    """What it makes of a text, without how a call padded the last."""
+    """What determines the tokens of a text, without the padding of the latest call."""
     rules = {}
     if hasattr(tokenizer, "backend_tokenizer"):
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
     special = dict(tokenizer.special_tokens_map)
-    own = {"length": tokenizer.model_max_length, "side": tokenizer.padding_side, "special": special}
-    return own | {"rules": rules or tokenizer.get_vocab()}
+    settings = {"length": tokenizer.model_max_length, "side": tokenizer.padding_side, "special": special}
+    return settings | {"rules": rules or tokenizer.get_vocab()}

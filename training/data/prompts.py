@@ -27,16 +27,16 @@ class Sample(NamedTuple):
 
 def read_samples(settings: Collect, seed: int) -> list[Sample]:
     """
-    The pictures a recipe asks for, each prompt and seed once, in random order.
+    The pictures that a recipe asks for, each pair of prompt and seed once, in random order.
 
-    Prompts are the captions of a world (`"shapes"`); the lines of a text file; the rows of a `.jsonl` or
-    `.parquet` file; or those of a dataset on the Hub. Rows without a seed get one each. Of a parquet file or dataset,
-    only what is used is read.
+    Prompts are the captions of a world (`"shapes"`), the lines of a text file, or the rows of a `.jsonl` file, a
+    `.parquet` file or a dataset on the Hub. A row without a seed gets one. Of a parquet file or a dataset only the
+    columns and rows that are needed are read.
 
     Raises:
-        `ValueError`: if there are no prompts, the column is not there, or a row that is used (of a `.jsonl`: any)
-            holds something else than a text and a whole number or nothing.
-        `OSError`: if there is no such file or dataset.
+        `ValueError`: if there are no prompts, the column does not exist, or a row that is used (of a `.jsonl`: any
+            row) holds anything else than a text, and a whole number or nothing as its seed.
+        `OSError`: if the file or dataset does not exist.
     """
     source = settings.prompts
     if source in worlds():
@@ -50,16 +50,16 @@ def read_samples(settings: Collect, seed: int) -> list[Sample]:
     samples: dict[Sample, None] = {}
     start = 0
     while start < count and len(samples) < settings.count:
-        chosen = order[start : start + max(settings.count, start)]  # rows that are there twice need some more
+        chosen = order[start : start + max(settings.count, start)]  # repeated rows need some more
         for i, (number, row) in enumerate(zip(chosen, take(chosen), strict=True), start):
-            prompt, own = _checked(row, number, settings)
-            samples[Sample(prompt, seed * 1_000_003 + i if own is None else own)] = None
+            prompt, row_seed = _checked(row, number, settings)
+            samples[Sample(prompt, seed * 1_000_003 + i if row_seed is None else row_seed)] = None
         start += len(chosen)
     return list(samples)[: settings.count]
 
 
 def _checked(row, number: int, settings: Collect) -> tuple[str, int | None]:
-    """Prompt and seed of a row; `ValueError` names what is something else."""
+    """Prompt and seed of a row; raises `ValueError` if they are not a text and a whole number or nothing."""
     where, column = f"Row {number} of {settings.prompts}", settings.column
     if not isinstance(row, dict) or column not in row:
         raise ValueError(f"{where} has no column {column!r}, it has: {brief(row)}.")
@@ -73,7 +73,7 @@ def _checked(row, number: int, settings: Collect) -> tuple[str, int | None]:
 
 
 def _rows(settings: Collect) -> tuple[int, Take]:
-    """How many rows a source has, and what gives the rows of these numbers."""
+    """The number of rows of a source, and a function that reads the rows with given numbers."""
     source = settings.prompts
     if source.endswith((".txt", ".jsonl")):
         lines = read_lines(Path(bundled(source)))
@@ -103,29 +103,28 @@ def _parsed(line: str, number: int, source: str):
 
 
 def _parquet(path: Path, columns: list[str]) -> tuple[int, Take]:
-    """The same of a parquet file, of which columns and groups of rows that are not used stay on disk."""
+    """The same of a parquet file. Columns and groups of rows that are not needed are not read."""
     from pyarrow.parquet import ParquetFile
 
     file = ParquetFile(path, buffer_size=2**16, pre_buffer=False)
-    there = file.schema_arrow.names
-    used = [name for name in columns if name in there] if columns[0] in there else there[:5]
+    present = file.schema_arrow.names
+    used = [name for name in columns if name in present] if columns[0] in present else present[:5]
     lengths = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
     def take(numbers: Sequence[int]) -> list[dict]:
-        wanted, found, end = sorted(set(numbers)), {}, 0
-        wanted.reverse()  # the next one last
+        missing, found, end = sorted(set(numbers), reverse=True), {}, 0  # the next row is the last
         for group, length in enumerate(lengths):
             start, end = end, end + length
-            if not wanted or wanted[-1] >= end:
+            if not missing or missing[-1] >= end:
                 continue
             for batch in file.iter_batches(_BATCH, row_groups=[group], columns=used, use_threads=False):
-                own = []
-                while wanted and wanted[-1] < start + len(batch):
-                    own.append(wanted.pop())
-                rows = batch.take([number - start for number in own]).to_pylist() if own else []
-                found.update(zip(own, rows, strict=True))
+                inside = []
+                while missing and missing[-1] < start + len(batch):
+                    inside.append(missing.pop())
+                rows = batch.take([number - start for number in inside]).to_pylist() if inside else []
+                found.update(zip(inside, rows, strict=True))
                 start += len(batch)
-                if not wanted or wanted[-1] >= end:
+                if not missing or missing[-1] >= end:
                     break
         return [found[number] for number in numbers]
 

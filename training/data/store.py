@@ -1,4 +1,4 @@
-"""Trajectories on disk: float16 safetensors shards, each written under a temporary name and renamed when whole."""
+"""Trajectories on disk: float16 safetensors shards, written under a temporary name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..common.differences import differences
 NOWHERE = -1.0  # row and column of a token that lies on no grid
 
 
-def told_of(site: str) -> str:
-    """The name under which what is known of the trajectories of a site lies: row, column, guidance."""
+def metadata_name(site: str) -> str:
+    """The name of the tensor that holds row, column and guidance of each trajectory of a site."""
     return f"{site}/told"
 
 
@@ -34,7 +34,7 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def checksum(tensors: dict[str, torch.Tensor], readings: str) -> str:
-    """Of all that a shard holds."""
+    """A digest of the tensors and readings of a shard."""
     digest = hashlib.blake2b(readings.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -44,9 +44,9 @@ def checksum(tensors: dict[str, torch.Tensor], readings: str) -> str:
 
 class Rows:
     """
-    Trajectories `(rows, G, d)` of many shards as one, read from disk when they are asked for.
+    Trajectories `(rows, G, d)` of many shards as one tensor, which is read from disk where it is indexed.
 
-    Indexing with a tensor of row numbers gives those rows; memory does not grow with the number of shards.
+    Index it with a tensor of row numbers. Memory does not grow with the number of shards.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
@@ -68,7 +68,7 @@ class Rows:
 
 
 class Damaged(OSError):
-    """A shard that is not what was written."""
+    """A shard that differs from what was written."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"{path} is damaged ({reason}). Run the same command again, which collects it anew.")
@@ -79,15 +79,20 @@ class TrajectoryStore:
     """
     Shards of trajectories of one or more sites.
 
-    A shard holds, for each site, `(tokens, G, d)` float16; `<site>/image (tokens,)`, the index of the prompt each
-    token comes from; `<site>/token (tokens,)`, its place in the site's grid, row by row; `<site>/told (tokens, 3)`,
-    its row, column and guidance, each from 0 to 1, or `NOWHERE`; what a scorer read in the shard's images, if one was
-    used; and a checksum, which is verified when a shard is opened for the first time.
+    A shard holds for each site
+
+    - `<site> (tokens, G, d)` float16, the trajectories;
+    - `<site>/image (tokens,)`, the index of the prompt that each comes from;
+    - `<site>/token (tokens,)`, the index of the token, row by row;
+    - `<site>/told (tokens, 3)`, row, column and guidance of each, from 0 to 1, or `NOWHERE`;
+
+    and a scorer's readings of the images, if there is a scorer, and a checksum, which is verified when the shard is
+    opened for the first time.
 
     Args:
-        folder (`Path | str`): where the shards lie; a folder, or any URL that fsspec knows.
-        fingerprint (`str`): what the trajectories are made of; shards made of other things are refused.
-        cache (`Path`, *optional*): where shards of a URL are kept while they are read.
+        folder (`Path | str`): of the shards; a folder, or any URL that fsspec knows.
+        fingerprint (`str`): what the trajectories depend on. Shards with another fingerprint are refused.
+        cache (`Path`, *optional*): a folder for copies of shards that are at a URL.
     """
 
     def __init__(self, folder: Path | str, fingerprint: str, cache: Path | None = None):
@@ -105,7 +110,7 @@ class TrajectoryStore:
         return self.folder / f"shard-{index:05d}.safetensors"
 
     def shards(self) -> list[Path]:
-        """The shards that are whole, in order."""
+        """The complete shards, in order."""
         if self.remote is None:
             return sorted(self.folder.glob("shard-*.safetensors"))
         names = [found.rpartition("/")[2] for found in self.remote.ls(self.root, detail=False)]
@@ -116,16 +121,16 @@ class TrajectoryStore:
     def write(self, index: int, tensors: dict[str, torch.Tensor], readings: list[dict] | None = None) -> None:
         check_finite(tensors)
         path = self.path(index)
-        told = json.dumps(readings or [])
-        metadata = {"fingerprint": self.fingerprint, "readings": told, "checksum": checksum(tensors, told)}
+        text = json.dumps(readings or [])
+        metadata = {"fingerprint": self.fingerprint, "readings": text, "checksum": checksum(tensors, text)}
         self._verified.discard(path)
         try:
             with whole(path) as partial:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
             if self.remote is not None:
-                there = f"{self.root}/{path.name}"
-                self.remote.put_file(str(path), there + ".partial")
-                self.remote.mv(there + ".partial", there)
+                target = f"{self.root}/{path.name}"
+                self.remote.put_file(str(path), target + ".partial")
+                self.remote.mv(target + ".partial", target)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"{path} could not be written ({error}). Make room or choose another folder, then run the same "
@@ -134,7 +139,7 @@ class TrajectoryStore:
 
     def _open(self, path: Path):
         if self.remote is not None and not path.exists():
-            with whole(path, os.getpid()) as partial:  # every process may fetch it
+            with whole(path, os.getpid()) as partial:  # several processes may download it at once
                 self.remote.get_file(f"{self.root}/{path.name}", str(partial))
         try:
             file = safe_open(path, "pt")
@@ -151,12 +156,12 @@ class TrajectoryStore:
         if path not in self._verified:
             found = checksum({name: file.get_tensor(name) for name in file.keys()}, metadata["readings"])
             if found != metadata["checksum"]:
-                raise Damaged(path, "its checksum is another")
+                raise Damaged(path, "its checksum differs")
             self._verified.add(path)
         return file
 
     def check(self, index: int) -> bool:
-        """Whether shard `index` is there, whole, and belongs to this run; one that is damaged is deleted."""
+        """Whether shard `index` exists, is complete, and belongs to this run. A damaged shard is deleted."""
         path = self.path(index)
         if not (self.remote.exists(f"{self.root}/{path.name}") if self.remote is not None else path.exists()):
             return False
@@ -182,7 +187,7 @@ class TrajectoryStore:
         return Rows([self.load(path, site) for path in paths])
 
     def load_origin(self, path: Path, site: str) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
-        """Prompt index and token position of each trajectory of a site, and the readings of the shard's images."""
+        """Prompt index and token index of each trajectory of a site, and the scorer's readings of the images."""
         with self._open(path) as file:
             origin = file.get_tensor(f"{site}/image"), file.get_tensor(f"{site}/token")
             return *origin, json.loads(file.metadata()["readings"])

@@ -1,4 +1,4 @@
-"""Training without a disk: generation feeds a shuffled buffer in memory, for trajectories that would be terabytes."""
+"""Training without a disk: pictures are generated while training and feed a buffer of trajectories in memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from diffusers_rtsae.files import whole
 from ..recipe import Recipe
 from .collect import batches, trajectories
 from .prompts import Sample
-from .store import check_finite, told_of
+from .store import check_finite, metadata_name
 
 
 class Stream:
     """
-    A buffer of trajectories of each site that generation keeps renewing: a ring, where new ones replace the oldest.
+    A ring buffer of trajectories for each site: newly generated ones replace the oldest.
 
-    Pictures are generated in the order of the samples (again from the first after the last, with other seeds), so the
-    buffer's content follows from how often it was renewed. A checkpoint keeps the buffer.
+    Pictures are generated in the order of the samples, and again from the first with other seeds, so the buffer's
+    content depends only on how often it was renewed. A checkpoint holds the buffer.
 
     Args:
-        held_out (`int`): batches set aside first, to measure on.
+        held_out (`int`): number of batches at the beginning that are never trained on.
     """
 
     def __init__(
@@ -46,19 +46,19 @@ class Stream:
     def generate(self, index: int) -> dict[str, torch.Tensor]:
         """Trajectories of each site from batch `index`."""
         turn = 0
-        if index >= self.held_out:  # what is held out is never trained on
+        if index >= self.held_out:  # held-out batches are never trained on
             turn, index = divmod(index - self.held_out, len(self.batches) - self.held_out)
             index += self.held_out
         start, part = self.batches[index]
         part = [sample._replace(seed=sample.seed + turn * 7_000_003) for sample in part]
         start += turn * len(self.batches) * self.recipe.collect.batch_size
         tensors, _ = trajectories(self.pipe, part, start, self.recipe, self.anchors)
-        kept = {name: tensors[name] for site in self.recipe.sites for name in (site, told_of(site))}
-        check_finite(kept)
-        return kept
+        chosen = {name: tensors[name] for site in self.recipe.sites for name in (site, metadata_name(site))}
+        check_finite(chosen)
+        return chosen
 
     def renew(self) -> None:
-        """Put one more batch into the buffer."""
+        """Generate one more batch and put it into the buffer."""
         size = self.recipe.collect.buffer
         for site, rows in self.generate(self.held_out + self.renewed).items():
             if site not in self.buffer:
@@ -73,14 +73,16 @@ class Stream:
         return self.renewed > 0 and min(self.written.values()) >= self.recipe.collect.buffer
 
     def held_out_halves(self, path: Path, made_with: str) -> list[dict[str, torch.Tensor]]:
-        """Trajectories of the batches that are set aside, in two halves; kept in `path` once they are generated, and
-        generated again if they are made of something else now."""
+        """Trajectories of the held-out batches, in two halves. They are stored in `path`, and generated again if the
+        fingerprint there is not `made_with`."""
         if path.exists():
             with safe_open(path, "pt") as file:
                 if file.metadata()["made_with"] == made_with:
                     return [{s: file.get_tensor(f"{side}/{s}") for s in self.recipe.sites} for side in range(2)]
-        kept = [self.generate(i) for i in range(self.held_out)]
-        halves = [{s: torch.cat([rows[s] for rows in kept[side::2]]) for s in self.recipe.sites} for side in range(2)]
+        batches = [self.generate(i) for i in range(self.held_out)]
+        halves = [
+            {s: torch.cat([rows[s] for rows in batches[side::2]]) for s in self.recipe.sites} for side in range(2)
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{side}/{site}": rows for side, half in enumerate(halves) for site, rows in half.items()}
         with whole(path) as partial:
@@ -88,9 +90,9 @@ class Stream:
         return halves
 
     def save(self, path: Path) -> None:
-        told = {"renewed": str(self.renewed), "written": json.dumps(self.written)}
+        metadata = {"renewed": str(self.renewed), "written": json.dumps(self.written)}
         with whole(path) as partial:
-            save_file(self.buffer, partial, metadata=told)
+            save_file(self.buffer, partial, metadata=metadata)
 
     def load(self, path: Path) -> None:
         with safe_open(path, "pt") as file:

@@ -17,14 +17,15 @@ class Unexplained:
     def __init__(self):
         self.count, self.error, self.total, self.sum = 0, 0.0, 0.0, 0.0
 
-    def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
-        """`found` instead of `wanted`, both `(tokens, G, d)`."""
-        self.count += len(wanted)
-        self.error += (found - wanted).double().square().sum((0, 2))
-        self.total += wanted.double().square().sum((0, 2))
-        self.sum += wanted.double().sum(0)
+    def add(self, reconstruction: torch.Tensor, target: torch.Tensor) -> None:
+        """Add tokens; both are `(tokens, G, d)`."""
+        self.count += len(target)
+        self.error += (reconstruction - target).double().square().sum((0, 2))
+        self.total += target.double().square().sum((0, 2))
+        self.sum += target.double().sum(0)
 
     def result(self) -> tuple[list[float], float]:
+        """The fraction at each anchor, and over all of them."""
         variance = self.total - self.sum.square().sum(1) / self.count
         return [round(v, 4) for v in (self.error / variance).tolist()], round(
             (self.error.sum() / variance.sum()).item(), 4
@@ -38,16 +39,19 @@ def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
 
     Args:
         trajectories (`torch.Tensor`): `(tokens, G, d)`, not trained on.
-        k (`int`): latents that BatchTopK keeps, for comparison with the threshold.
+        k (`int`): number of latents that BatchTopK keeps, for comparison with the threshold.
 
     Returns:
-        `dict`: FVU of the activation per anchor and over all, where anchors are weighed by their own variance (each
-        divided by its spread): `online` rolls the reconstruction out from the first anchor, `teacher_forced` predicts
-        each anchor from the true one before; of a kind that predicts nothing the two are the same. L0 of a trajectory
-        or, of a kind that has a code for each step, of a step; share of latents that never fired when their statistics
-        were measured; cosine of the online reconstruction, of the whole and per anchor. Of an RTSAE also the FVU of
-        the residuals, L0 with BatchTopK, and how well the code of each prefix agrees with the whole: cosine of the
-        codes, and the share of the whole code's active latents that the prefix finds.
+        `dict`:
+
+        - FVU of the activation, per anchor and over all anchors, each divided by its spread. `online` rolls the
+          reconstruction out from the first anchor; `teacher_forced` predicts each anchor from the true activation
+          before it. Kinds that predict nothing have the same value for both.
+        - L0 of a trajectory, or of a step for kinds with a code for each step.
+        - the share of latents that never fired when their statistics were measured (`dead`).
+        - the cosine of the online reconstruction, over all and per anchor.
+        - of an RTSAE also the FVU of the residuals, L0 with BatchTopK, and for each prefix the cosine between its code
+          and the whole code, and the share of the whole code's active latents that are active in it (`recall`).
     """
     anchors, spread, is_whole = len(sae.config.anchors), sae.spread[:, None], isinstance(sae, RTSAE)
     unexplained = {name: Unexplained() for name in ("residual", "online", "teacher_forced")}
@@ -70,7 +74,7 @@ def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
             both = ((code > 0) & (codes[-1] > 0)).sum()
             sums[:, g] += torch.stack([torch.cosine_similarity(code, codes[-1]).sum(), both, (code > 0).sum()])
     count = len(trajectories)
-    agreement, found, l0 = sums / count
+    agreement, shared, l0 = sums / count
     result = {"tokens": count}
     for name, of in unexplained.items():
         if of.count:
@@ -86,7 +90,7 @@ def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
     return result | {
         "l0_batch_topk": round(topk_l0 / count, 2),
         "prefix_cosine": [round(v, 4) for v in agreement.tolist()],
-        "prefix_recall": [round(v, 4) for v in (found / l0[-1]).tolist()],
+        "prefix_recall": [round(v, 4) for v in (shared / l0[-1]).tolist()],
         "prefix_l0": [round(v, 2) for v in l0.tolist()],
     }
 
@@ -94,26 +98,26 @@ def evaluate(sae: SparseDictionary, trajectories: torch.Tensor, k: int) -> dict:
 @torch.no_grad()
 def timing(sae: SparseDictionary) -> dict:
     """
-    When features act: histograms over anchors of the peak, onset and lifetime of the latents that are alive (see
-    `SparseDictionary.feature_times`); the first number of lifetime is of those that last one anchor.
+    When features act: histograms over anchors of the peak, onset and lifetime of the latents that are not dead (see
+    `SparseDictionary.feature_times`). The first number of `lifetime` counts latents that last one anchor.
     """
     times, anchors = sae.feature_times(sae.density > 0), len(sae.config.anchors)
-    found = {"peak": times.peak, "onset": times.onset, "lifetime": times.lifetime - 1}
-    return {name: torch.bincount(values, minlength=anchors).tolist() for name, values in found.items()}
+    indices = {"peak": times.peak, "onset": times.onset, "lifetime": times.lifetime - 1}
+    return {name: torch.bincount(values, minlength=anchors).tolist() for name, values in indices.items()}
 
 
 @torch.no_grad()
 def stability(saes: Sequence[SparseDictionary]) -> float:
     """
-    Mean over ordered pairs of dictionaries of how well the features of one are found in the other: the largest cosine
-    between their whole trajectories, weighed by how often a feature is active.
+    How well the features of one dictionary recur in another: the largest cosine of each feature's trajectory with
+    those of the other dictionary, weighed by how often the feature is active; the mean over ordered pairs.
     """
     paths = []
     for sae in saes:
         path = (sae.feature_trajectories() / sae.spread[:, None]).flatten(1)
         paths.append(torch.nn.functional.normalize(path, dim=1))
-    found = []
+    similarities = []
     for i, a in enumerate(paths):
         weight = saes[i].density / saes[i].density.sum()
-        found += [(weight * (a @ b.T).amax(1)).sum().item() for j, b in enumerate(paths) if j != i]
-    return round(sum(found) / len(found), 4)
+        similarities += [(weight * (a @ b.T).amax(1)).sum().item() for j, b in enumerate(paths) if j != i]
+    return round(sum(similarities) / len(similarities), 4)

@@ -14,15 +14,15 @@ from diffusers_rtsae.pipeline import own_size
 
 
 class _Calls:
-    """Keeps a denoiser's conditional calls at chosen timesteps (to the nearest integer) while a pipeline runs."""
+    """Records a denoiser's conditional calls at chosen timesteps (to the nearest integer) while a pipeline runs."""
 
     def __init__(self, timesteps: Sequence[int]):
-        self.timesteps, self.kept, self.tap = timesteps, {}, Tap(self)
+        self.timesteps, self.recorded, self.tap = timesteps, {}, Tap(self)
 
     def begin(self, call: Call, arguments: Arguments) -> None:
         """The denoiser is called."""
         if call.rows_of("cond", call.rows) is not None and (timestep := round(call.timestep)) in self.timesteps:
-            self.kept[timestep] = call, self.tap.last.component, arguments.args, arguments.kwargs
+            self.recorded[timestep] = call, self.tap.last.component, arguments.args, arguments.kwargs
 
 
 def _with(
@@ -33,7 +33,7 @@ def _with(
     new: torch.Tensor,
     activation: str,
 ) -> torch.Tensor:
-    """What a block goes on with, with another activation `(rows, tokens, d)` on some rows of the batch."""
+    """The hidden states of a block with the activation `new (rows, tokens, d)` on some rows of the batch."""
     edited, index = hidden_states.clone(), block.rows(hidden_states, rows)
     if activation == "update":
         new = new.to(block_input) + block.to_tokens(block_input[index])
@@ -42,28 +42,30 @@ def _with(
 
 
 class _Replacing:
-    """A site whose activation, on the conditional rows of a call, is `new (rows, tokens, d)`."""
+    """Replaces the activation of a site, on the conditional rows of a call, by `new (rows, tokens, d)`."""
 
     def __init__(self, call: Call, new: torch.Tensor, activation: str):
         self.call, self.new, self.activation, self.tap = call, new, activation, Tap(self)
 
     def begin(self, call: Call, arguments: Arguments) -> None:
-        """The denoiser is called again, by nobody who says what its rows are."""
+        """The denoiser is called; its rows are those of `self.call`."""
 
     def site(
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> torch.Tensor:
-        """The activation with the new one in it."""
+        """The hidden states with the new activation."""
         rows = self.call.rows_of("cond", block.batch(hidden_states))
         return _with(block, hidden_states, block_input, rows, self.new, self.activation)
 
 
 class Reconstructing:
-    """At a dictionary's anchors a site's conditional activation is its reconstruction from what it was until then,
-    while a pipeline runs inside the `with` block."""
+    """
+    While a pipeline runs inside the `with` block, the site's conditional activation at each anchor is replaced by its
+    reconstruction from the activations up to that anchor.
+    """
 
     def __init__(self, pipe: DiffusionPipeline, sae: SparseDictionary):
-        self.sae, self.denoisers, self.tap, self.seen = sae, get_denoisers(pipe), Tap(self), {}
+        self.sae, self.denoisers, self.tap, self.activations = sae, get_denoisers(pipe), Tap(self), {}
 
     def __enter__(self):
         self.tap.watch(self.denoisers, [self.sae.config.site])
@@ -78,17 +80,17 @@ class Reconstructing:
     def site(
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> torch.Tensor | None:
-        """The activation with its reconstruction in it."""
+        """The hidden states with the reconstruction, at an anchor."""
         timestep, anchors = round(call.timestep), list(self.sae.config.anchors)
         rows, activation = call.rows_of("cond", block.batch(hidden_states)), self.sae.config.activation
         if rows is None or timestep not in anchors:
             return None
         anchor = anchors.index(timestep)
-        # a sampler may call twice at one step: the later call stands
-        self.seen = {g: own for g, own in self.seen.items() if g < anchor}
+        # of several calls at one step the last counts
+        self.activations = {g: tokens for g, tokens in self.activations.items() if g < anchor}
         tokens = block.activation(activation, block_input, hidden_states)[rows]
-        self.seen[anchor] = tokens.to(self.sae.encoder.device, torch.float32)
-        known = torch.stack(list(self.seen.values()), 2)
+        self.activations[anchor] = tokens.to(self.sae.encoder.device, torch.float32)
+        known = torch.stack(list(self.activations.values()), 2)
         new = self.sae.reconstruct(known.flatten(0, 1))[:, -1].unflatten(0, known.shape[:2])
         return _with(block, hidden_states, block_input, rows, new, activation)
 
@@ -96,15 +98,15 @@ class Reconstructing:
 @torch.no_grad()
 def recovered(pipe: DiffusionPipeline, sae: SparseDictionary, prompts: Sequence[str], generators=None, **call) -> dict:
     """
-    What the denoiser predicts when a site's activation is replaced by its reconstruction.
+    How much of the denoiser's prediction is recovered when a site's activation is replaced by its reconstruction.
 
-    At each anchor of a plain generation the denoiser is called again on the same input, with the conditional rows of
-    the site replaced: by the reconstruction from what is known by then, rolled out (`online`) or from the true
-    activation before (`teacher_forced`); and by the mean activation of these pictures, which is what 0 stands for.
+    At each anchor of a plain generation the denoiser is called again on the same input, with the site's conditional
+    rows replaced by the reconstruction from the anchors so far, rolled out (`online`) or predicted from the true
+    activation before (`teacher_forced`). Replacing by the mean activation of these pictures is the baseline.
 
     Returns:
-        `dict`: the share of the mean replacement's error in the noise prediction that the reconstruction recovers, 1
-        is all: per anchor, and over all (ratio of sums).
+        `dict`: 1 minus the error of the prediction relative to the baseline's, per anchor and over all anchors (ratio
+        of sums). 1 is a perfect recovery, 0 is as bad as the mean.
     """
     denoisers, anchors = get_denoisers(pipe), list(sae.config.anchors)
     calls = _Calls(anchors)
@@ -120,7 +122,7 @@ def recovered(pipe: DiffusionPipeline, sae: SparseDictionary, prompts: Sequence[
     h = whole.flatten(0, 1).to(sae.encoder.device)
     errors = {name: torch.zeros(len(anchors), dtype=torch.float64) for name in ("online", "teacher_forced", "mean")}
     for g, timestep in enumerate(anchors):
-        call, component, args, kwargs = calls.kept[timestep]
+        call, component, args, kwargs = calls.recorded[timestep]
         denoiser = denoisers[component]
         known = h[:, : g + 1]
         replacements = {
@@ -134,8 +136,8 @@ def recovered(pipe: DiffusionPipeline, sae: SparseDictionary, prompts: Sequence[
             new = replacement.unflatten(0, (images, tokens)).to(truth.device)
             replacing = _Replacing(call, new, sae.config.activation)
             with replacing.tap.watching({component: denoiser}, [sae.config.site]):
-                found = denoiser(*args, **kwargs)[0].float()
-            errors[name][g] += (found[rows] - truth[rows]).double().square().mean().item()
+                prediction = denoiser(*args, **kwargs)[0].float()
+            errors[name][g] += (prediction[rows] - truth[rows]).double().square().mean().item()
     result = {}
     for name in ("online", "teacher_forced"):
         result[f"recovered_{name}_per_anchor"] = [round(v, 4) for v in (1 - errors[name] / errors["mean"]).tolist()]

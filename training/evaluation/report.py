@@ -1,4 +1,4 @@
-"""A report of dictionaries, on pictures that their pipeline makes for it."""
+"""A report of dictionaries, measured on pictures that their pipeline generates for it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .reconstruction import evaluate, timing
 from .replacement import recovered
 
 
-def report(found: dict[str, dict], folder: Path) -> None:
-    """Write `report.json`, `report.md` and `report.png` of the figures of several dictionaries (or sites) by name."""
+def report(results: dict[str, dict], folder: Path) -> None:
+    """Write the figures of several dictionaries or sites, by name, to `report.json`, `report.md` and `report.png`."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", found)
+    write_json(folder / "report.json", results)
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     axes = figure.subplots(1, 3)
     titles = ("FVU, teacher-forced", "FVU, rolled out", "noise prediction recovered, rolled out")
     keys = ("fvu_teacher_forced_per_anchor", "fvu_online_per_anchor", "recovered_online_per_anchor")
     for axis, title, key in zip(axes, titles, keys, strict=True):
-        for name, figures in found.items():
+        for name, figures in results.items():
             if key in figures:
                 axis.plot(range(len(figures[key])), figures[key], marker="o", label=name)
         axis.set_title(title, fontsize=9)
@@ -38,17 +38,17 @@ def report(found: dict[str, dict], folder: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.savefig(folder / "report.png", dpi=120)
-    plain = [key for key in next(iter(found.values())) if not isinstance(next(iter(found.values()))[key], list | dict)]
-    lines = ["| | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
+    plain = [key for key, value in next(iter(results.values())).items() if not isinstance(value, list | dict)]
+    lines = ["| | " + " | ".join(results) + " |", "| --- |" + " --- |" * len(results)]
     lines += [
-        f"| {key} | " + " | ".join(str(figures.get(key, "–")) for figures in found.values()) + " |" for key in plain
+        f"| {key} | " + " | ".join(str(figures.get(key, "–")) for figures in results.values()) + " |" for key in plain
     ]
     (folder / "report.md").write_text("\n".join(["# Dictionaries", "", *lines, "", "![Per anchor](report.png)", ""]))
 
 
 @torch.no_grad()
 def evaluate_pipeline(pipe: DiffusionPipeline, sae: SparseDictionary, collect: Collect, seed: int = 1) -> dict:
-    """All figures of one dictionary, on pictures a pipeline makes now from the prompts of `collect`."""
+    """All figures of one dictionary, on pictures that the pipeline generates from the prompts of `collect`."""
     anchors = anchor_timesteps(pipe, collect, list(sae.config.anchors))
     train = {"num_latents": 1, "k": 1, "steps": 1, "batch_size": 1, "learning_rate": 1.0}
     recipe = Recipe(
@@ -59,32 +59,32 @@ def evaluate_pipeline(pipe: DiffusionPipeline, sae: SparseDictionary, collect: C
     for start in range(0, len(samples), collect.batch_size):
         part = samples[start : start + collect.batch_size]
         rows.append(trajectories(pipe, part, start, recipe, anchors)[0][sae.config.site])
-        if len(shares) * collect.batch_size < 32:  # three more calls an anchor each
+        if len(shares) * collect.batch_size < 32:  # 32 pictures are enough: each takes three more calls an anchor
             generators = [torch.Generator().manual_seed(sample.seed) for sample in part]
             prompts = [sample.prompt for sample in part]
             call = {"num_inference_steps": collect.steps, "guidance_scale": collect.guidance(start)}
             shares.append(recovered(pipe, sae, prompts, generators, **call))
-    found = evaluate(sae, torch.cat(rows).float(), sae.config.k)
+    figures = evaluate(sae, torch.cat(rows).float(), sae.config.k)
     for key in shares[0]:
         values = torch.tensor([share[key] for share in shares])
-        found[key] = (
+        figures[key] = (
             [round(v, 4) for v in values.mean(0).tolist()] if values.ndim > 1 else round(values.mean().item(), 4)
         )
-    return found | timing(sae)
+    return figures | timing(sae)
 
 
 def evaluate_all(
     dictionaries: Sequence[str], pipeline: str, collect: Collect, seed: int, out: Path, device: str | None = None
 ) -> None:
-    """A report of several dictionaries of one pipeline, on pictures from the prompts of `collect`."""
+    """Write a report of several dictionaries of one pipeline, on pictures from the prompts of `collect`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = DiffusionPipeline.from_pretrained(bundled(pipeline)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    found = {}
+    results = {}
     for source in dictionaries:
         dictionary = load_dictionary(bundled(source), dtype=torch.float32)
         for site, sae in dictionary.sites.items():
             name = site if len(dictionaries) == 1 else f"{Path(source).name} {site}"
-            found[name] = evaluate_pipeline(pipe, sae, collect, seed)
-            print(name, json.dumps(found[name]), flush=True)
-    report(found, out)
+            results[name] = evaluate_pipeline(pipe, sae, collect, seed)
+            print(name, json.dumps(results[name]), flush=True)
+    report(results, out)

@@ -1,16 +1,16 @@
-"""The paper's comparison on a world: which kind of dictionary describes, survives a new seed, and steers?
+"""The paper's comparison on a world: which kind of dictionary reconstructs best, is stable over seeds, and steers?
 
     python -m training.train training/recipes/arms.yaml --out runs/arms
     python -m training.experiments.arms --dictionaries runs/arms --out training/results/arms.json
 
-Steering follows RIEBench's protocol: pairs of prompts that differ in one value give the features, and on other prompts
-that name the first value these are moved. They are chosen twice: by `activation` (the latents whose mean activation
-differs most between the two pictures, moved by that difference), and by `effect` (the latents with most effect on the
-prediction for the length of what they add, to first order, in proportion to it; together as long as what changing the
-prompt does to the activation, for every dictionary alike). *Gain* is the share of pictures that then show the second
-value, *distance* how far the pictures moved relative to the edited prompt's, *efficiency* gain over distance; the same
-once more with a sampler and a number of steps that no dictionary was trained on. Rows are added to the JSON as they
-are measured; the same command continues where it was stopped.
+Steering follows RIEBench's protocol: features are chosen on pairs of prompts that differ in one value, and used on
+other prompts that name the first value. They are chosen in two ways. `activation`: the latents whose mean activation
+differs most between the two pictures, moved by that difference. `effect`: the latents with the largest first-order
+effect on the prediction for the length of what they add, weighed in proportion to it; together they are as long as the
+change of the activation with the prompt, the same for all dictionaries. *Gain* is the share of pictures that show the
+second value only with steering, *distance* how far the pictures moved relative to the edited prompt's, *efficiency*
+gain over distance. All is repeated with a sampler and a number of steps that no dictionary was trained on. Rows are
+added to the JSON as they are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from diffusers_rtsae import RTSAE, Dictionary, SparseDictionary, load_dictionary
+from diffusers_rtsae import Dictionary, SparseDictionary, load_dictionary
 from diffusers_rtsae.analysis.effect import Intervention, States, frozen
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.scorer import FactorScorer
@@ -44,41 +44,43 @@ FIGURES = {
     "recovered_online": "the same, rolled out",
 }
 STEERING = ("success", "leakage", "valid", "gain", "distance", "efficiency")
-CHOICES = ("activation", "effect")  # what features are chosen by
+CHOICES = ("activation", "effect")  # how features are chosen
 
 
 @torch.no_grad()
 def pair_trajectories(pipe, site: str, anchors: list[int], probes: list[Probe], a) -> list[torch.Tensor]:
     """For each probe the trajectories of its own prompts and of the edited ones, `(2, prompts, tokens, G, d)`."""
     texts = [t for one in probes for t in one.prompts], [t for one in probes for t in one.prompted]
-    seeds, kept = [s for one in probes for s in one.seeds], ([], [])
+    seeds, recorded = [s for one in probes for s in one.seeds], ([], [])
     for side, prompts in enumerate(texts):
         for start in range(0, len(seeds), a.batch_size):
             part = slice(start, start + a.batch_size)
             with Recorder(pipe, [site], anchors) as recorder:
                 generate(pipe, prompts[part], seeds[part], a.steps, a.guidance)
-            kept[side].append(recorder.trajectories(site).float())
-    both = torch.stack([torch.cat(side) for side in kept])
+            recorded[side].append(recorder.trajectories(site).float())
+    both = torch.stack([torch.cat(side) for side in recorded])
     return list(both.split([len(one.prompts) for one in probes], dim=1))
 
 
 @torch.no_grad()
-def pair_features(rtsae: RTSAE, pairs: list[torch.Tensor], probes: list[Probe], count: int) -> dict[str, dict]:
+def pair_features(
+    sae: SparseDictionary, pairs: list[torch.Tensor], probes: list[Probe], count: int
+) -> dict[str, dict]:
     """Labels: for each target the `count` latents that differ most between its pairs of pictures, and by how much."""
-    length = (rtsae.feature_trajectories() / rtsae.spread[:, None]).flatten(1).norm(dim=1)
+    length = (sae.feature_trajectories() / sae.spread[:, None]).flatten(1).norm(dim=1)
     labels = {}
     for one, both in zip(probes, pairs, strict=True):
         where = tokens_on(one.mask, int(both.shape[2] ** 0.5))
-        before, after = (rtsae.encode(side[where]).mean(0) for side in both)
+        before, after = (sae.encode(side[where]).mean(0) for side in both)
         difference = after - before
         chosen = (difference.abs() * length).topk(count).indices
-        weights = difference[chosen] / rtsae.typical_activation[chosen]
-        labels[f"{one.factor}={one.value}"] = as_label(rtsae, one.factor, one.value, chosen, weights)
+        weights = difference[chosen] / sae.typical_activation[chosen]
+        labels[f"{one.factor}={one.value}"] = as_label(sae, one.factor, one.value, chosen, weights)
     return labels
 
 
 def slopes(pipe, like: SparseDictionary, probes: list[Probe], a) -> list[Slope]:
-    """For each probe, of additions to all tokens."""
+    """The slope of each probe, for additions to all tokens."""
     pipe.load_rtsae(axes(like))
     found = []
     for one in tqdm(probes, desc="effect", unit="target"):
@@ -91,7 +93,7 @@ def slopes(pipe, like: SparseDictionary, probes: list[Probe], a) -> list[Slope]:
 
 
 class Trial:
-    """Steering the same prompts with a sampler, and what they give without and with the edited prompt."""
+    """The same prompts drawn with one sampler: plainly, with the edited prompts, and with steering."""
 
     def __init__(self, world: World, pipe, scorer: FactorScorer, probes: list[Probe], scheduler, steps: int, a):
         self.world, self.pipe, self.scorer, self.probes, self.scheduler, self.steps, self.a = (
@@ -116,7 +118,7 @@ class Trial:
         return (images - self.plain_images).square().mean((1, 2, 3)).sqrt().mean().item()
 
     def figures(self, labels: dict[str, dict], strength: float) -> dict[str, float]:
-        """The means over all targets at one strength."""
+        """Figures at one strength, averaged over all targets."""
         images = self._run([{name: strength} for name in labels])
         steered = score(self.world, self.scorer, images, self.probes)
         trios = list(zip(steered, self.plain, self.probes, strict=True))
@@ -129,8 +131,9 @@ class Trial:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Mean ± standard deviation over the seeds of each kind: how well it describes, and for each choice of features
-    how it steers at its most efficient strength; the last two columns with another sampler, each seed at its own."""
+    """Mean ± standard deviation over the seeds of each kind: how well it reconstructs, and for each choice of features
+    how it steers at its most efficient strength. The last two columns are with another sampler, where each seed has
+    its own strength."""
     described, steered = [], []
     for kind in dict.fromkeys(r["kind"] for r in rows):
         own = list({r["dictionary"]: r for r in rows if r["kind"] == kind}.values())
@@ -172,35 +175,35 @@ def main() -> None:
     sampler, steps = samplers_of(pipe).elsewhere
     here = Trial(world, pipe, scorer, steer, pipe.scheduler, a.steps, a)
     elsewhere = Trial(world, pipe, scorer, steer, scheduler(pipe, sampler), steps, a)
-    pairs, gradients, found = {}, {}, {}  # trajectories and slopes by anchors, dictionaries by name
+    pairs, gradients, saes = {}, {}, {}  # trajectories and slopes by anchors, dictionaries by name
     for folder in tqdm(folders, unit="dictionary"):
         dictionary = load_dictionary(folder, dtype=torch.float32)
-        ((site, rtsae),) = dictionary.sites.items()
-        found[folder.name] = rtsae
+        ((site, sae),) = dictionary.sites.items()
+        saes[folder.name] = sae
         missing = [choice for choice in CHOICES if not results.has(dictionary=folder.name, choice=choice)]
         if not missing:
             continue
-        anchors = tuple(rtsae.config.anchors)
+        anchors = tuple(sae.config.anchors)
         if anchors not in pairs:
             pairs[anchors] = pair_trajectories(pipe, site, list(anchors), choose, a)
-            gradients[anchors] = slopes(pipe, rtsae, choose, a)
+            gradients[anchors] = slopes(pipe, sae, choose, a)
         row = {"dictionary": folder.name, "kind": folder.name.rpartition("-")[0]} | dictionary.config["metrics"][site]
         prompts = world.describe(choose[0].scenes, 0)
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        row |= recovered(pipe, rtsae, prompts, generators, **calling(pipe, a))
+        row |= recovered(pipe, sae, prompts, generators, **calling(pipe, a))
         for choice in missing:
             if choice == "activation":
-                labels = pair_features(rtsae, pairs[anchors], choose, a.features)
+                labels = pair_features(sae, pairs[anchors], choose, a.features)
             else:
-                labels = effect_features(rtsae, gradients[anchors], world.many_valued, a.features)
-            pipe.load_rtsae(Dictionary({site: rtsae}, labels, dictionary.config))
+                labels = effect_features(sae, gradients[anchors], world.many_valued, a.features)
+            pipe.load_rtsae(Dictionary({site: sae}, labels, dictionary.config))
             steering = [here.figures(labels, strength) for strength in a.strengths]
             best = max(steering, key=lambda figures: figures["efficiency"])["strength"]
-            told = {"choice": choice, "steering": steering, "elsewhere": elsewhere.figures(labels, best)}
+            measured = {"choice": choice, "steering": steering, "elsewhere": elsewhere.figures(labels, best)}
             pipe.unload_rtsae()
-            results.add(row | told)
+            results.add(row | measured)
             print(folder.name, choice, steering, flush=True)
-    add_stability(rows, found)
+    add_stability(rows, saes)
     results.write()
     results.tell(markdown(rows))
 

@@ -2,8 +2,8 @@
 
     python -m training.experiments.capacity --pipeline examples/shapes-sd --out training/results/capacity.json
 
-Rows are added to the JSON as they are measured; the same command, with more sites or strengths too, adds what is
-missing.
+Rows are added to the JSON as they are measured. The same command, also with more sites or strengths, adds those that
+are missing.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def is_block(site: str) -> bool:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Success / mean leakage of each factor at each site, at the best of the strengths and halves of guidance."""
+    """Success / mean leakage of each factor at each site, at the best of the strengths and guidance branches."""
     factors = [key for key, value in rows[0].items() if isinstance(value, dict)]
 
     def best(site: str, kind: str, factor: str) -> str:
-        found = [r[factor] for r in rows if (r["sites"], r["prompts"]) == (site, kind)]
-        if not found:
+        cells = [r[factor] for r in rows if (r["sites"], r["prompts"]) == (site, kind)]
+        if not cells:
             return "–"
-        shown = max(found, key=lambda cell: cell["success"] - cell["leakage_mean"])
-        return f"{shown['success']:.2f} / {shown['leakage_mean']:.2f}"
+        top = max(cells, key=lambda cell: cell["success"] - cell["leakage_mean"])
+        return f"{top['success']:.2f} / {top['leakage_mean']:.2f}"
 
     lines = []
     for site in dict.fromkeys(r["sites"] for r in rows):
@@ -54,7 +54,7 @@ def main() -> None:
         "--sites",
         nargs="*",
         action=Adding,
-        help="or sets of sites joined by +; every attention block by default",
+        help="sites, or sets of sites joined by +; every attention block by default",
     )
     parser.add_argument("--strengths", nargs="*", action=Adding, type=float, default=[1.0, 2.0, 4.0])
     parser.add_argument("--apply-to", nargs="*", action=Adding, default=["cond", "contrast"])

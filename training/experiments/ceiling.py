@@ -1,10 +1,10 @@
-"""Where can a denoiser be steered? What the other prompt's activation does at a block, and a map fitted to it.
+"""Where can a denoiser be steered? The effect of the other prompt's activation at a block, and of a map fitted to it.
 
     python -m training.experiments.ceiling --world people --out training/results/people/ceiling.json
 
 At each block (or at several modules at once, joined by +) and for each value, on held-out pairs of prompts: the
-*ceiling*, which is the effect of putting the other prompt's activation itself there, and the effect of a linear map,
-with which labels are made. No dictionary, no scorer and no picture is looked at. Rows are added to the JSON as they
+*ceiling*, which is the effect of putting the other prompt's activation itself there, and the effect of a linear map
+as labels have it. No dictionary, no scorer and no picture is used. Rows are added to the JSON as they
 are measured; the same command continues where it was stopped.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--sites", nargs="*", action=Adding, help="every attention block by default; of several at once: a+b"
     )
-    parser.add_argument("--values", type=int, default=2, help="of each factor, the first ones")
+    parser.add_argument("--values", type=int, default=2, help="how many of each factor, the first ones")
     parser.add_argument("--pairs", type=int, default=16, help="of prompts; a quarter of them leave the factor open")
     parser.add_argument("--rank", type=int, default=8, help="of the map")
     parser.add_argument("--anchors", type=int, default=3)
@@ -65,15 +65,15 @@ def main() -> None:
     call = calling(pipe, a) | {"progress": False}
     for place in tqdm(places, unit="place"):
         widths = {site: recorder.trajectories(site).shape[-1] for site in place.split("+")}
-        # dictionaries that know nothing: what is fitted is a map of its own
+        # untrained dictionaries: a map is fitted, which uses no latents
         pipe.load_rtsae(Dictionary({s: RTSAE(s, width, anchors, num_latents=8, k=1) for s, width in widths.items()}))
         for factor, value in targets:
             if results.has(site=place, value=value):
                 continue
             some, same = pairs(world, factor, value, a.pairs - a.pairs // 4, a.pairs // 4, already=4, seed=3)
-            found = fit_feature(pipe, some, 1, same, a.rank, batch_size=a.batch_size, **call).measured
-            row = {"site": place, "factor": factor, "value": value, "map": found["effect"]}
-            results.add(row | {name: found[name] for name in ("ceiling", "lowest", "harm")})
+            measured = fit_feature(pipe, some, 1, same, a.rank, batch_size=a.batch_size, **call).measured
+            row = {"site": place, "factor": factor, "value": value, "map": measured["effect"]}
+            results.add(row | {name: measured[name] for name in ("ceiling", "lowest", "harm")})
         pipe.unload_rtsae()
     results.tell(markdown(results.rows))
 

@@ -1,5 +1,5 @@
-"""Constant additions at each anchor of a site: what they do to the prediction, the best of them, and the latents that
-come nearest."""
+"""Constant additions to a site at each anchor: their effect on the prediction, the best of them, and the latents that
+come nearest to it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PASSES = 20  # backward passes of a slope
 def axes(like: SparseDictionary) -> Dictionary:
     """A dictionary each of whose latents adds 1 to one channel of a site at one anchor."""
     site, shape = like.config.site, (len(like.config.anchors), like.config.in_channels)
-    found = as_dictionary(site, list(like.config.anchors), torch.eye(shape[0] * shape[1]).unflatten(1, shape))
-    found.density.fill_(1.0)
-    return Dictionary({site: found})
+    sae = as_dictionary(site, list(like.config.anchors), torch.eye(shape[0] * shape[1]).unflatten(1, shape))
+    sae.density.fill_(1.0)
+    return Dictionary({site: sae})
 
 
 def concern(states: States, site: str) -> dict[int, torch.Tensor]:
@@ -45,26 +45,26 @@ def concerned(edits: dict[str, list[Edit]], states: States) -> Intervention:
 @torch.no_grad()
 def mean_change(states: States, site: str) -> torch.Tensor:
     """
-    `(G, d)`: the constant at each anchor that, interpolated, comes nearest to the change of the activation from one
-    prompt to the other on the tokens it concerns; states count as in `fit_feature`.
+    `(G, d)`: the constants at the anchors whose interpolation comes nearest to the change of the activation from one
+    prompt to the other, on the tokens where the prompts make a difference. States are weighed as in `fit_feature`.
     """
     sae = states.dictionary.sites[site]
     anchors = len(sae.config.anchors)
     square, product = torch.zeros(anchors, anchors), torch.zeros(anchors, sae.config.in_channels)
     for state, where in zip(states.all(), states.differing_tokens(site), strict=True):
-        there = interpolate(torch.eye(anchors), states.grids[site].coordinate(state.timestep))
+        shares = interpolate(torch.eye(anchors), states.grids[site].coordinate(state.timestep))
         change = state.goal[site] - state.present[site]
         differ = states.differs[state.pairs]
         weight = float((change[differ].square().sum((1, 2)).mean() / sae.spread.mean() ** 2).clamp(min=1e-6)) ** -0.5
-        kept = where & differ[:, None]
-        square += weight * float(kept.sum()) * there[:, None] * there
-        product += weight * there[:, None] * change[kept].sum(0)
+        chosen = where & differ[:, None]
+        square += weight * float(chosen.sum()) * shares[:, None] * shares
+        product += weight * shares[:, None] * change[chosen].sum(0)
     return torch.linalg.solve(square, product).contiguous()
 
 
 def free_direction(states: States, steps: int) -> torch.Tensor:
-    """`(G, d)`: the constant at each anchor with most effect on the tokens that the prompts make a difference on,
-    fitted by gradient through the frozen denoiser; the states are of a dictionary of `axes`."""
+    """`(G, d)`: the constants at the anchors with the largest effect, on the tokens where the prompts make a
+    difference, fitted by gradient through the frozen denoiser. The states must be of a dictionary of `axes`."""
     ((site, sae),) = states.dictionary.sites.items()
     count, unit = sae.config.num_latents, mean_change(states, site).square().mean().sqrt()  # of the optimiser's steps
     sae.typical_activation.fill_(unit)
@@ -78,12 +78,12 @@ def free_direction(states: States, steps: int) -> torch.Tensor:
 
 class Slope(NamedTuple):
     """
-    What the pairs of a target say of every dictionary with the same anchors.
+    The first-order effect of a target's pairs of prompts, for any dictionary with the same anchors.
 
     Args:
-        slope (`torch.Tensor`): how the effect grows with a constant addition at each anchor, `(G, d)`.
-        size (`torch.Tensor`): what the square of such an addition counts at each anchor, `(G,)`.
-        length (`float`): of the mean change of the activation with the prompt, over all anchors.
+        slope (`torch.Tensor`): gradient of the effect with respect to a constant addition at each anchor, `(G, d)`.
+        size (`torch.Tensor`): weight of the squared length of such an addition at each anchor, `(G,)`.
+        length (`float`): length of the mean change of the activation with the prompt, over all anchors.
     """
 
     slope: torch.Tensor
@@ -92,8 +92,8 @@ class Slope(NamedTuple):
 
     @classmethod
     def of(cls, model: Intervention) -> Slope:
-        """To first order where nothing is added, on the tokens that the model acts on; its states are of a dictionary
-        of `axes`."""
+        """Measured at an addition of 0, on the tokens that the intervention acts on. Its states must be of a
+        dictionary of `axes`."""
         ((site, sae),) = model.states.dictionary.sites.items()
         shape = len(sae.config.anchors), -1
         order = first_order(model, PASSES, torch.Generator().manual_seed(0))[site]
@@ -103,13 +103,13 @@ class Slope(NamedTuple):
 
 @torch.no_grad()
 def effect_features(
-    sae: SparseDictionary, found: list[Slope], targets: list[tuple[str, str]], count: int
+    sae: SparseDictionary, slopes: list[Slope], targets: list[tuple[str, str]], count: int
 ) -> dict[str, dict]:
-    """Labels: for each (factor, value) the `count` latents with most effect for the size of what they add, in
-    proportion to that; together as long as the mean change of the activation with the prompt."""
+    """Labels: for each (factor, value) the `count` latents with the largest effect for the length of their trajectory,
+    weighed in proportion to it. Together they are as long as the mean change of the activation with the prompt."""
     paths = sae.feature_trajectories() * sae.typical_activation[:, None, None]
     labels = {}
-    for (factor, value), of in zip(targets, found, strict=True):
+    for (factor, value), of in zip(targets, slopes, strict=True):
         size = (paths.square().sum(2) @ of.size).sqrt()
         score = torch.where(sae.density > 0, torch.einsum("mgd,gd->m", paths, of.slope) / size, 0.0).nan_to_num()
         chosen = score.abs().topk(count).indices
@@ -120,6 +120,6 @@ def effect_features(
 
 
 def as_label(sae: SparseDictionary, factor: str, value: str, latents: torch.Tensor, weights: torch.Tensor) -> dict:
-    """A label of some latents, with no options of its own."""
+    """A label of some latents, without edit options."""
     entry = {"site": sae.config.site, "latents": latents.tolist(), "weights": weights.tolist(), "where": None}
     return {"factor": factor, "value": value, "features": [entry], "edit": {}}

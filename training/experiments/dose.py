@@ -1,8 +1,8 @@
 """Dose and response: each label at each strength on prompts that leave it open, and at −1 where they name it.
 
-Beside the share of pictures that show a value, its *margin*: how far the scorer's logit of it is above the largest of
-another value, where the prompt has the object. And the *jump*: of the way that a picture goes from strength 0 to 1,
-the most that it goes between neighbouring strengths; of four steps alike each has a quarter.
+Beside the share of pictures that show a value it measures the *margin*, by which the scorer's logit of the value
+exceeds the largest logit of another value, at the object's place; and the *jump*, the largest part of a picture's way
+from strength 0 to strength 1 that lies between two neighbouring strengths. Four equal steps have a quarter each.
 
     python -m training.experiments.dose --out training/results/dose.json
 
@@ -30,7 +30,7 @@ from .steering import measure, run, score
 
 STRENGTHS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 BETWEEN = [s for s in STRENGTHS if 0 <= s <= 1]
-ON = 3  # prompts that a strip shows a label on
+ON = 3  # prompts of a strip
 
 
 @torch.no_grad()
@@ -40,14 +40,14 @@ def margin(world: World, scorer: FactorScorer, images: torch.Tensor, probe: Prob
     for i, scene in enumerate(probe.scenes):
         name = world.read_as(probe.factor, scene)
         code = scorer.factors[name].index(probe.value)
-        own = logits[name][i]
-        margins.append(float(own[code] - torch.cat([own[:code], own[code + 1 :]]).max()))
+        of_values = logits[name][i]
+        margins.append(float(of_values[code] - torch.cat([of_values[:code], of_values[code + 1 :]]).max()))
     return sum(margins) / len(margins)
 
 
 def jump(images: list[torch.Tensor]) -> float | None:
     """The median over pictures of the largest part of the way from the first to the last of `images`, each `(n, 3,
-    height, width)`, that lies between two in a row; `None` of no pictures."""
+    height, width)`, that lies between two neighbours; `None` if there are no pictures."""
     if not len(images[0]):
         return None
     whole = (images[-1] - images[0]).flatten(1)
@@ -56,8 +56,8 @@ def jump(images: list[torch.Tensor]) -> float | None:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The share of pictures that show a value at each strength, how monotone that and its margin are, and what is
-    taken away by −1."""
+    """The share of pictures that show a value at each strength, how monotone that share and the margin are, and how
+    often strength −1 removes the value."""
     lines, rising, gone, valid = [], 0, 0, 0
     jumps = any("jump" in row for row in rows)
     for label in dict.fromkeys(row["label"] for row in rows):
@@ -71,10 +71,10 @@ def markdown(rows: list[dict]) -> str:
             valid + (own[2.0]["valid"] >= 0.95),
         )
         away = f"{named['gone']:.2f} / {named['valid']:.2f}"
-        told = [f"{own[2.0]['valid']:.2f}", away]
+        cells = [f"{own[2.0]['valid']:.2f}", away]
         if jumps:
-            told.append("–" if named["jump"] is None else f"{named['jump']:.2f}")
-        lines.append([label, *(f"{v:.2f}" for v in (*shares, *orders)), *told])
+            cells.append("–" if named["jump"] is None else f"{named['jump']:.2f}")
+        lines.append([label, *(f"{v:.2f}" for v in (*shares, *orders)), *cells])
     heads = [
         "label",
         *(f"{s:g}" for s in STRENGTHS),

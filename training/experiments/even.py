@@ -2,9 +2,9 @@
 
     python -m training.experiments.even --out training/results/even.json
 
-The same prompts and noise twice: as they are, and with each picture steered at strength 1 to one value of another
-factor, all values as often as each other, in an order that has nothing to do with the picture. The prompts are not
-touched. Rows are added to the JSON as they are measured; the same command continues where it was stopped.
+The same prompts and noise are drawn twice: without steering, and with each picture steered at strength 1 to one value
+of another factor. All values are used equally often, assigned at random. The prompts are not changed. Rows are added
+to the JSON as they are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ SEED = 83_000_000
 
 
 def labels_of(dictionary: Dictionary, world: World, factor: str) -> dict[str, str]:
-    """The label of each value of a factor; none if a value has none."""
+    """The label of each value of a factor; empty if any value has no label."""
     names = {label["value"]: name for name, label in dictionary.labels.items() if label["factor"] == factor}
     return {value: names[value] for value in world.factors[factor]} if {*world.factors[factor]} <= {*names} else {}
 
 
 def shares(seen: list[dict], values: Sequence[str], factor: str) -> dict[str, float]:
-    """Of the valid pictures, how many show each value."""
+    """The share of the valid pictures that show each value."""
     read = [one[factor] for one in seen if one["valid"]]
     return {value: round(read.count(value) / max(1, len(read)), 4) for value in values}
 
 
-def ratio(found: dict[str, float]) -> str:
+def ratio(shares: dict[str, float]) -> str:
     """The largest share over the smallest."""
-    return f"{max(found.values()) / min(found.values()):.2f}" if min(found.values()) else "∞"
+    return f"{max(shares.values()) / min(shares.values()):.2f}" if min(shares.values()) else "∞"
 
 
 def markdown(rows: list[dict]) -> str:
@@ -50,9 +50,9 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         for when in ("before", "evened"):
             own = row[when]
-            told = ", ".join(f"{value} {share:.2f}" for value, share in own["shares"].items())
+            text = ", ".join(f"{value} {share:.2f}" for value, share in own["shares"].items())
             figures = [ratio(own["shares"]), *(f"{own[name]:.2f}" for name in ("right", "valid"))]
-            lines.append([row["factor"] if when == "before" else "", when, *figures, told])
+            lines.append([row["factor"] if when == "before" else "", when, *figures, text])
     return table(["factor", "", "largest / smallest", "what is named is right", "valid", "shares"], lines)
 
 
@@ -76,11 +76,11 @@ def main() -> None:
         return Probe(factor, value, [scenes[i] for i in chosen], some, some, [SEED + i for i in chosen], everywhere)
 
     def drawn(groups: list[Probe], strengths: list[dict] | None) -> list[dict]:
-        """What is seen in each picture, and whether what its prompt names is right."""
+        """The reading of each picture, and whether the value that its prompt names is right."""
         images = run(pipe, groups, strengths, a.steps, a.guidance, a.batch_size)
         seen = [one for some in score(world, scorer, images, groups) for one in some]
-        wanted = [scene[named] for one in groups for scene in one.scenes]
-        return [s | {"right": s["valid"] and s[named] == value} for s, value in zip(seen, wanted, strict=True)]
+        targets = [scene[named] for one in groups for scene in one.scenes]
+        return [s | {"right": s["valid"] and s[named] == value} for s, value in zip(seen, targets, strict=True)]
 
     plain = drawn([group(range(len(scenes)), named, "")], None)
     for factor in tqdm([one for one in world.factors if one != named], unit="factor"):

@@ -1,10 +1,9 @@
-"""What it looks like where steering falls short: pictures of the labels that miss the goal in the table.
+"""Pictures of failures: labels that miss the goal in the table, on prompts where they fail.
 
     python -m training.experiments.failures --out training/results/failures.png
 
-For each, prompts of the table on which the feature at strength 1 did not give its value, or changed another
-factor: the picture without steering beside the one with it, and what the scorer reads wrongly. The first found are
-shown.
+For each such label the first prompts of the table on which it did not give its value at strength 1, or changed another
+factor: the picture without steering beside the one with it, and what the scorer reads wrongly.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def main() -> None:
     add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--table", type=Path, default=Path("training/results/judged.json"))
     parser.add_argument("--out", type=Path, default=Path("runs/failures.png"))
-    parser.add_argument("--prompts", type=int, default=16, help="for each label; as many as of each seed of the table")
+    parser.add_argument("--prompts", type=int, default=16, help="for each label, as many as in the table for a seed")
     parser.add_argument("--columns", type=int, default=5)
     a, world = parse(parser)
     pipe, scorer = load_models(a)
@@ -56,11 +55,11 @@ def main() -> None:
     axes = figure.subplots(len(missed), a.columns, squeeze=False)
     pairs = torch.cat([plain, torch.ones_like(plain[..., :4]), steered], dim=3).permute(0, 2, 3, 1).numpy()
     for i, (row, read) in enumerate(zip(missed, readings, strict=True)):
-        told = [wrong(was, now, row["factor"], row["label"]) for was, now in zip(*read, strict=True)]
-        shown = [j for j, text in enumerate(told) if text][: a.columns]
+        flaws = [wrong(was, now, row["factor"], row["label"]) for was, now in zip(*read, strict=True)]
+        shown = [j for j, text in enumerate(flaws) if text][: a.columns]
         for axis, j in zip(axes[i], shown, strict=False):
             axis.imshow(pairs[i * a.prompts + j])
-            axis.set_title(told[j], fontsize=7)
+            axis.set_title(flaws[j], fontsize=7)
         for axis in axes[i]:
             axis.set_axis_off()
         title = f"{row['label']}, {row['kind']}\nsuccess {row['success']:.2f}\nleakage {row['leakage']:.2f}"

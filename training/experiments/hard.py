@@ -2,11 +2,11 @@
 
     python -m training.experiments.hard --out training/results/hard.json
 
-For each pair of labelled values of a factor, in both halves of guidance until the end: `add` alone; the token-local
-edits `transfer` and `replace`, which take from the feature of the value that the prompt names; `swap`, which adds the
-one and subtracts the other, both beyond the range of the training data, evenly or (`falling`) from twice the strength
-at the beginning to none at the end; and `local`, the latter on those tokens alone on which one of the two is active.
-Rows are added to the JSON as they are measured; the same command continues where it was stopped.
+For each pair of labelled values of a factor, in both guidance branches and at all steps, these edits are compared:
+`add`; the token-local `transfer` and `replace`, whose source is the feature of the value that the prompt names;
+`swap`, which adds the target and subtracts that feature, both without clipping; `falling`, a swap whose strength falls
+from twice its mean at the beginning to 0 at the end; and `local`, the latter only on tokens where one of the two is
+active. Rows are added to the JSON as they are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS = ("add", "transfer", "replace", "swap", "falling", "local")
 
 
 def falling(strength: float, progress: float) -> float:
-    """A schedule of mean `strength` that ends at 0."""
+    """A schedule that falls linearly to 0, with mean `strength`."""
     return 2 * strength * (1 - progress)
 
 

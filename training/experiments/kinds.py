@@ -1,11 +1,12 @@
-"""One table of kinds: how well does each describe, stay itself, tell factors apart, and steer; what does it cost?
+"""One table of kinds: how well does each reconstruct, recur over seeds, separate factors and steer, and what does it
+cost?
 
     python -m training.train training/recipes/kinds.yaml --out runs/kinds
     python -m training.experiments.kinds --dictionaries runs/kinds --out training/results/kinds.json
 
-Every measure is one of all dictionaries, of the same pictures: what the denoiser makes of reconstructions
-(`replaced`), absorption, probes, steering with the 16 latents of most effect, and time. They are added to the JSON as
-they are found; the same command continues where it was stopped.
+Every dictionary is measured on the same pictures: what the denoiser predicts and draws from reconstructions
+(`replaced`), absorption, probes, steering with the 16 latents of largest effect, and time. Figures are added to the
+JSON as they are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ DRAWN = 71_000_000  # of the pictures that are drawn from reconstructions
 
 class Measures:
     """
-    All that is asked of a dictionary, with what all dictionaries are asked about.
+    All measures of a dictionary, and the pictures and targets that all dictionaries share.
 
     Args:
-        like (`SparseDictionary`): any of them; all are of one site and its anchors.
+        like (`SparseDictionary`): any of the dictionaries; all are of one site and have the same anchors.
     """
 
     def __init__(self, world: World, pipe, scorer: FactorScorer, like: SparseDictionary, a):
@@ -62,7 +63,7 @@ class Measures:
 
     @cached_property
     def seen(self) -> dict[str, Seen]:
-        """Pictures to label, and others to judge on, with two samplers."""
+        """Pictures that probes are fitted to, and others to measure accuracy on, with two samplers."""
         a, of = self.a, (self.world, self.pipe, self.scorer, self.like)
         found = {"labelled": look(*of, a.labelled, False, a.steps, a), "here": look(*of, a.judged, True, a.steps, a)}
         sampler, steps = samplers_of(self.pipe).elsewhere
@@ -85,8 +86,8 @@ class Measures:
 
     @torch.no_grad()
     def replaced(self, sae: SparseDictionary) -> dict:
-        """What the denoiser makes of reconstructions: of single predictions, and of whole pictures, how many of whose
-        factors read alike and how far these are from what they were."""
+        """How much of single predictions is recovered from reconstructions; and of pictures that are drawn from them,
+        how many factors read the same and how far the pictures moved."""
         plain = self.drawn
         with Reconstructing(self.pipe, sae):
             images = self._draw()
@@ -105,13 +106,13 @@ class Measures:
         return mean_absorption(sae, few, self.world)
 
     def probed(self, sae: SparseDictionary | None) -> dict:
-        """Accuracies of probes of a dictionary's codes; without one of the raw activation."""
+        """Accuracies of probes of a dictionary's codes, or of the raw activation if there is no dictionary."""
 
         def with_codes(read, width: int, *judged: str) -> dict:
             found = {name: (pooled(self.seen[name], read, width), self.seen[name].scenes) for name in judged}
             labelled = pooled(self.seen["labelled"], read, width), self.seen["labelled"].scenes
-            told = accuracies(*labelled, found, self.world.factors)
-            return {name: {str(n): value for n, value in by.items()} for name, by in told.items()}  # as JSON has it
+            shares = accuracies(*labelled, found, self.world.factors)
+            return {name: {str(n): value for n, value in by.items()} for name, by in shares.items()}  # as JSON has it
 
         if sae is None:
             return {"probes": with_codes(activations, self.like.config.in_channels, "here", "elsewhere")}
@@ -138,7 +139,7 @@ class Measures:
         }
 
     def _steered(self, kind: str, strengths: list[dict] | None) -> list[list[dict]]:
-        """What the scorer sees in the pictures of all targets' prompts of a kind."""
+        """The readings of pictures of all targets' prompts of a kind."""
         a, probes = self.a, self.probes[kind]
         options = {} if strengths is None else {"clip": False}
         images = run(self.pipe, probes, strengths, a.steps, a.guidance, a.batch_size, **options)
@@ -149,8 +150,8 @@ class Measures:
         return {kind: self._steered(kind, None) for kind in KINDS}
 
     def steered(self, sae: SparseDictionary) -> dict:
-        """The effect of the latents chosen for each target on pairs that chose nothing, and what they do to pictures
-        of prompts that leave its factor open or contradict it."""
+        """The effect of each target's latents on pairs that were not used to choose them, and what they do to pictures
+        of prompts that leave the factor open or contradict it."""
         labels, effects, plain = {}, [], self.plain
         for target in self.targets:
             ((name, label),) = effect_features(sae, [target.slope], [(target.factor, target.value)], LATENTS).items()
@@ -169,8 +170,8 @@ class Measures:
         return found
 
     def costs(self, sae: SparseDictionary, recipe: Recipe) -> dict:
-        """Parameters, seconds of processor time for a step of training, and how many times as long as a plain picture
-        one takes with three busy latents that are read."""
+        """Parameters, processor seconds of a training step, and the time of a picture while the three busiest latents
+        are read, relative to a plain picture."""
         busy = [(sae.config.site, latent) for latent in sae.density.topk(3).indices.tolist()]
         self.pipe.load_rtsae(Dictionary({sae.config.site: sae}))
         times: dict[bool, list[float]] = {False: [], True: []}
@@ -198,7 +199,7 @@ class Measures:
 
 
 class Target:
-    """A value to steer to: pairs that choose latents for it, and others that judge them."""
+    """A value to steer to: pairs that choose its latents, and others on which their effect is measured."""
 
     def __init__(self, measures: Measures, factor: str, value: str):
         a, site = measures.a, measures.like.config.site
@@ -211,8 +212,8 @@ class Target:
             self.slope = Slope.of(concerned({}, self.chooses))
 
     def effect(self, sae: SparseDictionary, label: dict) -> tuple[float, float]:
-        """The strength at which the pairs that choose find a label's effect largest, and its effect there on those
-        that judge."""
+        """The strength with the largest effect on the pairs that choose, and the effect at that strength on the pairs
+        that measure."""
         (entry,) = label["features"]
         amounts = torch.tensor(entry["weights"]) * sae.typical_activation[entry["latents"]]
         path = torch.einsum("k,kgd->gd", amounts, sae.feature_trajectories(entry["latents"]))
@@ -230,8 +231,8 @@ class Target:
 
 @torch.no_grad()
 def perceptual_distance(scorer: FactorScorer, a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean over layers of a scorer and places of the squared difference of its features, of length 1 at each place, of
-    pictures `(n, 3, h, w)` (after LPIPS, 1801.03924, without learned weights)."""
+    """Distance of pictures `(n, 3, h, w)` after LPIPS (1801.03924), without learned weights: the squared difference of
+    a scorer's features, normalised to length 1 at each place, averaged over places and layers."""
     a, b, layers = a.to(scorer.device) * 2 - 1, b.to(scorer.device) * 2 - 1, []
     for layer in scorer.features:
         a, b = layer(a), layer(b)
@@ -279,8 +280,8 @@ def markdown(rows: list[dict]) -> str:
         if columns:
             parts.append(table(["kind", *columns], zip(kinds, *columns.values(), strict=True)))
     predicted = max((row.get("r2", ()) for row in rows), key=sum)
-    told = ", ".join(f"{share:.2f}" for share in predicted)
-    parts.append(f"R² of predicting each anchor linearly from the one before: {told}.\n")
+    shares = ", ".join(f"{share:.2f}" for share in predicted)
+    parts.append(f"R² of predicting each anchor linearly from the one before: {shares}.\n")
     anchors = max(len(row.get("fvu_online_per_anchor", ())) for row in rows)
     for name, key in (("FVU", "fvu_online_per_anchor"), ("cosine", "cosine_online_per_anchor")):
         lines = [[kind, *(cell(kind, lambda r, g=g, key=key: r[key][g]) for g in range(anchors))] for kind in kinds]
@@ -302,7 +303,7 @@ def main() -> None:
     parser.add_argument("--dictionaries", type=Path, default=Path("runs/kinds"), help="folder of `<kind>-<seed>` ones")
     parser.add_argument("--out", type=Path, default=Path("runs/kinds.json"))
     parser.add_argument(
-        "--measures", nargs="*", action=Adding, choices=MEASURES, default=list(MEASURES), help="of these alone"
+        "--measures", nargs="*", action=Adding, choices=MEASURES, default=list(MEASURES), help="only these"
     )
     parser.add_argument("--labelled", type=int, default=1000, help="pictures for probes to learn from")
     parser.add_argument("--judged", type=int, default=400, help="pictures to judge probes on")
@@ -312,8 +313,8 @@ def main() -> None:
         "--pairs", type=int, default=6, help="that choose the latents of a target, and as many to judge"
     )
     parser.add_argument("--prompts", type=int, default=4, help="of each kind a target is steered on")
-    parser.add_argument("--every", type=int, default=1, help="of the targets")
-    parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
+    parser.add_argument("--every", type=int, default=1, help="measure every n-th target")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of what is timed")
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     folders = dictionaries_in(a.dictionaries, "kinds")
@@ -329,14 +330,14 @@ def main() -> None:
             (metrics,) = dictionary.config["metrics"].values()
             rows.append({"dictionary": name, "kind": name.rpartition("-")[0], "has": []} | metrics)
         results.add(*rows)
-    for wanted in a.measures:
-        for row in tqdm(results.rows, desc=wanted, unit="dictionary"):
+    for measure_name in a.measures:
+        for row in tqdm(results.rows, desc=measure_name, unit="dictionary"):
             name, is_raw = row["dictionary"], row["kind"] == RAW
-            if wanted in row["has"] or is_raw and wanted != "probed":
+            if measure_name in row["has"] or is_raw and measure_name != "probed":
                 continue
-            told = [Recipe.model_validate(dictionaries[name].config["recipe"])] if wanted == "costs" else []
-            row |= getattr(measures, wanted)(None if is_raw else saes[name], *told)
-            row["has"] = [*row["has"], wanted]
+            recipe = [Recipe.model_validate(dictionaries[name].config["recipe"])] if measure_name == "costs" else []
+            row |= getattr(measures, measure_name)(None if is_raw else saes[name], *recipe)
+            row["has"] = [*row["has"], measure_name]
             results.add()
     add_stability([row for row in results.rows if row["kind"] != RAW], saes)
     results.write()

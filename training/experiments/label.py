@@ -2,9 +2,9 @@
 
     python -m training.experiments.label --out examples/shapes-rtsae
 
-Pairs of prompts of combinations that were trained on: some name another value, some leave the factor open, some name
-it already and are to stay. What is fitted for a value lies in --work until all are there; the same command continues.
-Then labels replace those of the same name; what did not reach --least of what changing the prompt does is left out.
+Labels are fitted to pairs of prompts of combinations that were trained on: some name another value, some leave the
+factor open, and some name the value already and must not change. Each fit is stored in --work; the same command
+continues. At the end labels replace those of the same name; values whose effect is below --least get no label.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .steering import pairs
 
 
 def stored(folder: Path, value: str) -> FittedFeature | None:
-    """What an earlier run fitted."""
+    """The feature that an earlier run fitted, if there is one."""
     path = folder / f"{value}.json"
     if not path.is_file():
         return None
@@ -36,12 +36,12 @@ def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline", "dictionary")
     parser.add_argument("--out", type=Path, help="dictionary to write; the same by default")
-    parser.add_argument("--work", type=Path, default=Path("runs/labels"), help="where what is fitted is kept")
-    parser.add_argument("--values", nargs="*", action=Adding, help="that are to be labelled; all by default")
+    parser.add_argument("--work", type=Path, default=Path("runs/labels"), help="folder of the fitted features")
+    parser.add_argument("--values", nargs="*", action=Adding, help="values to label; all by default")
     parser.add_argument("--pairs", type=int, default=24, help="of prompts; a third of them leave the factor open")
     parser.add_argument("--latents", type=int, default=24)
     parser.add_argument("--rank", type=int, default=8, help="of a linear map; 0 fits latents instead")
-    parser.add_argument("--least", type=float, default=0.1, help="effect below which nothing is labelled")
+    parser.add_argument("--least", type=float, default=0.1, help="smallest effect of a label")
     parser.add_argument("--fit-only", action="store_true", help="leave the dictionary as it is")
     a, world = parse(parser)
     pipe = load_pipeline(a.pipeline, a.device, a.dtype)

@@ -1,10 +1,10 @@
-"""All that was measured, on a page for each world, from the rows that lie beside it: `training/results/README.md`, and
+"""Write the pages of measurements, one for each world, from the rows beside them: `training/results/README.md` and
 `training/results/people/README.md`.
 
     python -m training.experiments.page
 
-The texts here say what was done; every figure comes from a JSON file, by the `markdown` of the experiment that wrote
-it. A test fails if a committed page is not what this command writes.
+The texts here say what was done. Every figure comes from a JSON file, through the `markdown` function of the
+experiment that wrote the file. A test fails if a committed page differs from what this command writes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from .results import contents, table
 
 ROOT = Path(__file__).parents[2]
-APART = ("pipeline", "scorer", "dictionary", "dictionaries", "contents", "elsewhere")  # settings told by other words
+APART = ("pipeline", "scorer", "dictionary", "dictionaries", "contents", "elsewhere")  # settings not listed as such
 
 INTRODUCTION = """# Measurements
 
@@ -403,14 +403,14 @@ def wrapped(text: str) -> str:
 
 
 def section(page: Page, path: Path) -> tuple[str, str]:
-    """The day of a measurement, and what the page says of it."""
+    """The day of a measurement, and its section of the page."""
     stored = json.loads(path.read_text())
     settings, rows = stored["settings"], stored["rows"]
     experiment, title, text = page.sections[path.stem]
     if "elsewhere" in settings:
         settings["elsewhere"] = "{} with {} steps".format(*ast.literal_eval(settings["elsewhere"]))
-    told = {name: value for name, value in settings.items() if name not in APART and value != "None"}
-    how = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
+    listed = {name: value for name, value in settings.items() if name not in APART and value != "None"}
+    how = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in listed.items())
     out = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     command = f"`python -m training.experiments.{experiment} {page.options}--out {out}`"
     facts = f"{stored['measured']}, {command}: {how}"
@@ -422,7 +422,7 @@ def section(page: Page, path: Path) -> tuple[str, str]:
 
 
 def drawn() -> str:
-    """What the bundled pipeline draws of what it is told."""
+    """How much of what prompts name the bundled pipeline draws."""
     found = json.loads((ROOT / "examples" / "shapes-sd" / "metrics.json").read_text())
     rows = {name: found[name] for name in ("1 object", "2 objects")}
     factors = list(dict.fromkeys(factor for row in rows.values() for factor in row))

@@ -1,4 +1,4 @@
-"""Linear probes: how well the factors of pictures are read from their frozen codes, with few labelled ones."""
+"""Linear probes: how well can factors be read from frozen codes, with few labelled pictures?"""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ..worlds import Scene, World
 from ..worlds.pictures import generate
 
 LABELLED = (10, 30, 100, 300, 1000)
-DRAWS = 5  # of labelled pictures
+DRAWS = 5  # random choices of the labelled pictures
 _PENALTIES = torch.logspace(-4, 2, 13, dtype=torch.float64)
 
 
 class Seen(NamedTuple):
     """
-    Pictures in which the scorer reads all that their prompts name.
+    Pictures in which the scorer reads everything that their prompts name.
 
     trajectories (`torch.Tensor`): activations of the site at each step, `(pictures, tokens, steps, d)` float16.
     timesteps (`list[float]`): of the steps.
-    grid (`TimeGrid`): where these are among anchors.
+    grid (`TimeGrid`): places timesteps among the anchors.
     size (`tuple[int, int]`): of the token grid.
-    guidance (`float`): scale of guidance.
-    scenes (`list[Scene]`): what they show.
+    guidance (`float`): guidance scale.
+    scenes (`list[Scene]`): what the pictures show.
     """
 
     trajectories: torch.Tensor
@@ -42,19 +42,19 @@ class Seen(NamedTuple):
 def look(
     world: World, pipe, scorer, sae: SparseDictionary, count: int, held_out: bool, steps: int, a, anchors: bool = True
 ) -> Seen:
-    """`count` pictures with the pipeline's sampler, at the dictionary's anchors or at all steps; the other arguments
-    are the experiment's."""
-    site, wanted = sae.config.site, list(sae.config.anchors) if anchors else None
+    """`count` pictures that show what their prompts name, with activations at the dictionary's anchors, or at all
+    steps; `a` are the arguments of the experiment."""
+    site, timesteps = sae.config.site, list(sae.config.anchors) if anchors else None
     rows, right, start = [], [], 70_000_000 + 1_000_000 * held_out
     while len(right) < count:
         scenes = world.sample(a.batch_size, seed=start, held_out=held_out)
-        with Recorder(pipe, [site], wanted, sae.config.activation, torch.float16) as recorder:
+        with Recorder(pipe, [site], timesteps, sae.config.activation, torch.float16) as recorder:
             seeds = range(start, start + len(scenes))
             images = generate(pipe, world.describe(scenes, start), seeds, steps, a.guidance)
         read = [world.seen(reading) for reading in scorer.read(images)]
-        kept = [i for i, s in enumerate(read) if s["valid"] and all(s[f] == v for f, v in scenes[i].items())]
-        rows.append(recorder.trajectories(site)[kept])
-        right += [scenes[i] for i in kept]
+        matches = [i for i, s in enumerate(read) if s["valid"] and all(s[f] == v for f, v in scenes[i].items())]
+        rows.append(recorder.trajectories(site)[matches])
+        right += [scenes[i] for i in matches]
         start += len(scenes)
     grid = TimeGrid(sae.config.anchors, noise_schedule(pipe.scheduler))
     return Seen(
@@ -66,7 +66,7 @@ Read = Callable[[torch.Tensor, Seen], Iterator[torch.Tensor]]
 
 
 def codes(sae: SparseDictionary, told: bool = True) -> Read:
-    """What reads all latents of some pictures step by step, as steering does; `told` the place and the guidance."""
+    """A function that reads all latents step by step, as steering does; if `told`, with place and guidance known."""
     rows = list(range(sae.config.num_latents))
     reader = sae.reader(rows, torch.device("cpu"))
 
@@ -82,24 +82,24 @@ def codes(sae: SparseDictionary, told: bool = True) -> Read:
 
 
 def activations(trajectories: torch.Tensor, seen: Seen) -> Iterator[torch.Tensor]:
-    """The raw activation step by step."""
+    """The raw activation, step by step."""
     return (tokens.float() for tokens in trajectories.unbind(2))
 
 
 @torch.no_grad()
 def pooled(seen: Seen, read: Read, width: int) -> torch.Tensor:
-    """Of each picture the mean over its tokens and steps of what `read` finds, `(pictures, width)`."""
-    found, tokens = [], seen.trajectories.shape[1]
+    """The mean over tokens and steps of what `read` gives for each picture, `(pictures, width)`."""
+    means, tokens = [], seen.trajectories.shape[1]
     for part in seen.trajectories.split(max(1, 2**25 // (tokens * width))):
         sums = sum(step.mean(1) for step in read(part, seen))
-        found.append(sums / len(seen.timesteps))
-    return torch.cat(found)
+        means.append(sums / len(seen.timesteps))
+    return torch.cat(means)
 
 
 class LinearProbe:
     """
-    Linear probes of codes `(n, m)` of labelled pictures: ridge regressions on one column a value, whose penalty is the
-    best of a grid when each picture is left out in turn.
+    A linear probe on codes `(n, m)` of labelled pictures: ridge regression with one target column for each value. The
+    penalty is the best of a grid by leave-one-out accuracy.
     """
 
     def __init__(self, codes: torch.Tensor):
@@ -109,21 +109,21 @@ class LinearProbe:
         sizes, self.basis = torch.linalg.eigh(self.centred @ self.centred.T)
         self.sizes = sizes.clamp(min=0)
 
-    def ridge(self, wanted: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weight of each picture in the regression on columns `wanted (n, values)`, and what a regression on the
-        others says of it: its own part in the fit, and in the mean, is taken out. Both `(n, values)`."""
+    def ridge(self, targets: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight of each picture in the regression on columns `targets (n, values)`, and the leave-one-out
+        prediction for each picture. Both `(n, values)`."""
         shrunk = 1 / (self.sizes + penalty)
-        weight = self.basis @ (shrunk[:, None] * (self.basis.T @ (wanted - wanted.mean(0))))
-        own = self.basis.square() @ shrunk - 1 / (len(wanted) * penalty)
-        return weight, wanted - weight / own[:, None]
+        weight = self.basis @ (shrunk[:, None] * (self.basis.T @ (targets - targets.mean(0))))
+        leverage = self.basis.square() @ shrunk - 1 / (len(targets) * penalty)
+        return weight, targets - weight / leverage[:, None]
 
     def fit(self, labels: torch.Tensor, values: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What tells the labels of other codes, `(pictures, m)`, once it has seen `labels (n,)` of these."""
-        wanted = torch.nn.functional.one_hot(labels, values).double()
-        mean = wanted.mean(0)
-        best = -1.0, wanted
+        """Fit to `labels (n,)`; returns a function that predicts the labels of other codes `(pictures, m)`."""
+        targets = torch.nn.functional.one_hot(labels, values).double()
+        mean = targets.mean(0)
+        best = -1.0, targets
         for penalty in _PENALTIES * self.sizes.mean():
-            weight, left_out = self.ridge(wanted, penalty)
+            weight, left_out = self.ridge(targets, penalty)
             right = (left_out.argmax(1) == labels).double().mean().item()
             if right >= best[0]:
                 best = right, weight
@@ -135,15 +135,15 @@ def accuracies(
     codes: torch.Tensor, scenes: list[Scene], tests: dict[str, tuple[torch.Tensor, list[Scene]]], factors: dict
 ) -> dict[str, dict[int, float]]:
     """
-    The accuracy of probes with each number of labelled pictures, a mean over factors and draws of these pictures.
+    The accuracy of probes for each number of labelled pictures, averaged over factors and choices of these pictures.
 
     Args:
-        codes, scenes: to label.
-        tests: codes and scenes to judge on, by name.
+        codes, scenes: of the pictures that labelled ones are drawn from.
+        tests: codes and scenes to measure accuracy on, by name.
         factors (`dict`): the values of each factor.
 
     Returns:
-        for each test, by number of labelled pictures.
+        for each test, the accuracy by number of labelled pictures.
     """
     scale = codes.std(0).clamp(min=1e-6 * codes.std(0).max())  # of latents, from pictures without labels
 
@@ -151,14 +151,14 @@ def accuracies(
         return torch.tensor([factors[factor].index(scene[factor]) for scene in of])
 
     known = {factor: labels(scenes, factor) for factor in factors}
-    judged = {name: (given / scale, truth) for name, (given, truth) in tests.items()}
+    tested = {name: (given / scale, truth) for name, (given, truth) in tests.items()}
     found = {name: {n: [] for n in LABELLED if n <= len(scenes)} for name in tests}
     for n in [n for n in LABELLED if n <= len(scenes)]:
         for draw in range(DRAWS):
             chosen = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(draw))[:n]
             probe = LinearProbe(codes[chosen] / scale)
             for factor, values in factors.items():
-                tell = probe.fit(known[factor][chosen], len(values))
-                for name, (others, truth) in judged.items():
-                    found[name][n].append((tell(others) == labels(truth, factor)).double().mean().item())
+                predict = probe.fit(known[factor][chosen], len(values))
+                for name, (others, truth) in tested.items():
+                    found[name][n].append((predict(others) == labels(truth, factor)).double().mean().item())
     return {name: {n: round(sum(of) / len(of), 4) for n, of in by.items()} for name, by in found.items()}

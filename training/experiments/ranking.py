@@ -1,10 +1,11 @@
-"""Does ranking by effect put the latent that does most first? All values of a world, by effect and by presence.
+"""Does ranking by effect put the latent with the largest effect first? All values of a world, by effect and by
+presence.
 
     python -m training.experiments.ranking --out training/results/ranking.json
 
 For each value `find_features` ranks all latents on pairs of prompts, by effect and by presence. The first ten of each
-are then added to the model at strength 1, on other pairs and other noise: their true effect. *Place* is where a
-ranking puts the latent that does most. Rows are added to the JSON as they are measured; the same command continues.
+are then steered at strength 1 on other pairs and other noise, which gives their true effect. *Place* is the rank of
+the latent with the largest true effect. Rows are added to the JSON as they are measured; the same command continues.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RANKINGS = ("effect", "presence")
 
 
 def markdown(rows: list[dict]) -> str:
-    """The latent that does most for each value, and its place in both rankings."""
+    """The latent with the largest effect for each value, and its place in both rankings."""
     lines = []
     for row in rows:
         places = [str(row["place"][by] or "–") for by in RANKINGS]

@@ -1,4 +1,4 @@
-"""What a measurement found: rows in a JSON file that an interrupted run continues, and how they are told."""
+"""The results of a measurement: rows in a JSON file, which an interrupted run continues, and their tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..evaluation.reconstruction import stability
 
 
 def contents(*folders: Path) -> str:
-    """A short hash of the weights and labels in some folders: their paths do not say what lies there."""
+    """A short hash of the weights and labels in some folders, whose paths do not identify their content."""
     digest = hashlib.blake2b(digest_size=8)
     for folder in folders:
         for path in sorted(
@@ -29,38 +29,37 @@ def contents(*folders: Path) -> str:
 
 
 def dictionaries_in(folder: Path, recipe: str) -> list[Path]:
-    """The folders of dictionaries in what a training wrote, where its pictures may lie too; raises `ValueError` if
-    there are none."""
-    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
-    if not found:
+    """The folders of dictionaries in the output folder of a training; raises `ValueError` if there are none."""
+    folders = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if not folders:
         raise ValueError(f"{folder} holds no dictionaries: train `recipes/{recipe}.yaml` first.")
-    return found
+    return folders
 
 
 def add_stability(rows: list[dict], saes: dict[str, SparseDictionary]) -> None:
-    """Write the `stability` of each kind of which there are several dictionaries into their rows."""
+    """Add `stability` to the rows of each kind that has several dictionaries."""
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        own = [row for row in rows if row["kind"] == kind]
-        names = dict.fromkeys(row["dictionary"] for row in own)
+        of_kind = [row for row in rows if row["kind"] == kind]
+        names = dict.fromkeys(row["dictionary"] for row in of_kind)
         if len(names) > 1:
             shared = stability([saes[name] for name in names])
-            for row in own:
+            for row in of_kind:
                 row["stability"] = shared
 
 
 class Results:
     """
-    The rows of a measurement. They are written as they are added; a run with the same settings continues them.
+    The rows of a measurement. Each is written when it is added; a run with the same settings continues the file.
 
     Args:
-        a (`argparse.Namespace`): what the measurement was told; all of it are settings but `world`, whose models are
-            settings, `out`, `device` and `batch_size`.
-        folders (`list[Path]`): of the models that were measured.
-        said_by_rows (`tuple[str, ...]`): arguments that are no settings, as each row says its own.
-        settings: that are no arguments.
+        a (`argparse.Namespace`): the arguments of the measurement. All are settings, except `world` (whose models are
+            settings), `out`, `device` and `batch_size`.
+        folders (`list[Path]`): of the models that are measured.
+        said_by_rows (`tuple[str, ...]`): arguments that are no settings, because every row records its own value.
+        settings: further settings, which are no arguments.
 
     Raises:
-        `ValueError`: what lies at `a.out` was measured with other settings.
+        `ValueError`: the file at `a.out` was measured with other settings.
     """
 
     def __init__(
@@ -85,16 +84,18 @@ class Results:
         return any(entries.items() <= row.items() for row in self.rows)
 
     def add(self, *rows: dict) -> None:
+        """Add rows, and write the file."""
         self.rows += rows
         self.measured = datetime.date.today().isoformat()
         self.write()
 
     def write(self) -> None:
+        """Write the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"settings": self.settings, "measured": self.measured, "rows": self.rows})
 
     def tell(self, markdown: str) -> None:
-        """Print a summary of the rows; of those that are committed it is on the page that `page` makes."""
+        """Print a summary of the rows. `page` writes that of the committed rows to a page."""
         print(markdown)
 
 
@@ -106,12 +107,12 @@ def table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 
 def folded(title: str, text: str) -> str:
-    """A part of a page that is closed until it is clicked."""
+    """A part of a page that is folded until it is clicked."""
     return f"<details><summary>{title}</summary>\n\n{text}\n</details>\n"
 
 
 def best(rows: Iterable[dict]) -> dict:
-    """The row of the largest success minus leakage."""
+    """The row with the largest success minus leakage."""
     return max(rows, key=lambda row: row["success"] - row["leakage"])
 
 

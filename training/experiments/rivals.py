@@ -1,17 +1,18 @@
-"""What the labels of a world's dictionary are compared with: the same pairs and the same goal, other means.
+"""Rivals of the labels of a world's dictionary: fitted to the same pairs and the same goal, by other means.
 
     python -m training.experiments.rivals --out runs/rivals
     python -m training.experiments.table --rivals runs/rivals --out training/results/labels.json
 
-Writes a dictionary for each rival, whose labels have the names of the values they are for:
+Writes a dictionary for each rival, with a label for each value:
 
-- `direction`: one direction for each anchor, the mean change of the activation over the tokens that the two prompts
-  make a difference on.
-- `free direction`: one direction for each anchor, that with most effect there, fitted by gradient.
+- `direction`: one direction for each anchor, the mean change of the activation over the tokens on which the two
+prompts
+  make a difference.
+- `free direction`: one direction for each anchor, the one with the largest effect, fitted by gradient.
 - `latents`: few latents of the dictionary with signed weights, chosen by pursuit (`fit_feature`).
-- `random latents`: the same fit, given as many latents of the dictionary at random.
+- `random latents`: the same fit with as many random latents of the dictionary.
 
-They take up to some minutes a label, so they are fitted for every --every-th. What is fitted is kept, apart for each
+A label takes up to some minutes, so only every n-th value (--every) is fitted. Fits are stored separately for each
 dictionary and each choice of settings; the same command continues.
 """
 
@@ -42,7 +43,7 @@ STEPS = 400  # of gradient, for a free direction
 
 
 def subset(sae: SparseDictionary, latents: list[int]) -> SparseDictionary:
-    """A dictionary of some latents of another."""
+    """A dictionary that has only some of the latents of another."""
     count = sae.config.num_latents
     settings = {name: value for name, value in sae.config.items() if not name.startswith("_")}
     made = type(sae)(**settings | {"num_latents": len(latents), "k": min(sae.config.k, len(latents))})
@@ -57,7 +58,7 @@ def main() -> None:
     add_models(parser, "pipeline", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/rivals"))
     parser.add_argument("--latents", type=int, default=16)
-    parser.add_argument("--every", type=int, default=3, help="of the values, that rivals are fitted for")
+    parser.add_argument("--every", type=int, default=3, help="fit rivals for every n-th value")
     parser.add_argument("--only", nargs="*", action=Adding, choices=RIVALS, default=list(RIVALS))
     a, world = parse(parser)
     pipe = load_pipeline(a.pipeline, a.device, a.dtype)
@@ -70,7 +71,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     targets = world.targets[:: a.every]
     for i, (factor, value) in enumerate(targets):
-        told = {"factor": factor, "value": value}
+        target = {"factor": factor, "value": value}
         different, same = pairs(world, factor, value, contradicted=16, leave_open=8, already=8, seed=0)
         for rival in CONSTANT:
             path = work / f"{rival}-{value}.safetensors"
@@ -79,13 +80,13 @@ def main() -> None:
             pipe.load_rtsae(axes(sae))
             states = States(pipe, different, **call)
             if rival == "direction":
-                found = mean_change(states, site)
+                direction = mean_change(states, site)
             else:
                 with frozen(pipe):
-                    found = free_direction(states, STEPS)
+                    direction = free_direction(states, STEPS)
             pipe.unload_rtsae()
             with whole(path) as partial:
-                save_file({"direction": found}, partial)
+                save_file({"direction": direction}, partial)
         generator = torch.Generator().manual_seed(i)
         chosen = torch.randperm(sae.config.num_latents, generator=generator)[: a.latents].tolist()
         for rival in LATENTS:
@@ -101,7 +102,7 @@ def main() -> None:
                     entry | {key: entry[key] and [chosen[j] for j in entry[key]] for key in ("latents", "where")}
                     for entry in entries
                 ]
-            write_json(path, told | fitted.label | {"features": entries, "seen": []})
+            write_json(path, target | fitted.label | {"features": entries, "seen": []})
             print(f"{rival}, {factor} {value}: {fitted}", flush=True)
     for rival in set(CONSTANT) & set(a.only):
         rows = [load_file(work / f"{rival}-{value}.safetensors")["direction"] for _, value in targets]

@@ -26,11 +26,11 @@ from .steering import mean, measure, run, score
 
 class Samplers(NamedTuple):
     """
-    Of pipelines of one kind.
+    Samplers for pipelines of one kind.
 
-    known (`dict[str, tuple[str, dict]]`): the scheduler of each, and how it differs from the pipeline's.
-    reference (`tuple[str, int]`): what dictionaries are trained on, with how many steps.
-    elsewhere (`tuple[str, int]`): what none was trained on.
+    known (`dict[str, tuple[str, dict]]`): scheduler class of each, and its differences from the pipeline's
+    configuration. reference (`tuple[str, int]`): the sampler and number of steps that dictionaries are trained on.
+    elsewhere (`tuple[str, int]`): a sampler and number of steps that no dictionary was trained on.
     """
 
     known: dict[str, tuple[str, dict]]
@@ -56,7 +56,7 @@ NOISE = Samplers(
     reference=("DDIM", 25),
     elsewhere=("DPM++ 2M", 12),
 )
-FLOW = Samplers(  # of pipelines that are no flow-matching ones by name, as PixArt's
+FLOW = Samplers(  # for flow-matching models in pipelines such as PixArt's, which have no flow-matching sampler
     {
         "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
         "DPM++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
@@ -72,7 +72,7 @@ FLOW = Samplers(  # of pipelines that are no flow-matching ones by name, as PixA
 
 
 def samplers_of(pipe: DiffusionPipeline) -> Samplers:
-    """Those that a pipeline can be sampled with."""
+    """The samplers that suit a pipeline."""
     return FLOW if noise_schedule(pipe.scheduler) is None else NOISE
 
 
@@ -83,22 +83,22 @@ def scheduler(pipe: DiffusionPipeline, name: str):
 
 
 def markdown(rows: list[dict]) -> str:
-    """Success / mean leakage for each sampler and step count, and how many settings keep what the reference has."""
+    """Success / mean leakage for each sampler and step count, and how many settings reach 95 % of the reference."""
     cells = {(r["sampler"], r["steps"]): r for r in rows}
     steps = sorted({r["steps"] for r in rows})
     lines = []
     for sampler in dict.fromkeys(r["sampler"] for r in rows):
         found = [cells.get((sampler, s)) for s in steps]
         lines.append([sampler] + [f"{r['success']:.2f} / {r['leakage_mean']:.2f}" if r else "–" for r in found])
-    told = table(["sampler", *(f"{s} steps" for s in steps)], lines)
+    text = table(["sampler", *(f"{s} steps" for s in steps)], lines)
     found = [kind.reference for kind in (NOISE, FLOW) if kind.reference in cells]
     if not found:
-        return told
+        return text
     name, count = found[0]
     reference = cells[name, count]
     kept = {s: [r for r in rows if r["steps"] == s and r["success"] >= 0.95 * reference["success"]] for s in steps}
     counts = ", ".join(f"{len(kept[s])} of {sum(r['steps'] == s for r in rows)} with {s}" for s in steps)
-    return f"{told}\nAt least 95 % of the success of {name} with {count} steps: {counts}.\n"
+    return f"{text}\nAt least 95 % of the success of {name} with {count} steps: {counts}.\n"
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from ..worlds.pictures import generate
 
 def measure(steered: list[dict], plain: list[dict], factor: str, value: str) -> dict[str, float]:
     """
-    Success (valid and shows the value), leakage (share of pictures in which any other factor changed; `leakage_mean`:
-    share of other factors that changed) and validity, of pictures as `World.seen` reads them.
+    How well steering worked, from pictures as `World.seen` reads them: `success`, the share that are valid and show
+    the value; `leakage`, the share in which any other factor changed; `leakage_mean`, the share of other factors that
+    changed; and the share that are `valid`.
     """
     others, n = [f for f in plain[0] if f not in (factor, "valid")], len(steered)
     changed = [[s[f] != p[f] for f in others] for s, p in zip(steered, plain, strict=True)]
@@ -35,29 +36,32 @@ def pairs(
     world: World, factor: str, value: str, contradicted: int, leave_open: int, already: int, seed: int
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """
-    Prompts to fit a value on, of scenes that were trained on: pairs (from, to) that change it or name it where it was
-    left open, in an order that mixes them, and prompts that name it already.
+    Prompts to fit a value on, of scenes that were trained on.
+
+    Returns:
+        pairs (from, to), shuffled, where the first prompt names another value (`contradicted` of them) or none
+        (`leave_open`) and the second names this one; and prompts that name it (`already`), which must not change.
     """
     scenes = world.sample(8 * (contradicted + leave_open + already), seed=1_000_000 + seed, held_out=False)
     scenes = iter([scene for scene in scenes if scene[factor] != value])
-    found, rng = [], random.Random(seed)
+    changing, rng = [], random.Random(seed)
     for i in range(contradicted + leave_open):
         scene, words = next(scenes), 1000 * (1 + seed) + i
         is_open = (factor,) if i >= contradicted else ()
         before = world.describe([scene], words, leave_open=is_open)[0]
-        found.append((before, world.describe([scene | {factor: value}], words)[0]))
-    rng.shuffle(found)
+        changing.append((before, world.describe([scene | {factor: value}], words)[0]))
+    rng.shuffle(changing)
     named = [world.describe([next(scenes) | {factor: value}], i)[0] for i in range(already)]
-    return found, named
+    return changing, named
 
 
 def mean(cells: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of what `measure` found for several probes, rounded."""
+    """The mean of the results of `measure` for several probes, rounded."""
     return {name: round(sum(cell[name] for cell in cells) / len(cells), 4) for name in cells[0]}
 
 
 def tokens_on(masks: torch.Tensor, side: int) -> torch.Tensor:
-    """`(pictures, side * side)` bool: the tokens of which a mask `(pictures, size, size)` covers a third."""
+    """`(pictures, side * side)` bool: the tokens that a mask `(pictures, size, size)` covers by more than a third."""
     return torch.nn.functional.adaptive_avg_pool2d(masks[:, None], side).flatten(1) > 0.35
 
 
@@ -77,10 +81,10 @@ def run(
     Generate the pictures of many probes in large batches.
 
     Args:
-        strengths (`list[dict]`, *optional*): for each probe `{feature: strength}`; `None` generates plainly.
+        strengths (`list[dict]`, *optional*): for each probe `{feature: strength}`; `None` generates without steering.
         prompts (*optional*): to use instead of the probes' own.
-        masks (`bool`): steer only on the probes' masks.
-        neutral (`float`): the strength of a probe's pictures for the features of other probes.
+        masks (`bool`): steer only inside the probes' masks.
+        neutral (`float`): the strength of features that only other probes of the batch name.
     """
     rows = [(p, i) for p, one in enumerate(probes) for i in range(len(one.prompts))]
     texts = [(prompts[p] if prompts else probes[p].prompts)[i] for p, i in rows]
@@ -109,9 +113,10 @@ def difference_of_means(
     batch_size: int,
 ) -> Dictionary:
     """
-    For each site and target of the world, the mean activation of fully named prompts with its value minus that of all
-    values, at each step: over all tokens for global factors, over the object's tokens for its own. As a dictionary,
-    one feature a target.
+    Directions of the difference of means, as a dictionary with one feature for each target of the world.
+
+    A direction is the mean activation where prompts name the value, minus the mean over all values, at each site and
+    step. For factors of the whole picture the mean is over all tokens, for factors of an object over its tokens.
     """
     sums: dict[tuple[str, str], torch.Tensor] = {}
     counts: dict[tuple[str, str], torch.Tensor] = {}
@@ -141,13 +146,13 @@ def difference_of_means(
 
 
 def as_dictionary(site: str, anchors: list[int], directions: torch.Tensor) -> RTSAE:
-    """Directions `(features, steps, d)` as a dictionary without dynamics, whose strength 1 adds exactly them."""
+    """Directions `(features, steps, d)` as a dictionary without dynamics; strength 1 adds a direction as it is."""
     rtsae = RTSAE(site, directions.shape[2], anchors, num_latents=len(directions), k=1)
     rtsae.decoder.data.copy_(directions)
     return rtsae
 
 
 def score(world: World, scorer: FactorScorer, images: torch.Tensor, probes: list[Probe]) -> list[list[dict]]:
-    """What the scorer sees in the pictures that `run` made, for each probe."""
+    """The readings of the pictures that `run` made, for each probe."""
     seen = iter([world.seen(reading) for reading in scorer.read(images)])
     return [[next(seen) for _ in one.prompts] for one in probes]

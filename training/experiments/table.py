@@ -3,8 +3,8 @@
     python -m training.experiments.rivals --out runs/rivals
     python -m training.experiments.table --rivals runs/rivals --judge --out training/results/judged.json
 
-Features, which few latents or a map of their own stand for, act at the fixed strength 1; of the difference of means
-the best of three strengths is shown, chosen on these same pictures. Constants are told where the object is. Rows are
+Labels, each made of few latents or a linear map, act at the fixed strength 1. For the difference of means the best of
+three strengths is shown, chosen on these same pictures. Constant directions get the object's place as a mask. Rows are
 added to the JSON as they are measured; the same command continues where it was stopped, and measures again what
 another dictionary changes.
 """
@@ -54,11 +54,11 @@ HEADS = {
     "prompt": "edited prompt",
 }
 SUCCESS, LEAKAGE = 0.9, 0.1  # the goal of a label
-TOLD = (*CONSTANT, "means")  # told where the object is, and no latents that have a range to be kept in
+MASKED = (*CONSTANT, "means")  # act inside the mask of the object, unclipped
 
 
 def with_labels(sites: dict[str, RTSAE], labels: dict[str, dict], rows: list[int]) -> Dictionary:
-    """Directions under the names and with the options of `labels`; `rows` says which one stands for which label."""
+    """Directions with the names and options of `labels`; `rows` are the indices of the labels' directions."""
     named = {}
     for row, (name, label) in zip(rows, labels.items(), strict=True):
         at = dict.fromkeys(entry["site"] for entry in label["features"])
@@ -68,14 +68,14 @@ def with_labels(sites: dict[str, RTSAE], labels: dict[str, dict], rows: list[int
 
 
 def random_maps(dictionary: Dictionary, seed: int = 0) -> Dictionary:
-    """The labels of a dictionary with maps that read what theirs read, and move as far in random directions."""
+    """The labels of a dictionary with maps that read the same and move as far, but in random directions."""
     generator = torch.Generator().manual_seed(seed)
     maps = {}
     for name, rows in dictionary.maps.items():
-        own = LinearMap(rows)
-        directions = own.directions.paths[:, 0]
+        linear_map = LinearMap(rows)
+        directions = linear_map.directions.paths[:, 0]
         random = torch.linalg.qr(torch.randn(directions.T.shape, generator=generator)).Q.T
-        maps[name] = own.with_directions(directions.norm(dim=1, keepdim=True) * random)
+        maps[name] = linear_map.with_directions(directions.norm(dim=1, keepdim=True) * random)
     return replace(dictionary, maps=maps)
 
 
@@ -154,7 +154,7 @@ def pictures(
     strength: float,
     a: argparse.Namespace,
 ) -> dict[str, Pictures]:
-    """What a method makes of the prompts of each label."""
+    """The pictures of each label's prompts, made with a method."""
     probes = [one for group in groups.values() for one in group]
     if not probes:
         return {}
@@ -164,7 +164,7 @@ def pictures(
         prompts = [one.prompted for one in probes]
     elif method != "plain":
         strengths = [{name: strength} for name, group in groups.items() for _ in group]
-        options = {"adapter_name": method, "clip": method not in TOLD, "masks": method in TOLD}
+        options = {"adapter_name": method, "clip": method not in MASKED, "masks": method in MASKED}
     images = run(pipe, probes, strengths, a.steps, a.guidance, a.batch_size, prompts, **options)
     readings = iter(score(world, scorer, images, probes))
     parts = iter(images.split([sum(len(one.prompts) for one in group) for group in groups.values()]))
@@ -174,8 +174,8 @@ def pictures(
 def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline", "scorer", "dictionary")
-    parser.add_argument("--judge", action="store_true", help="read by the judge, which chose nothing")
-    parser.add_argument("--rivals", type=Path, help="what `rivals` wrote")
+    parser.add_argument("--judge", action="store_true", help="read pictures with the judge")
+    parser.add_argument("--rivals", type=Path, help="output folder of `rivals`")
     parser.add_argument("--out", type=Path, default=Path("runs/labels.json"))
     parser.add_argument("--kinds", nargs="*", action=Adding, choices=KINDS, default=list(KINDS))
     parser.add_argument("--methods", nargs="*", action=Adding, choices=list(METHODS), default=list(METHODS))

@@ -2,10 +2,10 @@
 
     python -m training.experiments.together --out training/results/together.json
 
-The prompts name other values than those steered to, and all else. Painted is a disc on the first object's place; an
-object is left alone if all that is read of it is as without steering. In a world of one object the left half is
-painted, and told is how far the pixels of both halves move, in units of how far the label moves them when it is not
-painted. Rows are added to the JSON as they are measured; the same command continues where it was stopped.
+The prompts name all factors, with other values than those steered to. A painted label acts in a disc at the first
+object's place; the other object is left alone if everything that is read of it is as without steering. In a world of
+one object the left half is painted, and the figures are how far the pixels of each half move, relative to the
+unpainted label. Rows are added to the JSON as they are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLUMNS = {
 
 
 def markdown(rows: list[dict]) -> str:
-    """Each pair and each painted label, and the means of both."""
+    """A row for each pair and each painted label, and their means."""
     text = []
     for what, heads in COLUMNS.items():
         own = [row for row in rows if row["what"] == what]
@@ -45,7 +45,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def others(world: World, wanted: dict[str, str], count: int, seed: int) -> list[dict]:
-    """Held-out scenes with other values than those wanted."""
+    """Held-out scenes with other values than `wanted`."""
     scenes = world.sample(16 * count, seed, held_out=True)
     return [scene for scene in scenes if all(scene[f] != v for f, v in wanted.items())][:count]
 

@@ -2,15 +2,14 @@
 
     python -m training.experiments.unlearn --out training/results/unlearn.json
 
-For each value of the two (of shapes: the styles and the shapes), two ways. The dictionary's own label of it at
-strength −1; and the latents that are most present when prompts name it, against prompts that name another value,
-multiplied by a scale (0: set to zero) wherever they are active, in both halves of guidance, as SAeUron (2501.18052)
-does, with negative scales.
-Both act on every picture, also where there is nothing to remove. *Unlearned*: the share of pictures that do not show
-the concept any more, though the prompt names it. *In-domain*: prompts that name another value of the same factor still
-show that. *Cross-domain*: the other of the two factors is still right. *Valid*: of the pictures whose concept was
-removed. Beside it the model without any edit. Rows are added to the JSON as they are measured; the same command
-continues where it was stopped.
+Each value of the two factors (in shapes the styles and the shapes) is removed in two ways: by the dictionary's own
+label at strength −1; and by scaling the latents that are more present when prompts name the value than when they name
+another, wherever they are active, in both guidance branches (0 sets them to zero), as SAeUron (2501.18052) does with
+negative scales. Both act on every picture, also where there is nothing to remove. *Unlearned*: the share of pictures
+that do not show the concept although the prompt names it. *In-domain*: prompts that name another value of the same
+factor still show that value. *Cross-domain*: the other factor is still right. *Valid*: the share of valid pictures
+among those whose concept was removed. The model without any edit is the baseline. Rows are added to the JSON as they
+are measured; the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def right(readings: list[dict], one: Probe, factor: str) -> float:
 
 
 def entries(found: Sequence[Feature]) -> list[dict]:
-    """Parts of a label, one for each site of what was found."""
+    """The parts of a label made of these features, one for each site."""
     parts = []
     for site in dict.fromkeys(feature.site for feature in found):
         latents = [feature.index for feature in found if feature.site == site]

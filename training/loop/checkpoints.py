@@ -16,27 +16,29 @@ from .trainer import DictionaryTrainer
 
 class Checkpoints:
     """
-    Everything at one step in one folder, which appears whole or not at all; the latest few are kept.
+    Folders that each hold everything at one step. A folder appears when it is complete; old ones are deleted.
 
     Args:
-        folder (`Path`): where they lie.
-        kept (`int`): how many.
-        processes (`Processes`): that each write and read their share.
+        folder (`Path`): of all checkpoints.
+        kept (`int`): how many of the latest are kept.
+        processes (`Processes`): each writes and reads its share.
     """
 
     def __init__(self, folder: Path, kept: int, processes: Processes = ALONE):
         self.folder, self.kept, self.processes = folder, kept, processes
 
-    def _whole(self) -> list[Path]:
+    def _complete(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if not path.name.endswith(".partial"))
 
     def latest(self) -> Path | None:
-        return self._whole()[-1] if self._whole() else None
+        """The folder of the latest checkpoint, if there is one."""
+        return self._complete()[-1] if self._complete() else None
 
     def _share(self, name: str) -> str:
         return f"{name}-{self.processes.rank + 1}-of-{self.processes.count}.safetensors"
 
     def save(self, step: int, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None):
+        """Write a checkpoint; `marks` are the fingerprints of the trainers, by the same names."""
         path = self.folder / f"step-{step:08d}"
         partial = path.with_name(path.name + ".partial")
         if self.processes.rank == 0:
@@ -59,11 +61,11 @@ class Checkpoints:
         if self.processes.rank > 0:
             return
         os.replace(partial, path)
-        for old in self._whole()[: -self.kept]:
+        for old in self._complete()[: -self.kept]:
             shutil.rmtree(old)
 
     def load(self, trainers: dict[str, DictionaryTrainer], marks: dict[str, str], stream: Stream | None) -> int:
-        """The number of steps done, 0 if there is no checkpoint."""
+        """Load the latest checkpoint. Returns the number of finished steps, 0 if there is none."""
         path = self.latest()
         if path is None:
             return 0

@@ -49,9 +49,10 @@ def fit_dynamics(
     Ridge regression of each anchor's standardised activation on the one before (2605.27813, section 3.1).
 
     Args:
-        shards, validation: trajectories `(tokens, G, d)`; the R² are measured on the second.
+        shards: trajectories `(tokens, G, d)` to fit to.
+        validation: trajectories on which R² is measured.
         ridge (`float`): λ relative to the mean eigenvalue of the Gram matrix.
-        residualize (`bool`): without it A = 0, the dictionary of raw activations.
+        residualize (`bool`): if false, A = 0, for a dictionary of raw activations.
 
     Returns:
         the dynamics, and `{"r2": [...]}`, the share of variance predicted at each anchor after the first.

@@ -22,11 +22,11 @@ from .checkpoints import Checkpoints
 from .trainer import DictionaryTrainer, measure_activations, new_dictionary
 from .watch import Watch
 
-STATISTICS_TOKENS = 200_000  # whose activations make the statistics of the latents
+STATISTICS_TOKENS = 200_000  # trajectories from which the statistics of the latents are made
 
 
 def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on a device, for which the host need not wait."""
+    """Copy a tensor from the host to a device, without waiting for it."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -44,14 +44,14 @@ def train_dictionaries(
     stream: Stream | None = None,
 ) -> dict[str, SparseDictionary]:
     """
-    Train several dictionaries on one pass over the data, the latents of each shared among the processes.
+    Train several dictionaries on one pass over the data. Each process trains its share of the latents.
 
     Args:
-        recipes, dynamics, sites: for each dictionary by name, its own recipe, dynamics and site.
-        collected (`str`): how the data came about; a checkpoint of other data is refused.
+        recipes, dynamics, sites: the recipe, dynamics and site of each dictionary, by its name.
+        collected (`str`): fingerprint of the data; checkpoints with another fingerprint are refused.
 
     Returns:
-        the dictionaries by name, on the main process; on others none.
+        the dictionaries by name on the main process, nothing on the others.
     """
     device, first = accelerator.device, next(iter(recipes.values()))
     processes = Processes(accelerator.process_index, accelerator.num_processes)
@@ -60,8 +60,8 @@ def train_dictionaries(
         sae = new_dictionary(sites[name], anchors, recipe, dynamics[name])
         sample, _ = data.sample(sites[name], 8192, step_generator(recipe.seed, -1))
         trainers[name] = DictionaryTrainer(sae, recipe.train, dynamics[name], sample.float(), device, processes)
-        own = recipe.train.model_dump(exclude={"checkpoints", "checkpoint_every", "validate_every", "log_with"})
-        mark = {"trajectories": collected, "seed": recipe.seed, "fit": recipe.fit.model_dump(), "train": own}
+        train = recipe.train.model_dump(exclude={"checkpoints", "checkpoint_every", "validate_every", "log_with"})
+        mark = {"trajectories": collected, "seed": recipe.seed, "fit": recipe.fit.model_dump(), "train": train}
         marks[name] = json.dumps(mark, sort_keys=True)
     checkpoints = Checkpoints(work / "checkpoints", first.train.checkpoints, processes)
     done, steps = checkpoints.load(trainers, marks, stream), max(r.train.steps for r in recipes.values())
@@ -77,7 +77,7 @@ def train_dictionaries(
     for step in progress:
         if stream is not None and step > 0 and step % renew_every == 0:
             stream.renew()
-        batches, prefixed = {}, {}
+        batches, prefixes = {}, {}
         for name, trainer in trainers.items():
             settings, site = trainer.settings, sites[name]
             if step >= settings.steps:
@@ -86,15 +86,15 @@ def train_dictionaries(
                 generator = step_generator(first.seed, step)
                 sample = data.sample(site, first.train.batch_size, generator, processes)
                 batches[site] = [copied(tensor, device).float() for tensor in sample]
-                shown = int(torch.randint(1, len(anchors), (), generator=generator))
-                prefixed[site] = shown, torch.rand((), generator=generator).item()
-            shown, draw = prefixed[site]
-            prefix = shown if draw < settings.prefix else None
-            trajectories, told = batches[site]
+                length = int(torch.randint(1, len(anchors), (), generator=generator))
+                prefixes[site] = length, torch.rand((), generator=generator).item()
+            length, draw = prefixes[site]
+            prefix = length if draw < settings.prefix else None
+            trajectories, metadata = batches[site]
             inputs = processes.whole(trainer.inputs(trajectories), first.train.batch_size)
-            told = processes.whole(told, first.train.batch_size)
-            parts = zip(inputs.chunk(settings.accumulate), told.chunk(settings.accumulate), strict=True)
-            found = [trainer.backward(part, prefix, len(part) / len(inputs), of) for part, of in parts]
+            metadata = processes.whole(metadata, first.train.batch_size)
+            parts = zip(inputs.chunk(settings.accumulate), metadata.chunk(settings.accumulate), strict=True)
+            losses = [trainer.backward(part, prefix, len(part) / len(inputs), its) for part, its in parts]
             trainer.update(step)
             validates = (step + 1) % settings.validate_every == 0 or step + 1 == settings.steps
             if validates or (step + 1) % first.train.checkpoint_every == 0:
@@ -108,8 +108,8 @@ def train_dictionaries(
             if validates:
                 rate = (step + 1 - done) * first.train.batch_size / (time.perf_counter() - began)
                 validation = data.validation[site][:4096].float().to(device)
-                seen = watch(step + 1, name, trainer, found[-1], validation, rate)
-                progress.set_postfix(fvu=f"{seen['fvu_validation']:.3f}", dead=f"{seen['dead']:.1%}")
+                figures = watch(step + 1, name, trainer, losses[-1], validation, rate)
+                progress.set_postfix(fvu=f"{figures['fvu_validation']:.3f}", dead=f"{figures['dead']:.1%}")
         if (step + 1) % first.train.checkpoint_every == 0 or step + 1 == steps:
             checkpoints.save(step + 1, trainers, marks, stream)
     finished = {}

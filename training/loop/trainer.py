@@ -108,7 +108,7 @@ class DictionaryTrainer:
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, fused=True)
         # trajectories since each latent fired
         self.quiet = torch.zeros(len(sae.encoder), dtype=torch.long, device=device)
-        self.threshold = torch.zeros(1, device=device)  # running mean of the smallest value that a batch kept
+        self.threshold = torch.zeros(1, device=device)  # running mean of the smallest active value of a batch
         self.done, self.parts = 0, 0  # steps that are finished, and parts of the present batch
         # the first step whose loss was not finite, and that loss; -1 if there was none
         self.broken = torch.tensor([-1.0, 0.0], device=device)

@@ -1,4 +1,4 @@
-"""Validation while training: figures to a log and to trackers, and what goes wrong said early."""
+"""Validation while training: figures for the log and for trackers, and early warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Watch:
     Validation while training: a line in `log.jsonl`, the recipe's trackers, and early warnings.
 
     Args:
-        done (`int`): steps that are done already; lines of later ones, from a run that was stopped, are dropped.
+        done (`int`): steps that are finished. Lines of the log about later steps, which are repeated, are dropped.
     """
 
     def __init__(self, accelerator: Accelerator, work: Path, done: int):
@@ -37,29 +37,29 @@ class Watch:
         validation: torch.Tensor, rate: float,
     ) -> dict:  # fmt: skip
         figures = torch.stack([*train.values()]).tolist()
-        seen = {f"{key}_train": value for key, value in zip(train, figures, strict=True)}
-        seen |= trainer.measure(trainer.inputs(validation))
-        seen |= {"trajectories_per_second": round(rate)}
-        self._warn(name, "dead", seen["dead"] > 0.2, f"{seen['dead']:.0%} of the latents are dead")
-        settled, k, l0 = step > trainer.settings.steps / 2, trainer.settings.k, seen["l0_validation"]
+        logged = {f"{key}_train": value for key, value in zip(train, figures, strict=True)}
+        logged |= trainer.measure(trainer.inputs(validation))
+        logged |= {"trajectories_per_second": round(rate)}
+        self._warn(name, "dead", logged["dead"] > 0.2, f"{logged['dead']:.0%} of the latents are dead")
+        settled, k, l0 = step > trainer.settings.steps / 2, trainer.settings.k, logged["l0_validation"]
         self._warn(
             name,
             "gap",
             settled and abs(l0 / k - 1) > 0.25,
-            f"{l0:.1f} latents are active on held-out data, {k} wanted",
+            f"{l0:.1f} latents are active on held-out data, expected about {k}",
         )
-        best = self.best.setdefault(name, seen["fvu_validation"])
-        self.best[name] = min(best, seen["fvu_validation"])
-        exploding = seen["fvu_validation"] > 3 * best
+        best = self.best.setdefault(name, logged["fvu_validation"])
+        self.best[name] = min(best, logged["fvu_validation"])
+        exploding = logged["fvu_validation"] > 3 * best
         self._warn(
-            name, "loss", exploding, f"FVU on held-out data rose from {best:.3f} to {seen['fvu_validation']:.3f}"
+            name, "loss", exploding, f"FVU on held-out data rose from {best:.3f} to {logged['fvu_validation']:.3f}"
         )
         if self.accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, "dictionary": name} | seen) + "\n")
-        self.accelerator.log({f"{name}/{key}": value for key, value in seen.items()}, step=step)
-        return seen
+                file.write(json.dumps({"step": step, "dictionary": name} | logged) + "\n")
+        self.accelerator.log({f"{name}/{key}": value for key, value in logged.items()}, step=step)
+        return logged
 
     def _warn(self, name: str, kind: str, happened: bool, message: str) -> None:
         if happened and (name, kind) not in self.warned:

@@ -1,7 +1,7 @@
 """Worlds: small text-to-image pipelines whose pictures have known factors that can be read back.
 
-A world is a folder here with a `world.py` that defines `WORLD`. The experiments know a world by what `World` says and
-by nothing else, so that a second world is a folder and not a second set of scripts.
+A world is a folder here with a `world.py` that defines `WORLD`. Experiments use a world only through the interface of
+`World`, so that another world is another folder and not another set of scripts.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from pathlib import Path
 import torch
 
 Scene = dict[str, str]  # a picture of one object: the value of each factor
-KINDS = ("open", "contradicted")  # what a prompt says of the factor that is steered: nothing, or another value
+KINDS = ("open", "contradicted")  # a prompt leaves the steered factor open, or names another value of it
 
 
 @dataclass
 class Probe:
-    """Prompts on which one value of one factor is to be steered to. They name all other factors."""
+    """Prompts for steering to one value of one factor. They name all other factors."""
 
     factor: str
     value: str
     scenes: list[Scene]  # what the prompts describe
     prompts: list[str]
-    prompted: list[str]  # edited to name the target: the upper bound of steering
+    prompted: list[str]  # the prompts edited to name the target: the upper bound of steering
     seeds: list[int]
     mask: torch.Tensor  # where to steer, (prompts, size, size): everywhere for global factors, else on the object
 
 
 class World(ABC):
-    """What a world offers: factors, prompts, and models by their paths."""
+    """The interface of a world: its factors, its prompts, and the paths of its models."""
 
     name: str
     factors: dict[str, tuple[str, ...]]  # the values of each
     local: tuple[str, ...]  # factors of an object; the others are of the whole picture
     targets: tuple[tuple[str, str], ...]  # (factor, value) that can be steered to; all values of a factor, or some
-    domains: tuple[str, str]  # of which values are unlearned, each factor beside the other
+    domains: tuple[str, str]  # the two factors whose values are unlearned
     image_size: int  # height and width of a picture in pixels
 
     pipeline: Path
-    scorer: Path  # reads factors back from pictures, in every choice
-    judge: Path  # a scorer of another architecture and training, for final tables alone
+    scorer: Path  # reads factors back from pictures; used for all choices
+    judge: Path  # a scorer of another architecture and training, only for final tables
     dictionary: Path
-    steps: int  # of denoising, as users of the pipeline would
+    steps: int  # of denoising, as a user would choose
     guidance: float
 
     @abstractmethod
@@ -88,8 +88,8 @@ class World(ABC):
         return [(factor, value) for factor, value in self.targets if len(self.factors[factor]) > 2]
 
     def seen(self, reading: dict[str, str | None]) -> dict[str, str | bool | None]:
-        """All factors in a scorer's reading of a picture; those of an object are `None` if there is not exactly one.
-        `valid`, as bool: one object, in a picture of this world."""
+        """All factors in a scorer's reading of a picture. Those of an object are `None` unless there is exactly one.
+        `valid` (bool): it is a picture of this world, with one object."""
         objects = self.objects(reading)
         one = objects[0] if len(objects) == 1 else {}
         seen = {name: one.get(name) if name in self.local else reading[name] for name in self.factors}

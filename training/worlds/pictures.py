@@ -1,4 +1,4 @@
-"""Generating the pictures of a world, and what every measurement of them can be told."""
+"""Generate the pictures of a world, and parse the arguments that all measurements of them share."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from . import World, load_world, worlds
 
 
 def new_parser(description: str, world: str | None = None) -> argparse.ArgumentParser:
-    """A parser that knows which world is measured, a given one or any, and how its pictures are generated. What is
-    left out of `pipeline`, `scorer`, `dictionary`, `steps` and `guidance` is the world's own (`parse`)."""
+    """A parser with arguments for the world (unless it is given) and for generating its pictures. The world's own
+    values are the defaults of `pipeline`, `scorer`, `dictionary`, `steps` and `guidance` (see `parse`)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if world:
         parser.set_defaults(world=world)
@@ -36,13 +36,13 @@ def new_parser(description: str, world: str | None = None) -> argparse.ArgumentP
 
 
 def add_models(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Let the paths of some of a world's models be chosen."""
+    """Add arguments for the paths of some of a world's models."""
     for name in names:
         parser.add_argument(f"--{name}", type=Path)
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, World]:
-    """The arguments, with the world's own where none were given, and the world."""
+    """The arguments, completed by the world's own values, and the world."""
     a = parser.parse_args()
     world = load_world(a.world)
     for name in ("pipeline", "scorer", "dictionary", "steps", "guidance"):
@@ -74,14 +74,14 @@ def fixed_noise(pipe: DiffusionPipeline, seeds: Sequence[int]) -> torch.Tensor:
 
 
 def short(pipe: DiffusionPipeline) -> dict[str, int]:
-    """PixArt pads every prompt to 120 tokens, which takes half of the time of so small a model, and masks them; no
-    prompt of a world has more than 24."""
+    """An argument that shortens prompts for PixArt, which pads them to 120 tokens and masks the rest. That takes half
+    of the time of so small a model, and no prompt of a world has more than 24 tokens."""
     known = inspect.signature(pipe.__call__).parameters
     return {"max_sequence_length": 24} if "max_sequence_length" in known else {}
 
 
 def calling(pipe: DiffusionPipeline, a: argparse.Namespace) -> dict[str, int | float]:
-    """What a pipeline is called with, as the arguments say."""
+    """Keyword arguments for calling a pipeline as the arguments say."""
     return {"num_inference_steps": a.steps, "guidance_scale": a.guidance} | short(pipe)
 
 

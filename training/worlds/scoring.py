@@ -1,7 +1,8 @@
-"""Train what reads factors back from a world's pictures: a scorer for every choice, and a judge for final tables.
+"""Train the models that read factors back from a world's pictures: a scorer for all choices, and a judge for final
+tables.
 
-The judge is a second scorer of another architecture, with other first weights and other batches. No choice is ever
-made by it, so that figures by it in a final table are no choice's own echo.
+The judge is a second scorer with another architecture, other first weights and other batches. It is used for no
+choice, so that its figures in a final table are not biased by choices that were made with it.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ class Kind(NamedTuple):
 
 SCORER = Kind("convolution", 32, 4e-3, seed=0)
 JUDGE = Kind("attention", 96, 2e-3, seed=1)
-#: parts of the names of weights that are no matrices of hidden layers
+#: parts of the names of weights that are not matrices of hidden layers
 OUTER = ("features.0.", "cells.0.", "positions", "features.factors", "head.3.", "head.heads")
 CHECKPOINT_EVERY = 250  # steps
 
 
 def corrupt(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn pictures into such that are no valid scene, one of seven ways each."""
+    """Turn each picture into an invalid scene, in one of seven ways."""
     n, device = len(images), images.device
 
     def uniform(*shape: int) -> torch.Tensor:
@@ -73,7 +74,7 @@ def corrupt(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def soften(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Small flaws that a generated picture may have and that do not change what it shows."""
+    """Add small flaws that generated pictures may have, which do not change what they show."""
     n, device = len(images), images.device
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = images + (blurred - images) * torch.rand((n, 1, 1, 1), generator=generator, device=device)
@@ -83,8 +84,8 @@ def soften(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracy(scorer: FactorScorer, images: torch.Tensor, truth: Truth, seed: int = 999) -> dict[str, float]:
-    """Share right per factor in `images` `(n, 3, height, width)`, pooled over slots; `invalid`: of the same,
-    corrupted, how many are seen to be no valid scene."""
+    """The share of `images (n, 3, height, width)` in which each factor is read correctly, pooled over slots; `invalid`
+    is the share of the same images, corrupted, that are recognised as invalid."""
     logits = [scorer(part) for part in images.split(500)]
     bad = corrupt(images, step_generator(seed, 0, images.device)).split(500)
     right: dict[str, list[torch.Tensor]] = {}
@@ -98,7 +99,7 @@ def accuracy(scorer: FactorScorer, images: torch.Tensor, truth: Truth, seed: int
 
 @torch.no_grad()
 def agreement(world: World, one: FactorScorer, other: FactorScorer, pictures: torch.Tensor) -> dict[str, float]:
-    """Share of pictures that both scorers read alike, for each factor of `World.seen` and for `all` of them."""
+    """Share of pictures in which both scorers read the same, for each factor of `World.seen` and for `all` of them."""
     pairs = [(world.seen(a), world.seen(b)) for a, b in zip(one.read(pictures), other.read(pictures), strict=True)]
     alike = {name: sum(a[name] == b[name] for a, b in pairs) / len(pairs) for name in pairs[0][0]}
     return alike | {"all": sum(a == b for a, b in pairs) / len(pairs)}
@@ -157,7 +158,7 @@ def train(
 
 
 def compare(world: World, judge: Path, count: int, device: str) -> dict:
-    """What the scorer and the judge read alike in pictures that the pipeline draws of held-out combinations."""
+    """The agreement of scorer and judge on pictures that the pipeline draws of held-out combinations."""
     pipe = load_pipeline(world.pipeline, device)
     prompts, pictures = world.prompts(count, seed=7, held_out=True), []
     for start in tqdm(range(0, count, 64), desc="drawing", unit="batch"):

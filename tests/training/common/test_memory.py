@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems manage memory in other ways")
 def test_memory_of_freed_tensors_is_kept_for_the_next_ones():
     text = """
-        import torch; from resource import RUSAGE_SELF, getrusage; from training.common.memory import keep_freed_memory
+        import torch; from resource import RUSAGE_SELF, getrusage; from training.run import keep_freed_memory
         def faults():
             before = getrusage(RUSAGE_SELF).ru_minflt
             torch.ones(25_000_000)

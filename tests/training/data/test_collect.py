@@ -7,7 +7,7 @@ from small_pipelines import sd3
 from diffusers_rtsae.analysis.record import Recorder
 from training.data.collect import anchor_timesteps, collect, trajectories
 from training.data.prompts import read_samples
-from training.data.store import NOWHERE, TrajectoryStore, told_of
+from training.data.store import NOWHERE, TrajectoryStore, metadata_name
 from training.recipe import Collect, Recipe
 
 SITE = "up_blocks.1.attentions.1"
@@ -48,7 +48,7 @@ def test_tokens_that_lie_on_no_grid_are_nowhere(pipe, samples, monkeypatch):
     monkeypatch.setattr(Recorder, "size", none)
     anchors = anchor_timesteps(pipe, recipe().collect, 3)
     tensors, _ = trajectories(pipe, samples[:1], 0, recipe(), anchors)
-    told = tensors[told_of(SITE)]
+    told = tensors[metadata_name(SITE)]
     assert (told[:, :2] == NOWHERE).all() and (told[:, 2] > 0).all()
 
 
@@ -121,7 +121,7 @@ def test_anchors_are_steps_of_the_sampler_from_first_to_last(pipe):
     whole = recipe(steps=25).collect
     assert anchor_timesteps(pipe, whole, 5) == [961, 721, 481, 241, 1]
     assert anchor_timesteps(pipe, whole, [1, 481, 961]) == [961, 481, 1]
-    with pytest.raises(ValueError, match=r"anchors \[500\] are no steps of the sampler, which visits \[961, 921"):
+    with pytest.raises(ValueError, match=r"anchors \[500\] are not among the timesteps of the sampler, \[961, 921"):
         anchor_timesteps(pipe, whole, [961, 500])
 
 

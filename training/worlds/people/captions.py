@@ -68,12 +68,12 @@ def caption(
     chance = dict.fromkeys(FACTORS, 0.85) | (naming or {})
     values = people.values(index)
     named = {name for name in FACTORS if rng.random() < chance[name] and name in values}
-    told = {name: values[name] if name in named else None for name in FACTORS}
-    parts = [subject(told["role"], told["who"])]
-    if told["tone"]:
-        parts.append(rng.choice(TONE).format(told["tone"]))
-    if told["style"]:
-        parts.append(rng.choice(STYLE).format(told["style"]))
+    words = {name: values[name] if name in named else None for name in FACTORS}
+    parts = [subject(words["role"], words["who"])]
+    if words["tone"]:
+        parts.append(rng.choice(TONE).format(words["tone"]))
+    if words["style"]:
+        parts.append(rng.choice(STYLE).format(words["style"]))
     return rng.choice(PREFIXES) + rng.choice((" ", ", ")).join(parts), named
 
 

@@ -1,4 +1,4 @@
-"""Does the pipeline of the world of people draw what it is told? Checked by the scorer on held-out combinations.
+"""Does the pipeline of the world of people draw what the prompt says? Checked by the scorer on held-out combinations.
 
     python -m training.worlds.people.evaluate --out examples/people-dit/metrics.json \\
         --sheet training/results/people/drawn.webp
@@ -38,7 +38,7 @@ def shares(logits: dict[str, torch.Tensor], people: People) -> dict[str, float]:
 def evaluate(
     pipe: DiffusionPipeline, scorer: FactorScorer, people: People, steps: int, guidance: float, batch_size: int
 ) -> tuple[dict, torch.Tensor]:
-    """How many factors of `people` are drawn as told, and the pictures `(people, 3, 64, 64)`."""
+    """How many factors of `people` are drawn as the prompt says, and the pictures `(people, 3, 64, 64)`."""
     prompts = captions(people, seed=0, naming=dict.fromkeys(FACTORS, 1.0))
     images = []
     for start in tqdm(range(0, len(prompts), batch_size), desc="drawing", unit="batch"):

@@ -32,7 +32,7 @@ from ..muon import Muon, split
 from .captions import caption, subject
 from .scenes import FACTORS, PACKAGES, ROLES, People, load
 
-#: parts of the names of weights that are no matrices of hidden layers
+#: parts of the names of weights that are not matrices of hidden layers
 OUTER = (
     "pos_embed",
     "adaln_single",

@@ -1,4 +1,4 @@
-"""Does the bundled pipeline draw what it is told? Checked by the scorer on prompts with held-out combinations.
+"""Does the bundled pipeline draw what the prompt says? Checked by the scorer on prompts with held-out combinations.
 
 python -m training.worlds.shapes.evaluate --pipeline examples/shapes-sd --out examples/shapes-sd/metrics.json
 """
@@ -48,31 +48,33 @@ def evaluate(
     for objects in (1, 2):
         scenes = sample_scenes(count // 2, seed=70 + seed, held_out=True, objects=objects)
         rng = random.Random(seed)
-        told = [caption(scenes, i, rng) for i in range(len(scenes))]
+        captioned = [caption(scenes, i, rng) for i in range(len(scenes))]
         images = []
-        for start in range(0, len(told), batch_size):
-            part = range(start, min(start + batch_size, len(told)))
-            images.append(generate(pipe, [told[i][0] for i in part], [1000 * seed + i for i in part], steps, guidance))
+        for start in range(0, len(captioned), batch_size):
+            part = range(start, min(start + batch_size, len(captioned)))
+            images.append(
+                generate(pipe, [captioned[i][0] for i in part], [1000 * seed + i for i in part], steps, guidance)
+            )
         images = torch.cat(images)
         sheets.append(images[:32])
         hits: dict[str, list[bool]] = {name: [] for name in FACTORS} | {"binding": []}
         for i, reading in enumerate(scorer.read(images)):
-            wanted, world = truth(scenes, i)
+            targets, world = truth(scenes, i)
             seen = WORLD.objects(reading)
             valid.append(reading["valid"] == "yes" and len(seen) == objects)
-            for name in told[i][2]:
+            for name in captioned[i][2]:
                 hits[name].append(reading[name] == world[name])
-            placed = "place" in told[i][1][0]
+            placed = "place" in captioned[i][1][0]
             if objects == 1:
-                for name in told[i][1][0]:
-                    hits[name].append(len(seen) == 1 and seen[0][name] == wanted[0][name])
+                for name in captioned[i][1][0]:
+                    hits[name].append(len(seen) == 1 and seen[0][name] == targets[0][name])
             elif placed:  # both objects, each with its named shape and colour, each in its place
-                named = [[f for f in told[i][1][k] if f in ("shape", "colour")] for k in range(2)]
+                named = [[f for f in captioned[i][1][k] if f in ("shape", "colour")] for k in range(2)]
                 at = {o["place"]: o for o in seen}
                 hits["binding"].append(
                     all(
                         w["place"] in at and all(at[w["place"]][f] == w[f] for f in n)
-                        for w, n in zip(wanted, named, strict=True)
+                        for w, n in zip(targets, named, strict=True)
                     )
                 )
         right = {name: round(sum(v) / len(v), 4) for name, v in hits.items() if v}

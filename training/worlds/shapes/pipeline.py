@@ -184,10 +184,10 @@ def factor_cells(scenes: Scenes, silhouettes: torch.Tensor) -> torch.Tensor:
 
 
 class Alignment(torch.nn.Module):
-    """A linear probe on one site, trained with the denoiser: its tokens shall say what they will show.
+    """A linear probe on one site, trained with the denoiser, that reads from each token what it will show.
 
-    A denoising loss alone hardly notices a wrong shape, so text and shape meet late. Supervised features are an old
-    remedy; for denoisers see REPA (arXiv 2410.06940). The probe is thrown away after training.
+    A denoising loss alone hardly notices a wrong shape, so text and shape are connected late. Supervised features are
+    an old remedy; for denoisers see REPA (arXiv 2410.06940). The probe is thrown away after training.
     """
 
     def __init__(self, site: torch.nn.Module, channels: int):
@@ -313,7 +313,7 @@ def save_pipeline(out: Path, vae, text_encoder, tokenizer, unet, scheduler) -> N
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.to("cpu", torch.float16).save_pretrained(out)
-    for part in ("unet", "vae"):  # where a part was loaded from is nobody's business
+    for part in ("unet", "vae"):  # without the path from which it was loaded
         path = out / part / "config.json"
         config = {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}
         path.write_text(json.dumps(config, indent=2) + "\n")
