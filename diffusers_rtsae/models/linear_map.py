@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from .base import Directions, Step, TokenGrid, interpolate, places
 
@@ -34,8 +35,9 @@ class LinearMap:
     def __init__(self, rows: torch.Tensor):
         places = 0 if rows.shape[2] % 2 else PLACES  # 2 d + 1 and PLACES are both odd
         width = (rows.shape[2] - places) // 2
-        self.readers, offsets, self.places, directions = rows.split([width, 1, places, width], 2)
-        self.offsets, self.directions = offsets[..., 0], Directions(directions)
+        self.sizes = [width, 1, places]  # of what is read: the activation, 1, the position
+        self.read, directions = rows.split([width + 1 + places, width], 2)
+        self.directions = Directions(directions)
         self._waves: dict[TokenGrid | tuple[int, int], torch.Tensor] = {}
 
     @staticmethod
@@ -54,7 +56,7 @@ class LinearMap:
 
     def with_directions(self, directions: torch.Tensor) -> torch.Tensor:
         """The `rows` of a map with the same readers and offsets, and these directions `(r, d)`."""
-        return self.rows(self.readers, self.offsets, directions, self.places)
+        return torch.cat([self.read, directions[:, None].expand(-1, self.read.shape[1], -1)], -1)
 
     def amounts(self, tokens: torch.Tensor, step: Step) -> torch.Tensor:
         """
@@ -63,9 +65,8 @@ class LinearMap:
         Raises:
             `ValueError`: the map depends on the position of tokens, and the step has no token grid.
         """
-        read = (self.readers, self.offsets, self.places)
-        readers, offsets, of_place = (interpolate(values, step.coordinate, dim=1) for values in read)
-        amounts = tokens.float() @ readers.T + offsets
+        readers, offsets, of_place = interpolate(self.read, step.coordinate, dim=1).split(self.sizes, 1)
+        amounts = F.linear(tokens.float(), readers, offsets[:, 0])
         if not of_place.shape[1]:
             return amounts
         if step.size is None:
