@@ -16,7 +16,7 @@ def test_recording_changes_nothing_and_keeps_the_conditional_half(pipe, site, dr
     with Recorder(pipe, [site, "mid_block"]) as recorder:
         assert np.array_equal(draw(pipe), plain)
     h = recorder.trajectories(site)
-    assert h.shape == (2, 64, 6, 160) and len(recorder.timesteps) == 6
+    assert h.shape == (2, 64, 4, 160) and len(recorder.timesteps) == 4
     assert recorder.trajectories("mid_block").shape[0] == 2
     with Recorder(pipe, [site]) as again:
         draw(pipe, negative_prompt=["blue", "red"])
@@ -26,7 +26,7 @@ def test_recording_changes_nothing_and_keeps_the_conditional_half(pipe, site, dr
 
 
 def test_recording_chosen_timesteps(pipe, site, draw):
-    pipe.scheduler.set_timesteps(6)
+    pipe.scheduler.set_timesteps(4)
     wanted = [float(t) for t in pipe.scheduler.timesteps[[0, 3]]]
     with Recorder(pipe, [site], wanted) as recorder:
         draw(pipe)
