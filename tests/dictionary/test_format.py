@@ -14,7 +14,7 @@ PACKAGE = Path(diffusers_rtsae.__file__).parent
 BELOW = {  # the rooms that each may use, beside `files` and `imports`
     "models": set(),
     "formats": {"models"},
-    "dictionary": {"models", "formats"},
+    "dictionary": {"models", "formats", "worlds"},
 }
 
 

@@ -19,6 +19,7 @@ import torch
 from foreign import CASES
 from kinds import random_dictionary
 
+import diffusers_rtsae.formats.pickles  # noqa: F401 - is imported when it is needed, which opens its file
 from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.dictionary import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, convertible, model_card
 from diffusers_rtsae.models import Step
