@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..denoiser import Arguments, Block, Call, Tap, TimeGrid, get_denoiser, get_denoisers, noise_schedule, token_grid
+from ..denoiser import Arguments, Block, Call, Tap, TimeGrid, get_denoiser, get_denoisers, noise_schedule
 from ..dictionary import Dictionary
-from ..models import Step, TokenGrid
+from ..models import Step
 from ..pipeline import get_dictionary, own_size, resting
+from .calls import CallRecorder
 from .maps import Moments
-from .replay import ReplayableCall, SharedArguments, SharedPrefix, prediction_of
+from .replay import ReplayableCall, SharedPrefix
+from .state import State
+from .stored import Codes, Shelf
 
 Pair = tuple[str, str]
 Change = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
@@ -55,221 +57,6 @@ def finite(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-class _Shelf:
-    """Tensors in a temporary file, read a few rows at a time. Closing deletes them."""
-
-    def __init__(self):
-        self._file, self._entries = tempfile.TemporaryFile(), {}
-
-    def __enter__(self) -> _Shelf:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._file.close()
-
-    def put(self, key: tuple, values: torch.Tensor) -> None:
-        """Store a tensor `(rows, ...)`. One that is stored under this key already is overwritten, and has the same
-        shape."""
-        host = values.detach().to("cpu").contiguous()
-        if key not in self._entries:
-            self._entries[key] = self._file.seek(0, 2), host.shape, host.dtype, values.device
-        self._file.seek(self._entries[key][0])
-        self._file.write(host.flatten().view(torch.uint8).numpy().data)
-
-    def get(self, key: tuple, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop`, on the device that they came from."""
-        offset, shape, dtype, device = self._entries[key]
-        row = shape[1:].numel() * dtype.itemsize
-        self._file.seek(offset + start * row)
-        buffer = bytearray((stop - start) * row)
-        self._file.readinto(buffer)
-        return torch.frombuffer(buffer, dtype=dtype).view(stop - start, *shape[1:]).to(device)
-
-
-class CallRecorder:
-    """
-    Keeps the conditional branch of each denoiser call while a pipeline runs inside the `with` block. Where a sampler
-    calls twice at one timestep, the later call replaces the earlier one.
-
-    Args:
-        activations (`dict[str, str]`): for each site, which activation is read: `"output"`, `"update"` or `"input"`.
-        keep (*optional*): called with the step (counted from 0), the site and its activation `(rows, N, d)`.
-    """
-
-    def __init__(
-        self, denoisers: dict[str, nn.Module], activations: dict[str, str],
-        keep: Callable[[int, str, torch.Tensor], None] | None = None,
-    ):  # fmt: skip
-        self.denoisers, self.activations, self._keep = denoisers, activations, keep
-        self._tap = Tap(self)
-
-    def __enter__(self) -> CallRecorder:
-        self.calls: list[tuple[ReplayableCall, torch.Tensor]] = []
-        self.sizes: dict[str, TokenGrid | None] = {}
-        self.call, self._current, self._tokens, self._texts = None, None, {}, SharedArguments()
-        self._tap.watch(self.denoisers, self.activations)
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._tap.watch(self.denoisers, None)
-        self._current, self._tokens, self._texts = None, {}, SharedArguments()
-
-    def begin(self, call: Call, arguments: Arguments) -> None:
-        """Called before the denoiser runs."""
-        replayable = ReplayableCall.of(self.denoisers[self._tap.last.component], call, arguments, self._texts)
-        self.call, self._current, self._tokens = call, replayable, {}
-
-    def site(
-        self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
-    ) -> None:
-        """Called after a site has run."""
-        if self._current is None:
-            return
-        batch = block.batch(hidden_states)
-        index = block.rows(hidden_states, call.rows_of("cond", batch))
-        self.sizes[name] = token_grid(call, name, batch, block.space(hidden_states))
-        if self._keep is not None:
-            self._tokens[name] = block.activation(self.activations[name], block_input[index], hidden_states[index])
-
-    def end(self, call: Call, output) -> None:
-        """Called when the denoiser returns."""
-        if self._current is None:
-            return
-        if self.calls and self.calls[-1][0].timestep == self._current.timestep:
-            self.calls.pop()
-        for site, tokens in self._tokens.items():
-            self._keep(len(self.calls), site, tokens)
-        prediction = prediction_of(output)
-        self.calls.append((self._current, prediction[call.rows_of("cond", len(prediction))].clone()))
-        self._current, self._tokens = None, {}
-
-
-@dataclass
-class Codes:
-    """
-    The active latents of a site on the tokens of some rows, as a sparse tensor.
-
-    Args:
-        rows, tokens, count (`int`): the number of rows, of tokens in a row, and of latents of the dictionary.
-        places, latents (`torch.Tensor`): for each active entry its token, numbered through all rows, and its latent.
-        values (`torch.Tensor`): for each active entry its activation.
-    """
-
-    rows: int
-    tokens: int
-    count: int
-    places: torch.Tensor
-    latents: torch.Tensor
-    values: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: int, tokens: int, count: int, parts: list[tuple[torch.Tensor, ...]]) -> Codes:
-        """Join parts `(places, latents, values)`."""
-        places, latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
-        dtypes = (torch.int16 if bound < 2**15 else torch.int32 for bound in (rows * tokens, count))
-        places, latents = (index.to(dtype) for index, dtype in zip((places, latents), dtypes, strict=True))
-        return cls(rows, tokens, count, places, latents, values)
-
-    def dense(self, latents: Sequence[int]) -> torch.Tensor:
-        """The activations of some latents, `(rows, N, latents)`."""
-        column = torch.full((self.count,), -1, device=self.values.device)
-        column[list(latents)] = torch.arange(len(latents), device=self.values.device)
-        columns = column[self.latents.long()]
-        selected = columns >= 0
-        dense = torch.zeros(self.rows * self.tokens, len(latents), device=self.values.device)
-        dense[self.places[selected].long(), columns[selected]] = self.values[selected]
-        return dense.view(self.rows, self.tokens, -1)
-
-    def sums(self, weights: torch.Tensor, active: bool = False) -> torch.Tensor:
-        """
-        The weighted sum over tokens of each latent's activation, `(m,)`, on the CPU.
-
-        Args:
-            weights (`torch.Tensor`): of the tokens, `(rows, N or 1)`.
-            active (`bool`): count each active entry as 1 instead of its activation.
-        """
-        weights = weights.to(self.values).expand(self.rows, self.tokens).flatten()[self.places.long()]
-        values = weights if active else weights * self.values
-        return torch.zeros(self.count, device=values.device).index_add_(0, self.latents.long(), values).cpu()
-
-
-@dataclass
-class State:
-    """
-    Noisy latents of one step, with the denoiser's predictions for both prompts of their pairs.
-
-    Args:
-        call (`ReplayableCall`): the call of the denoiser.
-        samples, texts, target_texts (`list[int]`): for each state, the rows of the call that hold its noisy latent,
-            its "from" prompt and its "to" prompt.
-        pairs (`list[int]`): the index of each state's pair.
-        prediction, target (`torch.Tensor`): v(x, from) and v(x, to), `(states, ...)`.
-        distance (`torch.Tensor`): ‖v(x, from) − v(x, to)‖² of each state, `(states,)`, on the CPU.
-        activations (`dict[str, str]`): which activation the dictionary reads at each site.
-        tokens (`dict[str, int]`): the number of tokens of each site.
-        codes, goal_codes (`dict[str, Codes]`): the active latents of each site with the "from" and with the "to"
-            prompt.
-    """
-
-    call: ReplayableCall
-    samples: list[int]
-    texts: list[int]
-    target_texts: list[int]
-    pairs: list[int]
-    prediction: torch.Tensor
-    target: torch.Tensor
-    distance: torch.Tensor
-    activations: dict[str, str]
-    tokens: dict[str, int] = field(default_factory=dict)
-    codes: dict[str, Codes] = field(default_factory=dict)
-    goal_codes: dict[str, Codes] = field(default_factory=dict)
-
-    @property
-    def timestep(self) -> float:
-        """In training units."""
-        return self.call.timestep
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its activations."""
-        return self.prediction.device
-
-    @property
-    def drawn_with_from(self) -> torch.Tensor:
-        """Whether the noisy latent of each state was made with its "from" prompt, `(states,)`."""
-        return torch.tensor([sample == text for sample, text in zip(self.samples, self.texts, strict=True)])
-
-    @property
-    def present(self) -> dict[str, torch.Tensor]:
-        """The activation of each site with the "from" prompt, `(states, N, d)`. It is not stored: each access runs
-        the denoiser again, as `goal` does."""
-        return self.replayed(self.texts)
-
-    @property
-    def goal(self) -> dict[str, torch.Tensor]:
-        """The activation of each site with the "to" prompt, `(states, N, d)`."""
-        return self.replayed(self.target_texts)
-
-    @torch.no_grad()
-    def replayed(self, texts: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The activation of each site with the texts of some rows of the call, `(states, N, d)`."""
-        results = {}
-        keep = lambda _, site, tokens: results.update({site: tokens})  # noqa: E731
-        with CallRecorder({"": self.call.denoiser}, self.activations, keep):
-            self.call.replay(self.samples, texts)
-        return results
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def reversed(self) -> State:
-        """With the "from" and the "to" prompts exchanged."""
-        return replace(
-            self, texts=self.target_texts, target_texts=self.texts, prediction=self.target, target=self.prediction,
-            codes=self.goal_codes, goal_codes=self.codes,
-        )  # fmt: skip
-
-
 @dataclass
 class _Run:
     """The states of one generation, and for each site the tokens that the two prompts change, `(states, N)`."""
@@ -288,7 +75,7 @@ class _Drawn:
     The activations of one batch of pictures.
 
     Args:
-        shelf (`_Shelf`): holds the activation of each site at each step, `(rows, N, d)`, under `("own", site, step)`;
+        shelf (`Shelf`): holds the activation of each site at each step, `(rows, N, d)`, under `("own", site, step)`;
             and at sampled steps, for the rows in `differ`, the activation with the other prompt of their pair, under
             `("other", site, step)`.
         timesteps (`list[float]`): of all steps.
@@ -297,7 +84,7 @@ class _Drawn:
         differ (`list[int]`): the rows whose two prompts differ.
     """
 
-    shelf: _Shelf
+    shelf: Shelf
     timesteps: list[float]
     sampled: list[int]
     towards: list[bool]
@@ -396,7 +183,7 @@ class States:
         prompts = [pairs[i][int(row >= len(pairs))] for row, i in enumerate(order)]
         target_texts = [row_of.get(i, i) for i in order]
         keeps, denoisers = self._codes or self.moments is not None, get_denoisers(self.pipeline)
-        with _Shelf() as shelf:
+        with Shelf() as shelf:
             calls = self._draw(prompts, [self._seed + first + i for i in order], denoisers, shelf if keeps else None)
             towards = [row >= len(pairs) for row in range(len(order))]
             differ = [row for row, i in enumerate(order) if i in row_of]
@@ -421,7 +208,7 @@ class States:
         return run
 
     def _draw(
-        self, prompts: list[str], seeds: list[int], denoisers: dict[str, nn.Module], shelf: _Shelf | None
+        self, prompts: list[str], seeds: list[int], denoisers: dict[str, nn.Module], shelf: Shelf | None
     ) -> list[tuple[ReplayableCall, torch.Tensor]]:
         """The calls of the denoiser while the pipeline drew these prompts, each with its prediction."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -433,7 +220,7 @@ class States:
             return recorder.calls
 
     def _replay(
-        self, replayable: ReplayableCall, rows: list[int], texts: list[int], step: int, shelf: _Shelf | None
+        self, replayable: ReplayableCall, rows: list[int], texts: list[int], step: int, shelf: Shelf | None
     ) -> torch.Tensor:
         """The prediction for some rows with other prompts; their activations go to the shelf."""
         if shelf is None:
