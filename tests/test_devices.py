@@ -192,7 +192,7 @@ def test_a_plain_pipeline_draws_what_it_draws_on_the_cpu(device, both, name):
     assert not device.lines and device.kinds["download"]  # the picture
 
 
-FULL = {"clamp": 0.1, "scale": 3.0}
+FULL = {"clamp": 0.01, "scale": 3.0}
 
 
 @pytest.mark.filterwarnings("ignore:To read some latents")
