@@ -6,6 +6,7 @@ import contextlib
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # After a change ten times as large as the activation, the activation has less than 1 % of the energy: later layers see
 # the edit and hardly any of the picture.
 _OVERWHELMING = 10.0
+_REPORTED = 4000  # counts per site in a report; calls that no pipeline makes may go on without end
 
 
 @dataclass
@@ -56,7 +58,7 @@ class _Steering:
     edits: tuple[SiteEdit, ...] | None
 
 
-_Report = dict[str, list[Counts]]  # by site
+_Report = dict[str, deque[Counts]]  # by site
 
 _FEATURES = "_rtsae_features"  # in a pipeline's `__dict__`, so that copies have them: the controller and the edits
 
@@ -392,7 +394,7 @@ class _Edited:
             if id(plan) not in self.run.measured:  # once per generation, as reading the size waits for the device
                 self.run.measured.add(id(plan))
                 self.controller.warn_of(plan, size)
-        self.run.counts.setdefault(self.site, []).extend(counts)
+        self.run.counts.setdefault(self.site, deque(maxlen=_REPORTED)).extend(counts)
 
     def _add(self, changes: list[torch.Tensor], rows: slice) -> None:
         if changes:

@@ -402,3 +402,15 @@ def test_setting_features_forgets_what_generations_did_that_are_over(steered, dr
         with steered.rtsae_steering({"red": strength}):
             draw(steered, ["a star"], 2, 0)
         assert len(steered.rtsae_report().get(SITE, [])) == steps
+
+
+def test_the_report_of_calls_without_end_keeps_the_last(pipe, dictionary, monkeypatch):
+    """Nobody says that a generation is over where no pipeline calls."""
+    monkeypatch.setattr("diffusers_rtsae.steering.controller._REPORTED", 5)
+    pipe.load_rtsae(dictionary)
+    pipe.set_rtsae_features({(SITE, 5): 1.0}, apply_to="cond")
+    with torch.no_grad():
+        for t in range(900, 100, -100):
+            pipe.unet(torch.zeros(1, 4, 16, 16), t, torch.zeros(1, 32, 192))
+    (rows,) = pipe.rtsae_report().values()
+    assert [row["timestep"] for row in rows] == [600, 500, 400, 300, 200]
