@@ -22,7 +22,7 @@ from .states import States
 _EARLY = 0.35  # of denoising; features that are present in this part steer
 _PASSES = 16  # backward passes that rank all latents
 _SHORTLIST, _STATES = 3, 12  # measured features for each one asked for, and batches of states to measure them on
-_SAMPLE, _HALVED = 4, (4, 8)  # states in such a batch, and numbers of batches after which the worse third is dropped
+_SAMPLE, _UNSURE = 8, 2.0  # states in such a batch; standard errors by which a feature must be behind to be dropped
 _DUPLICATE = 0.9  # least cosine of two trajectories that count as one feature
 
 
@@ -332,12 +332,12 @@ def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count
     """
     The features of a site with the largest effect. The `score` of each becomes the effect of strength 1: its slope
     plus the mean difference between effect and slope on some states, which varies less than the effects do. Features
-    that are behind after a few states are dropped (sequential halving: Karnin, Koren and Somekh 2013).
+    that are behind by more than they may be wrong are dropped on the way.
     """
     shortfalls: dict[int, list[float]] = {feature.index: [] for feature in features}
     left, site = list(features), features[0].site if features else ""
     sae, models = states.dictionary.sites.get(site), {f.index: adding(f.site, f.index, states) for f in features}
-    for measured, one_pass in enumerate(passes, start=1):
+    for one_pass in passes:
         state, chosen = one_pass.state, one_pass.rows[:_SAMPLE]
         distances = states.distances(state, chosen)
         predictions = states.predictions(state, chosen, [models[f.index] for f in left])
@@ -349,9 +349,23 @@ def _score(states: States, features: FeatureTable, passes: Sequence[Pass], count
             shortfalls[feature.index].append(one_pass.weight * float((gain - linear).mean()))
             feature.score = round(feature.slope + statistics.mean(shortfalls[feature.index]), 4)
         bar.update()
-        if measured in _HALVED:
-            left = sorted(left, key=lambda f: -f.score)[: max(count, 2 * len(left) // 3)]
+        left = _in_reach(left, shortfalls, count)
     return FeatureTable(sorted(left, key=lambda f: -f.score)[:count])
+
+
+def _in_reach(left: list[Feature], shortfalls: dict[int, list[float]], count: int) -> list[Feature]:
+    """The features that may still be among the best `count`."""
+    ranked = sorted(left, key=lambda f: -f.score)
+    if len(shortfalls[ranked[0].index]) < 2 or len(ranked) <= count:
+        return left
+    last, kept = ranked[count - 1], ranked[:count]
+    for feature in ranked[count:]:
+        pairs = zip(shortfalls[last.index], shortfalls[feature.index], strict=True)
+        differences = [one - other for one, other in pairs]
+        error = statistics.stdev(differences) / len(differences) ** 0.5
+        if last.score - feature.score <= _UNSURE * error:
+            kept.append(feature)
+    return kept
 
 
 def _rank_by_presence(
