@@ -178,6 +178,8 @@ def test_what_several_processes_train_and_continue_is_what_one_does(tmp_path, mo
         assert bool(found) == (int(os.environ["RANK"]) == 0)
         if found:
             torch.save([one.state_dict() for one in found], f"{sys.argv[1]}/weights.pt")
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()  # or an interpreter that ends first may take the other with it
         """
     launch(tmp_path / "script.py", textwrap.dedent(text), tmp_path)
     alone = train(tmp_path / "alone", *SHARED_ARMS.values())
