@@ -31,7 +31,7 @@ def left_open(before: str, after: str) -> str:
     if gone and gone[0] in ("a", "an") and len(gone) > 1:  # which is another one before "orange"
         gone = gone[1:]
     start = next((i for i in range(len(words)) if words[i : i + len(gone)] == gone), 0) if gone else 0
-    return _article(" ".join(words[:start] + words[start + len(gone) :]).rstrip(","))
+    return with_article(" ".join(words[:start] + words[start + len(gone) :]).rstrip(","))
 
 
 def judgement(measured: dict[str, float], pairs: int) -> tuple[list[tuple[str, str, str]], str]:
@@ -88,12 +88,12 @@ def more_pairs(pairs: Sequence[tuple[str, str]], world: World, count: int) -> li
     choose = random.Random(0)
     for _ in range(20 * count):
         scene = {name: choose.choice(own) for name, own in values.items()}
-        before, after = (_article(world.sentence.format(**scene | own)) for own in ({}, {factor: value}))
+        before, after = (with_article(world.sentence.format(**scene | own)) for own in ({}, {factor: value}))
         if before != after and not world.remarks(f"{before} {after}"):
             made.append((before, after))
     return [pair for pair in dict.fromkeys(made) if pair not in pairs][:count]
 
 
-def _article(prompt: str) -> str:
+def with_article(prompt: str) -> str:
     """A prompt with `a` or `an` as the next word wants it."""
     return re.sub(r"\ban? (?=(\w))", lambda match: "an " if match[1] in "aeiou" else "a ", prompt)

@@ -298,10 +298,11 @@ def _probes(where: Sequence[int] | None, candidates: Sequence[int]) -> list[Edit
     ]
 
 
-def gradient(loss: torch.Tensor, of: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The gradient of a loss through the denoiser; raises `ValueError` if there is none, or if it is NaN or inf."""
+def gradient(loss: torch.Tensor, of: list[torch.Tensor], keep: bool = False) -> tuple[torch.Tensor, ...]:
+    """The gradient of a loss through the denoiser; raises `ValueError` if there is none, or if it is NaN or inf. With
+    `keep`, another gradient can be taken of the same predictions."""
     if not loss.requires_grad:
         raise ValueError(
             "Latents are chosen by gradients, and this denoiser gives none; a linear map (`rank`) needs none."
         )
-    return tuple(finite(values) for values in torch.autograd.grad(loss, of))
+    return tuple(finite(values) for values in torch.autograd.grad(loss, of, retain_graph=keep))

@@ -84,13 +84,17 @@ class ReplayableCall:
         conditional = Arguments(arguments.names, args, kwargs, arguments.channels)
         return cls(denoiser, call.timestep, conditional, rows.stop - rows.start)
 
-    def replay(self, samples: Sequence[int], texts: Sequence[int]) -> torch.Tensor:
+    def replay(self, samples: Sequence[int], texts: Sequence[int], said: ReplayableCall | None = None) -> torch.Tensor:
         """The prediction for the noisy latents of the rows `samples` with the text, and all other arguments, of the
-        rows `texts`."""
-        names, args, kwargs = self.arguments.names, self.arguments.args, self.arguments.kwargs
-        args, kwargs = tuple(_take(value, self.rows, texts) for value in args), _take(kwargs, self.rows, texts)
+        rows `texts`; or of these rows of another call, `said`, at whatever timestep."""
+        source = self if said is None else said
+        names, args, kwargs = source.arguments.names, source.arguments.args, source.arguments.kwargs
+        args, kwargs = tuple(_take(value, source.rows, texts) for value in args), _take(kwargs, source.rows, texts)
         sample = _take(self.arguments.sample, self.rows, samples)
         args, kwargs = Arguments(names, args, kwargs).with_sample(sample)
+        if said is not None:
+            timestep = _take(self.arguments.timestep, self.rows, samples)
+            args, kwargs = Arguments(names, args, kwargs).with_timestep(timestep)
         return prediction_of(self.denoiser(*args, **kwargs))
 
 

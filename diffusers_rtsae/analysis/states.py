@@ -330,7 +330,7 @@ class States:
 
     def predict(self, state: State, rows: Sequence[int], changes: Changes) -> torch.Tensor:
         """v(x, from) of some of a state's rows, with `changes` added at the sites; differentiable in the changes."""
-        adding = _Adding(self.activations)
+        adding = AddingTap(self.activations)
         with adding.tap.watching({"": state.call.denoiser}, changes):
             return adding.predict(state, rows, changes)
 
@@ -387,7 +387,7 @@ class States:
         self, state: State, rows: Sequence[int], edits: Sequence[Callable[[State, Sequence[int]], Changes]]
     ) -> Iterator[torch.Tensor]:
         """`predict` for each of several edits."""
-        denoiser, adding = state.call.denoiser, _Adding(self.activations)
+        denoiser, adding = state.call.denoiser, AddingTap(self.activations)
         with (
             SharedPrefix(denoiser, self.activations if len(edits) > 1 else ()) as prefix,
             adding.tap.watching({"": denoiser}, self.activations),
@@ -412,7 +412,7 @@ class States:
             yield states[pick], chosen, 1 / (len(states) * float(chance[pick]))
 
 
-class _Adding:
+class AddingTap:
     """Adds changes to the activations of the sites that its tap watches."""
 
     def __init__(self, activations: dict[str, str]):

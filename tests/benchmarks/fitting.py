@@ -5,11 +5,14 @@ What finding and fitting features cost, as ratios to another checkout of this re
 
 Processor seconds of a find and of a fit on the bundled pipeline, and the rise of the peak resident memory over drawing
 the same pairs without fitting: on that pipeline, and for a stand-in of a denoiser with the geometry of published ones.
+How often the package waits for a device and copies, a call of the denoiser, is counted by the simulated device of the
+tests. Results go to tests/benchmarks/fitting.json and .md; rows of parts that are not measured stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -17,7 +20,10 @@ import sys
 import time
 from pathlib import Path
 
+from diffusers_rtsae.files import write_json
+
 ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).with_suffix(".json")
 GEOMETRIES = {"bundled": None, "SDXL": (1024, 1280), "Flux": (4096, 3072)}  # tokens, width
 COLOURS, SHAPES = ("blue", "green", "yellow", "black"), ("star", "heart", "circle", "square")
 
@@ -107,6 +113,29 @@ def one(work: str, geometry: str, count: int, steps: int, batch: int) -> None:
     print(taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
+def counted(work: str) -> tuple[float, float]:
+    """How often the package waits for the device and copies in a find or a fit, a call of the denoiser."""
+    from diffusers_rtsae import load_dictionary
+    from diffusers_rtsae.analysis.find import find_features
+    from diffusers_rtsae.analysis.fit import fit_feature
+    from tests.simulated_device import NAME, simulated
+
+    pipe, pairs, call = bundled(), some_pairs(2), {"num_inference_steps": 4, "guidance_scale": 3.0}
+    calls = []
+    with simulated() as device:
+        pipe.to(NAME)
+        pipe.load_rtsae(load_dictionary(ROOT / "examples/shapes-rtsae"))
+        pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+        device.reset()
+        if work == "find":
+            find_features(pipe, [to for _, to in pairs], [start for start, _ in pairs], **call)
+        else:
+            fit_feature(pipe, pairs, 2, rank=8 if work == "map" else None, progress=False, **call)
+        counts = device.own
+    waits = counts["wait"]
+    return waits / len(calls), (sum(counts.values()) - waits) / len(calls)
+
+
 def measured(checkout: Path, *what) -> tuple[float, float]:
     """Processor seconds and peak memory of `one` in a process of its own, with the package of a checkout."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
@@ -122,15 +151,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", type=Path, help="another checkout, e.g. of an earlier commit")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
-    parser.add_argument("--only", nargs="*", default=["time", *GEOMETRIES], help="what to measure")
+    parser.add_argument("--only", nargs="*", default=["time", "counts", *GEOMETRIES], help="what to measure")
     a = parser.parse_args()
     if a.one:
         one(a.one[0], a.one[1], *map(int, a.one[2:]))
         return
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     checkouts = {"now": ROOT} | ({"before": a.baseline.resolve()} if a.baseline else {})
     for work, count in (("find", 3), ("map", 24)) if "time" in a.only else ():
         seconds = {name: measured(folder, work, "bundled", count, 25, 16)[0] for name, folder in checkouts.items()}
-        tell(f"{work}, {count} pairs, 25 steps", seconds, "CPU seconds")
+        tell(results, f"{work}, {count} pairs, 25 steps", seconds, "CPU seconds")
+    for work in ("find", "map", "latents") if "counts" in a.only else ():
+        waits, copies = counted(work)
+        what = f"{work}, 2 pairs, 4 steps, simulated device"
+        tell(results, what, {"waits": waits, "copies": copies}, "a call of the denoiser")
     for geometry, (count, steps, batch) in {"bundled": (32, 25, 16), "SDXL": (8, 8, 8), "Flux": (8, 4, 4)}.items():
         for work in ("map", "latents") if geometry in a.only else ():
             of = checkouts if geometry == "bundled" else {"now": ROOT}  # the other may not fit
@@ -138,13 +172,27 @@ def main() -> None:
             for name, folder in of.items():
                 plain, own = (measured(folder, one, geometry, count, steps, batch)[1] for one in ("draw", work))
                 rises[name] = own - plain
-            tell(f"{work}, {geometry}, {count} pairs, {steps} steps, {batch} at once", rises, "MiB over drawing")
+            what = f"{work}, {geometry}, {count} pairs, {steps} steps, {batch} at once"
+            tell(results, what, rises, "MiB over drawing")
 
 
-def tell(what: str, values: dict[str, float], unit: str) -> None:
-    told = ", ".join(f"{name} {value:,.1f}" for name, value in values.items())
-    ratio = f", ratio {values['now'] / values['before']:.3f}" if "before" in values else ""
-    print(f"{what}: {told} {unit}{ratio}", flush=True)
+def tell(results: dict[str, dict], what: str, values: dict[str, float], unit: str) -> None:
+    """Print a result, and write all of them."""
+    results[what] = {name: round(value, 3) for name, value in values.items()} | {"unit": unit}
+    write_json(RESULTS, results)
+    lines = ["| what | now | the baseline | ratio | |", "| --- | --- | --- | --- | --- |"]
+    for name, one in results.items():
+        if "waits" in one:
+            cells = [f"{one['waits']:.2f} waits, {one['copies']:.2f} copies", "", ""]
+        else:
+            before = one.get("before")
+            cells = [
+                f"{one['now']:,.1f}",
+                *(["", ""] if before is None else [f"{before:,.1f}", f"{one['now'] / before:.2f}"]),
+            ]
+        lines.append(f"| {' | '.join([name, *cells, one['unit']])} |")
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print(lines[2 + list(results).index(what)], flush=True)
 
 
 if __name__ == "__main__":
