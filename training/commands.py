@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from .recipe import INDEX, Collect, bundled, load_recipe
@@ -49,13 +50,15 @@ def _one_sentence(parser: argparse.ArgumentParser):
         parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
-def collect(prog: str) -> None:
+def collect(prog: str, arguments: Sequence[str] | None = None) -> None:
     """The first stage of a recipe: its trajectories."""
-    train(prog, collect_only=True)
+    train(prog, arguments, collect_only=True)
 
 
-def train(prog: str = "python -m training.train", collect_only: bool = False) -> None:
-    """All stages of a recipe, or a dry run."""
+def train(
+    prog: str = "python -m training.train", arguments: Sequence[str] | None = None, collect_only: bool = False
+) -> None:
+    """All stages of a recipe, or a dry run; with the arguments of this process by default."""
     parser = _parser(prog, _COLLECT if collect_only else _TRAIN)
     parser.add_argument("recipe", type=Path)
     if not collect_only:
@@ -70,7 +73,7 @@ def train(prog: str = "python -m training.train", collect_only: bool = False) ->
     parser.add_argument("--dry-run", action="store_true", help="print what the run would take, and stop")
     parser.add_argument("--teraflops", type=float, default=50.0, help="speed of the device, for the dry run")
     parser.set_defaults(**{"out": None, "collect_only": True} if collect_only else {})
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
     try:
         recipe = load_recipe(a.recipe, a.set)
     except (OSError, ValueError) as error:
@@ -95,7 +98,7 @@ def train(prog: str = "python -m training.train", collect_only: bool = False) ->
             run_all(recipe, a.out, work, a.shards, a.cpu, a.collect_only)
 
 
-def evaluate(prog: str = "python -m training.evaluate") -> None:
+def evaluate(prog: str = "python -m training.evaluate", arguments: Sequence[str] | None = None) -> None:
     """A report of any dictionaries of any pipeline."""
     parser = _parser(prog, _EVALUATE)
     parser.add_argument("dictionaries", nargs="+", help="folders or Hub ids, all of one pipeline")
@@ -109,7 +112,7 @@ def evaluate(prog: str = "python -m training.evaluate") -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/report"))
     parser.add_argument("--device", help="a GPU if there is one")
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
 
     with _one_sentence(parser):
         collect = Collect(
