@@ -26,7 +26,8 @@ from diffusers_rtsae import load_dictionary  # noqa: E402
 from diffusers_rtsae.analysis import find, fit  # noqa: E402
 from diffusers_rtsae.analysis.report import STRENGTHS  # noqa: E402
 from diffusers_rtsae.app import build, events, launch  # noqa: E402
-from diffusers_rtsae.app.events import as_code, choices_of  # noqa: E402
+from diffusers_rtsae.app.layout import choices_of  # noqa: E402
+from diffusers_rtsae.app.script import as_code  # noqa: E402
 from diffusers_rtsae.app.studio import Studio, Wish, enlarged, side_by_side  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

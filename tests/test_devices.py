@@ -15,9 +15,10 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from kinds import MADE, random_dictionary
 from PIL import Image
 from simulated_device import NAME, SimulatedTensor, simulated
+from small_fits import fit_less
 
 from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.analysis import find, fit
+from diffusers_rtsae.analysis import find
 from diffusers_rtsae.analysis.effect import States
 from diffusers_rtsae.analysis.find import find_features, top_features
 from diffusers_rtsae.analysis.fit import fit_feature
@@ -472,8 +473,7 @@ def small(kind: str = "RTSAE"):
 @pytest.fixture
 def quick(monkeypatch):
     """Less of everything that is chosen and fitted."""
-    for name, value in {"_PICTURES": 2, "_STEPS": 2, "_LAST": 2, "_CHOICE": 1, "_RIDGES": (0.02,)}.items():
-        monkeypatch.setattr(fit, name, value)
+    fit_less(monkeypatch, steps=2, last=2, choice=1, ridges=(0.02,))
     monkeypatch.setattr(find, "_PASSES", 2)
     monkeypatch.setattr(find, "_STATES", 2)
 

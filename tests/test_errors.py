@@ -20,6 +20,7 @@ from disk import full_disk
 from foreign import dictionary_learning, overcomplete, saelens, sdlens, sparsify
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_fits import fit_less
 
 import diffusers_rtsae
 from diffusers_rtsae import (
@@ -33,7 +34,7 @@ from diffusers_rtsae import (
     list_sites,
     load_dictionary,
 )
-from diffusers_rtsae.analysis import find, fit
+from diffusers_rtsae.analysis import find
 from diffusers_rtsae.analysis.effect import Intervention, States, gradient
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops, plot_strip
@@ -251,8 +252,7 @@ def fitted_with_nothing(world):
     world.pipe.load_rtsae({SITE: rtsae})
     patch = pytest.MonkeyPatch()
     with patch.context() as less:
-        for name in ("_PICTURES", "_LAST", "_STEPS", "_CHOICE"):
-            less.setattr(fit, name, 2)
+        fit_less(less, steps=2, last=2)
         fitted()(world)
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-
-from diffusers_rtsae.analysis import fit
+from small_fits import fit_less
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PUBLISHED = "published_dictionary.py"  # downloads a large model: run on the bundled one below
@@ -24,8 +23,7 @@ LONG = ("training_your_own.py", "fit_feature.py", "who_gets_drawn.py")
 def test_example_runs_and_writes_pictures(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--steps", "3", "--out", str(tmp_path)])
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    for constant, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2, "_RIDGES": (0.003,)}.items():
-        monkeypatch.setattr(fit, constant, value)
+    fit_less(monkeypatch, ridges=(0.003,))
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     told = capsys.readouterr().out
     written = list(tmp_path.glob("*.png"))

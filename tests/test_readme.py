@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
+from small_fits import fit_less
 from typer.testing import CliRunner
 
-from diffusers_rtsae.analysis import find, fit
+from diffusers_rtsae.analysis import find
 from diffusers_rtsae.cli import app
 from training import commands
 
@@ -53,8 +54,7 @@ def quick(monkeypatch, tmp_path):
     """An empty folder to work in, and everything as short as it can be."""
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a red star\n")
-    for constant, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2}.items():
-        monkeypatch.setattr(fit, constant, value)
+    fit_less(monkeypatch)
 
 
 @pytest.mark.parametrize("line", [command for command in COMMANDS if not command.startswith(ELSEWHERE)])

@@ -356,3 +356,18 @@ def lay_out(
             gr.Markdown("\n".join(f"**{word}.** {meaning}\n" for word, meaning in TERMS.items()))
     c.options = {"start": c.start, "end": c.end, "operation": c.operation, "apply_to": c.apply_to}
     return c
+
+
+def choices_of(labels: dict[str, dict]) -> list[tuple[str, str]]:
+    """Labels as they are shown, with their factor, and meant; one that another contains stands before it, so that an
+    exact match is the first of those that contain what is typed."""
+    factors = list(dict.fromkeys(label.get("factor") or "" for label in labels.values()))
+
+    def place(name: str) -> tuple[int, int]:
+        inside = sum(other != name and other.lower() in name.lower() for other in labels)
+        return factors.index(labels[name].get("factor") or ""), inside
+
+    return [
+        (f"{name} ({labels[name]['factor']})" if labels[name].get("factor") else name, name)
+        for name in sorted(labels, key=place)
+    ]

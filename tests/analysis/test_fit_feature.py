@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_fits import fit_less
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis import fit
@@ -27,8 +28,7 @@ UNCHANGED = ["a small red heart on the left, on a white background"]
 def quick():
     """The same with less of everything."""
     patch = pytest.MonkeyPatch()
-    for name, value in {"_PICTURES": 3, "_STEPS": 6, "_LAST": 10, "_CHOICE": 3, "_RIDGES": (0.003,)}.items():
-        patch.setattr(fit, name, value)
+    fit_less(patch, pictures=3, steps=6, last=10, choice=3, ridges=(0.003,))
     yield
     patch.undo()
 

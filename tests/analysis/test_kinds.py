@@ -3,9 +3,9 @@
 import pytest
 import torch
 from kinds import OTHERS, random_dictionary
+from small_fits import fit_less
 
 from diffusers_rtsae import TIDE, Dictionary, load_dictionary
-from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.analysis.find import find_features, top_features
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_feature_trajectories, plot_presence
@@ -58,8 +58,7 @@ def test_features_are_found_and_verified(steered):
 
 
 def test_a_feature_is_fitted_kept_and_steers(steered, sae, draw, tmp_path, monkeypatch):
-    for name, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2}.items():
-        monkeypatch.setattr(fit, name, value)
+    fit_less(monkeypatch)
     fitted = fit_feature(steered, PAIRS[:1], 4, rank=4 if type(sae) is TIDE else None, progress=False, **CALL)
     steered.add_rtsae_label("mine", fitted)
     steered.save_rtsae(tmp_path)
