@@ -31,9 +31,9 @@ FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 @app.command(context_settings=FORWARDED)
 def collect(context: typer.Context) -> None:
-    """Collect the trajectories of a recipe and stop; `train` with the same recipe goes on from there.
+    """Collect the trajectories of a recipe and stop; `train` continues from there.
 
-    Example: diffusers-rtsae collect training/recipes/sd15.yaml --work runs/sd15
+    Example: diffusers-rtsae collect training/recipes/shapes.yaml --work runs/shapes
     """
     run_trainer("collect", context.args)
 
@@ -42,15 +42,15 @@ def collect(context: typer.Context) -> None:
 def train(context: typer.Context) -> None:
     """Collect, fit, train, evaluate and save the dictionaries of a recipe.
 
-    Example: diffusers-rtsae train training/recipes/sd15.yaml --out runs/sd15 --dry-run
+    Example: diffusers-rtsae train training/recipes/sd15.yaml --dry-run
     """
     run_trainer("train", context.args)
 
 
 @app.command(context_settings=FORWARDED)
 def evaluate(context: typer.Context) -> None:
-    """Report how well dictionaries describe a pipeline.
+    """Report how well dictionaries reconstruct the activations of a pipeline.
 
-    Example: diffusers-rtsae evaluate runs/sd15 --pipeline MODEL --prompts prompts.txt
+    Example: diffusers-rtsae evaluate examples/shapes-rtsae --pipeline examples/shapes-sd --prompts shapes
     """
     run_trainer("evaluate", context.args, "analysis")
