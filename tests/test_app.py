@@ -234,7 +234,7 @@ def test_a_label_brings_the_options_it_was_verified_with(tab, app):
     shows(tab, "steered", app.sheet({"late": 1}))
     go(tab, "Settings")
     tab.wait_for_function("document.querySelector('#start input[type=number]')?.value === '0.5'")
-    assert tab.get_by_label("Half of guidance").input_value() == "all"
+    assert tab.get_by_label("Guidance branch").input_value() == "all"
     shown_code(tab, "set_rtsae_features({'late': 1})")  # it does so by itself
     go(tab, "Settings")
     tab.fill("#start input[type=number]", "0.7")

@@ -69,7 +69,7 @@ def test_little_memory_will_do(steered):
     hook.remove()
     kept.remove()
     assert table[0].verified["effect"] and saving == {True, False} and not steered.unet.is_gradient_checkpointing
-    assert max(seen) == 4  # one pair with both halves of guidance
+    assert max(seen) == 4  # one pair with both guidance branches
 
 
 def test_a_table_can_be_read_and_taken_elsewhere(found):
