@@ -216,8 +216,8 @@ def inspect(
             site: {"kind": sae.kind} | vars(sae.config) | {"metrics": metrics.get(site)}
             for site, sae in contents.sites.items()
         }
-        told = {"base_model": contents.config.get("base_model"), "sites": sites, "presets": contents.presets}
-        print(json.dumps(told | {"labels": {name: contents.labels[name] for name in labels}}))
+        content = {"base_model": contents.config.get("base_model"), "sites": sites, "presets": contents.presets}
+        print(json.dumps(content | {"labels": {name: contents.labels[name] for name in labels}}))
         return
     say(f"for {contents.config.get('base_model') or 'an unnamed model'}")
     for site, sae in contents.sites.items():

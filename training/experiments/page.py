@@ -41,7 +41,7 @@ STALE = "**Measured with labels or weights that are no longer the bundled ones.*
 
 
 def drawn_people() -> str:
-    """What the pipeline of people draws of what it is told, and what is read of real ones."""
+    """How much of what prompts name the pipeline of people draws, and how well real pictures are read."""
     found = json.loads((ROOT / "examples" / "people-dit" / "metrics.json").read_text())
     heads, lines = list(found["right"]), [["drawn", *(f"{share:.2f}" for share in found["right"].values())]]
     for reader in ("scorer", "judge"):
@@ -53,12 +53,12 @@ def drawn_people() -> str:
 class Page(NamedTuple):
     """
     folder (`Path`): where the rows lie, and the page.
-    options (`str`): what a command is told to measure this world.
+    options (`str`): the arguments with which a command measures this world.
     dictionary (`str`): the bundled one.
     introduction (`str`): the beginning of the page.
     sections (`dict[str, Section]`): by the name of the file of rows.
     notes (`str`): what was learned on the way, which has no rows.
-    drawn (`Callable[[], str]`): writes what the pipeline draws of what it is told.
+    drawn (`Callable[[], str]`): writes how much of what prompts name the pipeline draws.
     """
 
     folder: Path

@@ -403,8 +403,8 @@ DRAWN_PEOPLE = """## What these figures stand on
 
 The pipeline, asked for people of held-out combinations with every factor named (`python -m
 training.worlds.people.evaluate --out examples/people-dit/metrics.json`; {prompts} prompts, {steps} steps, guidance
-{guidance_scale:g}): the share of pictures that show each as told, read by the scorer. Below, what the scorer and the
-judge read right in the foundries' own pictures of held-out combinations.
+{guidance_scale:g}): the share of pictures that show each as the prompt says, read by the scorer. Below, what the
+scorer and the judge read right in the foundries' own pictures of held-out combinations.
 """
 SHEET = """
 64 held-out prompts that nobody chose: on the left of each pair what the pipeline draws, on the right the foundry's own
