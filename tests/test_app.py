@@ -19,11 +19,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from small_analysis import find_less, fit_less
 
 gradio = pytest.importorskip("gradio", reason="the app extra is not installed")
 
 from diffusers_rtsae import load_dictionary  # noqa: E402
-from diffusers_rtsae.analysis import find, fit  # noqa: E402
 from diffusers_rtsae.analysis.report import STRENGTHS  # noqa: E402
 from diffusers_rtsae.app import build, events, launch  # noqa: E402
 from diffusers_rtsae.app.layout import choices_of  # noqa: E402
@@ -334,7 +334,7 @@ def test_a_picture_of_every_feature_and_of_every_strength(tab, app, monkeypatch)
 
 
 def test_a_row_of_what_was_found_can_be_clicked(tab, app, monkeypatch):
-    monkeypatch.setattr(find, "_PASSES", 2)
+    find_less(monkeypatch)
     go(tab, "Find")
     tab.fill("#with textarea", "a red star")
     tab.fill("#without textarea", "a blue star")
@@ -348,7 +348,7 @@ def test_a_row_of_what_was_found_can_be_clicked(tab, app, monkeypatch):
 
 
 def test_a_feature_is_made_of_two_prompts(tab, app, monkeypatch, tmp_path):
-    monkeypatch.setattr(fit, "_PICTURES", 3)
+    fit_less(monkeypatch, pictures=3)
     go(tab, "Make a feature")
     tab.fill("#from textarea", "a large heart, flat, on white")
     tab.fill("#to textarea", "a large heart, flat, on black")

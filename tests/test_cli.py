@@ -17,7 +17,7 @@ from disk import full_disk
 from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
-from small_fits import fit_less
+from small_analysis import fit_less
 from typer.testing import CliRunner
 
 from diffusers_rtsae import cli, files, load_dictionary

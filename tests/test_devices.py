@@ -15,10 +15,9 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from kinds import MADE, random_dictionary
 from PIL import Image
 from simulated_device import NAME, SimulatedTensor, simulated
-from small_fits import fit_less
+from small_analysis import find_less, fit_less
 
 from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.analysis import find
 from diffusers_rtsae.analysis.effect import States
 from diffusers_rtsae.analysis.find import find_features, top_features
 from diffusers_rtsae.analysis.fit import fit_feature
@@ -474,8 +473,7 @@ def small(kind: str = "RTSAE"):
 def quick(monkeypatch):
     """Less of everything that is chosen and fitted."""
     fit_less(monkeypatch, steps=2, last=2, choice=1, ridges=(0.02,))
-    monkeypatch.setattr(find, "_PASSES", 2)
-    monkeypatch.setattr(find, "_STATES", 2)
+    find_less(monkeypatch)
 
 
 def at(place: str, pipes: list) -> list:

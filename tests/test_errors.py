@@ -21,7 +21,7 @@ from disk import full_disk
 from foreign import dictionary_learning, overcomplete, saelens, sdlens, sparsify
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_fits import fit_less
+from small_analysis import fit_less
 
 import diffusers_rtsae
 from diffusers_rtsae import (

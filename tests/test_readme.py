@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
-from small_fits import fit_less
+from small_analysis import find_less, fit_less
 from typer.testing import CliRunner
 
-from diffusers_rtsae.analysis import find
 from diffusers_rtsae.cli import app
 from training import commands
 
@@ -81,7 +80,7 @@ def test_the_python_works_as_printed(page, quick, monkeypatch):
         return call(self, *arguments, **options | {"num_inference_steps": 3})
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", fewer_steps)
-    monkeypatch.setattr(find, "_PASSES", 2)
+    find_less(monkeypatch)
     mask = np.zeros((64, 64), dtype=np.float32)
     mask[:, :32] = 1
     exec(compile(python, str(page), "exec"), {"mask_image": mask, "left_half": mask})  # which are the reader's own

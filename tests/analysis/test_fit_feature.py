@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_fits import fit_less
+from small_analysis import fit_less
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis import fit

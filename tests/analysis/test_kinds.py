@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kinds import OTHERS, random_dictionary
-from small_fits import fit_less
+from small_analysis import find_less, fit_less
 
 from diffusers_rtsae import TIDE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis.find import find_features, top_features
@@ -50,7 +50,8 @@ def test_what_is_recorded_is_what_steering_reads(steered, sae):
     assert plot_presence(recording, [5]) and plot_feature_trajectories(recording.dictionary, [5, 9])
 
 
-def test_features_are_found_and_verified(steered):
+def test_features_are_found_and_verified(steered, monkeypatch):
+    find_less(monkeypatch)
     with_it, without = [pair[1] for pair in PAIRS], [pair[0] for pair in PAIRS]
     table = find_features(steered, with_it, without, count=3, seeds=1, verify=1, **CALL)
     assert len(table) == 3 and {"effect", "image_distance"} <= table[0].verified.keys()

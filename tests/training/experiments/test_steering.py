@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_fits import fit_less
+from small_analysis import fit_less
 
 from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.analysis.effect import States, frozen
