@@ -43,7 +43,8 @@ from training.registry import ARCHITECTURES, KINDS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SITE, SITES = "up_blocks.1.attentions.1", [f"transformer_blocks.{i}.attn2" for i in range(6)]
-PLACES = ["cpu", NAME]  # of a dictionary
+# where a dictionary is; from the device less is copied
+PLACES = ["cpu", pytest.param(NAME, marks=pytest.mark.slow)]
 RED, ACTIVE = 570, [412, 1224]  # latents of the bundled dictionary, and what is active at two steps
 OWN = {"shapes-sd": {}, "people-dit": {"use_resolution_binning": False, "clean_caption": False}}
 PROMPTS = {"shapes-sd": ["a star", "a large blue heart on the left"], "people-dit": ["a woman", "a cook"]}
@@ -96,12 +97,15 @@ def draw(pipe, steps: int = 2, images: int = 1, **call) -> np.ndarray:
     return drawn.float().cpu().numpy() if torch.is_tensor(drawn) else drawn
 
 
-def check_same(pipes: list, features: dict, images: int = 1, steps: int = 2, atol: float = 1e-3, **options) -> None:
-    """The device draws what the CPU draws, wherever the dictionary is, and something else than without features."""
+def check_same(
+    pipes: list, features: dict, images: int = 1, steps: int = 2, atol: float = 1e-3, places=("cpu", NAME), **options
+) -> None:
+    """The device draws what the CPU draws, with the dictionary in each place, and something else than without
+    features."""
     for pipe in pipes:
         pipe.set_rtsae_features(features, **options)
     expected, told = draw(pipes[0], steps, images), pipes[0].rtsae_report()
-    for place in PLACES:
+    for place in places:
         pipes[1].set_rtsae_device(place)
         np.testing.assert_allclose(draw(pipes[1], steps, images), expected, atol=atol)
     rows, others = (
@@ -244,14 +248,15 @@ OPTIONS = {
 
 
 @pytest.mark.filterwarnings("ignore:The edits at")
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_every_option_of_an_edit(device, both, options):
+def test_every_option_of_an_edit(device, both, options, place):
     pipes, told = both(), {"strength": 1.0} | OPTIONS[options]
     for pipe in pipes:
         pipe.set_rtsae("default", told.get("weight", 1.0))
     strength = told.pop("strength")
     told.pop("weight", None)
-    check_same(pipes, {RED: strength, 1320: strength}, images=2, **told)
+    check_same(pipes, {RED: strength, 1320: strength}, images=2, places=(place,), **told)
 
 
 @pytest.mark.parametrize("name, features", {
@@ -430,7 +435,7 @@ def later(steps: list[Counter]) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.filterwarnings("ignore:To read some latents")
-@pytest.mark.parametrize("place", ["cpu", pytest.param(NAME, marks=pytest.mark.slow)])  # from which less is copied
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", STEPS)
 def test_steps_after_the_first_neither_wait_for_the_device_nor_copy_to_it(steps_of, case, place):
     steps = steps_of(case, place)
@@ -523,10 +528,10 @@ def test_finding_in_pictures(device, both, place):
     check_found([find_features(pipe, [red], [blue], count=2) for pipe in at(place, both())])
 
 
-SLOW = [pytest.param(kind, NAME, marks=pytest.mark.slow) for kind in ("TIDE", "MixtureSAE")]
+SLOW = [pytest.param(kind, NAME, marks=pytest.mark.slow) for kind in ("RTSAE", "TIDE", "MixtureSAE")]
 
 
-@pytest.mark.parametrize("kind, place", [("RTSAE", "cpu"), ("RTSAE", NAME), *SLOW])
+@pytest.mark.parametrize("kind, place", [("RTSAE", "cpu"), *SLOW])
 def test_finding_by_effect(device, both, quick, kind, place):
     check_found([
         find_features(pipe, WITH[:1], WITHOUT[:1], 2, seeds=1, verify=1, unchanged=["a circle"], **CALL)

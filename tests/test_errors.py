@@ -1,6 +1,6 @@
 """
 What a misuse is told, as one table: each sentence names what was expected, and what was found. What the Hub answers
-and what damaged files hold is in dictionary/test_dictionary.py and dictionary/test_security.py.
+and what damaged files hold is in dictionary/test_hub.py and dictionary/test_security.py.
 """
 
 import ast
