@@ -10,7 +10,7 @@ def find_less(patch, passes: int = 2, states: int = 2) -> None:
 
 
 def fit_less(
-    patch, pictures: int = 2, steps: int = 3, last: int = 4, choice: int = 2, ridges: tuple[float, ...] = fit._RIDGES
+    patch, pictures: int = 2, steps: int = 3, last: int = 4, choice: int = 2, ridges: tuple[float, ...] = (0.02,)
 ) -> None:
     """Let `fit_feature` draw fewer pictures, choose latents by fewer gradients, and make fewer steps."""
     for module, values in (

@@ -200,6 +200,7 @@ FULL = {"clamp": 0.01, "scale": 3.0}
 
 
 @pytest.mark.filterwarnings("ignore:To read some latents")
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     "kind, operation",
     [
@@ -209,14 +210,14 @@ FULL = {"clamp": 0.01, "scale": 3.0}
         for quick in [kind == "RTSAE" or operation in ("add", "ablate")]
     ],
 )
-def test_every_kind_and_operation(device, both, kind, operation):
+def test_every_kind_and_operation(device, both, kind, operation, place):
     sae = random_dictionary(kind, SITE, 160, [961, 481, 1], 32, 4)
     sae.typical_activation.fill_(30.0)
     sae.max_activation.fill_(150.0)
     sae.mean_activation.fill_(10.0)
     source = {"source": 20} if operation in ("transfer", "replace") else {}
     features = {i: FULL.get(operation, 1.0) for i in range(0, 16, 2)}
-    check_same(both(dictionary={SITE: sae}), features, operation=operation, **source)
+    check_same(both(dictionary={SITE: sae}), features, operation=operation, places=(place,), **source)
 
 
 HALF = np.zeros((8, 8), dtype=np.float32)
@@ -477,7 +478,7 @@ def small(kind: str = "RTSAE"):
 @pytest.fixture
 def quick(monkeypatch):
     """Less of everything that is chosen and fitted."""
-    fit_less(monkeypatch, steps=2, last=2, choice=1, ridges=(0.02,))
+    fit_less(monkeypatch, steps=2, last=2, choice=1)
     find_less(monkeypatch)
 
 

@@ -24,7 +24,7 @@ def test_example_runs_and_writes_pictures(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--steps", "3", "--out", str(tmp_path)])
     monkeypatch.syspath_prepend(str(EXAMPLES))
     find_less(monkeypatch)
-    fit_less(monkeypatch, ridges=(0.003,))
+    fit_less(monkeypatch)
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     told = capsys.readouterr().out
     written = list(tmp_path.glob("*.png"))
