@@ -77,12 +77,12 @@ def demonstrate(
             rows.append((f"{kind}: {label}", prompt, images))
         value = labels[label]["value"]
         other = next(own["value"] for own in labels.values() if own.get("factor") == kind and own["value"] != value)
-        told = {
+        prompts_by_kind = {
             "open": [is_open for is_open, _ in world.scenes[kind]],
             "contradicted": [naming.format(other) for _, naming in world.scenes[kind]],
         }
         hits, valid = {}, []
-        for which, few in told.items():
+        for which, few in prompts_by_kind.items():
             many = (few * prompts)[:prompts]
             plain = read(many)
             with pipe.rtsae_steering({label: 1.0}):
@@ -120,5 +120,5 @@ def demonstrate(
             figure.savefig(partial, format="png", dpi=130)
     write_json(out / "measured.json", results)
     console.print(table)
-    told = f"{out}/steering.png, trajectories.png, heat_maps.png, measured.json in {time.monotonic() - started:.0f} s"
-    console.print(told, markup=False, soft_wrap=True)
+    files = f"{out}/steering.png, trajectories.png, heat_maps.png, measured.json in {time.monotonic() - started:.0f} s"
+    console.print(files, markup=False, soft_wrap=True)

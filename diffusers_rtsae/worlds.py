@@ -70,8 +70,14 @@ def load_bundled(name: str, **kwargs) -> DiffusionPipeline:
     worlds = {world.pipeline: world for world in WORLDS.values()}
     if name not in worlds:
         raise ValueError(f"No pipeline called {name!r} comes with the package: expected one of {list(worlds)}.")
-    from . import bundled_pipelines
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # diffusers imports what tells of torchvision, which no bundled pipeline needs
+    try:
+        from . import bundled_pipelines
+    finally:
+        logging.set_verbosity(verbosity)
     return bundled_pipelines.CLASSES[name].from_pretrained(bundled(name), **kwargs)
 
 

@@ -1,8 +1,10 @@
-"""A disk that is full, for as long as a test needs it."""
+"""A disk that is full, for as long as a test needs it, and whether two dictionaries hold the same."""
 
 import contextlib
 import resource
 import signal
+
+import torch
 
 
 @contextlib.contextmanager
@@ -16,3 +18,12 @@ def full_disk(size: int):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def state(sae) -> dict[str, torch.Tensor]:
+    """Copies, so that they outlive the file."""
+    return {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

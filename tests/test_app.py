@@ -19,14 +19,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from small_analysis import find_less, fit_less
 
 gradio = pytest.importorskip("gradio", reason="the app extra is not installed")
 
 from diffusers_rtsae import load_dictionary  # noqa: E402
-from diffusers_rtsae.analysis import find, fit  # noqa: E402
 from diffusers_rtsae.analysis.report import STRENGTHS  # noqa: E402
 from diffusers_rtsae.app import build, events, launch  # noqa: E402
-from diffusers_rtsae.app.events import as_code, choices_of  # noqa: E402
+from diffusers_rtsae.app.layout import choices_of  # noqa: E402
+from diffusers_rtsae.app.script import as_code  # noqa: E402
 from diffusers_rtsae.app.studio import Studio, Wish, enlarged, side_by_side  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -233,7 +234,7 @@ def test_a_label_brings_the_options_it_was_verified_with(tab, app):
     shows(tab, "steered", app.sheet({"late": 1}))
     go(tab, "Settings")
     tab.wait_for_function("document.querySelector('#start input[type=number]')?.value === '0.5'")
-    assert tab.get_by_label("Half of guidance").input_value() == "all"
+    assert tab.get_by_label("Guidance branch").input_value() == "all"
     shown_code(tab, "set_rtsae_features({'late': 1})")  # it does so by itself
     go(tab, "Settings")
     tab.fill("#start input[type=number]", "0.7")
@@ -333,7 +334,7 @@ def test_a_picture_of_every_feature_and_of_every_strength(tab, app, monkeypatch)
 
 
 def test_a_row_of_what_was_found_can_be_clicked(tab, app, monkeypatch):
-    monkeypatch.setattr(find, "_PASSES", 2)
+    find_less(monkeypatch)
     go(tab, "Find")
     tab.fill("#with textarea", "a red star")
     tab.fill("#without textarea", "a blue star")
@@ -347,7 +348,7 @@ def test_a_row_of_what_was_found_can_be_clicked(tab, app, monkeypatch):
 
 
 def test_a_feature_is_made_of_two_prompts(tab, app, monkeypatch, tmp_path):
-    monkeypatch.setattr(fit, "_PICTURES", 3)
+    fit_less(monkeypatch, pictures=3)
     go(tab, "Make a feature")
     tab.fill("#from textarea", "a large heart, flat, on white")
     tab.fill("#to textarea", "a large heart, flat, on black")

@@ -89,7 +89,7 @@ def denoise(pipe: FluxPipeline) -> torch.Tensor:
 
 
 def context(hook) -> str:
-    """The half of guidance that a cache is asked for."""
+    """The guidance branch that a cache is asked for."""
     manager = hook.state_manager
     return manager._current_context if IS_0_40 else manager.context.name
 

@@ -17,10 +17,10 @@ from disk import full_disk
 from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
+from small_analysis import fit_less
 from typer.testing import CliRunner
 
 from diffusers_rtsae import cli, files, load_dictionary
-from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.cli import app
 from diffusers_rtsae.worlds import WORLDS
 
@@ -60,8 +60,7 @@ def test_every_command_explains_itself_with_an_example():
 
 
 def test_fit_makes_a_label_and_does_not_make_it_twice(tmp_path, monkeypatch):
-    for constant, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2}.items():
-        monkeypatch.setattr(fit, constant, value)
+    fit_less(monkeypatch)
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps([["a star, on white", "a star, on navy"]]))
     out, options = tmp_path / "fitted", ("--name", "dusk", "--rank", 4, "--steps", 4, "--json")

@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from kinds import MADE, random_dictionary
 from PIL import Image
 from simulated_device import NAME, SimulatedTensor, simulated
+from small_analysis import find_less, fit_less
 
 from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.analysis import find, fit
 from diffusers_rtsae.analysis.effect import States
 from diffusers_rtsae.analysis.find import find_features, top_features
 from diffusers_rtsae.analysis.fit import fit_feature
@@ -43,7 +43,8 @@ from training.registry import ARCHITECTURES, KINDS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SITE, SITES = "up_blocks.1.attentions.1", [f"transformer_blocks.{i}.attn2" for i in range(6)]
-PLACES = ["cpu", NAME]  # of a dictionary
+# where a dictionary is; from the device less is copied
+PLACES = ["cpu", pytest.param(NAME, marks=pytest.mark.slow)]
 RED, ACTIVE = 570, [412, 1224]  # latents of the bundled dictionary, and what is active at two steps
 OWN = {"shapes-sd": {}, "people-dit": {"use_resolution_binning": False, "clean_caption": False}}
 PROMPTS = {"shapes-sd": ["a star", "a large blue heart on the left"], "people-dit": ["a woman", "a cook"]}
@@ -96,12 +97,15 @@ def draw(pipe, steps: int = 2, images: int = 1, **call) -> np.ndarray:
     return drawn.float().cpu().numpy() if torch.is_tensor(drawn) else drawn
 
 
-def check_same(pipes: list, features: dict, images: int = 1, steps: int = 2, atol: float = 1e-3, **options) -> None:
-    """The device draws what the CPU draws, wherever the dictionary is, and something else than without features."""
+def check_same(
+    pipes: list, features: dict, images: int = 1, steps: int = 2, atol: float = 1e-3, places=("cpu", NAME), **options
+) -> None:
+    """The device draws what the CPU draws, with the dictionary in each place, and something else than without
+    features."""
     for pipe in pipes:
         pipe.set_rtsae_features(features, **options)
     expected, told = draw(pipes[0], steps, images), pipes[0].rtsae_report()
-    for place in PLACES:
+    for place in places:
         pipes[1].set_rtsae_device(place)
         np.testing.assert_allclose(draw(pipes[1], steps, images), expected, atol=atol)
     rows, others = (
@@ -196,6 +200,7 @@ FULL = {"clamp": 0.01, "scale": 3.0}
 
 
 @pytest.mark.filterwarnings("ignore:To read some latents")
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     "kind, operation",
     [
@@ -205,14 +210,14 @@ FULL = {"clamp": 0.01, "scale": 3.0}
         for quick in [kind == "RTSAE" or operation in ("add", "ablate")]
     ],
 )
-def test_every_kind_and_operation(device, both, kind, operation):
+def test_every_kind_and_operation(device, both, kind, operation, place):
     sae = random_dictionary(kind, SITE, 160, [961, 481, 1], 32, 4)
     sae.typical_activation.fill_(30.0)
     sae.max_activation.fill_(150.0)
     sae.mean_activation.fill_(10.0)
     source = {"source": 20} if operation in ("transfer", "replace") else {}
     features = {i: FULL.get(operation, 1.0) for i in range(0, 16, 2)}
-    check_same(both(dictionary={SITE: sae}), features, operation=operation, **source)
+    check_same(both(dictionary={SITE: sae}), features, operation=operation, places=(place,), **source)
 
 
 HALF = np.zeros((8, 8), dtype=np.float32)
@@ -235,7 +240,7 @@ OPTIONS = {
     "a function": {"strength": lambda progress: 1 - progress},
     "renormalised": {"renormalise": True},
     "one half": {"apply_to": "cond"},
-    "both halves": {"apply_to": "all"},
+    "both branches": {"apply_to": "all"},
     "this step alone": {"injection": "residual"},
     "a window": {"end": 0.5},
     "a weight": {"weight": 0.5},
@@ -244,14 +249,15 @@ OPTIONS = {
 
 
 @pytest.mark.filterwarnings("ignore:The edits at")
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_every_option_of_an_edit(device, both, options):
+def test_every_option_of_an_edit(device, both, options, place):
     pipes, told = both(), {"strength": 1.0} | OPTIONS[options]
     for pipe in pipes:
         pipe.set_rtsae("default", told.get("weight", 1.0))
     strength = told.pop("strength")
     told.pop("weight", None)
-    check_same(pipes, {RED: strength, 1320: strength}, images=2, **told)
+    check_same(pipes, {RED: strength, 1320: strength}, images=2, places=(place,), **told)
 
 
 @pytest.mark.parametrize("name, features", {
@@ -378,7 +384,7 @@ STEPS = {  # dictionary, features, options
     "a label": ("shapes", {"red": 1.0}, {}),
     "latents added in range": ("shapes", {RED: 1.0, 1320: 0.5}, {}),
     "latents ablated": ("shapes", dict.fromkeys(ACTIVE, 1.0), READ),
-    "latents ablated in both halves": ("shapes", dict.fromkeys(ACTIVE, 1.0), READ | {"apply_to": "all"}),
+    "latents ablated in both branches": ("shapes", dict.fromkeys(ACTIVE, 1.0), READ | {"apply_to": "all"}),
     **{f"{kind}, ablated": (kind, {0: 1.0, 2: 1.0}, READ) for kind in MADE if kind != "RTSAE"},
     "where": ("SparseAutoencoder", {0: 1.0}, {"where": [2, 4]}),
     "one strength for each prompt": ("SparseAutoencoder", {0: [1.0]}, {}),
@@ -430,7 +436,7 @@ def later(steps: list[Counter]) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.filterwarnings("ignore:To read some latents")
-@pytest.mark.parametrize("place", ["cpu", pytest.param(NAME, marks=pytest.mark.slow)])  # from which less is copied
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", STEPS)
 def test_steps_after_the_first_neither_wait_for_the_device_nor_copy_to_it(steps_of, case, place):
     steps = steps_of(case, place)
@@ -472,10 +478,8 @@ def small(kind: str = "RTSAE"):
 @pytest.fixture
 def quick(monkeypatch):
     """Less of everything that is chosen and fitted."""
-    for name, value in {"_PICTURES": 2, "_STEPS": 2, "_LAST": 2, "_CHOICE": 1, "_RIDGES": (0.02,)}.items():
-        monkeypatch.setattr(fit, name, value)
-    monkeypatch.setattr(find, "_PASSES", 2)
-    monkeypatch.setattr(find, "_STATES", 2)
+    fit_less(monkeypatch, steps=2, last=2, choice=1)
+    find_less(monkeypatch)
 
 
 def at(place: str, pipes: list) -> list:
@@ -525,10 +529,10 @@ def test_finding_in_pictures(device, both, place):
     check_found([find_features(pipe, [red], [blue], count=2) for pipe in at(place, both())])
 
 
-SLOW = [pytest.param(kind, NAME, marks=pytest.mark.slow) for kind in ("TIDE", "MixtureSAE")]
+SLOW = [pytest.param(kind, NAME, marks=pytest.mark.slow) for kind in ("RTSAE", "TIDE", "MixtureSAE")]
 
 
-@pytest.mark.parametrize("kind, place", [("RTSAE", "cpu"), ("RTSAE", NAME), *SLOW])
+@pytest.mark.parametrize("kind, place", [("RTSAE", "cpu"), *SLOW])
 def test_finding_by_effect(device, both, quick, kind, place):
     check_found([
         find_features(pipe, WITH[:1], WITHOUT[:1], 2, seeds=1, verify=1, unchanged=["a circle"], **CALL)

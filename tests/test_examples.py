@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-
-from diffusers_rtsae.analysis import fit
+from small_analysis import find_less, fit_less
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PUBLISHED = "published_dictionary.py"  # downloads a large model: run on the bundled one below
@@ -24,8 +23,8 @@ LONG = ("training_your_own.py", "fit_feature.py", "who_gets_drawn.py")
 def test_example_runs_and_writes_pictures(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--steps", "3", "--out", str(tmp_path)])
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    for constant, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2, "_RIDGES": (0.003,)}.items():
-        monkeypatch.setattr(fit, constant, value)
+    find_less(monkeypatch)
+    fit_less(monkeypatch)
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     told = capsys.readouterr().out
     written = list(tmp_path.glob("*.png"))
@@ -47,6 +46,7 @@ def test_the_example_of_a_published_dictionary(tmp_path, monkeypatch, capsys):
     arguments = ["--pipeline", str(EXAMPLES / "shapes-sd"), "--dictionary", str(tmp_path / "SAeUron"), "--steps", "2"]
     arguments += ["--with", "a red star", "--without", "a blue heart", "--count", "3", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [PUBLISHED, *arguments])
+    find_less(monkeypatch)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / PUBLISHED), run_name="__main__")
     assert "up_blocks.1.attentions.1" in capsys.readouterr().out

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
+from small_analysis import find_less, fit_less
 from typer.testing import CliRunner
 
-from diffusers_rtsae.analysis import find, fit
 from diffusers_rtsae.cli import app
 from training import commands
 
@@ -53,8 +53,7 @@ def quick(monkeypatch, tmp_path):
     """An empty folder to work in, and everything as short as it can be."""
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a red star\n")
-    for constant, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2}.items():
-        monkeypatch.setattr(fit, constant, value)
+    fit_less(monkeypatch)
 
 
 @pytest.mark.parametrize("line", [command for command in COMMANDS if not command.startswith(ELSEWHERE)])
@@ -81,7 +80,7 @@ def test_the_python_works_as_printed(page, quick, monkeypatch):
         return call(self, *arguments, **options | {"num_inference_steps": 3})
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", fewer_steps)
-    monkeypatch.setattr(find, "_PASSES", 2)
+    find_less(monkeypatch)
     mask = np.zeros((64, 64), dtype=np.float32)
     mask[:, :32] = 1
     exec(compile(python, str(page), "exec"), {"mask_image": mask, "left_half": mask})  # which are the reader's own

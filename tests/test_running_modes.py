@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from kinds import OTHERS, random_dictionary
 from packaging.version import Version
+from small_analysis import find_less
 
 from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.effect import frozen
@@ -159,8 +160,9 @@ class _RowScaled(torch.Tensor):
         return cls(function(args[0].whole.float() * args[0].scale, *args[1:], **(kwargs or {})))
 
 
-def test_weights_quantized_by_hand_give_gradients(fresh, dictionary):
+def test_weights_quantized_by_hand_give_gradients(fresh, dictionary, monkeypatch):
     """As torchao and quanto leave them: whole numbers, that nothing in the denoiser's configuration tells of."""
+    find_less(monkeypatch)
     call = {"count": 3, "num_inference_steps": 2, "guidance_scale": 3.0}
     fresh.load_rtsae(dictionary)
     plain = find_features(fresh, ["a red star"], ["a blue star"], **call)

@@ -34,6 +34,7 @@ SAMPLERS = {
     "SA solver": ("SASolverScheduler", {}),
     "IPNDM": ("IPNDMScheduler", {}),
 }  # flow matching is in test_guidance_rows.py, with the models made for it
+LATENTS = {"output_type": "latent"}  # which say more than pictures
 UNUSUAL = {"IPNDM"}  # not made for this model: it denoises, but to no picture
 
 
@@ -66,15 +67,15 @@ def test_edits_act_and_seeds_repeat(steered, sampler, draw, steps, monkeypatch):
 
     monkeypatch.setattr(CallReader, "read", reading)
     try:
-        plain = draw(steered, steps=steps)
+        plain = draw(steered, steps=steps, **LATENTS)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         assert steps == 1
         pytest.skip(f"diffusers cannot make a single step with it: {error}")
     seen.clear()
     with steered.rtsae_steering({(SITE, 3): [0.0, 2.0]}, where="everywhere"):
-        once = draw(steered, steps=steps)
+        once = draw(steered, steps=steps, **LATENTS)
         calls = len(seen)
-        twice = draw(steered, steps=steps)
+        twice = draw(steered, steps=steps, **LATENTS)
         report = steered.rtsae_report()
     assert np.isfinite(once).all() and np.array_equal(once, twice) and len(seen) == 2 * calls
     assert np.array_equal(once[0], plain[0]) and not np.array_equal(once[1], plain[1])
@@ -85,10 +86,11 @@ def test_edits_act_and_seeds_repeat(steered, sampler, draw, steps, monkeypatch):
 
 def test_reading_edits_follow_every_sampler(steered, sampler, draw):
     """An ablation predicts from the last anchor, so it depends on where in time each call is."""
-    plain = draw(steered, "a star", steps=4)
+    call = {"prompts": "a star", "steps": 4} | LATENTS
+    plain = draw(steered, **call)
     rows = {(SITE, i): 1.0 for i in range(40)}
     with steered.rtsae_steering(rows, operation="ablate"):
-        once, twice = draw(steered, "a star", steps=4), draw(steered, "a star", steps=4)
+        once, twice = draw(steered, **call), draw(steered, **call)
     assert np.isfinite(once).all() and np.array_equal(once, twice) and not np.array_equal(once, plain)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from .recipe import INDEX, Collect, bundled, load_recipe
@@ -49,28 +50,36 @@ def _one_sentence(parser: argparse.ArgumentParser):
         parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
-def collect(prog: str) -> None:
+def collect(prog: str, arguments: Sequence[str] | None = None) -> None:
     """The first stage of a recipe: its trajectories."""
-    train(prog, collect_only=True)
+    train(prog, arguments, collect_only=True)
 
 
-def train(prog: str = "python -m training.train", collect_only: bool = False) -> None:
-    """All stages of a recipe, or a dry run."""
+def train(
+    prog: str = "python -m training.train", arguments: Sequence[str] | None = None, collect_only: bool = False
+) -> None:
+    """All stages of a recipe, or a dry run; with the arguments of this process by default."""
     parser = _parser(prog, _COLLECT if collect_only else _TRAIN)
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipe", type=Path, help="YAML file; training/recipes has some")
     if not collect_only:
-        parser.add_argument("--out", type=Path, help="folder of the dictionary")
+        parser.add_argument("--out", type=Path, help="folder to write the dictionary to")
         parser.add_argument("--collect-only", action="store_true", help="stop when the trajectories are collected")
-    parser.add_argument("--work", type=Path, help="shards and checkpoints; runs/<name of the recipe> by default")
+    parser.add_argument(
+        "--work", type=Path, help="folder for shards and checkpoints; runs/<name of the recipe> by default"
+    )
     parser.add_argument("--shards", help="where to keep shards, if not in the work folder: any URL that fsspec knows")
     parser.add_argument(
         "--set", nargs="*", action=Adding, default=[], metavar="KEY=VALUE", help="change the recipe: train.k=8"
     )
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
-    parser.add_argument("--dry-run", action="store_true", help="print what the run would take, and stop")
-    parser.add_argument("--teraflops", type=float, default=50.0, help="speed of the device, for the dry run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the time, memory and disk that the run would take, and stop"
+    )
+    parser.add_argument(
+        "--teraflops", type=float, default=50.0, help="speed of the device, for the dry run; %(default)s by default"
+    )
     parser.set_defaults(**{"out": None, "collect_only": True} if collect_only else {})
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
     try:
         recipe = load_recipe(a.recipe, a.set)
     except (OSError, ValueError) as error:
@@ -95,21 +104,21 @@ def train(prog: str = "python -m training.train", collect_only: bool = False) ->
             run_all(recipe, a.out, work, a.shards, a.cpu, a.collect_only)
 
 
-def evaluate(prog: str = "python -m training.evaluate") -> None:
+def evaluate(prog: str = "python -m training.evaluate", arguments: Sequence[str] | None = None) -> None:
     """A report of any dictionaries of any pipeline."""
     parser = _parser(prog, _EVALUATE)
     parser.add_argument("dictionaries", nargs="+", help="folders or Hub ids, all of one pipeline")
-    parser.add_argument("--pipeline", required=True)
-    parser.add_argument("--prompts", required=True, help="as in a recipe's `collect`")
-    parser.add_argument("--count", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64, help="of each picture that are kept")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/report"))
-    parser.add_argument("--device", help="a GPU if there is one")
-    a = parser.parse_args()
+    parser.add_argument("--pipeline", required=True, help="folder or Hub id")
+    parser.add_argument("--prompts", required=True, help="a world, a file or a dataset, as in a recipe's `collect`")
+    parser.add_argument("--count", type=int, default=128, help="pictures to draw; %(default)s by default")
+    parser.add_argument("--steps", type=int, default=25, help="of denoising; %(default)s by default")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale; %(default)s by default")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures drawn at once; %(default)s by default")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens kept of each picture; %(default)s by default")
+    parser.add_argument("--seed", type=int, default=1, help="of the noise; %(default)s by default")
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder; %(default)s by default")
+    parser.add_argument("--device", help="a GPU if there is one, by default")
+    a = parser.parse_args(arguments)
 
     with _one_sentence(parser):
         collect = Collect(

@@ -155,7 +155,7 @@ class Intervention:
             latents = state.codes[site].dense(self._rows[site])[list(rows)]
         reached = None if self.reached is None else self.reached(site, state, rows).to(tokens.device)
         folds = [fold for fold in self._folds[site] if fold.options.acts_at(state.timestep)]
-        return [fold.change(tokens.to(fold.device), latents, step, reached=reached) for fold in folds]
+        return [fold.change(tokens.to(fold.device), latents, step, token_scale=reached) for fold in folds]
 
     def __call__(self, state: State, rows: Sequence[int]) -> Changes:
         """The changes at the sites that have an edit in its window at this step."""

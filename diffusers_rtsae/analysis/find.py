@@ -4,158 +4,24 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from ..denoiser import get_denoiser
-from ..dictionary import Dictionary
-from ..pipeline import get_dictionary, own_size
+from ..pipeline import get_dictionary
 from ..steering import as_mask
-from .effect import FirstOrder, Intervention, Pass, adding, check_pairs, explain_out_of_memory, first_order, frozen
+from .effect import Intervention, Pass, adding, check_pairs, explain_out_of_memory, first_order, frozen
+from .features import Feature, FeatureTable, rank
 from .record import Recorder, Recording, activation_of, record
 from .states import States
+from .verify import generators, judge, verify_features
 
 _EARLY = 0.35  # of denoising; features that are present in this part steer
 _PASSES = 16  # backward passes that rank all latents
 _SHORTLIST, _STATES = 3, 12  # measured features for each one asked for, and batches of states to measure them on
 _SAMPLE, _UNSURE = 8, 2.0  # states in such a batch; standard errors by which a feature must be behind to be dropped
-_DUPLICATE = 0.9  # least cosine of two trajectories that count as one feature
-
-
-@dataclass
-class Feature:
-    """
-    A row of a [`FeatureTable`]: one latent.
-
-    Args:
-        site (`str`), index (`int`): its site and index; `pipe.set_rtsae_features({(site, index): 1.0})` steers it.
-        score (`float`): the table is sorted by it. By effect: the effect of strength 1 on the prediction (1: what
-            changing the prompt does). By presence: `present * specific`.
-        present (`float`): how much more present the latent is with the concept than without, at the step where the
-            difference is largest, in units of its typical activation.
-        specific (`float`): 1 if the latent is present only with the concept, 0 if it is as present without, or
-            everywhere in the training data.
-        timestep (`float`): of the step where the difference is largest.
-        labels (`list[str]`): labels of the dictionary that contain it.
-        duplicates (`list[int]`): latents with almost the same trajectory, which are left out of the table.
-        verified (`dict`): the measurements of [`find_features`] with `verify`.
-        slope (`float`, *optional*): the derivative of the effect at strength 0; `None` if ranked by presence.
-        pictures (`list`): the negative prompts steered by it, if it was verified.
-    """
-
-    site: str
-    index: int
-    score: float
-    present: float
-    specific: float
-    timestep: float
-    labels: list[str] = field(default_factory=list)
-    duplicates: list[int] = field(default_factory=list)
-    verified: dict[str, float] = field(default_factory=dict)
-    slope: float | None = None
-    pictures: list = field(default_factory=list, repr=False)
-
-    def told(self) -> dict:
-        """All fields but the pictures, as a dictionary that JSON can hold."""
-        return {name: value for name, value in vars(self).items() if name != "pictures"}
-
-
-class FeatureTable(list):
-    """A list of [`Feature`] that prints as a table. If features were verified, `plain` holds the unsteered pictures;
-    [`plots.plot_strip`] shows both."""
-
-    plain: list = []
-
-    def to_pandas(self):
-        """A `pandas.DataFrame` with one row per feature; needs pandas."""
-        import pandas
-
-        return pandas.DataFrame([(row := f.told()) | row.pop("verified") for f in self])
-
-    def __repr__(self) -> str:
-        if not self:
-            return "no features"
-        measured = list(dict.fromkeys(key for f in self for key in f.verified))
-        by_effect = [] if self[0].slope is None else ["slope"]
-        head = ["site", "index", "score", *by_effect, "present", "specific", "timestep", *measured, "labels"]
-        rows = [
-            [
-                f.site, str(f.index), f"{f.score:.3f}", *(f"{f.slope:.3f}" for _ in by_effect),
-                f"{f.present:.3f}", f"{f.specific:.2f}", f"{f.timestep:g}",
-                *(f"{f.verified[key]:.3f}" if key in f.verified else "" for key in measured), ", ".join(f.labels),
-            ]
-            for f in self
-        ]  # fmt: skip
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-        )
-
-
-def labels_of(dictionary: Dictionary, site: str, index: int) -> list[str]:
-    """The labels whose activation is read from this latent."""
-    return [
-        name
-        for name, label in dictionary.labels.items()
-        if any(e["site"] == site and index in e["latents"] for e in label.get("seen") or label["features"])
-    ]
-
-
-def rank(
-    dictionary: Dictionary,
-    site: str,
-    timesteps: Sequence[float],
-    present: torch.Tensor,
-    absent: torch.Tensor,
-    count: int,
-    order: FirstOrder | None = None,
-) -> FeatureTable:
-    """
-    Rank the latents of a site by how much more present they are with a concept than without, or by their effect.
-
-    Args:
-        timesteps (`Sequence[float]`): of the steps of `present` and `absent`.
-        present, absent (`torch.Tensor`): mean presence at each step with and without the concept,
-            `(steps, num_latents)`.
-        count (`int`): the most latents to return.
-        order (`FirstOrder`, *optional*): first-order effects; without it latents are ranked by presence.
-    """
-    sae = dictionary.sites[site]
-    difference, when = (present - absent).max(0)
-    steps = when[None]
-    with_it, without = present.gather(0, steps)[0], absent.gather(0, steps)[0]
-    usual = (sae.mean_activation / sae.typical_activation).cpu()  # a latent that is often active says little
-    scale = sae.spread[:, None]
-    specific = (with_it - torch.maximum(without, usual)) / (with_it + torch.maximum(without, usual)).clamp(min=1e-9)
-    score = difference.clamp(min=0) * specific.clamp(min=0)
-    table = FeatureTable()
-    score = score if order is None else torch.where(sae.density.cpu() > 0, order.added / order.added_length, 0.0)
-    for index in score.nan_to_num().argsort(descending=True).tolist():
-        if len(table) == count or score[index] <= 0:
-            break
-        path = (sae.feature_trajectories([index]).detach() / scale).flatten()
-        earlier = (sae.feature_trajectories([f.index for f in table]).detach() / scale).flatten(1)
-        same = torch.cosine_similarity(earlier, path[None]) > _DUPLICATE
-        if same.any():
-            table[int(same.int().argmax())].duplicates.append(index)
-            continue
-        table.append(
-            Feature(
-                site, index, round(score[index].item(), 4), round(difference[index].item(), 4),
-                round(specific[index].item(), 4), timesteps[when[index]], labels_of(dictionary, site, index),
-                slope=None if order is None else round(order.added[index].item(), 4),
-            )
-        )  # fmt: skip
-    return table
-
-
-def _generators(count: int, seeds: int) -> list[torch.Generator]:
-    """Generators with the same few seeds for each of `count` prompts."""
-    return [torch.Generator().manual_seed(seed) for _ in range(count) for seed in range(seeds)]
 
 
 @torch.no_grad()
@@ -289,7 +155,7 @@ def find_features(
             if by == "effect":
                 held_out = pairs * seeds + [(prompt, prompt) for prompt in unchanged]
                 judges = States(pipeline, held_out, seed=1_000_000, codes=False, progress=progress, **shared)
-                _judge(best, judges, strength)
+                judge(best, judges, strength)
             if scorer is not None:
                 table.sort(key=lambda f: -f.verified.get("gain", float("-inf")))
     return table
@@ -374,7 +240,7 @@ def _rank_by_presence(
     def read(examples: Sequence) -> Recording:
         if isinstance(examples[0], str):
             prompts = [prompt for prompt in examples for _ in range(seeds)]
-            return record(pipeline, prompts, adapter_name, generator=_generators(len(examples), seeds), **call)
+            return record(pipeline, prompts, adapter_name, generator=generators(len(examples), seeds), **call)
         return record_images(pipeline, examples, adapter_name, caption)
 
     with_it, without = read(list(positive)), read(list(negative))
@@ -387,77 +253,6 @@ def _rank_by_presence(
         present, absent = (r.presence(site).mean(0)[: len(early)] for r in (with_it, without))
         table += rank(dictionary, site, early, present, absent, count)
     return table
-
-
-@torch.no_grad()
-def _judge(features: Sequence[Feature], states: States, strength: float) -> None:
-    """Measure the effect and harm of each feature on held-out states, and write them into its `verified`."""
-    for feature in features:
-        effects = states.effects(adding(feature.site, feature.index, states, strength))
-        measured = {"effect": round(float(effects[states.differs].mean()), 4)}
-        if not states.differs.all():
-            measured["harm"] = round(float(-effects[~states.differs].mean()), 4)
-        feature.verified = measured | feature.verified
-
-
-class _Outputs:
-    """Keeps the denoiser's outputs while a pipeline runs inside the `with` block."""
-
-    def __init__(self, denoiser):
-        self.denoiser, self.kept = denoiser, []
-
-    def __enter__(self):
-        self._hook = self.denoiser.register_forward_hook(
-            lambda module, args, output: self.kept.append(
-                (output[0] if isinstance(output, tuple) else output.sample).float()
-            )
-        )
-        return self
-
-    def __exit__(self, *error):
-        self._hook.remove()
-
-
-@torch.no_grad()
-def verify_features(
-    pipeline, features: Sequence[Feature], prompts: Sequence[str], scorer=None, strength: float = 1.0,
-    adapter_name: str | None = None, seeds: int = 2, batch_size: int = 16, **call,
-) -> list:  # fmt: skip
-    """Steer each feature alone on `prompts`, write the results into its `verified` and `pictures`, and return the
-    unsteered pictures. See [`find_features`]."""
-
-    def generate() -> tuple[list, torch.Tensor, list[torch.Tensor]]:
-        repeated, generators = [p for p in prompts for _ in range(seeds)], _generators(len(prompts), seeds)
-        options, images = own_size(pipeline) | call, []
-        with _Outputs(get_denoiser(pipeline)) as outputs:
-            for start in range(0, len(repeated), batch_size):
-                part = slice(start, start + batch_size)
-                images += pipeline(repeated[part], generator=generators[part], **options).images
-        return images, _pixels(images), outputs.kept
-
-    images, pixels, outputs = generate()
-    before = scorer(images) if scorer is not None else None
-    for feature in features:
-        with pipeline.rtsae_steering({(feature.site, feature.index): strength}, adapter_name):
-            steered, steered_pixels, steered_outputs = generate()
-        pairs = zip(steered_outputs, outputs, strict=True)
-        changes = [((new - old).norm() / old.norm()).item() for new, old in pairs]
-        feature.pictures = list(steered)
-        feature.verified = {
-            "image_distance": round((steered_pixels - pixels).square().mean((1, 2, 3)).sqrt().mean().item(), 4),
-            "prediction_change": round(sum(changes) / len(changes), 4),
-        }
-        if scorer is not None:
-            after = scorer(steered)
-            feature.verified["gain"] = round(
-                sum(float(a) - float(b) for a, b in zip(after, before, strict=True)) / len(after), 4
-            )
-    return list(images)
-
-
-def _pixels(images: list) -> torch.Tensor:
-    """PIL pictures as `(images, height, width, 3)` in [0, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images]) / 255)
 
 
 def top_features(recording: Recording, image: int = 0, mask=None, count: int = 10) -> FeatureTable:

@@ -13,14 +13,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..steering import Edit
-from .effect import Intervention, check_pairs, explain_out_of_memory, first_order, frozen, gradient
+from .effect import Intervention, check_pairs, explain_out_of_memory, frozen
 from .maps import low_rank, scaled
+from .pursuit import REMOVE, Pursuit, Survey, steps_for, survey
 from .states import Changes, Measured, Pair, State, States
 
-_RATE = 0.05  # of Adam, for weights in units of a typical activation
-_ROUND = 4  # latents that are chosen at once
-_CHOICE, _STEPS, _LAST = 10, 30, 120  # gradients a choice, steps of fitting after each choice and after the last
-_REMOVED = 256  # most active latents, which are the candidates for removal
 _JUDGES = 32  # held-out pairs, where there are many
 _PICTURES, _CAPTURE = 24, 200  # least number of pairs drawn for fitting, and units of the bar that drawing counts for
 _SAMPLED, _MEASURED = 7, 20  # sampled steps of a generation, and units of the bar that a measurement counts for
@@ -30,80 +27,7 @@ _STRENGTHS = (1.0, 1.25, 1.5, 2.0)  # at which a fit is measured
 _RETAINED = 0.9  # share of the effect that a larger strength must retain
 _MIN_GAIN = 0.01  # effect that a shorter window must gain
 _RANK = 8  # of the reference map that is measured beside fitted latents
-_REMOVE = "ablate"  # operation on latents that stand for what the concept replaces
 _RIDGES = 0.003, 0.02, 0.1  # tried for a map's least squares, relative to the inputs' mean square; the best one stays
-
-
-def optimise(model: Intervention, states: States, steps: int, generator: torch.Generator, bar) -> None:
-    """Fit the weights of an intervention to the effect by gradient (Adam, with a rate that falls to zero). Pairs that
-    are still far from their target weigh more, so that hard pairs are not given up for many easy ones."""
-    folds = model.folds()
-    if not folds:
-        return
-    fitted = [fold.weights.requires_grad_() for fold in folds]
-    optimiser = torch.optim.Adam(fitted, lr=_RATE, betas=(0.9, 0.98))
-    left = torch.ones(len(states.pairs))  # share of each pair's distance that is left
-    try:
-        for step, (state, rows, weight) in enumerate(states.draw(steps, generator)):
-            optimiser.param_groups[0]["lr"] = _RATE * min(1.0, 2 * (1 - step / steps))
-            errors, pairs = states.errors(state, rows, model(state, rows)), [state.pairs[row] for row in rows]
-            harder = (left[pairs] / left[states.differs].mean()).clamp(1 / 3, 3)
-            loss = (errors * harder.to(errors.device)).mean() * weight
-            for parameter, its_gradient in zip(fitted, gradient(loss, fitted), strict=True):
-                parameter.grad = its_gradient
-            optimiser.step()
-            with torch.no_grad():
-                for fold in folds:
-                    if fold.options.operation == _REMOVE:
-                        fold.weights.clamp_(min=0)
-                now = errors.cpu() * states.scale[pairs] / state.distance[rows].clamp(min=1e-9)
-                differ = states.differs[pairs]
-                for pair, share in zip(torch.tensor(pairs)[differ].tolist(), now[differ].tolist(), strict=True):
-                    left[pair] += 0.1 * (min(share, 2.0) - left[pair])
-            bar.update()
-    finally:
-        for parameter in fitted:
-            parameter.requires_grad_(False)
-
-
-@dataclass
-class _Survey:
-    """
-    Which latents are active at one site.
-
-    Args:
-        candidates (`list[int]`): those that are most active with the "from" prompts; the candidates for removal.
-        gate (`list[int]`, *optional*): those that are active only on tokens that the prompts change. `None` if the
-            prompts change almost every token.
-        indicators (`list[int]`): those that are more active with the "to" prompts.
-    """
-
-    candidates: list[int]
-    gate: list[int] | None
-    indicators: list[int]
-
-
-@torch.no_grad()
-def _survey(states: States, site: str) -> _Survey:
-    sae = states.dictionary.sites[site]
-    count = sae.config.num_latents
-    before, gained, fired, inside = torch.zeros(4, count)
-    changed = tokens = 0  # tokens that the prompts change, and all tokens
-    for state, where in zip(states.all(), states.differing_tokens(site), strict=True):
-        codes, differs = state.codes[site], states.differs[state.pairs][:, None]
-        with_from = state.drawn_with_from[:, None]
-        before += codes.sums(differs)
-        fired += codes.sums(differs, active=True)
-        inside += codes.sums(differs & where, active=True)
-        gained += state.goal_codes[site].sums(differs & ~with_from) - codes.sums(differs & with_from)
-        changed, tokens = changed + int((differs & where).sum()), tokens + int(differs.sum()) * where.shape[1]
-    typical = sae.typical_activation.cpu()
-    rise = gained / typical
-    indicators = [i for i in rise.topk(min(4, count)).indices.tolist() if rise[i] > 0.25 * rise.max()]
-    gate = []
-    if changed < 0.5 * tokens:
-        gate = ((inside >= 0.97 * fired) & (fired >= 20)).nonzero()[:, 0].tolist()
-    return _Survey((before / typical).topk(min(_REMOVED, count)).indices.tolist(), gate or None, indicators)
 
 
 @dataclass
@@ -143,7 +67,7 @@ class FittedFeature:
 def _entry(site: str, edit: Edit, sign: int, limit: float) -> tuple[dict, dict[str, torch.Tensor]]:
     """An edit as a part of a label, and the map that the part names, if it has one. The part acts at strengths of one
     sign only; one that adds acts up to strength `limit`."""
-    limit = 1.0 if edit.operation == _REMOVE else limit
+    limit = 1.0 if edit.operation == REMOVE else limit
     part = {"site": site, "bounds": sorted([0.0, sign * limit])}
     if edit.map is not None:
         name = f"{site}.{'away' if sign < 0 else 'towards'}"
@@ -188,69 +112,6 @@ def _split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
         return pairs, pairs
     every = max(4, len(pairs) // _JUDGES)
     return [pair for i, pair in enumerate(pairs) if i % every], pairs[::every]
-
-
-class _Pursuit:
-    """Gradient pursuit: chooses a few latents at a time, to add or to take away, and fits the weights of all."""
-
-    def __init__(self, states: States, surveys: dict[str, _Survey], generator: torch.Generator, bar):
-        self.states, self.surveys, self.generator, self.bar = states, surveys, generator, bar
-        empty = {"latents": (), "weights": (), "strength": 1.0, "clip": False}
-        self.edits: dict[tuple[str, str], Edit] = {}  # by site and operation
-        for site, survey in surveys.items():
-            where = None if survey.gate is None else tuple(survey.gate)
-            self.edits[site, "add"] = Edit(where=where, **empty)
-            self.edits[site, _REMOVE] = Edit(operation=_REMOVE, bounds=(0.0, 1.0), **empty)
-
-    def run(self, latents: int) -> Intervention:
-        """Choose up to so many latents, fit all weights after each choice, and drop latents with hardly any weight."""
-        for start in range(0, latents, _ROUND):
-            for site, operation, latent in self._best()[: min(_ROUND, latents - start)]:
-                edit = self.edits[site, operation]
-                edit = replace(edit, latents=(*edit.latents, latent), weights=(*edit.weights, 0.0))
-                self.edits[site, operation] = edit
-            self._optimise(_STEPS)
-        self._optimise(_LAST)
-        self.edits = {key: _used(edit) for key, edit in self.edits.items()}
-        return self._model()
-
-    def _model(self) -> Intervention:
-        edits: dict[str, list[Edit]] = {}
-        for (site, _), edit in self.edits.items():
-            edits.setdefault(site, []).append(edit)
-        return Intervention(edits, self.states)
-
-    def _optimise(self, steps: int) -> None:
-        model = self._model()
-        optimise(model, self.states, steps, self.generator, self.bar)
-        self.edits |= {(site, edit.operation): edit for site, edits in model.edits.items() for edit in edits}
-
-    def _best(self) -> list[tuple[str, str, int]]:
-        """Choices `(site, operation, latent)`, the best first: those whose weight changes the effect most, relative to
-        the length of what it adds or takes away."""
-        choices, sites = [], self.states.dictionary.sites
-        gates = {site: survey.gate for site, survey in self.surveys.items()}
-        candidates = {site: survey.candidates for site, survey in self.surveys.items()}
-        orders = first_order(self._model(), _CHOICE, self.generator, gates, candidates)
-        for site, order in orders.items():
-            scores = order.removed / order.removed_length.clamp(min=1e-9)
-            scores[[candidates[site].index(latent) for latent in self.edits[site, _REMOVE].latents]] = 0
-            removed = zip(scores.tolist(), candidates[site], strict=True)
-            choices += [(score, site, _REMOVE, latent) for score, latent in removed if score > 0]
-            density = sites[site].density.cpu()
-            scores = torch.where(density > 0, order.added.abs() / order.added_length.clamp(min=1e-9), 0.0)
-            scores[list(self.edits[site, "add"].latents)] = 0
-            top = scores.topk(min(_ROUND, len(scores)))
-            added = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            choices += [(score, site, "add", latent) for score, latent in added if score > 0]
-        return [choice for _, *choice in sorted(choices, reverse=True)]
-
-
-def _used(edit: Edit) -> Edit:
-    """The edit without latents of hardly any weight."""
-    used = [pair for pair in zip(edit.latents, edit.weights, strict=True) if abs(pair[1]) >= 0.02]
-    latents, weights = zip(*used, strict=True) if used else ((), ())
-    return replace(edit, latents=latents, weights=weights)
 
 
 def _window(gains: dict[float, float]) -> dict[str, float]:
@@ -355,9 +216,9 @@ class _Fitter:
         self.generator, self.bar = generator, bar
 
     @cached_property
-    def surveys(self) -> dict[str, _Survey]:
+    def surveys(self) -> dict[str, Survey]:
         """The active latents of each site."""
-        return {site: _survey(self.states, site) for site in self.states.dictionary.sites}
+        return {site: survey(self.states, site) for site in self.states.dictionary.sites}
 
     def reversed(self) -> _Fitter:
         """A fitter for the other direction."""
@@ -375,7 +236,7 @@ class _Fitter:
 
     def fit(self) -> Intervention:
         """Choose and fit latents."""
-        model = _Pursuit(self.states, self.surveys, self.generator, self.bar).run(self.latents)
+        model = Pursuit(self.states, self.surveys, self.generator, self.bar).run(self.latents)
         self.bar.update(_MEASURED)
         return model
 
@@ -440,8 +301,8 @@ def fit_feature(
     if latents < 1 or (rank is not None and rank < 1):
         given = f"latents={latents!r}" if rank is None else f"rank={rank!r}"
         raise ValueError(f"Expected at least one latent, or a rank of at least one, got {given}.")
-    rounds = [-(-count // _ROUND) * _STEPS + _LAST for count in (latents, min(_AWAY, latents))] if rank is None else []
-    total = 2 * _CAPTURE + sum(rounds) + 6 * _MEASURED
+    steps = steps_for(latents) + steps_for(min(_AWAY, latents)) if rank is None else 0
+    total = 2 * _CAPTURE + steps + 6 * _MEASURED
     gradients = frozen(pipeline, checkpointing) if rank is None else contextlib.nullcontext()
     with explain_out_of_memory(batch_size), gradients, tqdm(total=total, disable=not progress) as bar:
         shared = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
@@ -492,7 +353,7 @@ def _draw(
 
 
 def _written(
-    towards: _Fit, away: _Fit, surveys: dict[str, _Survey], window: dict[str, float], measured: dict[str, float | None]
+    towards: _Fit, away: _Fit, surveys: dict[str, Survey], window: dict[str, float], measured: dict[str, float | None]
 ) -> FittedFeature:
     """Both fits as a label."""
     entries = [towards.entries(1), away.entries(-1)]

@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 
 from ..dictionary import Dictionary
 from ..models import FeatureTimes, SparseDictionary
-from .find import Feature
+from .features import Feature
 from .record import Recording
 
 

@@ -21,7 +21,7 @@ from ..files import write_text
 from ..models import FeatureTimes
 from ..pairs import has_phrase
 from ..pipeline import get_dictionary, own_size
-from .find import labels_of
+from .features import labels_of
 from .record import record
 
 STRENGTHS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)

@@ -4,6 +4,9 @@ States: the noisy latents that a denoiser meets while it draws pairs of prompts,
 A state is small. It keeps the noisy latents, the texts, the predictions with both prompts, and the few latents of the
 dictionary that are active. The activations themselves lie on disk while a batch of pictures is drawn; then they are
 summed up and deleted. Whoever needs one later computes it again from the noisy latents.
+
+`States` is long because drawing states and asking them share all that it keeps; their parts are in `state.py`,
+`stored.py`, `replay.py` and `calls.py`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ from ..dictionary import parse_feature
 from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs
 from ..pipeline import own_size
 from ..worlds import World
-from .layout import CLOSE_LIST, DEFAULT_OPTIONS, FEATURES, ON_LOAD
+from .layout import DEFAULT_OPTIONS, FEATURES, choices_of
+from .script import as_code
 from .studio import Studio, Wish, side_by_side
 
 LABELS = 48  # of which there are thumbnails
@@ -44,29 +45,6 @@ def read_mask(png: str) -> np.ndarray | None:
     with Image.open(io.BytesIO(base64.b64decode(png.partition(",")[2]))) as image:
         mask = (np.asarray(image.convert("RGBA"))[..., 3] > 127).astype(np.float32)
     return mask if mask.any() else None
-
-
-def as_code(pipeline: str, dictionary: str, dtype: torch.dtype, device: str, wish: Wish) -> str:
-    """A script that makes the same picture."""
-    call, arguments = dict(wish.call), [f"{key}={value!r}" for key, value in wish.options.items()]
-    lines = ["import torch", "from diffusers import DiffusionPipeline"]
-    if wish.mask is not None:
-        lines += ["from PIL import Image"]
-        arguments.append('mask=Image.open("mask.png")')
-    generator = f"torch.Generator().manual_seed({wish.seed})"
-    called = [repr(call.pop("prompt")), f"generator={generator}", *(f"{k}={v!r}" for k, v in call.items())]
-    loaded = repr(pipeline) if dtype == torch.float32 else f"{pipeline!r}, dtype={dtype}"
-    moved = "" if device == "cpu" else f".to({device!r})"
-    name, of = ("images", "images") if "num_images_per_prompt" in call else ("image", "images[0]")
-    return "\n".join(
-        [
-            *lines, "", "import diffusers_rtsae", "",
-            f"pipe = DiffusionPipeline.from_pretrained({loaded}){moved}",
-            f"pipe.load_rtsae({dictionary!r})",
-            f"pipe.set_rtsae_features({', '.join([repr(wish.features), *arguments])})",
-            f"{name} = pipe({', '.join(called)}).{of}",
-        ]
-    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -110,6 +88,14 @@ class Events:
         self.studio, self.c, self.pipeline, self.source, self.world = studio, components, pipeline, dictionary, world
         self.pipe, self.dictionary, self.folder = studio.pipe, studio.dictionary, Path(studio.folder.name)
         self.made: set[str] = set()  # labels made here
+
+    @functools.cached_property
+    def restored(self) -> list:
+        """The fields that a picture of the history brings back."""
+        c = self.c
+        return [
+            c.text, c.negative, c.width, c.height, c.images, c.count, c.scale, c.seed, *c.options.values()
+        ]  # fmt: skip
 
     # ---- what is asked for
 
@@ -407,83 +393,3 @@ class Events:
             return shutil.make_archive(str(self.folder / "dictionary"), "zip", self.folder / "dictionary")
 
         return gr.update(value=self.studio.run(saved), visible=True)
-
-    # ---- which event calls what
-
-    @functools.cached_property
-    def restored(self) -> list:
-        """The fields that a picture of the history brings back."""
-        c = self.c
-        return [
-            c.text, c.negative, c.width, c.height, c.images, c.count, c.scale, c.seed, *c.options.values()
-        ]  # fmt: skip
-
-    def connect(self, page: gr.Blocks) -> None:
-        c, options = self.c, list(self.c.options.values())
-        asked = {*self.restored, c.shown, c.mask, *c.strengths}
-        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "pipeline"}
-        at_once = {"queue": False, "trigger_mode": "always_last", "show_progress": "hidden"}
-
-        moved = [field.input for field in (*c.strengths, *options, c.count, c.scale, c.images)]
-        typed = [event for field in (c.negative, c.width, c.height) for event in (field.submit, field.blur)]
-        redraws = [
-            c.run.click, page.load, c.seed.change, c.shown.change, c.mask.change, c.again.change, *moved, *typed
-        ]  # fmt: skip
-        gr.on(redraws, self.hurry, None, None, **at_once).then(
-            self.generate, asked | {c.past}, [c.plain, c.steered, c.compared, c.past, c.canvas, c.status],
-            show_progress_on=[c.steered], trigger_mode="always_last", **one_at_a_time,
-        )  # fmt: skip
-        c.stop.click(self.hurry, None, None, **at_once)
-        page.load(None, js=ON_LOAD)
-        c.examples.load_input_event.then(random.random, None, c.again, show_progress="hidden")
-        c.another.click(lambda: random.randrange(2**31), None, c.seed, queue=False)
-        c.names.change(
-            self.choose, [c.names, c.shown, *c.strengths], [c.names, c.shown, *options, *c.strengths],
-            show_progress="hidden",
-        )  # fmt: skip
-        c.names.change(None, js=CLOSE_LIST)
-        sizes = [event for field in (c.width, c.height) for event in (field.submit, field.blur)]
-        # in the queue, without which gradio shows no warnings
-        gr.on(sizes, self.size_warning, [c.width, c.height, c.warned], c.warned, show_progress="hidden")
-        gr.on([page.load, *(field.change for field in asked)], self.code, asked, c.script, **at_once)
-
-        c.canvas.input(self.paint, None, [c.mask, c.where], show_progress="hidden", trigger_mode="always_last")
-        c.keep_mask.click(self.save_mask, c.mask, c.mask_file)
-        c.past.change(
-            lambda past: [(one["file"], one["caption"]) for one in past], c.past, c.pictures, show_progress="hidden"
-        )
-        c.pictures.select(
-            self.restore, c.past, [*self.restored, c.names, c.shown, c.again, *c.strengths], show_progress="hidden"
-        )
-        c.watch.click(self.look, asked, [c.plot, c.nowhere], **one_at_a_time)
-        c.draw_strip.click(self.strip_of_chosen, asked, c.strip, **one_at_a_time)
-        drawing = c.all_features.select(self.thumbnails, asked, c.labels, concurrency_id="thumbnails")
-        c.stop.click(None, cancels=drawing)
-        c.labels.select(self.take_thumbnail, c.names, c.names, **at_once)
-        c.search.click(self.say_labels, [c.positive, c.negative_lines], c.is_label, **at_once)
-        c.search.click(self.find, [c.positive, c.negative_lines, c.count, c.scale], c.table, **one_at_a_time)
-        c.table.select(self.take_row, c.names, c.names, **at_once)
-        lines = {c.before_lines, c.after_lines}
-        c.more.click(self.more, lines, [c.before_lines, c.after_lines], show_progress="hidden")
-        made = c.make.click(
-            self.make, asked | {c.names, c.new, c.same_lines} | lines, [c.progress, c.numbers, c.names, c.keep],
-            show_progress_on=[c.progress], **one_at_a_time,
-        )  # fmt: skip
-        made.success(self.strip_of_made, asked | {c.new}, c.made, **one_at_a_time)
-        c.keep.click(self.save, None, c.kept_file)
-        c.write.click(self.export, asked | {c.preset_name}, c.preset_file)
-
-
-def choices_of(labels: dict[str, dict]) -> list[tuple[str, str]]:
-    """Labels as they are shown, with their factor, and meant; one that another contains stands before it, so that an
-    exact match is the first of those that contain what is typed."""
-    factors = list(dict.fromkeys(label.get("factor") or "" for label in labels.values()))
-
-    def place(name: str) -> tuple[int, int]:
-        inside = sum(other != name and other.lower() in name.lower() for other in labels)
-        return factors.index(labels[name].get("factor") or ""), inside
-
-    return [
-        (f"{name} ({labels[name]['factor']})" if labels[name].get("factor") else name, name)
-        for name in sorted(labels, key=place)
-    ]

@@ -19,19 +19,19 @@ _WITHOUT_SOURCE = [name for name, operation in OPERATIONS.items() if not operati
 
 # every word that is not everyday language, by the label of its field
 TERMS = {
-    "Features": "What the picture is to have more or less of. Type a part of a name and press Enter, or the number of "
-    "a latent: one of the many small things the model was found to tell apart.",
+    "Features": "What the picture should have more or less of. Type a part of a name and press Enter, or the index of "
+    "a latent, which is one of the many small things that the model tells apart.",
     "Strength": "0 changes nothing, 1 brings the feature fully in, 2 is twice as much; below 0 it is taken away.",
-    "Seed": "The number the random noise is made from. Another seed is another picture of the same prompt.",
-    "From": "A picture is made from noise bit by bit. Steer from this moment on: 0 is pure noise.",
-    "Until": "And up to this moment: 1 is the finished picture.",
+    "Seed": "The number that the random noise is made from. Another seed gives another picture of the same prompt.",
+    "From": "A picture is made from noise step by step. Steering begins here: 0 is pure noise.",
+    "Until": "Steering ends here: 1 is the finished picture.",
     "Operation": "add brings the feature in. scale, set and clamp change how active it is where it is active already; "
     "ablate removes it there.",
-    "Half of guidance": "Each step asks the model twice, with the prompt and without it, and goes where the two "
-    "differ. cond steers the answer with the prompt, all both, contrast pushes the two apart.",
+    "Guidance branch": "At each step the model answers twice, with the prompt and without it, and the picture moves "
+    "along their difference. cond steers the answer with the prompt, all steers both, contrast moves the two apart.",
     "Steps": "In how many steps noise becomes a picture. More are finer and take longer.",
     "Guidance": "How closely the prompt is followed.",
-    "Not in the picture": "A second prompt, the negative one, that the picture is to get away from.",
+    "Not in the picture": "The negative prompt: what the picture should move away from.",
     "Pictures": "How many at once, each from other noise.",
     "Width": "In pixels; 0 is the size the model was made for.",
     "Height": "In pixels; 0 is the size the model was made for.",
@@ -96,7 +96,7 @@ _CANVAS = """
   <label><input type="checkbox" aria-label="Erase"> erase</label>
   <button type="button">Clear</button>
 </div>
-<canvas width="512" height="512" aria-label="Paint where features are to act"></canvas>
+<canvas width="512" height="512" aria-label="Paint where features should act"></canvas>
 """
 _PAINT = """
 const mask = document.createElement("canvas"), pen = mask.getContext("2d");
@@ -207,7 +207,7 @@ def lay_out(
     gr.Markdown(
         f"## Steer {title} by its features\n"
         "Say what to draw, choose a feature (a colour, a style, whatever the model was found to know of), and "
-        "move its slider: the picture is drawn again, without it and with it. Paint where it is to act, see when "
+        "move its slider: the picture is drawn again, without it and with it. Paint where it should act, see when "
         "it is active, or make a feature of your own from pairs of prompts."
     )
     with gr.Row():
@@ -250,7 +250,7 @@ def lay_out(
             c.draw_strip = gr.Button("Draw all strengths")
             c.strip = gr.Gallery(columns=len(STRENGTHS), elem_id="strip", **gallery)
         with gr.Tab("All features") as c.all_features:
-            gr.Markdown("What each makes of the prompt at strength 1. Click one to take it.")
+            gr.Markdown("What each feature makes of the prompt at strength 1. Click one to use it.")
             c.labels = gr.Gallery(columns=10, allow_preview=False, elem_id="labels", **gallery)
         with gr.Tab("Where"):
             c.where = gr.Markdown("Nothing is painted: features act everywhere.", elem_id="where")
@@ -261,9 +261,9 @@ def lay_out(
                 c.keep_mask = gr.Button("Save mask.png")
                 c.mask_file = gr.DownloadButton("Download mask.png", visible=False)
             gr.Markdown(
-                "A change may show outside what is painted too: later layers of the model look at the whole picture "
-                "and even it out, a face above all. Steering a shorter time (Settings: Until 0.6 or less), a lower "
-                "strength, or painting the whole of one thing rather than a part of it keeps more of it inside.",
+                "A change may also show outside what is painted: later layers of the model look at the whole picture "
+                "and even it out, a face above all. To keep more of it inside, steer for a shorter time (Settings: "
+                "Until 0.6 or less), use a lower strength, or paint the whole of one thing.",
                 elem_id="leaks",
             )
         with gr.Tab("When"):
@@ -272,30 +272,32 @@ def lay_out(
             c.nowhere = gr.Markdown(elem_id="nowhere")
             c.plot = gr.Plot(show_label=False, elem_id="maps")
         with gr.Tab("Find"):
-            gr.Markdown("Which features do what naming something in the prompt does? Click a row to take one.")
+            gr.Markdown("Finds the features that do what naming something in the prompt does. Click a row to use one.")
             with gr.Row():
-                c.positive = gr.Textbox(label="Prompts with it, one a line", lines=2, elem_id="with")
-                c.negative_lines = gr.Textbox(label="The same without it", lines=2, elem_id="without")
+                c.positive = gr.Textbox(label="Prompts that name it, one a line", lines=2, elem_id="with")
+                c.negative_lines = gr.Textbox(label="The same prompts without it", lines=2, elem_id="without")
             c.search = gr.Button("Find")
             c.is_label = gr.Markdown(elem_id="is-label")
             head = ["feature", "labels", "effect", "present"]
             c.table = gr.Dataframe(headers=head, interactive=False, visible=False, elem_id="found")
         with gr.Tab("Make a feature"):
             gr.Markdown(
-                "A feature that does what changing a prompt does: say the same without and with what it is to "
-                "bring. More pairs, one a line, make it hold for more pictures; from eight on, some are kept apart to "
+                "A feature that does what changing a prompt does: write prompts without and with what it brings. "
+                "More pairs, one a line, make it hold for more pictures. Of eight or more, some are kept apart, to "
                 "judge it on prompts that it was not made from."
             )
             with gr.Row():
                 c.before_lines = gr.Textbox(
                     label="From: prompts without it", lines=3, placeholder=pair[0], elem_id="from"
                 )
-                c.after_lines = gr.Textbox(label="To: the same with it", lines=3, placeholder=pair[1], elem_id="to")
+                c.after_lines = gr.Textbox(
+                    label="To: the same prompts with it", lines=3, placeholder=pair[1], elem_id="to"
+                )
                 c.same_lines = gr.Textbox(
-                    label="To stay as they are (optional)", lines=3, placeholder=pair[1], elem_id="stay"
+                    label="Prompts that should not change (optional)", lines=3, placeholder=pair[1], elem_id="stay"
                 )
             with gr.Row(equal_height=True):
-                c.new = gr.Textbox(label="Its name", elem_id="new", min_width=120)
+                c.new = gr.Textbox(label="Name of the feature", elem_id="new", min_width=120)
                 c.more = gr.Button("More pairs of this kind", min_width=120, elem_id="more")
                 c.make = gr.Button("Make it", variant="primary", elem_id="make", min_width=120)
                 c.progress = gr.Markdown(elem_id="making")
@@ -304,7 +306,7 @@ def lay_out(
             c.keep = gr.Button("Save", visible=False, elem_id="keep")
             c.kept_file = gr.DownloadButton("Download dictionary.zip", visible=False)
         with gr.Tab("History"):
-            gr.Markdown("Click a picture to have its settings back.")
+            gr.Markdown("Click a picture to bring its settings back.")
             c.pictures = gr.Gallery(columns=8, allow_preview=False, elem_id="history", **gallery)
         with gr.Tab("Settings"):
             with gr.Row():
@@ -321,8 +323,8 @@ def lay_out(
                     elem_id="operation",
                 )  # fmt: skip
                 c.apply_to = gr.Dropdown(
-                    list(APPLY_TO), value=options["apply_to"], label="Half of guidance",
-                    info=TERMS["Half of guidance"],
+                    list(APPLY_TO), value=options["apply_to"], label="Guidance branch",
+                    info=TERMS["Guidance branch"],
                 )  # fmt: skip
             with gr.Row():
                 c.negative = gr.Textbox(
@@ -356,3 +358,18 @@ def lay_out(
             gr.Markdown("\n".join(f"**{word}.** {meaning}\n" for word, meaning in TERMS.items()))
     c.options = {"start": c.start, "end": c.end, "operation": c.operation, "apply_to": c.apply_to}
     return c
+
+
+def choices_of(labels: dict[str, dict]) -> list[tuple[str, str]]:
+    """Labels as they are shown, with their factor, and meant; one that another contains stands before it, so that an
+    exact match is the first of those that contain what is typed."""
+    factors = list(dict.fromkeys(label.get("factor") or "" for label in labels.values()))
+
+    def place(name: str) -> tuple[int, int]:
+        inside = sum(other != name and other.lower() in name.lower() for other in labels)
+        return factors.index(labels[name].get("factor") or ""), inside
+
+    return [
+        (f"{name} ({labels[name]['factor']})" if labels[name].get("factor") else name, name)
+        for name in sorted(labels, key=place)
+    ]

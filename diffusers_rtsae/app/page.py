@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import gradio as gr
 
 from ..worlds import World
-from .events import Events, choices_of
-from .layout import DEFAULT_OPTIONS, STYLE, lay_out
+from .events import Events
+from .layout import DEFAULT_OPTIONS, STYLE, choices_of, lay_out
 from .studio import AGE, Studio
+from .wiring import connect
 
 
 def build(
@@ -49,7 +50,7 @@ def build(
             studio.dictionary.config.get("base_model") or "a model", prompts, choices_of(labels), chosen, options,
             studio.parameters, steps, guidance, **known,
         )  # fmt: skip
-        Events(studio, components, pipeline, dictionary, world).connect(page)
+        connect(page, Events(studio, components, pipeline, dictionary, world))
     page.studio = studio
     return page.queue(api_open=False)
 

@@ -35,14 +35,14 @@ from .common import (
 
 @app.command()
 def find(
-    positive: Annotated[list[str], typer.Option("--with", help="A prompt with the concept; repeatable.")],
-    negative: Annotated[list[str], typer.Option("--without", help="A prompt without it; repeatable.")],
-    count: Annotated[int, typer.Option(min=1, help="How many features, of each site.")] = 10,
-    verify: Annotated[int, typer.Option(min=0, help="Steer so many of the best, and measure what that does.")] = 0,
-    by: Annotated[str, typer.Option(help="Rank by effect or by presence.")] = "effect",
-    strip: Annotated[Path | None, typer.Option(help="Picture of what the verified ones do.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 2,
-    until: Annotated[float, typer.Option(help="The beginning of denoising in which presence counts.")] = 0.35,
+    positive: Annotated[list[str], typer.Option("--with", help="Prompt that shows the concept; repeatable.")],
+    negative: Annotated[list[str], typer.Option("--without", help="Prompt without the concept; repeatable.")],
+    count: Annotated[int, typer.Option(min=1, help="Features to list, for each site.")] = 10,
+    verify: Annotated[int, typer.Option(min=0, help="Steer this many of the best, and measure what they do.")] = 0,
+    by: Annotated[str, typer.Option(help="Rank by 'effect' on the prediction, or by 'presence'.")] = "effect",
+    strip: Annotated[Path | None, typer.Option(help="Write a picture of what the verified features do.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures drawn of each prompt.")] = 2,
+    until: Annotated[float, typer.Option(help="Presence counts from 0, which is noise, up to here.")] = 0.35,
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     batch_size: BatchSize = 16,
@@ -91,17 +91,19 @@ def find(
 
 @app.command()
 def fit(
-    name: Annotated[str, typer.Option(help="Of the new label.")],
-    before: Annotated[
-        list[str] | None, typer.Option("--from", help="A prompt without the concept; repeatable.")
+    name: Annotated[str, typer.Option(help="Name of the new label.")],
+    before: Annotated[list[str] | None, typer.Option("--from", help="Prompt without the concept; repeatable.")] = None,
+    after: Annotated[
+        list[str] | None, typer.Option("--to", help="The same prompt with the concept; repeatable.")
     ] = None,
-    after: Annotated[list[str] | None, typer.Option("--to", help="The same with it; repeatable.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="JSON file of [[from, to], …] instead.")] = None,
-    unchanged: Annotated[list[str] | None, typer.Option(help="A prompt that is to stay as it is; repeatable.")] = None,
-    latents: Annotated[int, typer.Option(min=1, help="At most.")] = 16,
+    pairs: Annotated[
+        Path | None, typer.Option(help="JSON file of [[from, to], …], instead of --from and --to.")
+    ] = None,
+    unchanged: Annotated[list[str] | None, typer.Option(help="Prompt that should not change; repeatable.")] = None,
+    latents: Annotated[int, typer.Option(min=1, help="The most latents to use.")] = 16,
     rank: Annotated[int | None, typer.Option(min=1, help="Fit a linear map of this rank instead of latents.")] = None,
-    more: Annotated[int, typer.Option(min=0, help="Make so many more pairs of the same kind (bundled worlds).")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the dictionary with the label.")] = Path("fitted"),
+    more: Annotated[int, typer.Option(min=0, help="Add this many pairs of the same kind (bundled worlds).")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder to write the dictionary with the label to.")] = Path("fitted"),
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     seed: Seed = 0,
@@ -111,9 +113,9 @@ def fit(
     dictionary: Source = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a feature from pairs of prompts, by its effect, and write the dictionary with it.
+    """Fit a label to pairs of prompts, and write a dictionary that has it.
 
-    With an --out that holds a dictionary already, that one gets the label; a label it has is not fitted again.
+    If --out holds a dictionary, the label is added to that one; a label that it already has is not fitted again.
 
     Example: diffusers-rtsae fit --from "a blue star" --to "a red star" --name red --rank 8
     """
@@ -193,14 +195,16 @@ def _draw_both(pipe, prompts: list[str], label: str, path: Path, seed: int, call
 
 @app.command()
 def inspect(
-    dictionary: Annotated[str | None, typer.Argument(help="Folder or Hub id; the world's by default.")] = None,
+    dictionary: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of the dictionary; the world's by default.")
+    ] = None,
     world: Bundled = "shapes",
-    label: Annotated[str | None, typer.Option(help="Only labels that contain this.")] = None,
+    label: Annotated[str | None, typer.Option(help="Show only labels that contain this text.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a dictionary holds: its sites, figures, labels and presets.
+    """Show what a dictionary holds: its sites, metrics, labels and presets.
 
-    Example: diffusers-rtsae inspect org/sd15-rtsae --label red
+    Example: diffusers-rtsae inspect --world people --label woman
     """
     contents, _ = read_dictionary(dictionary, weights=False, world=world)
     from ..dictionary import search_labels
@@ -212,8 +216,8 @@ def inspect(
             site: {"kind": sae.kind} | vars(sae.config) | {"metrics": metrics.get(site)}
             for site, sae in contents.sites.items()
         }
-        told = {"base_model": contents.config.get("base_model"), "sites": sites, "presets": contents.presets}
-        print(json.dumps(told | {"labels": {name: contents.labels[name] for name in labels}}))
+        content = {"base_model": contents.config.get("base_model"), "sites": sites, "presets": contents.presets}
+        print(json.dumps(content | {"labels": {name: contents.labels[name] for name in labels}}))
         return
     say(f"for {contents.config.get('base_model') or 'an unnamed model'}")
     for site, sae in contents.sites.items():
@@ -237,23 +241,29 @@ def inspect(
 
 @app.command()
 def report(
-    dictionary: Annotated[str | None, typer.Argument(help="Folder or Hub id; the world's by default.")] = None,
+    dictionary: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of the dictionary; the world's by default.")
+    ] = None,
     world: Bundled = "shapes",
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line: where to look.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file of prompts, one a line, to show features on.")
+    ] = None,
     steer_prompts: Annotated[list[str] | None, typer.Option("--steer", help="Prompt to steer; repeatable.")] = None,
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
-    count: Annotated[int, typer.Option(min=0, help="Latents of each site, those active most often.")] = 512,
-    steered: Annotated[int, typer.Option(min=0, help="Features to steer: labels first.")] = 32,
-    full: Annotated[bool, typer.Option(help="More of everything: 2,048 latents, 128 steered.")] = False,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    count: Annotated[
+        int, typer.Option(min=0, help="Latents to show of each site, those active most often first.")
+    ] = 512,
+    steered: Annotated[int, typer.Option(min=0, help="Features to steer, labels first.")] = 32,
+    full: Annotated[bool, typer.Option(help="Show 2,048 latents, and steer 128 features.")] = False,
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     pipeline: Pipeline = None,
 ) -> None:
-    """Explain a dictionary on one HTML page: its figures, and what each feature sees and does.
+    """Explain a dictionary on one HTML page: its metrics, where each feature is active, and what it does.
 
-    Example: diffusers-rtsae report org/sd15-rtsae --pipeline MODEL --prompts prompts.txt --out report.html
+    Example: diffusers-rtsae report --world people --steered 8 --out people.html
     """
     check_output(out, (".html", ".htm"))
     check_prompts(steer_prompts or [], "--steer")

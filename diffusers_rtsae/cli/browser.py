@@ -25,17 +25,19 @@ from .common import (
 @app.command("app")
 def app_(
     prompts: Annotated[
-        list[str] | None, typer.Option("--prompt", help="To begin with, and to choose from; repeatable.")
+        list[str] | None, typer.Option("--prompt", help="Prompt to begin with and to choose from; repeatable.")
     ] = None,
     steps: Steps = 20,
     guidance: Guidance = 3.0,
-    port: Annotated[int | None, typer.Option(help="On which to listen; the first free one from 7860 on.")] = None,
-    share: Annotated[bool, typer.Option(help="Make a public address for it, through gradio's servers.")] = False,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; the first free one from 7860 on by default.")
+    ] = None,
+    share: Annotated[bool, typer.Option(help="Give the app a public address, through gradio's servers.")] = False,
     world: Bundled = "shapes",
     pipeline: Pipeline = None,
     dictionary: Source = None,
 ) -> None:
-    """Play with features in a browser: sliders, a brush for where, before and after, features of your own.
+    """Steer in a browser: sliders, a brush for where, before and after, features of your own.
 
     Example: diffusers-rtsae app
     """

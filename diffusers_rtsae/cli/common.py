@@ -41,8 +41,8 @@ def finite(value: float) -> float:
     return value
 
 
-Pipeline = Annotated[str | None, typer.Option(help="Pipeline: a folder or Hub id; the world's by default.")]
-Source = Annotated[str | None, typer.Option(help="Dictionary: a folder or Hub id; the world's by default.")]
+Pipeline = Annotated[str | None, typer.Option(help="Folder or Hub id of the pipeline; the world's by default.")]
+Source = Annotated[str | None, typer.Option(help="Folder or Hub id of the dictionary; the world's by default.")]
 
 
 def parse_world(name: str) -> World:
@@ -52,13 +52,16 @@ def parse_world(name: str) -> World:
 
 
 Bundled = Annotated[
-    World, typer.Option("--world", parser=parse_world, metavar="shapes|people", help="Of those bundled.")
+    World,
+    typer.Option(
+        "--world", parser=parse_world, metavar="shapes|people", help="Bundled pipeline and dictionary to use."
+    ),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Steps = Annotated[int, typer.Option(min=1, help="Number of denoising steps.")]
 Guidance = Annotated[float, typer.Option(callback=finite, help="Guidance scale.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once; fewer take less memory.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at once; fewer need less memory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def print_version(asked: bool) -> None:
@@ -70,7 +73,7 @@ def print_version(asked: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Say which.")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """See and steer what a text-to-image model does while it denoises."""

@@ -13,22 +13,25 @@ from .common import AsJson, Guidance, Steps, app, read_dictionary, say, show_ent
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="What somebody published: a folder or Hub id.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the dictionary.")],
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of what was published.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the dictionary to.")],
     site: Annotated[
-        list[str] | None, typer.Option(help="Only this one; or what it is of, if no name says it; repeatable.")
+        list[str] | None,
+        typer.Option(help="Site to convert, or the site of files whose names do not say it; repeatable."),
     ] = None,
-    subfolder: Annotated[str | None, typer.Option(help="Of the folder or repository.")] = None,
-    pipeline: Annotated[str | None, typer.Option(help="Its pipeline, to measure how active latents are.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line, to measure on.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Subfolder of the folder or repository.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(help="Pipeline of its model, to measure how active latents are.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file of prompts, one a line, to measure on.")] = None,
     steps: Steps = 25,
     guidance: Guidance = 7.5,
     as_json: AsJson = False,
 ) -> None:
-    """Make a dictionary of what others published (SDLens, sparsify, SAELens, dictionary_learning, DifFRACT).
+    """Convert what others published (SDLens, sparsify, SAELens, overcomplete, dictionary_learning, DifFRACT).
 
-    Pickles are read for their tensors alone. Without --pipeline and --prompts the statistics are those of the files,
-    if they have any.
+    Of pickles only tensors are read. With --pipeline and --prompts the statistics of latents are measured; without,
+    they are those of the files, if these have any.
 
     Example: diffusers-rtsae convert Artalmaz31/DifFRACT flux-saes --subfolder temporal-aware-saes
     """
@@ -45,7 +48,7 @@ def convert(
         from ..analysis.statistics import measure
 
         on_gpu = torch.cuda.is_available()
-        pipe = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float16 if on_gpu else torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(pipeline, dtype=torch.float16 if on_gpu else torch.float32)
         pipe.set_progress_bar_config(disable=True)
         pipe = pipe.to("cuda") if on_gpu else pipe
         texts = read_lines(prompts)
@@ -61,10 +64,10 @@ def convert(
 
 @app.command("list")
 def list_(
-    refresh: Annotated[bool, typer.Option(help="Ask the Hub too.")] = False,
+    refresh: Annotated[bool, typer.Option(help="Ask the Hub as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """The dictionaries that are known to exist.
+    """List the dictionaries that are known to exist.
 
     Example: diffusers-rtsae list --refresh
     """
@@ -90,10 +93,10 @@ def list_(
 @app.command()
 def push(
     dictionary: Annotated[str, typer.Argument(help="Folder of the dictionary.")],
-    repo_id: Annotated[str, typer.Argument(help="user/name on the Hub.")],
-    private: Annotated[bool, typer.Option(help="A new repository only you see.")] = False,
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: user/name.")],
+    private: Annotated[bool, typer.Option(help="Create the repository as a private one.")] = False,
 ) -> None:
-    """Upload a dictionary with a model card. Log in first: hf auth login.
+    """Upload a dictionary and its model card to the Hub. Log in first: hf auth login.
 
     Example: diffusers-rtsae push runs/sd15 you/sd15-rtsae
     """

@@ -33,12 +33,12 @@ from .common import (
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("rtsae-demo"),
+    out: Annotated[Path, typer.Option(help="Folder to write the pictures to.")] = Path("rtsae-demo"),
     world: Bundled = "shapes",
     pipeline: Pipeline = None,
     dictionary: Source = None,
     steps: Steps = 20,
-    prompts: Annotated[int, typer.Option(min=1, help="Pictures each feature is measured on.")] = 10,
+    prompts: Annotated[int, typer.Option(min=1, help="Pictures that each feature is measured on.")] = 10,
 ) -> None:
     """Steer a bundled pipeline, draw what happens, and measure it. Needs no network.
 
@@ -57,14 +57,22 @@ def demo(
 
 @app.command()
 def steer(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    features: Annotated[list[str] | None, typer.Argument(help="FEATURE=STRENGTH, as many as you like.")] = None,
-    preset: Annotated[str | None, typer.Option(help="A preset of the dictionary instead.")] = None,
-    out: Annotated[Path, typer.Option(help="Picture to write; the plain one lies beside it.")] = Path("steered.png"),
-    start: Annotated[float | None, typer.Option(min=0, max=1, help="Denoising time from which on to steer.")] = None,
-    end: Annotated[float | None, typer.Option(min=0, max=1, help="And until when.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Picture that is white where to steer.")] = None,
-    operation: Annotated[str | None, typer.Option(help="add, set, scale, clamp, ablate, …")] = None,
+    prompt: Annotated[str, typer.Argument(help="The prompt to draw.")],
+    features: Annotated[
+        list[str] | None, typer.Argument(help="FEATURE=STRENGTH; a label, or the index of a latent.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset of the dictionary, instead of features.")] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write; one without steering is written beside it.")] = Path(
+        "steered.png"
+    ),
+    start: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Steer from here on: 0 is noise, 1 the picture.")
+    ] = None,
+    end: Annotated[float | None, typer.Option(min=0, max=1, help="Steer up to here.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Picture that is white where to steer, black elsewhere.")] = None,
+    operation: Annotated[
+        str | None, typer.Option(help="What to do to the features: add, set, scale, clamp, ablate …")
+    ] = None,
     steps: Steps = 25,
     guidance: Guidance = 3.0,
     seed: Seed = 0,
@@ -73,7 +81,7 @@ def steer(
     dictionary: Source = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a prompt with some features steered, and without.
+    """Draw a prompt twice: with features steered, and without.
 
     Example: diffusers-rtsae steer "a star" red=1.5 --out star.png
     """

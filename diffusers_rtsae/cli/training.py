@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import importlib
 import sys
 
 import typer
@@ -13,16 +12,18 @@ from .common import app, check_extras
 
 
 def run_trainer(command: str, arguments: list[str], *extras: str) -> None:
-    """Hand the arguments to the trainer, which nothing in the package imports: it runs beside it, on its own."""
+    """
+    Hand the arguments to the trainer, which nothing else in the package imports.
+
+    A clone has it beside the package, in `training/`; a wheel brings it in `bundled/training` (see `pyproject.toml`).
+    `ROOT` is the folder around either.
+    """
     check_extras("train", *extras)
-    commands = ROOT / "training" / "commands.py"
-    if not commands.is_file():
-        raise ValueError(f"{commands} is missing: install diffusers-rtsae again.")
-    code = f"from training import commands; commands.{command}('diffusers-rtsae {command}')"
-    # -P: of all that may be called training, here or among other packages, it is the one that came with this package
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    run = subprocess.run([sys.executable, "-P", "-c", code, *arguments], env=os.environ | {"PYTHONPATH": path})
-    sys.exit(run.returncode)
+    if not (ROOT / "training" / "commands.py").is_file():
+        raise ValueError(f"{ROOT / 'training' / 'commands.py'} is missing: install diffusers-rtsae again.")
+    sys.path.insert(0, str(ROOT))  # before all else that is called training, here or among other packages
+    commands = importlib.import_module("training.commands")
+    getattr(commands, command)(f"diffusers-rtsae {command}", arguments)
 
 
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -30,9 +31,9 @@ FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 @app.command(context_settings=FORWARDED)
 def collect(context: typer.Context) -> None:
-    """Collect the trajectories of a recipe and stop; `train` with the same recipe goes on from there.
+    """Collect the trajectories of a recipe and stop; `train` continues from there.
 
-    Example: diffusers-rtsae collect training/recipes/sd15.yaml --work runs/sd15
+    Example: diffusers-rtsae collect training/recipes/shapes.yaml --work runs/shapes
     """
     run_trainer("collect", context.args)
 
@@ -41,15 +42,15 @@ def collect(context: typer.Context) -> None:
 def train(context: typer.Context) -> None:
     """Collect, fit, train, evaluate and save the dictionaries of a recipe.
 
-    Example: diffusers-rtsae train training/recipes/sd15.yaml --out runs/sd15 --dry-run
+    Example: diffusers-rtsae train training/recipes/sd15.yaml --dry-run
     """
     run_trainer("train", context.args)
 
 
 @app.command(context_settings=FORWARDED)
 def evaluate(context: typer.Context) -> None:
-    """Report how well dictionaries describe a pipeline.
+    """Report how well dictionaries reconstruct the activations of a pipeline.
 
-    Example: diffusers-rtsae evaluate runs/sd15 --pipeline MODEL --prompts prompts.txt
+    Example: diffusers-rtsae evaluate examples/shapes-rtsae --pipeline examples/shapes-sd --prompts shapes
     """
     run_trainer("evaluate", context.args, "analysis")

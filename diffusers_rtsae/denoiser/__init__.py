@@ -2,9 +2,10 @@
 
 from .arguments import Arguments
 from .blocks import DENOISERS, Block, describe, get_denoiser, get_denoisers, get_site, is_text, list_sites, unwrapped
-from .call import Call, CallReader, Grid, Part, token_grid
+from .call import Call, CallReader, Part
 from .callers import FAMILIES, PIPELINES, Caller, Family, Generation, find_caller
 from .compile import is_compiled
+from .grid import Grid, token_grid
 from .tap import Tap
 from .time import TimeGrid, noise_schedule, training_time
 

@@ -35,7 +35,7 @@ class Block:
             return a tensor, a 1-tuple, or a tensor and skip connections.
         layout (`str`): layout of the hidden states. `"tokens"`: `(rows, tokens, channels)`, or with 4 or 5 dimensions
             `(rows, channels, ..., height, width)`; `"channels"`: `(rows, channels, tokens)`; `"tokens first"`:
-            `(tokens, rows, channels)`; `"channels last"`: `(rows, ..., channels)`, whatever the number of dimensions.
+            `(tokens, rows, channels)`.
         place (`int`): position of `argument` among the parameters of its `forward`.
     """
 
@@ -96,9 +96,7 @@ class Block:
         """View hidden states as tokens `(rows, tokens, channels)`."""
         if self.layout == "tokens first":
             return hidden_states.transpose(0, 1)
-        if self.layout == "channels" or hidden_states.ndim in (4, 5) and self.layout != "channels last":
-            return hidden_states.flatten(2).transpose(1, 2)
-        return hidden_states.flatten(1, -2) if hidden_states.ndim > 3 else hidden_states
+        return hidden_states.flatten(2).transpose(1, 2) if self._has_channels_second(hidden_states) else hidden_states
 
     def from_tokens(self, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The inverse of `to_tokens`: tokens `(rows, tokens, channels)`, or `(rows, 1, channels)` to be broadcast, in
@@ -106,12 +104,12 @@ class Block:
         tokens, single = tokens.to(like.dtype), tokens.shape[1] == 1
         if self.layout == "tokens first":
             return tokens.transpose(0, 1)
-        if self.layout == "channels" or like.ndim in (4, 5) and self.layout != "channels last":
-            size = (1,) * (like.ndim - 2) if single else like.shape[2:]
-            return tokens.transpose(1, 2).unflatten(2, size)
-        if like.ndim > 3:
-            return tokens.unflatten(1, (1,) * (like.ndim - 2) if single else like.shape[1:-1])
-        return tokens
+        if not self._has_channels_second(like):
+            return tokens
+        return tokens.transpose(1, 2).unflatten(2, (1,) * (like.ndim - 2) if single else like.shape[2:])
+
+    def _has_channels_second(self, hidden_states: torch.Tensor) -> bool:
+        return self.layout == "channels" or hidden_states.ndim > 3
 
     def rows(self, hidden_states: torch.Tensor, part: slice) -> tuple:
         """The index of a slice of the rows of hidden states."""
@@ -126,8 +124,7 @@ class Block:
         shape = tuple(hidden_states.shape)
         if self.layout == "tokens first":
             return shape[:1]
-        channels_second = self.layout == "channels" or len(shape) in (4, 5) and self.layout != "channels last"
-        return shape[2:] if channels_second else shape[1:-1]
+        return shape[2:] if self._has_channels_second(hidden_states) else shape[1:-1]
 
     def activation(self, kind: str, block_input: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """The activation of a site as tokens, of this kind: its `"output"`, its `"update"` (output − input), or its

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from ..models import Step
@@ -90,24 +91,18 @@ class TimeGrid:
         self._axis = None
         if alphas_cumprod is not None:
             alphas = alphas_cumprod.double().cpu().clamp(1e-9, 1 - 1e-9)
-            self._axis = (alphas / (1 - alphas)).log().tolist()
+            self._axis = (alphas / (1 - alphas)).log().numpy()
         self._anchors = [self._position(t) for t in anchors]
 
     def _position(self, timestep: float) -> float:
+        """Ascending from noise to image."""
         if self._axis is None:
             return -timestep
-        index = min(max(timestep * len(self._axis) / 1000, 0.0), len(self._axis) - 1.0)
-        low = int(index)
-        high = min(low + 1, len(self._axis) - 1)
-        return self._axis[low] + (index - low) * (self._axis[high] - self._axis[low])
+        return np.interp(timestep * len(self._axis) / 1000, np.arange(len(self._axis)), self._axis)
 
     def coordinate(self, timestep: float) -> float:
         """The position of a timestep among the anchors, clamped to 0 (the first) and G − 1 (the last)."""
-        position, anchors = self._position(timestep), self._anchors
-        for g in range(len(anchors) - 1):
-            if position < anchors[g + 1]:
-                return g + max(0.0, (position - anchors[g]) / (anchors[g + 1] - anchors[g]))
-        return len(anchors) - 1.0
+        return float(np.interp(self._position(timestep), self._anchors, np.arange(len(self._anchors))))
 
     def step(self, timestep: float, size: tuple[int, int] | None = None, guidance: float | None = None) -> Step:
         """The [`Step`] at a timestep, for a site with a token grid of this `size`."""

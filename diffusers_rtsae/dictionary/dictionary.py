@@ -65,7 +65,7 @@ class Dictionary(Contents):
 
     def __post_init__(self):
         if not self.sites:
-            raise ValueError("A dictionary needs at least one site.")
+            raise ValueError("A dictionary needs at least one site, got none.")
         for site, sae in self.sites.items():
             if not isinstance(sae, SparseDictionary) or sae.config.site != site:
                 actual = sae.config.site if isinstance(sae, SparseDictionary) else type(sae).__name__

@@ -1,4 +1,4 @@
-"""The controller: which edits of which pipeline act on a denoiser, and what is remembered of running generations."""
+"""The controller: which edits of which pipeline act on a denoiser, and which generations are running."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..denoiser import Arguments, Block, Call, Part, Tap, get_site, noise_schedule, token_grid
+from ..denoiser import Arguments, Block, Call, Tap, get_site, noise_schedule
 from .edits import Edit
 from .past import catch_up
-from .plan import Counts, PlanState, SitePlan
+from .plan import SitePlan
+from .run import EditedSite, Report, Run, check_channels
 
 if TYPE_CHECKING:
     from ..dictionary import Dictionary
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 # After a change ten times as large as the activation, the activation has less than 1 % of the energy: later layers see
 # the edit and hardly any of the picture.
 _OVERWHELMING = 10.0
-_REPORTED = 4000  # counts per site in a report; calls that no pipeline makes may go on without end
 
 
 @dataclass
@@ -58,37 +57,9 @@ class _Steering:
     edits: tuple[SiteEdit, ...] | None
 
 
-_Report = dict[str, deque[Counts]]  # by site
-
 _FEATURES = "_rtsae_features"  # in a pipeline's `__dict__`, so that copies have them: the controller and the edits
 
 _steering: ContextVar[tuple[_Steering, ...]] = ContextVar("rtsae_steering", default=())
-
-
-@dataclass
-class _Run:
-    """What the controller remembers of one generation."""
-
-    states: dict[tuple, PlanState] = field(default_factory=dict)  # by adapter, site, branch and view
-    checked: set[int] = field(default_factory=set)  # ids of plans that fit this generation's batch
-    measured: set[int] = field(default_factory=set)  # ids of plans whose change was measured once
-    counts: _Report = field(default_factory=dict)
-    plans: dict[str, list[tuple[tuple, SitePlan]]] = field(default_factory=dict)  # by site, for this step
-
-    def state(self, key: tuple, plan: SitePlan, part: Part, call: Call) -> PlanState:
-        """The state of a plan. Conditional parts with different timesteps have separate states."""
-        key = (*key, part.branch if part.role == "cond" else None, call.view)
-        if key not in self.states:
-            state = PlanState() if call.caller is None else plan.begin(call.alphas_cumprod, call.guidance, call.ahead)
-            state.images = call.images if call.in_turns else None
-            self.states[key] = state
-        return self.states[key]
-
-    def copy(self) -> _Run:
-        """An independent copy, whose counts enter no report."""
-        return _Run(
-            {key: state.copy() for key, state in self.states.items()}, self.checked, self.measured, {}, self.plans
-        )
 
 
 @dataclass
@@ -96,7 +67,7 @@ class _Again:
     """Edits sites again as they were edited in an earlier call, for the backward pass."""
 
     controller: Controller
-    run: _Run
+    run: Run
 
     def site(
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
@@ -127,9 +98,9 @@ class Controller:
         self._tap = Tap(self)
         self._entered: list[_Steering] = []
         self._plans: dict[tuple, tuple[list[tuple[SiteEdit, ...]], list[tuple[str, SitePlan]]]] = {}
-        self._counts: dict[threading.Thread, _Report] = {}  # each thread's last generation
-        self._last: _Report = {}
-        self._runs: weakref.WeakValueDictionary[int, _Run] = weakref.WeakValueDictionary()  # by the id of `counts`
+        self._counts: dict[threading.Thread, Report] = {}  # each thread's last generation
+        self._last: Report = {}
+        self._runs: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()  # by the id of `counts`
         self._lock = threading.RLock()
         self._installed_by: weakref.ref | None = None  # for calls that no pipeline makes: where their
         self._schedule: torch.Tensor | None = None  # noise schedule is taken from, and the schedule itself for copies
@@ -251,7 +222,7 @@ class Controller:
         planned = self._planned(call.pipeline)
         run = call.generation.memories.get(self)
         if run is None:
-            run = call.generation.memories[self] = _Run()
+            run = call.generation.memories[self] = Run()
         if call.is_start:
             run.states = {key: state for key, state in run.states.items() if key[-1] != call.view}
         self._remember(run)
@@ -269,7 +240,7 @@ class Controller:
             if key[-1] == call.view and state.timestep is not None and any(part.role == "cond" for part in call.parts):
                 state.timestep = call.timestep
 
-    def _remember(self, run: _Run) -> None:
+    def _remember(self, run: Run) -> None:
         thread = threading.current_thread()
         if self._counts.get(thread) is not run.counts:
             for other in [other for other in [*self._counts] if not other.is_alive()]:
@@ -284,11 +255,11 @@ class Controller:
         return self._edited(call.generation.memories[self], name, call, block, block_input, hidden_states)
 
     def _edited(
-        self, run: _Run, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
+        self, run: Run, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> torch.Tensor:
         if not run.plans.get(name):
             return hidden_states
-        return _Edited(self, run, name, call, block, block_input, hidden_states).result()
+        return EditedSite(run, self.warn_of, name, call, block, block_input, hidden_states).result()
 
     def remember(self, call: Call) -> _Again:
         """An observer that edits the sites of this call again when the backward pass runs them again."""
@@ -316,101 +287,6 @@ class Controller:
             )
 
 
-class _Edited:
-    """One run of a site, and the changes that plans make to its output."""
-
-    def __init__(
-        self, controller: Controller, run: _Run, site: str, call: Call, block: Block, block_input: torch.Tensor,
-        hidden_states: torch.Tensor,
-    ):  # fmt: skip
-        self.controller, self.run, self.site, self.call, self.block = controller, run, site, call, block
-        self.block_input, self.hidden_states, self.edited = block_input, hidden_states, hidden_states
-        self.batch, self.space = block.batch(hidden_states), block.space(hidden_states)
-        self.grid = token_grid(call, site, self.batch, self.space)
-
-    def result(self) -> torch.Tensor:
-        """The hidden states to continue with."""
-        parts = [(part, rows) for part, rows in self.call.parts_of(self.batch) if part.role != "other"]
-        parts.sort(key=lambda one: one[0].role != "cond")  # the other branches may use its change
-        with torch.autocast(self.hidden_states.device.type, enabled=False):  # computes in float32 inside autocast, too
-            for part, rows in parts:
-                changes = [self._change(key, plan, part, rows) for key, plan in self.run.plans[self.site]]
-                self._add([change for change in changes if change is not None], rows)
-            for part, rows in parts:
-                for key, plan in self.run.plans[self.site]:
-                    branch = None if part.role == "cond" else part.branch  # conditional parts have separate states
-                    memory = self.run.state(key, plan, part, self.call).memories.get(branch)
-                    if memory is not None and memory.is_waiting:
-                        memory.continue_with(self._tokens(plan, rows, self.edited))
-        return self.edited
-
-    def _tokens(self, plan: SitePlan, rows: slice, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The activation that the plan's dictionary reads, `(B, N, d)`."""
-        index = self.block.rows(hidden_states, rows)
-        return self.block.activation(plan.sae.config.activation, self.block_input[index], hidden_states[index])
-
-    def _change(self, key: tuple, plan: SitePlan, part: Part, rows: slice) -> torch.Tensor | None:
-        """The change that a plan makes to a part, `(B, N or 1, d)`."""
-        state, tokens = self.run.state(key, plan, part, self.call), self._tokens(plan, rows, self.hidden_states)
-        check_channels(self.site, plan.sae.config.in_channels, tokens.shape[-1])
-        state.denoised = self._denoised(rows)
-        reads_input = plan.sae.config.activation == "input"
-        written = tokens
-        if reads_input:
-            written = self.block.to_tokens(self.hidden_states[self.block.rows(self.hidden_states, rows)])
-        if self.grid is None and any(edit.mask is not None for edit in plan.edits):
-            over = self.call.grid
-            raise ValueError(
-                f"Cannot lay {tokens.shape[1]} tokens of {self.site} out over a {over.height}x{over.width} latent of "
-                f"{over.frames} frames; spatial masks need a grid."
-            )
-        if part.role == "cond":
-            change = plan.conditional(state, tokens, part.timestep, self.grid, written)
-            self._report(plan, state, change, written)
-        elif part.role == "uncond":
-            change = plan.unconditional(state, part.branch, tokens, part.timestep, self.grid, written)
-        else:
-            change = plan.perturbed(state, part.timestep)
-        if change is not None and change.shape[1] not in (1, written.shape[1]):
-            raise ValueError(
-                f"The unconditional call has {written.shape[1]} tokens at {self.site}, the conditional one "
-                f"{change.shape[1]}: apply_to='contrast' needs as many. Use apply_to='cond'."
-            )
-        return change
-
-    def _denoised(self, rows: slice) -> torch.Tensor | None:
-        """1 on tokens that are denoised and 0 on those that are given, `(B, N, 1)`; `None` if all are denoised."""
-        given = self.call.given
-        return None if given is None or len(given) != self.batch else (~given[rows]).float()[..., None]
-
-    def _report(self, plan: SitePlan, state: PlanState, change: torch.Tensor | None, tokens: torch.Tensor) -> None:
-        """Move the counts of a step to the report, with the relative size of the change."""
-        counts, state.counts = state.counts, []
-        if change is not None:
-            with torch.no_grad():
-                size = _relative_size(change, tokens)
-            for one in counts:
-                one.relative_size = size
-            if id(plan) not in self.run.measured:  # once per generation, as reading the size waits for the device
-                self.run.measured.add(id(plan))
-                self.controller.warn_of(plan, size)
-        self.run.counts.setdefault(self.site, deque(maxlen=_REPORTED)).extend(counts)
-
-    def _add(self, changes: list[torch.Tensor], rows: slice) -> None:
-        if changes:
-            if self.edited is self.hidden_states:
-                self.edited = self.hidden_states.clone()
-            view = self.edited[self.block.rows(self.edited, rows)]
-            view += self.block.from_tokens(sum(changes[1:], changes[0]), view)
-
-
-def _relative_size(change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The norm of a change `(B, N or 1, d)` relative to that of the activation `(B, N, d)`, on the tokens it moves."""
-    moved = torch.linalg.vector_norm(change, dim=-1).expand(tokens.shape[:2])
-    length = torch.linalg.vector_norm(tokens.float(), dim=-1) * (moved > 0)
-    return torch.linalg.vector_norm(moved) / torch.linalg.vector_norm(length).clamp(min=1e-20)
-
-
 def _check_batch(edit: Edit, call: Call) -> None:
     """Raise `ValueError` unless an edit has one strength and one mask, or as many as there are prompts."""
     strengths, masks = len(edit.strength_at(1000)), 1 if edit.mask is None else len(edit.mask)
@@ -430,9 +306,3 @@ def check_width(denoiser: nn.Module, site: str, channels: int) -> None:
     module = get_site(denoiser, site)
     width = getattr(module, "out_channels", None) or getattr(module, "in_channels", None) or channels
     check_channels(site, channels, width)
-
-
-def check_channels(site: str, expected: int, found: int) -> None:
-    """Raise `ValueError` if a dictionary is for another number of channels than the model has."""
-    if found != expected:
-        raise ValueError(f"The dictionary of {site} is for {expected} channels, the model has {found} there.")

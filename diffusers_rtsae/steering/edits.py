@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..models import interpolate
 from .operations import OPERATIONS
 
 APPLY_TO = ("cond", "all", "contrast")
@@ -171,9 +172,7 @@ class Edit:
         progress = min(max(1 - timestep / 1000, 0.0), 1.0)
         if torch.is_tensor(self.strength):
             place = progress * (len(self.strength) - 1)
-            low = min(int(place), max(len(self.strength) - 2, 0))
-            high = min(low + 1, len(self.strength) - 1)
-            values = torch.lerp(self.strength[low].double(), self.strength[high].double(), place - low)
+            values = interpolate(self.strength.double(), place)
             return tuple(map(self._bounded, values.reshape(-1).tolist()))
         strength = self.strength(progress) if callable(self.strength) else self.strength
         strengths = tuple(numbers(strength))

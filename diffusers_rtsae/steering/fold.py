@@ -115,7 +115,7 @@ class Fold:
         step: Step,
         counts: list[Counts] | None = None,
         in_turns: int | None = None,
-        reached: torch.Tensor | None = None,
+        token_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         What to add to the activation, as two factors.
@@ -127,7 +127,7 @@ class Fold:
             counts (`list`, *optional*): list to append the counts for the report to.
             in_turns (`int`, *optional*): number of images, if consecutive images are of different prompts in turn; by
                 default all images of a prompt are consecutive.
-            reached (`torch.Tensor`, *optional*): factor of the change of each token, `(B, N, 1)`.
+            token_scale (`torch.Tensor`, *optional*): factor of the change of each token, `(B, N, 1)`.
 
         Returns:
             amounts `(B, N or 1, c)` and vectors `(B, c, d)`; their product is the change.
@@ -142,8 +142,8 @@ class Fold:
         if self.options.clip:
             change, cut = self._in_range(present, requested)
         factors = self._token_factors(latents, images, step.size, in_turns)
-        if reached is not None and reached.shape[:2] == tokens.shape[:2]:
-            factors = reached if factors is None else factors * reached
+        if token_scale is not None and token_scale.shape[:2] == tokens.shape[:2]:
+            factors = token_scale if factors is None else factors * token_scale
         if counts is not None:
             counts.append(self._count(step.timestep, requested, cut, factors))
         gain = self.gain(tokens.float()) if self.options.map is None else None

@@ -11,20 +11,17 @@ and one for the prediction, once in a generation.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..denoiser import Arguments, Block, Call, Tap, token_grid, training_time
 from .plan import SitePlan
-
-if TYPE_CHECKING:
-    from .controller import _Run
+from .run import Run
 
 _NEAR = 0.1  # in units of anchors: a first step at most this far after an anchor stands for it, as in `PrefixReader`
 
 
-def catch_up(run: _Run, call: Call, arguments: Arguments, tap: Tap) -> None:
+def catch_up(run: Run, call: Call, arguments: Arguments, tap: Tap) -> None:
     """
     Fill the memories of a generation with the activations at the anchors before its first step, if it needs them.
 

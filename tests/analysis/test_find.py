@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_analysis import find_less
 
 from diffusers_rtsae.analysis.find import find_features, rank, top_features
 from diffusers_rtsae.analysis.plots import (
@@ -34,10 +35,11 @@ def found(_pipeline, dictionary, scorer):
         return [sum(v == "red" for k, v in r.items() if k.endswith(".colour")) for r in readings]
 
     _pipeline.load_rtsae(dictionary)
+    asked = {"seeds": 1, "verify": 3, "scorer": redness} | CALL | {"num_inference_steps": 6}
     try:
-        return find_features(
-            _pipeline, scenes("red")[::2], scenes("blue")[::2], 5, seeds=1, verify=3, scorer=redness, **CALL
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            find_less(patch, passes=8, states=4)
+            return find_features(_pipeline, scenes("red")[::2], scenes("blue")[::2], 5, **asked)
     finally:
         _pipeline.unload_rtsae()
 
@@ -60,7 +62,8 @@ def test_the_score_is_what_strength_one_does_on_other_noise_too(found):
     assert max(f.score for f in verified) > 0.1
 
 
-def test_little_memory_will_do(steered):
+def test_little_memory_will_do(steered, monkeypatch):
+    find_less(monkeypatch)
     seen, saving = [], set()
     hook = steered.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     kept = steered.unet.register_forward_pre_hook(lambda module, args: saving.add(module.is_gradient_checkpointing))
@@ -69,7 +72,7 @@ def test_little_memory_will_do(steered):
     hook.remove()
     kept.remove()
     assert table[0].verified["effect"] and saving == {True, False} and not steered.unet.is_gradient_checkpointing
-    assert max(seen) == 4  # one pair with both halves of guidance
+    assert max(seen) == 4  # one pair with both guidance branches
 
 
 def test_a_table_can_be_read_and_taken_elsewhere(found):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_analysis import fit_less
 
 from diffusers_rtsae import RTSAE, Dictionary, load_dictionary
 from diffusers_rtsae.analysis import fit
@@ -27,8 +28,7 @@ UNCHANGED = ["a small red heart on the left, on a white background"]
 def quick():
     """The same with less of everything."""
     patch = pytest.MonkeyPatch()
-    for name, value in {"_PICTURES": 3, "_STEPS": 6, "_LAST": 10, "_CHOICE": 3, "_RIDGES": (0.003,)}.items():
-        patch.setattr(fit, name, value)
+    fit_less(patch, pictures=3, steps=6, last=10, choice=3, ridges=(0.003,))
     yield
     patch.undo()
 
@@ -175,7 +175,7 @@ def test_a_device_that_runs_out_of_memory_is_one_sentence_and_leaves_nothing(_pi
     """In the middle: while pictures are drawn, and while the fit asks the denoiser again."""
     _pipeline.load_rtsae(dictionary)
     parameters = [parameter.requires_grad for parameter in _pipeline.unet.parameters()]
-    for calls in (4, 40):
+    for calls in (2, 20):
         left = iter(range(calls))
 
         def full(module, args, left=left):
@@ -186,7 +186,7 @@ def test_a_device_that_runs_out_of_memory_is_one_sentence_and_leaves_nothing(_pi
             _pipeline.unet.mid_block.register_forward_pre_hook(full),
             pytest.raises(torch.OutOfMemoryError, match="batch_size=16: a smaller batch needs less"),
         ):
-            fit_feature(_pipeline, PAIRS, 4, UNCHANGED, rank, progress=False, **CALL)
+            fit_feature(_pipeline, PAIRS, 4, UNCHANGED, rank, progress=False, **CALL | {"num_inference_steps": 2})
         assert [parameter.requires_grad for parameter in _pipeline.unet.parameters()] == parameters
         assert not any(
             module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)

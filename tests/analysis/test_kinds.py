@@ -3,9 +3,9 @@
 import pytest
 import torch
 from kinds import OTHERS, random_dictionary
+from small_analysis import find_less, fit_less
 
 from diffusers_rtsae import TIDE, Dictionary, load_dictionary
-from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.analysis.find import find_features, top_features
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_feature_trajectories, plot_presence
@@ -50,7 +50,8 @@ def test_what_is_recorded_is_what_steering_reads(steered, sae):
     assert plot_presence(recording, [5]) and plot_feature_trajectories(recording.dictionary, [5, 9])
 
 
-def test_features_are_found_and_verified(steered):
+def test_features_are_found_and_verified(steered, monkeypatch):
+    find_less(monkeypatch)
     with_it, without = [pair[1] for pair in PAIRS], [pair[0] for pair in PAIRS]
     table = find_features(steered, with_it, without, count=3, seeds=1, verify=1, **CALL)
     assert len(table) == 3 and {"effect", "image_distance"} <= table[0].verified.keys()
@@ -58,8 +59,7 @@ def test_features_are_found_and_verified(steered):
 
 
 def test_a_feature_is_fitted_kept_and_steers(steered, sae, draw, tmp_path, monkeypatch):
-    for name, value in {"_PICTURES": 2, "_STEPS": 3, "_LAST": 4, "_CHOICE": 2}.items():
-        monkeypatch.setattr(fit, name, value)
+    fit_less(monkeypatch)
     fitted = fit_feature(steered, PAIRS[:1], 4, rank=4 if type(sae) is TIDE else None, progress=False, **CALL)
     steered.add_rtsae_label("mine", fitted)
     steered.save_rtsae(tmp_path)

@@ -406,7 +406,7 @@ def test_setting_features_forgets_what_generations_did_that_are_over(steered, dr
 
 def test_the_report_of_calls_without_end_keeps_the_last(pipe, dictionary, monkeypatch):
     """Nobody says that a generation is over where no pipeline calls."""
-    monkeypatch.setattr("diffusers_rtsae.steering.controller._REPORTED", 5)
+    monkeypatch.setattr("diffusers_rtsae.steering.run._REPORTED", 5)
     pipe.load_rtsae(dictionary)
     pipe.set_rtsae_features({(SITE, 5): 1.0}, apply_to="cond")
     with torch.no_grad():

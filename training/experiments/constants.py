@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from diffusers_rtsae import Dictionary, SparseDictionary
 from diffusers_rtsae.analysis.effect import Intervention, State, States, first_order
-from diffusers_rtsae.analysis.fit import optimise
+from diffusers_rtsae.analysis.pursuit import optimise
 from diffusers_rtsae.models import interpolate
 from diffusers_rtsae.steering import Edit
 

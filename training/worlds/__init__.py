@@ -124,7 +124,7 @@ class World(ABC):
 
 def worlds() -> list[str]:
     """Names of the worlds that exist."""
-    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/world.py"))
+    return sorted(path.parent.name for folder in __path__ for path in Path(folder).glob("*/world.py"))
 
 
 def load_world(name: str) -> World:

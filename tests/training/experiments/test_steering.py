@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_analysis import fit_less
 
 from diffusers_rtsae import Dictionary, load_dictionary
-from diffusers_rtsae.analysis import fit
 from diffusers_rtsae.analysis.effect import States, frozen
 from diffusers_rtsae.models import interpolate
 from training.experiments import even, rivals
@@ -149,8 +149,7 @@ PAIRS = [("a blue star on white", "a red star on gray"), ("a green star on white
 
 def test_rivals_of_several_values_are_fitted_and_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    for constant, value in {"_PICTURES": 2, "_STEPS": 2, "_LAST": 2, "_CHOICE": 2}.items():
-        monkeypatch.setattr(fit, constant, value)
+    fit_less(monkeypatch, steps=2, last=2)
     monkeypatch.setattr(rivals, "STEPS", 2)
     monkeypatch.setattr(rivals, "pairs", lambda *given, **asked: (PAIRS, []))
     whole = 64  # latents

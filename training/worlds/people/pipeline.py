@@ -188,8 +188,8 @@ def train_denoiser(
     else:
         begun = PixArtAlphaPipeline.from_pretrained(start).to(device)
         vae, text_encoder, transformer = begun.vae, begun.text_encoder, begun.transformer
-        for model, told in ((transformer, settings["transformer"]), (text_encoder, recipe["text_encoder"])):
-            if other := [name for name, value in told.items() if getattr(model.config, name) != value]:
+        for model, expected in ((transformer, settings["transformer"]), (text_encoder, recipe["text_encoder"])):
+            if other := [name for name, value in expected.items() if getattr(model.config, name) != value]:
                 raise ValueError(f"{start} has another {other[0]} than the recipe, {getattr(model.config, other[0])}.")
     if not on_cuda:  # the backward pass of fused attention is slow on a CPU
         transformer.set_attn_processor(AttnProcessor())
