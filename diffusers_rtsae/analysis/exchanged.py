@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,24 @@ class _Batch:
 
     calls: list[ReplayableCall]
     rounds: list[_Round]
+
+
+@dataclass
+class Slopes:
+    """
+    To first order, how much of the change that each word makes does each latent make.
+
+    Args:
+        added (`dict[str, torch.Tensor]`): for each site the derivatives with respect to the strength of each latent,
+            `(words, num_latents)`.
+        lengths (`dict[str, torch.Tensor]`): root mean square length of a latent's direction over the anchors at
+            strength 1, `(num_latents,)`.
+        sizes (`torch.Tensor`): mean squared change that each word makes to a prediction, `(words,)`.
+    """
+
+    added: dict[str, torch.Tensor]
+    lengths: dict[str, torch.Tensor]
+    sizes: torch.Tensor
 
 
 @dataclass
@@ -140,17 +159,13 @@ class ExchangedStates:
         """The denoising step of a call, as the dictionary of a site takes it."""
         return self.grids[site].step(call.timestep, self.sizes.get(site), self.guidance)
 
-    def slopes(self, done: Callable[[], None]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def slopes(self, done: Callable[[], None]) -> Slopes:
         """
-        To first order, how much of the change that each word makes does each latent make, for all latents at once
-        (attribution patching): one backward pass for each round and state.
+        Differentiate the changes that words make for all latents at once (attribution patching): one backward pass for
+        each round and state.
 
         Args:
             done: called after each state.
-
-        Returns:
-            for each site the derivatives with respect to the strength of each latent, `(words, num_latents)`, and the
-            root mean square length of its direction over the anchors at strength 1, `(num_latents,)`.
 
         Raises:
             `ValueError`: the denoiser gives no gradient, or one that is NaN or inf.
@@ -191,7 +206,9 @@ class ExchangedStates:
                 length[rows] = paths.square().sum(-1).mean(1).sqrt()
             added[:, sae.density.cpu() == 0] = 0
             slopes[site], lengths[site] = added, length
-        return slopes, lengths
+        counts = Counter(one.word for one in self.exchanges.changed)
+        sizes /= torch.tensor([counts[word] * len(self._batches[0].calls) for word in words])
+        return Slopes(slopes, lengths, sizes)
 
     @torch.no_grad()
     def measure(self, latents: Sequence[Latent], done: Callable[[], None]) -> Moved:

@@ -32,6 +32,7 @@ class Feature:
         verified (`dict`): the measurements of [`find_features`] with `verify`.
         slope (`float`, *optional*): the derivative of the effect at strength 0; `None` if ranked by presence.
         pictures (`list`): the negative prompts steered by it, if it was verified.
+        makes (`str`, *optional*): the word it makes by its name in the dictionary, see [`analysis.names`].
     """
 
     site: str
@@ -45,6 +46,7 @@ class Feature:
     verified: dict[str, float] = field(default_factory=dict)
     slope: float | None = None
     pictures: list = field(default_factory=list, repr=False)
+    makes: str | None = None
 
     def told(self) -> dict:
         """All fields but the pictures, as a dictionary that JSON can hold."""
@@ -68,12 +70,14 @@ class FeatureTable(list):
             return "no features"
         measured = list(dict.fromkeys(key for f in self for key in f.verified))
         by_effect = [] if self[0].slope is None else ["slope"]
-        head = ["site", "index", "score", *by_effect, "present", "specific", "timestep", *measured, "labels"]
+        makes = ["makes"] if any(f.makes for f in self) else []
+        head = ["site", "index", "score", *by_effect, "present", "specific", "timestep", *measured, *makes, "labels"]
         rows = [
             [
                 f.site, str(f.index), f"{f.score:.3f}", *(f"{f.slope:.3f}" for _ in by_effect),
                 f"{f.present:.3f}", f"{f.specific:.2f}", f"{f.timestep:g}",
-                *(f"{f.verified[key]:.3f}" if key in f.verified else "" for key in measured), ", ".join(f.labels),
+                *(f"{f.verified[key]:.3f}" if key in f.verified else "" for key in measured),
+                *(f.makes or "" for _ in makes), ", ".join(f.labels),
             ]
             for f in self
         ]  # fmt: skip
@@ -135,6 +139,7 @@ def rank(
                 site, index, round(score[index].item(), 4), round(difference[index].item(), 4),
                 round(specific[index].item(), 4), timesteps[when[index]], labels_of(dictionary, site, index),
                 slope=None if order is None else round(order.added[index].item(), 4),
+                makes=dictionary.name_of(site, index),
             )
         )  # fmt: skip
     return table

@@ -61,6 +61,7 @@ def plot_strip(table) -> Figure:
     rows = [("unsteered", table.plain)]
     for feature in verified:
         lines = [feature.site] * several + [f"latent {feature.index}", *feature.labels[:2]]
+        lines += [f"makes {feature.makes}"] if feature.makes else []
         lines += [f"{name} {feature.verified[name]:.2f}" for name in ("effect", "gain") if name in feature.verified]
         rows.append(("\n".join(lines), feature.pictures))
     width = min(8, len(table.plain))

@@ -204,7 +204,7 @@ def _facts(dictionary: Dictionary, key: str | tuple[str, int], path: torch.Tenso
             "measured": label.get("measured", {}),
             "options": label.get("edit", {}),
         }
-    return facts | {"labels": labels_of(dictionary, *key)}
+    return facts | {"labels": labels_of(dictionary, *key), "makes": dictionary.name_of(*key)}
 
 
 def _similar(dictionary: Dictionary, keys: list, paths: list[torch.Tensor], count: int = 4) -> list[list[list]]:

@@ -118,43 +118,45 @@ class Vocabulary:
                 start += 1
         return slots
 
-    def exchanges(self, prompts: Sequence[str], bases: int, per_word: int, seed: int) -> Exchanges:
+    def exchanges(self, prompts: Sequence[str], pictures: int, seed: int) -> Exchanges:
         """
-        Some prompts, and for each word some of them that say it too, or say it instead of another word of its group.
+        For each group some prompts that say all but its word, each with all words of the group that it can say.
 
-        From each prompt half of its words are left out where that can be done, see [`_left_out`].
+        A prompt from which the word cannot be left out, see [`_left_out`], says the word it has, and the others
+        instead of it. Prompts with one word of the group are preferred, and of them those that can do without it.
 
         Args:
-            bases (`int`): number of prompts. Those with words of many groups are preferred.
-            per_word (`int`): the most exchanges for each word.
+            pictures (`int`): the number of prompts for each group; fewer if fewer have its words.
             seed (`int`): of the choice.
         """
         choose = random.Random(seed)
         adjacent = {pair for prompt in prompts[:_MOST] for pair in itertools.pairwise(_framed(prompt))}
-        pool = choose.sample(list(prompts), len(prompts))
-        pool.sort(key=lambda prompt: -len({id(self._group_of[word]) for *_, word in self.slots(prompt)}))
-        chosen, offers = [], defaultdict(list)
-        for base, prompt in enumerate(choose.sample(pool[: 4 * bases], min(bases, len(pool)))):
-            parts, slots, gone = tokens(prompt), self.slots(prompt), {}
-            for start, end, word in slots:
-                if choose.random() < 0.5 and (span := self._left_out(parts, slots, start, end, adjacent)):
-                    gone[word, start] = span
-            left = {i for span in gone.values() for i in range(*span)}
-            chosen.append(_joined([part for i, part in enumerate(parts) if i not in left]))
-            for start, end, present in slots:
-                span = gone.get((present, start))
-                for word in self._group_of[present]:
-                    if word == present and span is None:
-                        continue
-                    still = left - set(range(*span)) if span else left
-                    said = [word if i == start else part for i, part in enumerate(parts)
-                            if i not in still and not start < i < end]  # fmt: skip
-                    offers[word].append(Exchange(base, word, _joined(said)))
-        kept = []
-        for word in sorted(offers):
-            choose.shuffle(offers[word])
-            kept += list({one.base: one for one in offers[word]}.values())[:per_word]
-        return Exchanges(chosen, kept)
+        chosen, changed = [], []
+        for group in self.groups:
+            offers = []
+            for prompt in choose.sample(list(prompts), len(prompts)):
+                parts, slots = tokens(prompt), self.slots(prompt)
+                own = [slot for slot in slots if slot[2] in group]
+                if own:
+                    start, end, word = choose.choice(own)
+                    offers.append((len(own) > 1, self._exchanged(group, parts, slots, start, end, word, adjacent)))
+            offers.sort(key=lambda offer: (offer[0], not offer[1][0]))
+            for _, (_, base, others) in offers[:pictures]:
+                changed += [Exchange(len(chosen), word, other) for word, other in others]
+                chosen.append(base)
+        return Exchanges(chosen, changed)
+
+    def _exchanged(
+        self, group: list[str], parts: list[str], slots: Sequence[tuple[int, int, str]], start: int, end: int,
+        present: str, adjacent: set,
+    ) -> tuple[bool, str, list[tuple[str, str]]]:  # fmt: skip
+        """Whether the word between `start` and `end` can be left out of a prompt; the prompt without it, or as it is;
+        and the words that can be there, each with the prompt that says it."""
+        span = self._left_out(parts, slots, start, end, adjacent)
+        base = parts if span is None else parts[: span[0]] + parts[span[1] :]
+        words = [word for word in group if span is not None or word != present]
+        said = [(word, _joined([*parts[:start], word, *parts[end:]])) for word in words]
+        return span is not None, _joined(base), said
 
     def _left_out(
         self, parts: list[str], slots: Sequence[tuple[int, int, str]], start: int, end: int, adjacent: set

@@ -25,7 +25,7 @@ from ..analysis.fit import fit_feature
 from ..analysis.plots import plot_heat_maps
 from ..analysis.record import record
 from ..analysis.report import STRENGTHS
-from ..dictionary import parse_feature
+from ..dictionary import parse_feature, search_names
 from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs
 from ..pipeline import own_size
 from ..worlds import World
@@ -100,7 +100,8 @@ class Events:
     # ---- what is asked for
 
     def known(self, name: str) -> str | None:
-        """The feature that was typed: itself, or the first label that begins with it or contains it."""
+        """The feature that was typed: itself, or the first label that begins with it or contains it, or
+        the latent that is most surely named so."""
         try:
             self.dictionary.features(parse_feature(name, self.dictionary))
             return name
@@ -109,6 +110,9 @@ class Events:
             matches = [label for label in self.dictionary.labels if typed and typed in label.lower()]
             if matches:
                 return min(matches, key=lambda label: (label.lower() != typed, not label.lower().startswith(typed)))
+            if typed and (named := search_names(self.dictionary, typed)):
+                site, index, _ = named[0]
+                return f"{site}:{index}" if len(self.dictionary.sites) > 1 else str(index)
             gr.Warning(str(error))
             return None
 
@@ -303,7 +307,12 @@ class Events:
         table = self.studio.run(run)
         names = [f"{f.site}:{f.index}" if len(self.dictionary.sites) > 1 else str(f.index) for f in table]
         rows = [
-            [name, ", ".join(f.labels), None if f.slope is None else round(f.score, 3), round(f.present, 3)]
+            [
+                name,
+                ", ".join([*f.labels, *([f"makes {f.makes}"] if f.makes else [])]),
+                None if f.slope is None else round(f.score, 3),
+                round(f.present, 3),
+            ]
             for name, f in zip(names, table, strict=True)
         ]
         return gr.update(value=rows, visible=True)

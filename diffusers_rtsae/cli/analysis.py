@@ -1,4 +1,4 @@
-"""Commands that look into a dictionary: `find`, `fit`, `inspect` and `report`."""
+"""Commands that look into a dictionary: `find`, `fit`, `name`, `inspect` and `report`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from .common import (
     say_aside,
     show_table,
 )
+
+_NAMES = 20  # shown unless they are searched
 
 
 @app.command()
@@ -194,12 +196,72 @@ def _draw_both(pipe, prompts: list[str], label: str, path: Path, seed: int, call
 
 
 @app.command()
+def name(
+    dictionary: Annotated[str | None, typer.Argument(help="Folder of the dictionary; the world's by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write the dictionary with its names to; may be its own.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file of prompts, one a line; the world's by default.")
+    ] = None,
+    word: Annotated[
+        list[str] | None, typer.Option(help="Choose from this word and those it is exchanged for only; repeatable.")
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=2, help="Pictures to rank on, and to measure on, for each group of words.")
+    ] = 4,
+    steps: Steps = 25,
+    guidance: Guidance = 3.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    world: Bundled = "shapes",
+    pipeline: Pipeline = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name latents after the words that they make, by their effect on the prediction.
+
+    The words are those that the prompts exchange for others. Without --out nothing is kept.
+
+    Example: diffusers-rtsae name --word red --out runs/named
+    """
+    if pipeline is not None and prompts is None:
+        raise ValueError("Expected --prompts with prompts that the pipeline is used with.")
+    _, folder = read_dictionary(dictionary, world=world)
+    from ..files import read_lines
+
+    texts = read_lines(prompts or bundled(world.prompts))
+    pipe = load_pipeline(pipeline, folder, world)
+    from ..analysis.names import name_features
+    from ..pipeline import get_dictionary
+
+    pipe.set_progress_bar_config(disable=True)
+    names = name_features(
+        pipe, texts, word or None, pictures=pictures, seed=seed, batch_size=batch_size, progress=not as_json,
+        num_inference_steps=steps, guidance_scale=guidance,
+    )  # fmt: skip
+    loaded = get_dictionary(pipe, None)
+    loaded.names = names.content()
+    if out is not None:
+        loaded.save(out)
+    if as_json:
+        print(json.dumps(loaded.names))
+        return
+    say(str(names))
+    say_aside(
+        f"{len(names)} of {names.measured} measured latents have a name, of {len(names.words)} words."
+        + (f" Written to {out}." if out else "")
+    )
+
+
+@app.command()
 def inspect(
     dictionary: Annotated[
         str | None, typer.Argument(help="Folder or Hub id of the dictionary; the world's by default.")
     ] = None,
     world: Bundled = "shapes",
-    label: Annotated[str | None, typer.Option(help="Show only labels that contain this text.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Show only labels that contain this text, and latents whose name does.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a dictionary holds: its sites, metrics, labels and presets.
@@ -207,9 +269,13 @@ def inspect(
     Example: diffusers-rtsae inspect --world people --label woman
     """
     contents, _ = read_dictionary(dictionary, weights=False, world=world)
-    from ..dictionary import search_labels
+    from ..dictionary import search_labels, search_names
 
-    labels = search_labels(contents, label) if label else list(contents.labels)
+    named = search_names(contents, label)
+    in_labels = label is None or any(label.lower() in one.lower() for one in contents.labels)
+    labels = (
+        list(contents.labels) if label is None else search_labels(contents, label) if in_labels or not named else []
+    )
     metrics = contents.config.get("metrics") or {}
     if as_json:
         sites = {
@@ -217,7 +283,8 @@ def inspect(
             for site, sae in contents.sites.items()
         }
         content = {"base_model": contents.config.get("base_model"), "sites": sites, "presets": contents.presets}
-        print(json.dumps(content | {"labels": {name: contents.labels[name] for name in labels}}))
+        names = {f"{site}:{index}": entry for site, index, entry in named}
+        print(json.dumps(content | {"labels": {name: contents.labels[name] for name in labels}, "names": names}))
         return
     say(f"for {contents.config.get('base_model') or 'an unnamed model'}")
     for site, sae in contents.sites.items():
@@ -234,7 +301,20 @@ def inspect(
         latents = [str(i) for entry in contents.seen(name) for i in entry["latents"]]
         kept = ("effect", "effect_away", "success", "leakage", "valid", "prompts")
         rows.append([name, ", ".join(latents), ", ".join(f"{k} {measured[k]:.2g}" for k in kept if k in measured)])
-    show_table(["label", "seen by latents", "measured"], rows)
+    if rows:
+        show_table(["label", "seen by latents", "measured"], rows)
+    if named:
+        several = len(contents.sites) > 1
+        shown = named if label else named[:_NAMES]
+        show_table(
+            ["latent", "makes", "effect", "confidence"],
+            [
+                [f"{site}:{i}" if several else str(i), n["name"], f"{n['effect']:.2f}", f"{n['confidence']:.2f}"]
+                for site, i, n in shown
+            ],
+        )
+        if len(shown) < len(named):
+            say_aside(f"These are the surest of {len(named)} names; --label finds others.")
     if contents.presets:
         say(f"presets: {', '.join(contents.presets)}")
 

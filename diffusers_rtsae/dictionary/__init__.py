@@ -4,7 +4,7 @@ model card, downloads. What needs torch is imported when it is asked for."""
 from typing import TYPE_CHECKING
 
 from ..imports import on_demand
-from .contents import Contents, locate, parse_feature, read_contents, search_labels
+from .contents import Contents, locate, parse_feature, read_contents, search_labels, search_names
 from .format import CONFIG_NAME, LABELS_NAME, MAPS_NAME, PRESETS_NAME, WEIGHTS_NAME, check_label
 from .hub import check_available, fetch, is_cached, list_pretrained
 
@@ -35,6 +35,7 @@ __all__ = [
     "read_contents",
     "save_tensors",
     "search_labels",
+    "search_names",
     "signature",
 ]
 

@@ -56,8 +56,9 @@ def _is_number(value) -> bool:
 
 
 def model_card(
-    sites: dict[str, SparseDictionary], labels: dict[str, dict], config: dict, repo_id: str | None = None
-) -> str:
+    sites: dict[str, SparseDictionary], labels: dict[str, dict], config: dict, repo_id: str | None = None,
+    names: dict[str, dict] | None = None,
+) -> str:  # fmt: skip
     """
     The model card of a dictionary, as Markdown with metadata.
 
@@ -66,6 +67,7 @@ def model_card(
         labels (`dict[str, dict]`): as in labels.json.
         config (`dict`): as in rtsae_config.json. Its `license` is stated; none is made up.
         repo_id (`str`, *optional*): where the dictionary is to be found.
+        names (`dict[str, dict]`, *optional*): as in names.json.
     """
     base_model = config.get("base_model")
     description = f"Sparse dictionary of the denoising trajectories of {base_model or 'a diffusion model'}"
@@ -99,7 +101,7 @@ def model_card(
             ],
         ),
     ]
-    parts += _origin(config) + _measurements(sites, config) + _labels(labels)
+    parts += _origin(config) + _measurements(sites, config) + _labels(labels) + _names(names or {})
     parts += [
         "## Intended use and limits",
         "For studying what the base model does while it denoises, and for steering it. It fits that model only.\n\n"
@@ -112,6 +114,23 @@ def model_card(
         "hold for what is generated.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _names(names: dict[str, dict]) -> list[str]:
+    """The section about the names of latents, the words with most latents first."""
+    of_word: dict[str, list[str]] = {}
+    for site, of_site in names.items():
+        for index, name in of_site.items():
+            of_word.setdefault(name["name"], []).append(index if len(names) == 1 else f"{site}:{index}")
+    if not of_word:
+        return []
+    rows = sorted(of_word.items(), key=lambda row: -len(row[1]))
+    return [
+        "## Names of latents",
+        f"{sum(map(len, of_word.values())):,} latents have the name of the word whose effect on the prediction theirs "
+        "is most like, found by `diffusers-rtsae name`. Unlike labels, names were not verified in pictures.",
+        _table(["word", "latents"], [[word, ", ".join(latents)] for word, latents in rows]),
+    ]
 
 
 def _loading(base_model: str | None) -> str:

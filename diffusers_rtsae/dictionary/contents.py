@@ -17,9 +17,11 @@ from .format import (
     FORMAT_VERSION,
     LABELS_NAME,
     MAPS_NAME,
+    NAMES_NAME,
     PRESETS_NAME,
     check_files,
     check_label,
+    check_names,
     check_preset,
     check_site_config,
     check_sites,
@@ -36,12 +38,19 @@ class Contents:
             was verified with and what was measured.
         config (`dict`): `base_model`, `signature` of its denoiser, and how the trajectories were made.
         presets (`dict[str, dict]`): named edits: `features`, a list of `[feature, strength]`, and `options` of them.
+        names (`dict[str, dict]`): for each site, by index as a string, the word that a latent makes, with its `effect`
+            and `confidence`; found by [`analysis.names`] and, unlike labels, verified in predictions only.
     """
 
     sites: Mapping
     labels: dict[str, dict] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     presets: dict[str, dict] = field(default_factory=dict)
+    names: dict[str, dict] = field(default_factory=dict, kw_only=True)
+
+    def name_of(self, site: str, index: int) -> str | None:
+        """The word that a latent makes, `None` if it has no name."""
+        return self.names.get(site, {}).get(str(index), {}).get("name")
 
     def features(self, name: str | int | tuple[str, int], operation: str | None = None) -> tuple[list[dict], dict]:
         """
@@ -124,6 +133,22 @@ def search_labels(dictionary: Contents, text: str) -> list[str]:
     return found
 
 
+def search_names(dictionary: Contents, text: str | None = None) -> list[tuple[str, int, dict]]:
+    """The site, index and entry of the latents whose name or a synonym contains `text`, or is part of it, as "red" is
+    of "reddish"; all without `text`. The surest first."""
+    matches = [
+        (site, int(index), name)
+        for site, names in dictionary.names.items()
+        for index, name in names.items()
+        if text is None or any(_within(text.lower(), w.lower()) for w in (name["name"], *name.get("synonyms", ())))
+    ]
+    return sorted(matches, key=lambda match: -match[2]["confidence"])
+
+
+def _within(one: str, other: str) -> bool:
+    return one in other or other in one
+
+
 def locate(
     source: str | os.PathLike,
     layers: list[str] | None = None,
@@ -203,7 +228,10 @@ def read_contents(folder: Path, layers: list[str] | None = None) -> Contents:
     presets = read_json(folder / PRESETS_NAME) if (folder / PRESETS_NAME).is_file() else {}
     for name, preset in presets.items():
         check_preset(folder / PRESETS_NAME, name, preset)
-    return Contents(sites, labels, config, presets)
+    names = read_json(folder / NAMES_NAME) if (folder / NAMES_NAME).is_file() else {}
+    check_names(folder / NAMES_NAME, names, sizes)
+    names = {site: of_site for site, of_site in names.items() if site in sites}
+    return Contents(sites, labels, config, presets, names=names)
 
 
 def _near(folder: Path) -> list[Path]:

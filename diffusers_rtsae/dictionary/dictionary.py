@@ -22,9 +22,11 @@ from .format import (
     FORMAT_VERSION,
     LABELS_NAME,
     MAPS_NAME,
+    NAMES_NAME,
     PRESETS_NAME,
     WEIGHTS_NAME,
     check_label,
+    check_names,
     check_preset,
     is_site,
 )
@@ -141,7 +143,7 @@ class Dictionary(Contents):
             if not is_generated(folder / CARD_NAME):
                 files.remove(CARD_NAME)
             (folder / CONFIG_NAME).unlink(missing_ok=True)  # a folder without it is no dictionary
-            for name in (PRESETS_NAME, MAPS_NAME):
+            for name in (PRESETS_NAME, NAMES_NAME, MAPS_NAME):
                 (folder / name).unlink(missing_ok=True)
             for name in files:
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -167,13 +169,17 @@ class Dictionary(Contents):
             save_tensors({name: self.maps[name] for name in sorted(used)}, folder / MAPS_NAME)
         if self.presets:
             write_json(folder / PRESETS_NAME, self.presets)
+        names = {site: of_site for site, of_site in self.names.items() if site in self.sites}
+        check_names(folder / NAMES_NAME, names, sizes)
+        if names:
+            write_json(folder / NAMES_NAME, names)
         write_json(folder / CONFIG_NAME, config)
-        card = model_card(self.sites, labels, config, repo_id)
+        card = model_card(self.sites, labels, config, repo_id, names)
         (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
         for site, sae in self.sites.items():
             save_site(folder, site, sae)
         inner = [f"{site}/{name}" for site in self.sites for name in ("config.json", WEIGHTS_NAME)]
-        optional = [PRESETS_NAME] * bool(self.presets) + [MAPS_NAME] * bool(used)
+        optional = [PRESETS_NAME] * bool(self.presets) + [NAMES_NAME] * bool(names) + [MAPS_NAME] * bool(used)
         return [*inner, LABELS_NAME, *optional, CARD_NAME, CONFIG_NAME]
 
     def export(self, layout: str, folder: str | os.PathLike) -> None:

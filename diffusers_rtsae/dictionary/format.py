@@ -10,6 +10,7 @@ from ..files import brief, closest
 
 CONFIG_NAME, LABELS_NAME, PRESETS_NAME = "rtsae_config.json", "labels.json", "presets.json"
 MAPS_NAME = "maps.safetensors"
+NAMES_NAME = "names.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 FORMAT_VERSION = 1
 #: The words that the options of an edit are chosen from, as files spell them.
@@ -148,6 +149,29 @@ def check_preset(path: Path, name: str, preset) -> None:
                 f"{path}: {name} has strength {brief(strength)}, expected a finite number or a list of them."
             )
     check_edit(path, name, {key: value for key, value in options.items() if key not in ("where", "source")})
+
+
+def check_names(path: Path, names, sizes: dict[str, int | None]) -> None:
+    """Raise `ValueError` unless the names of latents are well formed, and of latents that a dictionary has."""
+    for site, of_site in names.items() if isinstance(names, dict) else [(None, None)]:
+        if site not in sizes or not isinstance(of_site, dict):
+            raise ValueError(
+                f"{path}: expected an object with names for each site of {list(sizes)}, got {brief(site)}."
+            )
+        for index, name in of_site.items():
+            size = sizes[site] or 2**31
+            if not index.isdecimal() or not int(index) < size:
+                raise ValueError(f"{path}: expected latents 0 to {size - 1} of {site}, got {brief(index)}.")
+            numbers = isinstance(name, dict) and all(_is_number(name.get(key)) for key in ("effect", "confidence"))
+            if not numbers or not isinstance(name.get("name"), str) or not _is_strings(name.get("synonyms", [])):
+                raise ValueError(
+                    f"{path}: expected for latent {index} a string `name`, numbers `effect` and `confidence`, and, if "
+                    f"any, a list of strings `synonyms`, got {brief(name)}."
+                )
+
+
+def _is_strings(value) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def check_files(folder: Path, *names: str) -> None:

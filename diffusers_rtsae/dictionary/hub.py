@@ -29,6 +29,7 @@ from .format import (
     CONFIG_NAME,
     LABELS_NAME,
     MAPS_NAME,
+    NAMES_NAME,
     PRESETS_NAME,
     WEIGHTS_NAME,
     check_sites,
@@ -156,7 +157,7 @@ def fetch(
         )
 
     try:
-        folder = download([CONFIG_NAME, LABELS_NAME, PRESETS_NAME, MAPS_NAME], revision, force_download)
+        folder = download([CONFIG_NAME, LABELS_NAME, PRESETS_NAME, NAMES_NAME, MAPS_NAME], revision, force_download)
         config = folder / prefix / CONFIG_NAME
         if config.is_file():
             sites = choose_sites(check_sites(read_json(config).get("sites"), config), layers)

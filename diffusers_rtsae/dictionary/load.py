@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def load_dictionary(
             )
         dictionary = source if isinstance(source, Dictionary) else Dictionary(source)
         chosen = {site: dictionary.sites[site] for site in choose_sites(dictionary.sites, layers)}
-        return Dictionary(chosen, dictionary.labels, dictionary.config, dictionary.presets, dictionary.maps)
+        return replace(dictionary, sites=chosen)
     options = {"site": site, "subfolder": subfolder, "revision": revision, "token": token, "cache_dir": cache_dir}
     options |= {"force_download": force_download, "local_files_only": local_files_only}
     return _open(source, locate(source, layers, **options), subfolder, layers, dtype, site=site)
@@ -134,4 +135,4 @@ def _read(folder: Path, layers: list[str] | None, dtype: torch.dtype | None) -> 
             needed = LinearMap.shapes(len(sae.config.anchors), sae.config.in_channels) if sae else []
             if "map" in entry and sae and maps[entry["map"]].shape[1:] not in needed:
                 raise ValueError(f"The map of {brief(name)} has another shape than {entry['site']} needs.")
-    return Dictionary(sites, contents.labels, contents.config, contents.presets, maps)
+    return Dictionary(sites, contents.labels, contents.config, contents.presets, maps, names=contents.names)
