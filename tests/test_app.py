@@ -414,7 +414,7 @@ def test_a_telephone_will_do(browser, app, width):
         seen, moved = tab.locator("#steered img").bounding_box(), tab.locator("#strength-0").bounding_box()
         assert 0 <= seen["y"] and seen["y"] + seen["height"] <= moved["y"] and moved["y"] + moved["height"] <= 1100
         tab.hover("#features .has-info")
-        assert "What the picture is to have" in tab.inner_text("#features .info-text")
+        assert "What the picture should have" in tab.inner_text("#features .info-text")
 
 
 def test_an_exact_match_is_the_first_of_the_list():

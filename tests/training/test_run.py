@@ -38,7 +38,14 @@ runpy.run_module("training.train", run_name="__main__", alter_sys=True)
 """
 
 
-def test_a_killed_command_continues(tmp_path):
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The metrics of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(Recipe(**RECIPE), folder / "out", folder / "work")[""].config["metrics"]
+
+
+def test_a_killed_command_continues(tmp_path, uninterrupted):
     """It is killed, for real, when the third of six files was written under its temporary name."""
     recipe, work, out = tmp_path / "recipe.yaml", tmp_path / "work", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(RECIPE))
@@ -50,9 +57,7 @@ def test_a_killed_command_continues(tmp_path):
     run(Recipe(**RECIPE), out, work)
     assert len(kept) == 2 and all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert len(list(work.glob("trajectories/*.safetensors"))) == 6
-    whole = run(Recipe(**RECIPE), tmp_path / "whole", tmp_path / "other")[""]
-    again = load_dictionary(out)
-    assert again.config["metrics"] == whole.config["metrics"]
+    assert load_dictionary(out).config["metrics"] == uninterrupted
 
 
 class Exhausted:
@@ -67,7 +72,7 @@ class Exhausted:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
-def test_a_device_that_runs_out_of_memory_loses_nothing(tmp_path):
+def test_a_device_that_runs_out_of_memory_loses_nothing(tmp_path, uninterrupted):
     recipe, work, out = Recipe(**RECIPE), tmp_path / "work", tmp_path / "out"
     calls = RECIPE["collect"]["steps"] * 3 - 1  # of the denoiser: in the middle of the third shard
     drawing = Exhausted(calls)
@@ -87,8 +92,8 @@ def test_a_device_that_runs_out_of_memory_loses_nothing(tmp_path):
         handle.remove()
     assert not out.exists() and not list(work.rglob("*.partial"))
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
-    found, whole = run(recipe, out, work)[""], run(recipe, tmp_path / "whole", tmp_path / "other")[""]
-    assert load_dictionary(out).config["metrics"] == found.config["metrics"] == whole.config["metrics"]
+    found = run(recipe, out, work)[""]
+    assert load_dictionary(out).config["metrics"] == found.config["metrics"] == uninterrupted
 
 
 def streaming(**train) -> Recipe:
