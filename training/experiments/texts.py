@@ -67,6 +67,19 @@ SECTIONS = {  # by the name of the file
         there.
         """,
     ),
+    "names": Section(
+        "names",
+        "Are the names of latents right?",
+        """
+        `diffusers-rtsae name` names latents from prompts alone; the scorer names nothing. The {count} latents here were
+        chosen without names: those whose slope towards a value stands out most. Each is added at strength 1 to
+        {pictures} pictures for each factor that their prompts leave open ({picture_steps} steps each). It *makes* the
+        values whose share of these pictures rises by at least half; as a value that is often there anyway cannot rise
+        so far, some that make one are counted as making none. *Named*: the share of the latents that make a value which
+        have a name. *Right*: the share of these whose name says one of the values they make. Beside names by effect,
+        the value whose prompts show a latent most, and the value of the label whose direction is most like its own.
+        """,
+    ),
     "dose": Section(
         "dose",
         "How does it depend on the strength?",
@@ -253,6 +266,7 @@ models was trained on; **open** prompts name every factor but the one that is st
 another value of it. Success, leakage and validity are as there.
 """
 PEOPLE_SECTIONS = {
+    "names": SECTIONS["names"],
     "judged": Section(
         "table",
         "Does a label do what it says?",
