@@ -360,9 +360,10 @@ def test_a_feature_is_made_of_two_prompts(tab, app, monkeypatch, tmp_path):
     label = app.studio.dictionary.labels["night"]
     assert all(f"{label['measured'][key]:.2f}" in told for key in ("effect", "ceiling", "harm", "effect_away"))
     shows(tab, "steered", app.sheet({"red": 1, "night": 1}))
-    for strength in (STRENGTHS[0], STRENGTHS[-1]):
-        shows(tab, "made", app.sheet({"night": strength}))
-    assert len(tab.locator("#made img").all()) == len(STRENGTHS)
+    for prompt in ("a large heart, flat", "a large heart, flat, on white"):  # leaves it open, and contradicts it
+        for features in ({}, {"night": 1}):
+            shows(tab, "made", app.sheet(features, prompt))
+    assert len(tab.locator("#made img").all()) == 4
     tab.click("#keep")
     with tab.expect_download() as download:
         tab.get_by_text("Download dictionary.zip").click()
