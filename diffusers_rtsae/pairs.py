@@ -106,6 +106,17 @@ def has_phrase(prompt: str, phrase: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(phrase.lower())}(?![\w-])", prompt.lower()) is not None
 
 
+def unnamed(labels: Mapping[str, Mapping], prompts: Sequence[str], world: World) -> list[str]:
+    """Prompts of a bundled world that name each value which a label stands for and which none of `prompts` names."""
+    targets = [(label.get("factor"), str(label.get("value", name))) for name, label in labels.items()]
+    return [
+        naming.format(value)
+        for factor, value in targets
+        if not any(has_phrase(prompt, value) for prompt in prompts)
+        for _, naming in world.scenes.get(factor, ())
+    ]
+
+
 def labels_between(labels: Iterable[str], before: Sequence[str], after: Sequence[str]) -> list[str]:
     """The labels that every prompt of `after` names and none of `before` does."""
     if not after:

@@ -11,7 +11,7 @@ import torch
 
 import diffusers_rtsae
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.pairs import by_word, judgement, labels_between, left_open, more_pairs, prompts_to_show
+from diffusers_rtsae.pairs import by_word, judgement, labels_between, left_open, more_pairs, prompts_to_show, unnamed
 from diffusers_rtsae.worlds import WORLDS
 
 
@@ -116,3 +116,10 @@ def test_the_prompts_of_the_pages_are_drawn_well(name, prompt):
     images = pipe([prompt] * 50, generator=generators, output_type="pt").images.clamp(0, 1)
     readings = FactorScorer.from_pretrained(diffusers_rtsae.bundled(world.scorer)).read(images)
     assert sum(reading["valid"] == "yes" for reading in readings) >= 49
+
+
+def test_what_no_prompt_names_is_named():
+    labels = {"dusk": {"factor": "background", "value": "navy"}, "red": {"factor": "colour"}, "mine": {}}
+    made = unnamed(labels, ["a red star"], WORLDS["shapes"])
+    assert made == ["a large red star in the centre, flat, on a navy background",
+                    "a small cyan heart on the right, dotted, on navy"]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs, prompts_to_show
+from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs, prompts_to_show, unnamed
 from ..worlds import WORLDS, bundled
 from .common import (
     PICTURES,
@@ -263,8 +263,8 @@ def report(
     """
     check_output(out, (".html", ".htm"))
     check_prompts(steer_prompts or [], "--steer")
-    most = None
-    if prompts is None:
+    most, is_own = None, prompts is not None
+    if not is_own:
         if pipeline is not None:
             raise ValueError("A report on another pipeline needs --prompts, a text file with one prompt a line.")
         prompts, most = bundled(world.prompts), None if full else 64
@@ -273,7 +273,9 @@ def report(
 
     texts = read_lines(prompts)[:most]
     count, steered = (2048, 128) if full else (count, steered)
-    _, folder = read_dictionary(dictionary, world=world)
+    contents, folder = read_dictionary(dictionary, world=world)
+    if not is_own:
+        texts += unnamed(contents.labels, texts, world)
     pipe = load_pipeline(pipeline, folder, world)
     from ..analysis.report import write_report
 
