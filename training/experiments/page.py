@@ -290,12 +290,11 @@ PEOPLE_SECTIONS = {
         """
         As for shapes, {each} prompts of each kind for each set of labels; terse prompts name the role (or, if it is
         steered, another factor). The ways to add maps up: *what the others move*, the package's, in which each map
-        reads the activation as the others move it; *what is there*, the simple sum; *in turn*, in which each reads what
-        those before it moved, so that the order matters; *again*, the sum and half of what the maps read after it;
-        *shortened*, the sum with no more than the length that changes at right angles would have. Two ways that were
-        tried less are left out: maps of nine tenths, and directions that count what they share once, were no better
-        than the sum. Then a label painted on the left half, for there is one person to a picture: how far the pixels
-        of that half move and those of the other one, in units of how far the label moves them unpainted.
+        reads the activation as the others move it; *what is there*, the simple sum; *in turn*, in which each reads
+        what those before it moved, so that the order matters; *again*, the sum and half of what the maps read after
+        it; *shortened*, the sum with no more than the length that changes at right angles would have. Then a label
+        painted on the left half, for there is one person to a picture: how far the pixels of that half move and those
+        of the other one, in units of how far the label moves them unpainted.
         """,
     ),
     "samplers": Section(
