@@ -22,7 +22,7 @@ import torch
 
 from ..denoiser import get_denoiser, is_compiled
 from ..models import interpolate
-from ..steering import Edit, Fold, changes_of, fold_edits, read_by, total
+from ..steering import Edit, Fold, fold_edits, read_by, total
 from .states import CHUNK, Changes, Pair, State, States, check_prompts, finite
 
 __all__ = [
@@ -155,7 +155,7 @@ class Intervention:
             latents = state.codes[site].dense(self._rows[site])[list(rows)]
         reached = None if self.reached is None else self.reached(site, state, rows).to(tokens.device)
         folds = [fold for fold in self._folds[site] if fold.options.acts_at(state.timestep)]
-        return changes_of(folds, tokens.to(self.states.device), latents, step, reached=reached)
+        return [fold.change(tokens.to(fold.device), latents, step, reached=reached) for fold in folds]
 
     def __call__(self, state: State, rows: Sequence[int]) -> Changes:
         """The changes at the sites that have an edit in its window at this step."""

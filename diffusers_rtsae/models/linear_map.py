@@ -77,10 +77,6 @@ class LinearMap:
             self._waves[step.size] = waves(step.size).to(of_place)
         return amounts + self._waves[step.size] @ of_place.T
 
-    def readers(self, step: Step) -> torch.Tensor:
-        """What each factor reads of the activation at a step, `(r, d)`."""
-        return interpolate(self.read[..., : self.sizes[0]], step.coordinate, dim=1)
-
     def __call__(self, tokens: torch.Tensor, step: Step) -> torch.Tensor:
         """The change of tokens `(B, N, d)` at a step."""
         return self.amounts(tokens, step) @ self.directions.at(step)

@@ -2,7 +2,7 @@
 
 from .controller import Adapter, Controller, SiteEdit, check_width
 from .edits import Edit, as_mask, as_strength, numbers
-from .fold import Fold, changes_of, fold_edits, read_by, total
+from .fold import Fold, fold_edits, read_by, total
 from .operations import OPERATIONS
 from .plan import PlanState, SitePlan
 
@@ -17,7 +17,6 @@ __all__ = [
     "SitePlan",
     "as_mask",
     "as_strength",
-    "changes_of",
     "check_width",
     "fold_edits",
     "numbers",

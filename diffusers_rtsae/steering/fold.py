@@ -116,7 +116,6 @@ class Fold:
         counts: list[Counts] | None = None,
         in_turns: int | None = None,
         reached: torch.Tensor | None = None,
-        read: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         What to add to the activation, as two factors.
@@ -129,7 +128,6 @@ class Fold:
             in_turns (`int`, *optional*): number of images, if consecutive images are of different prompts in turn; by
                 default all images of a prompt are consecutive.
             reached (`torch.Tensor`, *optional*): factor of the change of each token, `(B, N, 1)`.
-            read (`torch.Tensor`, *optional*): what the maps read, `(B, N, c)`; by default what they read of `tokens`.
 
         Returns:
             amounts `(B, N or 1, c)` and vectors `(B, c, d)`; their product is the change.
@@ -137,8 +135,7 @@ class Fold:
         images, present, cut = len(tokens), None, None
         strength = self._strength(step.timestep, images, in_turns)
         if self.options.map is not None:
-            read = self.map.amounts(tokens, step) if read is None else read
-            requested = change = present = strength * read
+            requested = change = present = strength * self.map.amounts(tokens, step)
         else:
             present = latents[..., self.read] if self.options.reads_moved else None
             requested = change = self._requested(strength, present)
@@ -267,31 +264,6 @@ def fold_edits(edits: Iterable[Edit], sae: SparseDictionary, rows: list[int], de
     for edit in edits:
         alike.setdefault(_shared(edit), []).append(edit)
     return [Fold(group, sae, rows, device) for group in alike.values()]
-
-
-def changes_of(
-    folds: Sequence[Fold], tokens: torch.Tensor, latents: torch.Tensor | None, step: Step,
-    counts: list[Counts] | None = None, in_turns: int | None = None, reached: torch.Tensor | None = None,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
-    """
-    What each of several folds of a dictionary adds to the activation; see [`Fold.change`].
-
-    Linear maps are fitted one at a time. Of several, each reads the activation as the others move it; all other edits
-    read the activation as it is.
-    """
-    shared = {"in_turns": in_turns, "reached": reached}
-    maps = [fold for fold in folds if fold.options.map is not None]
-    read: dict[Fold, torch.Tensor] = {}
-    if sum(len(fold.edits) for fold in maps) > 1:
-        read = {fold: fold.map.amounts(tokens, step) for fold in maps}
-        alone = [fold.change(tokens, latents, step, read=read[fold], **shared) for fold in maps]
-        edit = torch.cat([fold.owners + sum(len(other.edits) for other in maps[:i]) for i, fold in enumerate(maps)])
-        readers = torch.cat([fold.map.readers(step) for fold in maps])
-        by_others = (torch.cat([vectors[0] for _, vectors in alone]) @ readers.T) * (edit[:, None] != edit)
-        moved = torch.cat([amounts for amounts, _ in alone], -1) @ by_others
-        for fold, part in zip(maps, moved.split([len(fold.owners) for fold in maps], -1), strict=True):
-            read[fold] = read[fold] + part
-    return [fold.change(tokens, latents, step, counts, read=read.get(fold), **shared) for fold in folds]
 
 
 def read_by(edits: Iterable[Edit]) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from ..denoiser import TimeGrid
 from ..models import Memory, SparseDictionary, TokenGrid
 from .edits import APPLY_TO, Edit
-from .fold import Counts, Fold, changes_of, fold_edits, read_by, total
+from .fold import Counts, Fold, fold_edits, read_by, total
 
 _loading = threading.Lock()
 
@@ -205,5 +205,4 @@ class SitePlan:
                 self._prepare(state)
             latents = self.reader.read(state.memories[branch], tokens, step)
         acting = [fold for fold in folds if fold.options.acts_at(timestep)]
-        done = changes_of(acting, tokens, latents, step, counts, state.images, state.denoised)
-        return list(zip(acting, done, strict=True))
+        return [(fold, fold.change(tokens, latents, step, counts, state.images, state.denoised)) for fold in acting]

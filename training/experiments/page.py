@@ -108,9 +108,10 @@ SECTIONS = {  # by the name of the file
         Two or three labels of different factors at strength 1, {each} prompts of each kind for each set: prompts that
         leave these factors open, that name the shape (or, if it is steered, another factor) and nothing else, and that
         name other values of them; *named* are prompts that name all values instead. Labels are fitted one at a time,
-        and the rows are ways to add their maps up: the package's, in which each map reads the activation as the others
-        move it, and the simple sum of what each reads there. Then a label painted on a disc around the first of two
-        objects: is it reached, and is all that is read of the other object as without steering?
+        and the rows are ways to add their maps up: the package's, the simple sum of what each map reads in the
+        activation as it is, and one in which each reads the activation as the others move it. Then a label painted on
+        a disc around the first of two objects: is it reached, and is all that is read of the other object as without
+        steering?
         """,
     ),
     "samplers": Section(
@@ -289,12 +290,13 @@ PEOPLE_SECTIONS = {
         "Several labels at once, and half of a picture painted",
         """
         As for shapes, {each} prompts of each kind for each set of labels; terse prompts name the role (or, if it is
-        steered, another factor). The ways to add maps up: *what the others move*, the package's, in which each map
-        reads the activation as the others move it; *what is there*, the simple sum; *in turn*, in which each reads
-        what those before it moved, so that the order matters; *again*, the sum and half of what the maps read after
-        it; *shortened*, the sum with no more than the length that changes at right angles would have. Then a label
-        painted on the left half, for there is one person to a picture: how far the pixels of that half move and those
-        of the other one, in units of how far the label moves them unpainted.
+        steered, another factor). The ways to add maps up: *what is there*, the package's, the sum of what each map
+        reads in the activation as it is; *what the others move*, in which each reads it as the others move it; *in
+        turn*, as those before it moved it, so that the order matters; *again*, the sum and half of what the maps read
+        after it; *shortened*, the sum with no more than the length that changes at right angles would have. None is
+        ahead by more than its pictures can tell. Then a label painted on the left half, for there is one person to a
+        picture: how far the pixels of that half move and those of the other one, in units of how far the label moves
+        them unpainted.
         """,
     ),
     "samplers": Section(

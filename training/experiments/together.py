@@ -13,6 +13,7 @@ the JSON as they are measured; the same command continues where it was stopped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -22,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from diffusers_rtsae import load_dictionary
-from diffusers_rtsae.steering import Fold, changes_of, plan
+from diffusers_rtsae.steering import Fold
 
 from ..commands import Adding
 from ..worlds import World
@@ -58,10 +59,15 @@ def _shortened(maps: Sequence[Move], tokens: torch.Tensor) -> torch.Tensor:
     return whole * (length / whole.norm(dim=-1, keepdim=True).clamp(min=1e-9)).clamp(max=1)
 
 
-#: how maps may be added up; `None` is the package's own way: each reads the activation as the others move it
+def _all_others(maps: Sequence[Move], tokens: torch.Tensor) -> torch.Tensor:
+    alone = [one(tokens) for one in maps]
+    return sum(one(tokens + sum(alone) - own) for one, own in zip(maps, alone, strict=True))
+
+
+#: how maps may be added up; `None` is the package's own way: each reads the activation as it is without edits
 WAYS: dict[str, Callable[[Sequence[Move], torch.Tensor], torch.Tensor] | None] = {
-    "what the others move": None,
-    "what is there": _all_alone,
+    "what is there": None,
+    "what the others move": _all_others,
     "in turn": _in_turn,
     "again": _again,
     "shortened": _shortened,
@@ -70,44 +76,31 @@ WAYS: dict[str, Callable[[Sequence[Move], torch.Tensor], torch.Tensor] | None] =
 
 @contextlib.contextmanager
 def adding(way: str):
-    """Inside the `with` block the maps of one dictionary at one site are added up in this way."""
-    if WAYS[way] is not None:
-        plan.changes_of = lambda *arguments, **options: _changed(WAYS[way], *arguments, **options)
+    """Inside the `with` block the maps of several labels with the same options are added up in this way."""
+    own, add_up = Fold.change, WAYS[way]
+
+    def change(fold: Fold, tokens: torch.Tensor, latents, step, counts=None, *arguments, **options):
+        done = own(fold, tokens, latents, step, counts, *arguments, **options)
+        if fold.options.map is None or len(fold.edits) == 1:
+            return done
+
+        def move(activation: torch.Tensor, edit: int) -> torch.Tensor:
+            amounts, vectors = own(fold, activation, latents, step, None, *arguments, **options)
+            return amounts[..., fold.owners == edit] @ vectors[:, fold.owners == edit]
+
+        whole = add_up([functools.partial(move, edit=i) for i in range(len(fold.edits))], tokens.float())
+        return whole, torch.eye(whole.shape[2]).to(whole).expand(len(whole), -1, -1)
+
     try:
+        Fold.change = own if add_up is None else change
         yield
     finally:
-        plan.changes_of = changes_of
-
-
-def _changed(
-    way: Callable, folds: Sequence[Fold], tokens: torch.Tensor, latents, step, counts=None, *arguments
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """As `changes_of`, with the maps of all folds added up by `way`: the first fold has their whole change."""
-    done = changes_of(folds, tokens, latents, step, counts, *arguments)
-    places = [i for i, fold in enumerate(folds) if fold.options.map is not None]
-
-    def of_one(fold: Fold, columns: torch.Tensor) -> Move:
-        def move(activation: torch.Tensor) -> torch.Tensor:
-            ((amounts, vectors),) = changes_of_fold(fold, activation)
-            return amounts[..., columns] @ vectors[:, columns]
-
-        return move
-
-    def changes_of_fold(fold: Fold, activation: torch.Tensor):
-        return [fold.change(activation, latents, step, None, *arguments)]
-
-    maps = [of_one(folds[i], folds[i].owners == e) for i in places for e in range(len(folds[i].edits))]
-    if len(maps) > 1:
-        whole = way(maps, tokens.float())
-        for i in places:
-            done[i] = whole[:, :1, :1] * 0, torch.zeros_like(whole[:, :1])
-        done[places[0]] = whole, torch.eye(whole.shape[2]).to(whole).expand(len(whole), -1, -1)
-    return done
+        Fold.change = own
 
 
 def _means(rows: list[dict], *heads: str) -> list[str]:
     count = sum(row["n"] for row in rows)
-    return [f"{sum(row[head] * row['n'] for row in rows) / count:.2f}" for head in heads]
+    return [f"{sum(row[head] * row['n'] for row in rows) / count:.2f}" if count else "–" for head in heads]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -122,14 +115,14 @@ def markdown(rows: list[dict]) -> str:
             cells[row["way"], row["prompts"]].append(row)
         kinds = [kind for kind in (*PROMPTS, "named") if any(at == kind for _, at in cells)]
         lines = []
-        for way in dict.fromkeys(row["way"] for row in own):
+        for way in (way for way in ("prompt", *WAYS) if any(row["way"] == way for row in own)):
             told = [" / ".join(_means(cells[way, k], "all", "valid")) if (way, k) in cells else "" for k in kinds]
             at = [row for row in own if row["way"] == way]
             lines.append([way, *told, " / ".join(_means(at, "all", "valid")), str(sum(row["n"] for row in at))])
         text.append(table([f"{name}: all {count} / valid", *kinds, "**mean**", "pictures"], lines))
     at_once = [row for row in rows if row["what"] in NAMES.values()]
     ways = [
-        way for way in ("what the others move", "what is there", "prompt") if any(r["way"] == way for r in at_once)
+        way for way in ("what is there", "what the others move", "prompt") if any(r["way"] == way for r in at_once)
     ]
     lines = []
     for labels in dict.fromkeys(tuple(row["labels"]) for row in at_once):
