@@ -307,6 +307,23 @@ def test_what_is_no_longer_wanted_is_not_drawn_to_its_end(app):
     assert studio.draw(wish, lambda step, count: steps.append(step))[0] is images and len(steps) == 2  # none twice
 
 
+def test_nothing_is_computed_twice(tab, app):
+    """Another strength takes one picture's calls of the denoiser, another seed those of a batch of both pictures."""
+    rows, steps = [], CALL["num_inference_steps"]
+    changed, other, plain = app.sheet({"red": 0.3}), app.sheet({"red": 0.3}, seed=3), app.sheet({}, seed=3)
+    hook = app.pipe.unet.register_forward_pre_hook(lambda unet, given: rows.append(len(given[0])))
+    try:
+        slide(tab, 0, 0.3)
+        shows(tab, "steered", changed)
+        assert rows == [2] * steps  # with and without guidance
+        tab.fill("#seed input", "3")
+        shows(tab, "steered", other)
+        shows(tab, "plain", plain)
+        assert rows == [2] * steps + [4] * steps
+    finally:
+        hook.remove()
+
+
 def test_a_file_that_a_browser_may_be_reading_is_not_written_again(app):
     image = Image.new("RGB", (8, 8), "red")
     path = Path(app.studio.file(image))
@@ -361,9 +378,10 @@ def test_a_feature_is_made_of_two_prompts(tab, app, monkeypatch, tmp_path):
     label = app.studio.dictionary.labels["night"]
     assert all(f"{label['measured'][key]:.2f}" in told for key in ("effect", "ceiling", "harm", "effect_away"))
     shows(tab, "steered", app.sheet({"red": 1, "night": 1}))
-    for strength in (STRENGTHS[0], STRENGTHS[-1]):
-        shows(tab, "made", app.sheet({"night": strength}))
-    assert len(tab.locator("#made img").all()) == len(STRENGTHS)
+    for prompt in ("a large heart, flat", "a large heart, flat, on white"):  # leaves it open, and contradicts it
+        for features in ({}, {"night": 1}):
+            shows(tab, "made", app.sheet(features, prompt))
+    assert len(tab.locator("#made img").all()) == 4
     tab.click("#keep")
     with tab.expect_download() as download:
         tab.get_by_text("Download dictionary.zip").click()

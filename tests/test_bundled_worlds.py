@@ -11,7 +11,7 @@ import torch
 
 import diffusers_rtsae
 from diffusers_rtsae.analysis.scorer import FactorScorer
-from diffusers_rtsae.pairs import judgement, labels_between, left_open, more_pairs
+from diffusers_rtsae.pairs import by_word, judgement, labels_between, left_open, more_pairs, prompts_to_show, unnamed
 from diffusers_rtsae.worlds import WORLDS
 
 
@@ -62,13 +62,35 @@ def test_more_pairs_bring_in_the_same():
         assert all(value in after and value not in before for before, after in made)
         assert not [prompt for pair in made for prompt in pair if WORLDS[world].remarks(prompt)]
     assert more_pairs([("a star", "a tiny star")], WORLDS["shapes"], 8) == []
+    dogs = [("a blue dog on grass", "a tiny dog on grass"), ("an orange cat", "a tiny cat")]
+    assert more_pairs(dogs, None, 8) == [  # the words of the given pairs, combined
+        ("an orange dog on grass", "a tiny dog on grass"), ("a dog on grass", "a tiny dog on grass"),
+        ("a blue cat", "a tiny cat"), ("a cat", "a tiny cat"),
+    ]  # fmt: skip
     assert left_open("an orange star on white", "a red star on white") == "a star on white"
-    assert judgement({"effect": 0.8}, 2)[1].startswith("Judged on the 2 pairs it was made from, with other noise")
-    assert judgement({"effect": 0.8}, 8) == (
-        [("Effect", "0.80", "of what changing the prompt does; 1 is all of it"),
-         ("Harm", "–", "not measured: no prompts that were to stay")],
-        "Judged on pairs of prompts that it was not made from.",
+    assert left_open("a star, on a white", "a star, on a black") == "a star"
+    assert prompts_to_show([("a cat", "a tiny cat"), *dogs]) == ["a dog on grass", "a blue dog on grass"]
+    assert prompts_to_show([("a cat", "a tiny cat")]) == ["a cat"]
+
+
+def test_what_a_fit_did_is_told_with_what_it_was_judged_by():
+    assert judgement({"effect": 0.8}, 2, {})[1].startswith("Judged on the 2 pairs it was made from, with other noise")
+    styles, effects = ("noto", "fluent"), (0.9, 0.8, 0.4, 0.2)
+    pairs = [(f"a {who} in {style} style", f"a running {who} in {style} style")
+             for style in styles for who in ("man", "woman")]  # fmt: skip
+    each = dict(zip(pairs, effects, strict=True))
+    means = {"noto": 0.85, "fluent": 0.3, "man": 0.65, "woman": 0.5}
+    assert by_word(each) == pytest.approx(means)
+    assert judgement({"effect": 0.575, "lowest": 0.1}, 16, each) == (
+        [("Effect", "0.57", "of what changing the prompt does; 1 is all of it"),
+         ("Lowest effect", "0.10", "on “a woman in fluent style”"),
+         ("Harm", "–", "not measured: no prompts that were to stay"),
+         ("By other words", "0.30 to 0.85", "the mean: least with “fluent”, most with “noto”")],
+        "Judged on the 4 of 16 pairs of prompts that it was not made from.",
     )  # fmt: skip
+
+
+def test_labels_for_what_prompts_differ_in():
     labels = ("red", "striped", "dark", "medium-dark")
     assert labels_between(labels, ["a star"], ["a striped star"]) == ["striped"]
     assert labels_between(labels, ["a man"], ["a man with medium-dark skin"]) == ["medium-dark"]
@@ -94,3 +116,10 @@ def test_the_prompts_of_the_pages_are_drawn_well(name, prompt):
     images = pipe([prompt] * 50, generator=generators, output_type="pt").images.clamp(0, 1)
     readings = FactorScorer.from_pretrained(diffusers_rtsae.bundled(world.scorer)).read(images)
     assert sum(reading["valid"] == "yes" for reading in readings) >= 49
+
+
+def test_what_no_prompt_names_is_named():
+    labels = {"dusk": {"factor": "background", "value": "navy"}, "red": {"factor": "colour"}, "mine": {}}
+    made = unnamed(labels, ["a red star"], WORLDS["shapes"])
+    assert made == ["a large red star in the centre, flat, on a navy background",
+                    "a small cyan heart on the right, dotted, on navy"]  # fmt: skip

@@ -66,6 +66,9 @@ def test_fit_makes_a_label_and_does_not_make_it_twice(tmp_path, monkeypatch):
     out, options = tmp_path / "fitted", ("--name", "dusk", "--rank", 4, "--steps", 4, "--json")
     told = json.loads(invoke("fit", "--pairs", pairs, "--out", out, *options))
     assert told["label"] == "dusk" and -1 < told["measured"]["effect"] <= 1
+    ((before, after, effect),) = told["effects"]
+    assert (before, after) == ("a star, on white", "a star, on navy")
+    assert told["measured"]["lowest"] <= effect <= 1 and told["measured"]["pairs"] == 1
     assert "map" in load_dictionary(out).labels["dusk"]["features"][0]
     before = (out / "labels.json").read_bytes()
     assert "has a label dusk already" in invoke("fit", "--pairs", pairs, "--out", out, *options[:-1])

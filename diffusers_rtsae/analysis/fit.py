@@ -4,6 +4,8 @@ weights, or a linear map of its own."""
 from __future__ import annotations
 
 import contextlib
+import inspect
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -12,15 +14,18 @@ from itertools import pairwise
 import torch
 from tqdm.auto import tqdm
 
+from ..pipeline import get_dictionary
 from ..steering import Edit
 from .effect import Intervention, check_pairs, explain_out_of_memory, frozen
 from .maps import low_rank, scaled
-from .pursuit import REMOVE, Pursuit, Survey, steps_for, survey
-from .states import Changes, Measured, Pair, State, States
+from .pursuit import REMOVE, Pursuit, Survey, gradients_for, survey
+from .states import ROWS, Changes, Measured, Pair, State, States
 
 _JUDGES = 32  # held-out pairs, where there are many
-_PICTURES, _CAPTURE = 24, 200  # least number of pairs drawn for fitting, and units of the bar that drawing counts for
-_SAMPLED, _MEASURED = 7, 20  # sampled steps of a generation, and units of the bar that a measurement counts for
+_PICTURES = 24  # least number of pairs drawn for fitting
+_SAMPLED = 7  # sampled steps of a generation
+_USUAL_STEPS = 50  # of a generation by a pipeline that takes no number
+_GRADIENT = 3  # predictions that one with its gradient takes as long as
 _AWAY = 8  # most latents that take the concept away at negative strengths
 _MAX_STRETCH = 2.0  # largest factor that a fitted map is multiplied by
 _STRENGTHS = (1.0, 1.25, 1.5, 2.0)  # at which a fit is measured
@@ -28,6 +33,63 @@ _RETAINED = 0.9  # share of the effect that a larger strength must retain
 _MIN_GAIN = 0.01  # effect that a shorter window must gain
 _RANK = 8  # of the reference map that is measured beside fitted latents
 _RIDGES = 0.003, 0.02, 0.1  # tried for a map's least squares, relative to the inputs' mean square; the best one stays
+
+
+class _Work:
+    """
+    The bar of a fit, which counts predictions of one picture at one step. From the first batch of pictures on it says
+    about how long the whole fit takes.
+
+    Args:
+        drawn (`list[list[Pair]]`): the pairs whose pictures are drawn, to fit on and to judge by.
+        steps (`int`): of a generation.
+        branches (`int`): guidance branches of a step.
+        gradients (`int`): gradients that the fit takes.
+        variants (`int`): edits that it measures.
+        progress (`bool`): whether to show the bar.
+    """
+
+    def __init__(
+        self, drawn: list[list[Pair]], steps: int, branches: int, gradients: int, variants: int, progress: bool
+    ):  # fmt: skip
+        sampled = len(range(0, steps, -(-steps // _SAMPLED)))
+        images = [len(pairs) + sum(before != after for before, after in pairs) for pairs in drawn]
+        self._drawn = [count * (steps * branches + sampled) for count in images]
+        self._variant = images[1] * sampled  # predictions with one edit
+        self.total = sum(self._drawn) + gradients * _GRADIENT * ROWS + variants * self._variant
+        self._open = partial(tqdm, total=self.total, unit="predictions", disable=not progress)
+        self._told, self._started = "", time.monotonic()
+
+    def __enter__(self) -> _Work:
+        self._bar = self._open(desc="pictures", leave=False)
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        if error is None:
+            self._bar.update(self.total - self._bar.n)
+        self._bar.close()
+
+    def stage(self, name: str) -> None:
+        """Say what is done now."""
+        self._bar.set_description(self._told + name)
+
+    def drawn(self, which: int, share: float) -> None:
+        """A share of the pictures of one list was drawn."""
+        done = share * self._drawn[which]
+        if not self._told:  # another bar, as one that an app shows keeps its name
+            seconds = (time.monotonic() - self._started) * self.total / done
+            self._told = f"about {seconds:.0f} s: "
+            self._bar.close()
+            self._bar = self._open(desc=self._told + "pictures")
+        self._bar.update(done)
+
+    def gradients(self, count: int = 1) -> None:
+        """So many gradients were taken."""
+        self._bar.update(count * _GRADIENT * ROWS)
+
+    def measured(self, variants: int) -> None:
+        """So many edits were measured."""
+        self._bar.update(variants * self._variant)
 
 
 @dataclass
@@ -39,10 +101,12 @@ class FittedFeature:
         label (`dict`): an entry of a dictionary's labels.json: `features` (the parts that add and take away), `seen`
             (latents that are active where the concept is), `edit` (options of the edit) and `measured`.
         maps (`dict[str, torch.Tensor]`): the rows of the linear maps that its parts name, by name.
+        effects (`dict[tuple[str, str], float]`): the effect on each pair of prompts that it was judged by.
     """
 
     label: dict
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
+    effects: dict[Pair, float] = field(default_factory=dict)
 
     @property
     def measured(self) -> dict[str, float]:
@@ -55,7 +119,7 @@ class FittedFeature:
         - `ceiling`: the effect of putting the "to" prompt's activation at the sites
         - `effect_away`: the effect of strength −1, from the "to" to the "from" prompt
 
-        and the counts `latents` or `rank` (in use) and `pairs` (held out).
+        and the counts `latents` or `rank` (in use) and `pairs` (that it was judged by, each counted once).
         """
         return self.label["measured"]
 
@@ -210,10 +274,16 @@ class _Fitter:
     """
 
     def __init__(
-        self, states: States, judges: States, latents: int, rank: int | None, generator: torch.Generator, bar
-    ):  # fmt: skip
+        self,
+        states: States,
+        judges: States,
+        latents: int,
+        rank: int | None,
+        generator: torch.Generator,
+        work: _Work,
+    ):
         self.states, self.judges, self.latents, self.rank = states, judges, latents, rank
-        self.generator, self.bar = generator, bar
+        self.generator, self.work = generator, work
 
     @cached_property
     def surveys(self) -> dict[str, Survey]:
@@ -224,21 +294,19 @@ class _Fitter:
         """A fitter for the other direction."""
         latents = min(_AWAY, self.latents)
         states, judges = self.states.reversed(), self.judges.reversed()
-        return _Fitter(states, judges, latents, self.rank, self.generator, self.bar)
+        return _Fitter(states, judges, latents, self.rank, self.generator, self.work)
 
     def maps(self) -> tuple[Intervention, Measured] | None:
         """The best linear maps, and what they do. `None` if latents are fitted to a dictionary that allows no maps."""
         if self.rank is None and "input" in self.states.activations.values():
             return None
         maps = _fit_maps(self.states, self.judges, self.rank or _RANK)
-        self.bar.update(_MEASURED)
+        self.work.measured(len(_RIDGES))
         return maps
 
     def fit(self) -> Intervention:
         """Choose and fit latents."""
-        model = Pursuit(self.states, self.surveys, self.generator, self.bar).run(self.latents)
-        self.bar.update(_MEASURED)
-        return model
+        return Pursuit(self.states, self.surveys, self.generator, self.work.gradients).run(self.latents)
 
     def window(self, measured: Measured) -> dict[str, float]:
         """The window in which a measured edit helps, as the options `start` and `end`."""
@@ -247,7 +315,7 @@ class _Fitter:
     def judged(self, model: Intervention) -> _Fit:
         """A fit with its largest strength and its effect on the held-out pairs."""
         fit = _Fit(model, *_reach(self.judges, model))
-        self.bar.update(_MEASURED)
+        self.work.measured(len(_STRENGTHS))
         return fit
 
 
@@ -301,27 +369,27 @@ def fit_feature(
     if latents < 1 or (rank is not None and rank < 1):
         given = f"latents={latents!r}" if rank is None else f"rank={rank!r}"
         raise ValueError(f"Expected at least one latent, or a rank of at least one, got {given}.")
-    steps = steps_for(latents) + steps_for(min(_AWAY, latents)) if rank is None else 0
-    total = 2 * _CAPTURE + steps + 6 * _MEASURED
+    drawn = _drawn(pairs, same)
+    shared = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
+    work = _Work(drawn, *_calls(pipeline, call), *_effort(pipeline, latents, rank, adapter_name), progress)
     gradients = frozen(pipeline, checkpointing) if rank is None else contextlib.nullcontext()
-    with explain_out_of_memory(batch_size), gradients, tqdm(total=total, disable=not progress) as bar:
-        shared = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
-        states, generator = _draw(pipeline, pairs, same, seed, rank is None, bar, shared), torch.Generator()
-        fitter = _Fitter(*states, latents, rank, generator.manual_seed(seed), bar)
-        judges = fitter.judges
-        bar.set_description("towards")
+    with explain_out_of_memory(batch_size), gradients, work:
+        states, judges = _states(pipeline, drawn, seed, rank is None, work, shared)
+        fitter = _Fitter(states, judges, latents, rank, torch.Generator().manual_seed(seed), work)
+        work.stage("towards")
         maps = fitter.maps()
         model, judged = maps if rank is not None else (fitter.fit(), None)
         window = fitter.window(judged or judges.measure([model])[0])
         model = model.variant(**window)
         towards = fitter.judged(model if rank is None else _stretched(model, judges))
         ceiling = judges.effects(_goal)
-        bar.update(_MEASURED)
-        bar.set_description("away")
+        work.measured(
+            1 + (1 if rank is None else len(_STRENGTHS))
+        )  # the ceiling, and the window or what was stretched
+        work.stage("away")
         backwards = fitter.reversed()
         model = backwards.fit() if rank is None else backwards.maps()[0]
         away = backwards.judged(model.variant(**window))
-        bar.update(total - bar.n)
     differs = judges.differs
     of_map = towards.effects if rank is not None else maps and maps[1].effects
     measured = {
@@ -333,22 +401,47 @@ def fit_feature(
         "effect_away": _mean(judges, away.effects),
         "latents": towards.latents if rank is None else None,
         "rank": rank,
-        "pairs": int(differs.sum()),
     }
-    return _written(towards, away, fitter.surveys, window, measured)
+    by_pair: dict[Pair, list[float]] = {}
+    for pair, differ, effect in zip(judges.pairs, differs.tolist(), towards.effects.tolist(), strict=True):
+        if differ:
+            by_pair.setdefault(pair, []).append(effect)
+    measured["pairs"] = len(by_pair)
+    fitted = _written(towards, away, fitter.surveys, window, measured)
+    return replace(fitted, effects={pair: sum(each) / len(each) for pair, each in by_pair.items()})
 
 
-def _draw(
-    pipeline, pairs: list[Pair], same: list[Pair], seed: int, codes: bool, bar, shared: dict
-) -> tuple[States, States]:
-    """The states to fit on and to judge by. `codes` is set if latents are fitted."""
+def _drawn(pairs: list[Pair], same: list[Pair]) -> list[list[Pair]]:
+    """The pairs to draw, to fit on and to judge by; where there are few, each is drawn several times."""
     fitting, judging = _split(pairs)
     fitting = (fitting * -(-_PICTURES // len(fitting)))[: max(_PICTURES, len(fitting))]
     judging = (judging * -(-_PICTURES // 3 // len(judging)))[: max(_PICTURES // 3, len(judging))]
-    bar.set_description("pictures")
-    shared = shared | {"steps": _SAMPLED, "drawn": lambda share: bar.update(share * _CAPTURE)}
-    states = States(pipeline, fitting + (same[1::2] or same), seed=seed, moments=True, **shared)
-    judges = States(pipeline, judging + same[::2], seed=seed + 1_000_000, codes=codes, **shared)
+    return [fitting + (same[1::2] or same), judging + same[::2]]
+
+
+def _calls(pipeline, call: dict) -> tuple[int, int]:
+    """The steps of a generation, and the guidance branches of each."""
+    defaults = {name: one.default for name, one in inspect.signature(pipeline.__call__).parameters.items()}
+    steps, guidance = ((defaults | call).get(name) for name in ("num_inference_steps", "guidance_scale"))
+    return steps or _USUAL_STEPS, 1 if guidance is None or guidance <= 1 else 2
+
+
+def _effort(pipeline, latents: int, rank: int | None, adapter_name: str | None) -> tuple[int, int]:
+    """The gradients that a fit takes, and the edits that it measures."""
+    if rank is not None:
+        return 0, 2 * len(_RIDGES) + 3 * len(_STRENGTHS) + 1
+    sites = get_dictionary(pipeline, adapter_name).sites.values()
+    maps = 0 if any(sae.config.activation == "input" for sae in sites) else len(_RIDGES)
+    return gradients_for(latents) + gradients_for(min(_AWAY, latents)), maps + 2 * len(_STRENGTHS) + 2
+
+
+def _states(
+    pipeline, drawn: list[list[Pair]], seed: int, codes: bool, work: _Work, shared: dict
+) -> tuple[States, States]:
+    """The states to fit on and to judge by. `codes` is set if latents are fitted."""
+    shared = shared | {"steps": _SAMPLED}
+    states = States(pipeline, drawn[0], seed=seed, moments=True, drawn=partial(work.drawn, 0), **shared)
+    judges = States(pipeline, drawn[1], seed=seed + 1_000_000, codes=codes, drawn=partial(work.drawn, 1), **shared)
     return states, judges
 
 

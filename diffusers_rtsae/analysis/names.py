@@ -13,10 +13,10 @@ from .effect import explain_out_of_memory
 from .exchanged import ExchangedStates, Latent, Moved, Slopes
 from .vocabulary import Exchanges, Vocabulary
 
-_CANDIDATES = 12  # latents that are measured for each word
-_STEPS, _VERIFYING = 8, 4  # steps of a generation that latents are ranked on, and measured on
+_CANDIDATES = 24  # latents that are measured for each word
+_STEPS, _VERIFYING = 8, 3  # steps of a generation that latents are ranked on, and measured on
 _LEAST = 0.1  # squared change that a word makes, relative to the median of words; others say nothing
-_ALIKE = 0.8  # least cosine of the changes that synonyms make
+_ALIKE = 0.95  # least cosine of the changes that synonyms make
 LEAST_CONFIDENCE = 0.7  # of a name
 _DRAWS = 200  # of pictures with replacement, for the confidence
 _SHARE = 0.02  # least part of a word's change that a latent with its name makes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,14 +18,17 @@ _REMOVED = 256  # most active latents, which are the candidates for removal
 REMOVE = "ablate"  # operation on latents that stand for what the concept replaces
 
 
-def steps_for(latents: int) -> int:
-    """The number of steps that fit the weights of so many latents."""
-    return -(-latents // _ROUND) * _STEPS + _LAST
+def gradients_for(latents: int) -> int:
+    """The number of gradients that choosing and fitting so many latents takes."""
+    return -(-latents // _ROUND) * (_CHOICE + _STEPS) + _LAST
 
 
-def optimise(model: Intervention, states: States, steps: int, generator: torch.Generator, bar) -> None:
+def optimise(
+    model: Intervention, states: States, steps: int, generator: torch.Generator, stepped: Callable[[], object]
+) -> None:
     """Fit the weights of an intervention to the effect by gradient (Adam, with a rate that falls to zero). Pairs that
-    are still far from their target weigh more, so that hard pairs are not given up for many easy ones."""
+    are still far from their target weigh more, so that hard pairs are not given up for many easy ones. `stepped` is
+    called after each step."""
     folds = model.folds()
     if not folds:
         return
@@ -48,7 +52,7 @@ def optimise(model: Intervention, states: States, steps: int, generator: torch.G
                 differ = states.differs[pairs]
                 for pair, share in zip(torch.tensor(pairs)[differ].tolist(), now[differ].tolist(), strict=True):
                     left[pair] += 0.1 * (min(share, 2.0) - left[pair])
-            bar.update()
+            stepped()
     finally:
         for parameter in fitted:
             parameter.requires_grad_(False)
@@ -95,10 +99,13 @@ def survey(states: States, site: str) -> Survey:
 
 
 class Pursuit:
-    """Gradient pursuit: chooses a few latents at a time, to add or to take away, and fits the weights of all."""
+    """Gradient pursuit: chooses a few latents at a time, to add or to take away, and fits the weights of all.
+    `counted` is called with the number of gradients taken."""
 
-    def __init__(self, states: States, surveys: dict[str, Survey], generator: torch.Generator, bar):
-        self.states, self.surveys, self.generator, self.bar = states, surveys, generator, bar
+    def __init__(
+        self, states: States, surveys: dict[str, Survey], generator: torch.Generator, counted: Callable[[int], object]
+    ):  # fmt: skip
+        self.states, self.surveys, self.generator, self.counted = states, surveys, generator, counted
         empty = {"latents": (), "weights": (), "strength": 1.0, "clip": False}
         self.edits: dict[tuple[str, str], Edit] = {}  # by site and operation
         for site, survey in surveys.items():
@@ -126,7 +133,7 @@ class Pursuit:
 
     def _optimise(self, steps: int) -> None:
         model = self._model()
-        optimise(model, self.states, steps, self.generator, self.bar)
+        optimise(model, self.states, steps, self.generator, lambda: self.counted(1))
         self.edits |= {(site, edit.operation): edit for site, edits in model.edits.items() for edit in edits}
 
     def _best(self) -> list[tuple[str, str, int]]:
@@ -136,6 +143,7 @@ class Pursuit:
         gates = {site: survey.gate for site, survey in self.surveys.items()}
         candidates = {site: survey.candidates for site, survey in self.surveys.items()}
         orders = first_order(self._model(), _CHOICE, self.generator, gates, candidates)
+        self.counted(_CHOICE)
         for site, order in orders.items():
             scores = order.removed / order.removed_length.clamp(min=1e-9)
             scores[[candidates[site].index(latent) for latent in self.edits[site, REMOVE].latents]] = 0

@@ -322,11 +322,12 @@ def write_report(
             activity = activities[site]
             for row, i in enumerate(features):
                 highest = max(activity.maps[row].max().item(), 1e-6)
-                is_named = activity.rank[row] >= _NAMED  # these pictures show what steering by the label makes
+                is_named = activity.rank[row] >= _NAMED  # these pictures have what steering by the label makes
                 shown = is_named if is_named.any() else activity.peak[row] > 0
                 place = {
                     "site": sites.index(site),
                     "latents": places[i][site],
+                    "named": bool(is_named.any()),
                     "top": [
                         [image, round(peak, 3)]
                         for image, peak in zip(

@@ -35,7 +35,7 @@ Change = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 # What to add to the tokens of each site, (rows, N or 1, d), or a function that computes it from the tokens.
 Changes = dict[str, Change]
 CHUNK = 4096  # latents that are processed together
-_ROWS = 8  # states in one gradient, at most
+ROWS = 8  # states in one gradient, at most
 _READ = 2**22  # numbers in memory at once while latents are read, unless one picture alone has more
 
 
@@ -165,8 +165,10 @@ class States:
         }
         per_run, self._runs = max(1, batch_size // 2), []
         starts = range(0, len(self.pairs), per_run)
+        if progress:  # an app shows a disabled bar too
+            starts = tqdm(starts, desc="pictures", unit="batch", leave=False)
         with resting(pipeline):
-            for start in tqdm(starts, desc="pictures", unit="batch", leave=False, disable=not progress):
+            for start in starts:
                 batch = self.pairs[start : start + per_run]
                 self._runs.append(self._capture(start, batch))
                 if drawn is not None:
@@ -403,7 +405,7 @@ class States:
     def draw(self, count: int, generator: torch.Generator) -> Iterator[tuple[State, list[int], float]]:
         """Random rows of random states. States whose two predictions are far apart are drawn more often; the weight
         that comes with each makes the weighted average an average over all states."""
-        states, rows = list(self.all()), min(_ROWS, self.batch_size)
+        states, rows = list(self.all()), min(ROWS, self.batch_size)
         size = torch.stack([(state.distance / self.scale[state.pairs]).mean() for state in states])
         if not size.any():
             size += 1

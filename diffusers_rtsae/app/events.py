@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 
 from ..analysis.find import find_features
-from ..analysis.fit import fit_feature
+from ..analysis.fit import FittedFeature, fit_feature
 from ..analysis.plots import plot_heat_maps
 from ..analysis.record import record
 from ..analysis.report import STRENGTHS
 from ..dictionary import parse_feature, search_names
-from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs
+from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs, prompts_to_show
 from ..pipeline import own_size
 from ..worlds import World
 from .layout import DEFAULT_OPTIONS, FEATURES, choices_of
@@ -64,9 +64,9 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _numbers(measured: dict, pairs: int) -> str:
-    """What a fitted feature was measured to do, as a table."""
-    rows, judged = judgement(measured, pairs)
+def _numbers(fitted: FittedFeature, pairs: int) -> str:
+    """What a feature that was fitted to so many pairs was measured to do, as a table."""
+    rows, judged = judgement(fitted.measured, pairs, fitted.effects)
     table = [f"| {name} | **{figure}** | {meaning} |" for name, figure, meaning in rows]
     return "\n".join(["| | | |", "| --- | --- | --- |", *table, "", judged])
 
@@ -369,7 +369,7 @@ class Events:
         pairs = self.pairs_of(data)
         if not pairs:
             raise ValueError("Give one pair of prompts first: the others are made like it.")
-        pairs += more_pairs(pairs, self.world, HELD_OUT_FROM - len(pairs)) if self.world else []
+        pairs += more_pairs(pairs, self.world, max(HELD_OUT_FROM - len(pairs), 0))
         if len(pairs) < HELD_OUT_FROM:
             gr.Warning("No more pairs of this kind are known: write some that differ in the same words.")
         return "\n".join(before for before, _ in pairs), "\n".join(after for _, after in pairs)
@@ -388,12 +388,19 @@ class Events:
         self.made.add(name)
         self.studio.forget()
         chosen = [*(n for n in data[c.names] if n != name), name]
-        numbers = _numbers(fitted.measured, len(pairs))
+        numbers = _numbers(fitted, len(pairs))
         choices = choices_of(self.dictionary.labels)
         return "Made.", numbers, gr.update(choices=choices, value=chosen), gr.update(visible=True)
 
-    def strip_of_made(self, data, progress=gr.Progress()):  # noqa: B008
-        return self.strip(data, data[self.c.new].strip(), progress)
+    @_shown_errors()
+    def show_made(self, data) -> list[tuple[str, str]]:
+        """Pictures without and with the feature: of a prompt that leaves it open, and of one that contradicts it."""
+        name, plain, pictures = data[self.c.new].strip(), self.one_picture(data), []
+        for prompt in prompts_to_show(self.pairs_of(data)):
+            wish = replace(plain, call=plain.call | {"prompt": prompt}, features={name: 1.0})
+            (without, _), (with_it, _) = self.studio.draw_both(wish, lambda step, steps: None)
+            pictures += [(self.studio.file(without[0]), prompt), (self.studio.file(with_it[0]), f"{prompt}: {name}")]
+        return pictures
 
     @_shown_errors()
     def save(self):

@@ -302,7 +302,7 @@ def lay_out(
                 c.make = gr.Button("Make it", variant="primary", elem_id="make", min_width=120)
                 c.progress = gr.Markdown(elem_id="making")
             c.numbers = gr.Markdown(elem_id="numbers")
-            c.made = gr.Gallery(columns=len(STRENGTHS), elem_id="made", **gallery)
+            c.made = gr.Gallery(columns=4, elem_id="made", **gallery)
             c.keep = gr.Button("Save", visible=False, elem_id="keep")
             c.kept_file = gr.DownloadButton("Download dictionary.zip", visible=False)
         with gr.Tab("History"):

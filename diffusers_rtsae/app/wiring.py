@@ -62,6 +62,6 @@ def connect(page: gr.Blocks, events: Events) -> None:
         events.make, asked | {c.names, c.new, c.same_lines} | lines, [c.progress, c.numbers, c.names, c.keep],
         show_progress_on=[c.progress], **one_at_a_time,
     )  # fmt: skip
-    made.success(events.strip_of_made, asked | {c.new}, c.made, **one_at_a_time)
+    made.success(events.show_made, asked | {c.new} | lines, c.made, **one_at_a_time)
     c.keep.click(events.save, None, c.kept_file)
     c.write.click(events.export, asked | {c.preset_name}, c.preset_file)

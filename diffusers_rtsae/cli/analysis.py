@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..pairs import HELD_OUT_FROM, judgement, labels_between, left_open, more_pairs
+from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs, prompts_to_show, unnamed
 from ..worlds import WORLDS, bundled
 from .common import (
     PICTURES,
@@ -104,7 +104,7 @@ def fit(
     unchanged: Annotated[list[str] | None, typer.Option(help="Prompt that should not change; repeatable.")] = None,
     latents: Annotated[int, typer.Option(min=1, help="The most latents to use.")] = 16,
     rank: Annotated[int | None, typer.Option(min=1, help="Fit a linear map of this rank instead of latents.")] = None,
-    more: Annotated[int, typer.Option(min=0, help="Add this many pairs of the same kind (bundled worlds).")] = 0,
+    more: Annotated[int, typer.Option(min=0, help="Add up to this many pairs of the same kind.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder to write the dictionary with the label to.")] = Path("fitted"),
     steps: Steps = 25,
     guidance: Guidance = 3.0,
@@ -141,15 +141,21 @@ def fit(
     from ..pipeline import get_dictionary
 
     chosen = check_pairs(chosen)
+    given = len(chosen)
     if more:
-        if pipeline is not None:
-            raise ValueError("--more makes pairs for the bundled worlds alone: expected --pairs for another pipeline.")
-        made = more_pairs(chosen, world, more)
+        made = more_pairs(chosen, None if pipeline else world, more)
         if not made:
-            raise ValueError("--more knows no pairs of this kind: expected --to to bring in a value of the world.")
+            raise ValueError(
+                "--more knows no pairs of this kind: expected --to to bring in a value of a bundled world, or several "
+                "pairs whose words can be combined."
+            )
         chosen += made
     of = "one pair" if len(chosen) == 1 else f"{len(chosen)} pairs"
-    say_aside(f"Fitting to {of} of prompts; the bar says how long it takes.")
+    offer = ""
+    if len(chosen) < HELD_OUT_FROM and more_pairs(chosen, None if pipeline else world, HELD_OUT_FROM):
+        offer = f" --more {HELD_OUT_FROM - given} makes pairs of the same kind."
+    few = f", too few to hold some out.{offer}" if len(chosen) < HELD_OUT_FROM else "."
+    say_aside(f"Fitting to {of} of prompts{few} After the first pictures the bar says how long it takes.")
     pipe = load_pipeline(pipeline, folder, world)
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
@@ -157,13 +163,13 @@ def fit(
     pipe.add_rtsae_label(name, fitted)
     get_dictionary(pipe).save(out)
     if as_json:
-        print(json.dumps({"label": name, "out": str(out), "measured": fitted.measured}))
+        effects = [[*pair, round(effect, 4)] for pair, effect in fitted.effects.items()]
+        print(json.dumps({"label": name, "out": str(out), "measured": fitted.measured, "effects": effects}))
     else:
-        rows, judged = judgement(fitted.measured, len(chosen))
+        rows, judged = judgement(fitted.measured, len(chosen), fitted.effects)
         show_table([name, "", ""], [list(row) for row in rows])
-        offer = " --more 8 makes pairs of the same kind." if pipeline is None and len(chosen) < HELD_OUT_FROM else ""
         say(judged + offer)
-        prompts = list(dict.fromkeys([left_open(*chosen[0]), chosen[-1][0] if offer == "" else chosen[0][0]]))
+        prompts = prompts_to_show(chosen)
         drawn = out.with_name(f"{out.name}.png")
         _draw_both(pipe, prompts, name, drawn, seed, call)
         say(f"{drawn}: without and with it, " + " and ".join(map(repr, prompts)))
@@ -347,8 +353,8 @@ def report(
     """
     check_output(out, (".html", ".htm"))
     check_prompts(steer_prompts or [], "--steer")
-    most = None
-    if prompts is None:
+    most, is_own = None, prompts is not None
+    if not is_own:
         if pipeline is not None:
             raise ValueError("A report on another pipeline needs --prompts, a text file with one prompt a line.")
         prompts, most = bundled(world.prompts), None if full else 64
@@ -357,7 +363,9 @@ def report(
 
     texts = read_lines(prompts)[:most]
     count, steered = (2048, 128) if full else (count, steered)
-    _, folder = read_dictionary(dictionary, world=world)
+    contents, folder = read_dictionary(dictionary, world=world)
+    if not is_own:
+        texts += unnamed(contents.labels, texts, world)
     pipe = load_pipeline(pipeline, folder, world)
     from ..analysis.report import write_report
 

@@ -1,6 +1,7 @@
 """Features fitted by their effect: what is fitted acts, is saved, and answers its strength."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,11 @@ def fitted(_pipeline, dictionary, quick):
 def test_what_is_fitted_has_an_effect_and_says_so(fitted):
     for one in fitted:
         assert one.measured["effect"] > 0.2 and one.measured["lowest"] <= one.measured["effect"] <= 1
-        assert one.measured["ceiling"] == pytest.approx(1, abs=1e-3) and one.measured["pairs"] > 0
+        assert one.measured["ceiling"] == pytest.approx(1, abs=1e-3) and one.measured["pairs"] == len(PAIRS)
+        assert set(one.effects) == set(PAIRS)  # drawn several times, and told once
+        mean = sum(one.effects.values()) / len(PAIRS)
+        assert one.measured["effect"] == pytest.approx(mean, abs=1e-3)
+        assert one.measured["lowest"] == pytest.approx(min(one.effects.values()), abs=1e-3)
         assert 0 <= one.measured["harm"] < one.measured["effect"]
         assert f"effect {one.measured['effect']:.3g}" in repr(one)
     assert 0 < fitted[0].measured["latents"] <= 6 and not fitted[0].maps
@@ -71,6 +76,39 @@ def test_a_fitted_label_is_saved_and_steers_as_before(fitted, pipe, draw, tmp_pa
     assert (SITE, None) in moved["map"] and (SITE, None) not in moved["sum"]
     card = (tmp_path / "README.md").read_text()
     assert "a linear map of its own" in card
+
+
+def test_the_bar_says_how_long_a_fit_takes_and_comes_to_its_end(_pipeline, dictionary, quick, monkeypatch):
+    """The total is what is done: the last stage ends where the bar does."""
+    bars, opened = [], fit.tqdm
+
+    class Bar(opened):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            bars.append(self)
+            self.told, self.steps = [], []
+
+        def set_description(self, text, *arguments):
+            self.told.append(text)
+
+        def update(self, n=1):
+            self.steps.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(fit, "tqdm", Bar)
+    _pipeline.load_rtsae(dictionary)
+    try:
+        for rank in (None, 2):
+            bars.clear()
+            monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=iter((0, 10)).__next__))
+            fit_feature(_pipeline, PAIRS, 2, UNCHANGED, rank, **CALL)
+            beginning, bar = bars
+            about = 10 * bar.total / bar.steps[0]  # the first pictures took ten seconds
+            assert bar.desc == f"about {about:.0f} s: pictures"
+            assert bar.told == [f"about {about:.0f} s: {stage}" for stage in ("towards", "away")]
+            assert sum(bar.steps[:-1]) == pytest.approx(bar.total) == bar.n and not beginning.steps
+    finally:
+        _pipeline.unload_rtsae()
 
 
 def test_each_part_answers_strengths_of_its_sign_within_its_bounds(fitted):

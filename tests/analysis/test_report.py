@@ -14,6 +14,7 @@ from diffusers_rtsae import RTSAE, Dictionary
 from diffusers_rtsae.analysis.record import record
 from diffusers_rtsae.analysis.report import _map_side, write_report
 from diffusers_rtsae.models import FeatureTimes
+from diffusers_rtsae.pairs import has_phrase
 
 SITE = "up_blocks.1.attentions.1"
 PROMPTS = ["a large red square on the left, flat, on white", "a small blue star at the top, dotted, on black"]
@@ -63,11 +64,16 @@ def test_what_it_says_of_a_feature_is_what_a_recording_shows(told, steered, dict
 
 
 def test_pictures_of_a_label_are_those_whose_prompts_name_it(told):
-    named = [f for f in told["features"] if f.get("label") and any(f["name"] in prompt.split() for prompt in PROMPTS)]
+    named = [
+        f for f in told["features"] if f.get("label") and any(has_phrase(prompt, f["name"]) for prompt in PROMPTS)
+    ]
     assert {"red", "star", "brown"} & {f["name"] for f in named}
     for feature in named:
         for place in feature["places"]:
-            assert place["top"] and all(feature["value"] in PROMPTS[image] for image, _ in place["top"])
+            assert place["named"] and place["top"]
+            assert all(feature["value"] in PROMPTS[image] for image, _ in place["top"])
+    others = [f for f in told["features"] if f.get("label") and f not in named]
+    assert others and not any(place["named"] for f in others for place in f["places"])
 
 
 def test_strips_show_the_prompts_at_all_strengths(told, steered):
@@ -105,7 +111,7 @@ def test_maps_of_many_features_fit():
 
 @pytest.fixture
 def strange(pipe):
-    """Two sites of different kinds, no labels, no metrics, latents that are never active; wide pictures."""
+    """Two sites of different kinds, a label at both, no metrics, latents that are never active; wide pictures."""
     torch.manual_seed(0)
     sites = {}
     for site, width, kind in (("mid_block", 192, "output"), (SITE, 160, "update")):
@@ -113,7 +119,8 @@ def strange(pipe):
         rtsae.threshold.fill_(0.1)
         rtsae.encoder_bias.data[:3] = -1e4
         sites[site] = rtsae
-    pipe.load_rtsae(Dictionary(sites, {}, {"metrics": None}))
+    features = [{"site": site, "latents": [i], "weights": [1.0]} for i, site in enumerate(sites, start=4)]
+    pipe.load_rtsae(Dictionary(sites, {"both": {"features": features}}, {"metrics": None}))
     return pipe
 
 
@@ -125,11 +132,15 @@ def test_a_strange_dictionary_is_reported_too(strange, browser, tmp_path):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(f"{path.as_uri()}#{SITE}:5")
     assert page.inner_text("#name") == "latent 5" and SITE in page.inner_text("#detail")
-    assert page.inner_text("#count") == "24 of 24 features"
+    assert page.inner_text("#count") == "25 of 25 features"
     page.select_option("#site", "0")
-    assert page.inner_text("#count") == "12 of 24 features"
+    assert page.inner_text("#count") == "13 of 25 features"
+    page.locator("#rows button", has_text="both").click()
+    assert "read at 2 sites" in page.inner_text("#detail") and "Here by latent 4." in page.inner_text("#detail")
+    page.locator("[aria-label=sites] button", has_text=SITE.split(".")[-1]).last.click()
+    assert "Here by latent 5." in page.inner_text("#detail")
     page.fill("#search", "1")
-    page.locator("#rows button").first.click()
+    page.locator("#rows button", has_text="1").first.click()
     assert page.inner_text("#name") == "latent 1" and "active in none of the pictures" in page.inner_text("#detail")
     page.reload()
     assert page.inner_text("#name") == "latent 1" and "mid_block" in page.inner_text("#detail")
@@ -204,6 +215,9 @@ def test_what_a_layman_tries_works(browser, written, told):
     page.goto(f"{written.as_uri()}#cross")
     page.wait_for_function("document.querySelector('#name').textContent === 'cross'")
     assert page.locator("#rows tr.chosen").evaluate("e => e.getBoundingClientRect().bottom <= innerHeight")
+    assert "No prompt of this report names it" in page.inner_text("#detail")
+    sticks_out = "(e) => e.getBoundingClientRect().right > e.closest('.card').getBoundingClientRect().right"
+    assert not page.locator("table:has(#rows)").evaluate(sticks_out)
     page.get_by_text("What the words mean").click()
     meant = page.inner_text("#legend")
     assert all(word in meant for word in ("active on", "from t", "lasts", "leakage", "strength", "effect"))

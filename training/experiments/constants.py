@@ -71,7 +71,7 @@ def free_direction(states: States, steps: int) -> torch.Tensor:
     edit = Edit(latents=tuple(range(count)), weights=(0.0,) * count, strength=1.0, clip=False)
     model = concerned({site: [edit]}, states)
     with tqdm(total=steps, desc="free direction", leave=False) as bar:
-        optimise(model, states, steps, torch.Generator().manual_seed(0), bar)
+        optimise(model, states, steps, torch.Generator().manual_seed(0), bar.update)
     sae.typical_activation.fill_(1.0)
     return unit * model.folds()[0].weights.cpu().view(len(sae.config.anchors), -1)
 

@@ -87,16 +87,18 @@ def by_presence(pipe, world: World, latents: list[tuple[str, int]], call: dict) 
 
 def by_label(dictionary: Dictionary, latents: list[tuple[str, int]]) -> list[str]:
     """For each latent the value of the label whose direction is most like its own; '' if its site has no label."""
+    paths: dict[str, list[tuple[str, torch.Tensor]]] = {site: [] for site in dictionary.sites}
+    for name, label in dictionary.labels.items():
+        for site, own in paths.items():
+            seen = [i for entry in dictionary.seen(name) if entry["site"] == site for i in entry["latents"]]
+            if seen:
+                path = sum(dictionary.trajectory((site, index)) for index in seen)
+                own.append((f"{label['factor']}: {label['value']}", path.flatten()))
     names = []
     for site, index in latents:
-        own, best = dictionary.trajectory((site, index)).flatten(), (0.0, "")
-        for name, label in dictionary.labels.items():
-            if any(entry["site"] == site for entry in dictionary.seen(name)):
-                path = torch.stack([dictionary.trajectory((site, i)) for e in dictionary.seen(name) if e["site"] == site
-                                    for i in e["latents"]]).sum(0)  # fmt: skip
-                likeness = float(torch.cosine_similarity(own, path.flatten(), dim=0))
-                best = max(best, (likeness, f"{label['factor']}: {label['value']}"))
-        names.append(best[1])
+        path = dictionary.trajectory((site, index)).flatten()
+        likeness = {value: float(torch.cosine_similarity(path, other, dim=0)) for value, other in paths[site]}
+        names.append(max(likeness, key=likeness.get, default=""))
     return names
 
 

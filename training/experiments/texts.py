@@ -71,12 +71,12 @@ SECTIONS = {  # by the name of the file
         "names",
         "Are the names of latents right?",
         """
-        `diffusers-rtsae name` names latents from prompts alone; the scorer names nothing. The {count} latents here were
-        chosen without names: those whose slope towards a value stands out most. Each is added at strength 1 to
+        `diffusers-rtsae name` names latents from prompts alone; the scorer names nothing. The {count} latents here
+        were chosen without names: those whose slope towards a value stands out most. Each is added at strength 1 to
         {pictures} pictures for each factor that their prompts leave open ({picture_steps} steps each). It *makes* the
-        values whose share of these pictures rises by at least half; as a value that is often there anyway cannot rise
-        so far, some that make one are counted as making none. *Named*: the share of the latents that make a value which
-        have a name. *Right*: the share of these whose name says one of the values they make. Beside names by effect,
+        values whose share of these pictures rises by at least half; a value that is often there anyway cannot rise so
+        far, so that a right name may count as a wrong one. *Named*: the share of the latents that make a value which
+        have a name. *Right*: the share of these whose name says one of the values they make. Beside names by effect:
         the value whose prompts show a latent most, and the value of the label whose direction is most like its own.
         """,
     ),
@@ -92,11 +92,15 @@ SECTIONS = {  # by the name of the file
     ),
     "together": Section(
         "together",
-        "Two labels at once, and painted ones",
+        "Several labels at once, and painted ones",
         """
-        Two labels of different factors at once, on {prompts} prompts for each pair of labels that name other values of
-        both factors, compared with prompts that name both values. Then a label painted on a disc around the first of
-        two objects: does that object show it, and is all that is read of the other object as without steering?
+        Two or three labels of different factors at strength 1, {each} prompts of each kind for each set: prompts that
+        leave these factors open, that name the shape (or, if it is steered, another factor) and nothing else, and that
+        name other values of them; *named* are prompts that name all values instead. Labels are fitted one at a time.
+        The rows are ways to add their maps up: the package's, the simple sum of what each map reads in the activation
+        as it is, and one in which each reads the activation as the others move it. Then a label painted on a disc
+        around the first of two objects: does that object show it, and is all that is read of the other object as
+        without steering?
         """,
     ),
     "samplers": Section(
@@ -321,12 +325,15 @@ PEOPLE_SECTIONS = {
     ),
     "together": Section(
         "together",
-        "Two labels at once, and half of a picture painted",
+        "Several labels at once, and half of a picture painted",
         """
-        Two labels of different factors at once, on {prompts} prompts for each pair of labels that name other values of
-        both factors, compared with prompts that name both values. Then a label painted on the left half, as there is
-        one person in a picture: how far the pixels of each half move, relative to how far the label moves them when it
-        is not painted.
+        As for shapes, {each} prompts of each kind for each set of labels; terse prompts name the role (or, if it is
+        steered, another factor). The ways to add maps up: *what is there*, the package's, the sum of what each map
+        reads in the activation as it is; *what the others move*, in which each reads it as the others move it; *in
+        turn*, as those before it moved it, so that the order matters; *again*, the sum and half of what the maps read
+        after it; *shortened*, the sum with no more than the length that changes at right angles would have. None is
+        ahead by more than its pictures can tell. Then a label painted on the left half, as there is one person in a
+        picture: how far the pixels of each half move, relative to how far the label moves them when it is not painted.
         """,
     ),
     "samplers": Section(
