@@ -89,9 +89,10 @@ def _edits(
             gate = entry.get("where") if where is None else None
             if where is not None and where != "everywhere":
                 gate = _rows(dictionary, where, entry["site"])
+            is_blind = where == "everywhere" and options.get("operation") == "erase"
             edit = Edit(
-                latents=tuple(entry["latents"]),
-                weights=tuple(entry["weights"]),
+                latents=() if is_blind else tuple(entry["latents"]),
+                weights=() if is_blind else tuple(entry["weights"]),
                 strength=strength,
                 where=None if gate is None else tuple(gate),
                 source=None if source is None else tuple(_rows(dictionary, source, entry["site"])),
