@@ -68,6 +68,11 @@ class World(ABC):
     def objects(self, reading: dict[str, str | None]) -> list[Scene]:
         """The objects in a scorer's reading of a picture, each with its `local` factors."""
 
+    def is_empty(self, image: torch.Tensor, scene: Scene) -> bool:
+        """Whether a picture `(3, height, width)` shows the background of a scene and nothing else. Scorers know no
+        such pictures."""
+        raise NotImplementedError(f"No picture of {self.name} is empty.")
+
     def read_as(self, factor: str, scene: Scene) -> str:
         """The name that a scorer has for a factor of the object of a scene."""
         return factor
