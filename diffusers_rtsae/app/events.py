@@ -28,6 +28,7 @@ from ..analysis.report import STRENGTHS
 from ..dictionary import parse_feature
 from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs
 from ..pipeline import own_size
+from ..steering import OPERATIONS
 from ..worlds import World
 from .layout import CLOSE_LIST, DEFAULT_OPTIONS, FEATURES, ON_LOAD
 from .studio import Studio, Wish, side_by_side
@@ -151,6 +152,9 @@ class Events:
         named = zip(data[c.shown], (data[slider] for slider in c.strengths), strict=False)
         features = {parse_feature(name, self.dictionary): strength for name, strength in named}
         options = self.options_of(features, {name: data[option] for name, option in c.options.items()})
+        if data[c.operation] == "erase" and data[c.mask] is not None:  # all that is painted
+            features = features or {(site, 0): 1.0 for site in self.dictionary.sites}
+            options |= {"operation": "erase", "apply_to": data[c.apply_to], "where": "everywhere"}
         return Wish(call, int(data[c.seed]), features, options, data[c.mask])
 
     def one_picture(self, data: dict) -> Wish:
@@ -282,6 +286,13 @@ class Events:
         path = self.folder / "mask.png"
         Image.fromarray((mask * 255).astype(np.uint8)).save(path)
         return gr.update(value=str(path), visible=True)
+
+    @_shown_errors()
+    def remove(self, mask, shown):
+        """Erase what is painted or, if nothing is, the chosen features."""
+        if mask is None and not shown:
+            raise ValueError("Paint over what is to go, or choose a feature first.")
+        return "erase", OPERATIONS["erase"].apply_to, random.random()
 
     # ---- when
 
@@ -448,6 +459,7 @@ class Events:
         gr.on([page.load, *(field.change for field in asked)], self.code, asked, c.script, **at_once)
 
         c.canvas.input(self.paint, None, [c.mask, c.where], show_progress="hidden", trigger_mode="always_last")
+        c.remove.click(self.remove, [c.mask, c.shown], [c.operation, c.apply_to, c.again], show_progress="hidden")
         c.keep_mask.click(self.save_mask, c.mask, c.mask_file)
         c.past.change(
             lambda past: [(one["file"], one["caption"]) for one in past], c.past, c.pictures, show_progress="hidden"

@@ -26,7 +26,7 @@ TERMS = {
     "From": "A picture is made from noise bit by bit. Steer from this moment on: 0 is pure noise.",
     "Until": "And up to this moment: 1 is the finished picture.",
     "Operation": "add brings the feature in. scale, set and clamp change how active it is where it is active already; "
-    "ablate removes it there.",
+    "ablate removes it there. erase takes away the whole thing that has it, or all that is painted.",
     "Half of guidance": "Each step asks the model twice, with the prompt and without it, and goes where the two "
     "differ. cond steers the answer with the prompt, all both, contrast pushes the two apart.",
     "Steps": "In how many steps noise becomes a picture. More are finer and take longer.",
@@ -258,6 +258,7 @@ def lay_out(
                 "", html_template=_CANVAS, js_on_load=_PAINT, elem_id="canvas", apply_default_css=False, label="Where"
             )
             with gr.Row():
+                c.remove = gr.Button("Remove this", elem_id="remove")
                 c.keep_mask = gr.Button("Save mask.png")
                 c.mask_file = gr.DownloadButton("Download mask.png", visible=False)
             gr.Markdown(

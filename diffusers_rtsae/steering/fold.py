@@ -265,7 +265,7 @@ class Seen:
     Args:
         active (`torch.Tensor`, *optional*): whether each edit's latents were active on a token so far, `(B, N, edits)`.
         share (`torch.Tensor`, *optional*): how far each token is exchanged at this step, `(B, N, 1)`.
-        free (`torch.Tensor`, *optional*): 1 on the tokens that others are exchanged for, else 0, `(B, N, 1)`.
+        free (`torch.Tensor`, *optional*): 1 on the tokens that the others are replaced by, else 0, `(B, N, 1)`.
     """
 
     active: torch.Tensor | None = None
@@ -277,11 +277,11 @@ class Erasure(Fold):
     """
     Edits that erase what their latents see. A token is *seen* by an edit if one of its latents has been active there
     by more than half of its typical activation, at this or an earlier step of the generation. Seen tokens, or all
-    tokens under the mask if an edit has no latents, become the mean of the picture's other tokens. A picture that has
-    no other token is left as it is.
+    tokens under the mask if an edit has no latents, become the mean of the picture's other tokens, stretched to their
+    mean length. A picture that has no other token is left as it is.
 
     What is seen is decided on the conditional branch of guidance, whose text names things. The other branches of the
-    step exchange the same tokens, each for the mean of its own.
+    step replace the same tokens, by the mean of their own.
 
     The arguments are those of [`Fold`].
     """
@@ -321,23 +321,23 @@ class Erasure(Fold):
         strength = self._strength(step.timestep, len(tokens), in_turns).clamp(0, 1)
         share = strength * seen.active
         factors = self._token_factors(latents, len(tokens), step.size, in_turns)
-        is_given = reached is not None and reached.shape[:2] == tokens.shape[:2]
         if not self.options.latents:
             share, factors = share * factors, None  # all that the mask leaves out is free
         seen.free = (share == 0).all(-1, keepdim=True).float()
-        if is_given:
-            seen.free, factors = seen.free * reached, reached if factors is None else factors * reached
+        if reached is not None and reached.shape[:2] == tokens.shape[:2]:
+            seen.free, factors = seen.free * (reached > 0), reached if factors is None else factors * reached
         share = share if factors is None else share * factors
         exists = seen.free.any(1, keepdim=True)
         if counts is not None:
-            everywhere = (share.any(-1).any(1) & ~exists[:, 0, 0]).float().mean()
+            everywhere = ((share != 0).any(1).any(1) & ~exists[:, 0, 0]).float().mean()
             edited = ((share != 0) & exists).float().mean((0, 1))
             counts.append(Counts(step.timestep, self.edits, edited, None, everywhere=everywhere))
         seen.share = share.amax(-1, keepdim=True) * exists
         return self.exchange(tokens, seen)
 
     def exchange(self, tokens: torch.Tensor, seen: Seen) -> torch.Tensor:
-        """What to add to the tokens `(B, N, d)` of a branch so that those that `change` chose become the others' mean.
+        """
+        What to add to the tokens `(B, N, d)` of a guidance branch, once `change` has chosen which to replace.
 
         Raises:
             `ValueError`: the branch has another number of tokens than the conditional one.
@@ -348,7 +348,10 @@ class Erasure(Fold):
                 f"{seen.share.shape[1]}. Use apply_to='cond'."
             )
         tokens = tokens.float()
-        mean = (tokens * seen.free).sum(1, keepdim=True) / seen.free.sum(1, keepdim=True).clamp(min=1)
+        lengths = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+        free = seen.free / seen.free.sum(1, keepdim=True).clamp(min=1)
+        mean, length = ((values * free).sum(1, keepdim=True) for values in (tokens, lengths))
+        mean = mean * (length / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp(min=1e-20))
         return seen.share * (mean - tokens)
 
 

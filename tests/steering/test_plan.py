@@ -241,20 +241,21 @@ def dense_change(rtsae: SparseDictionary, edit: Edit, h: torch.Tensor, g: int) -
 
 
 def dense_erasure(rtsae: SparseDictionary, edit: Edit, h: torch.Tensor, g: int) -> torch.Tensor:
-    """The same for an edit that exchanges tokens: the mean of the tokens on which its latents have never been above
-    half of their typical activation, token by token."""
+    """The same for an edit that exchanges tokens, token by token: one on which a latent of the edit has been above half
+    of its typical activation becomes the mean of those of which that is not so, as long as they are."""
     codes = [rtsae.encode(h[:, :, : s + 1].flatten(0, 1)).unflatten(0, h.shape[:2]).detach() for s in range(g + 1)]
     half, change = rtsae.typical_activation[list(edit.latents)] / 2, torch.zeros_like(h[:, :, g])
     for picture, strength in enumerate(edit.strength):
         seen = [
             any((z[picture, token, list(edit.latents)] > half).any() for z in codes) for token in range(h.shape[1])
         ]
-        others = [h[picture, token, g] for token, is_seen in enumerate(seen) if not is_seen]
+        free = [token for token, is_seen in enumerate(seen) if not is_seen]
         for token, is_seen in enumerate(seen):
             if edit.where and not (codes[-1][picture, token, list(edit.where)] > 0).any():
                 continue
-            if is_seen and others:
-                mean = torch.stack(others).mean(0)
+            if is_seen and free:
+                others = h[picture, free, g]
+                mean = others.mean(0) / others.mean(0).norm() * others.norm(dim=1).mean()
                 change[picture, token] = min(max(strength, 0), 1) * (mean - h[picture, token, g])
     return change
 

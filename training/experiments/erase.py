@@ -4,8 +4,8 @@
 
 Each picture has a concept of its own: the shape of the first of two objects, the shape of a single object, or, in a
 world of people, the role. It is erased where the label's latents see it or under a mask that knows where the object
-is, for the mean of the other tokens, for the nearest of them or for one drawn at random; or it is taken away as until
-now: by the label at strength −1, by ablating the latents that the label is seen by, or by scaling the latents that are
+is, for the mean of the other tokens at their mean length, or for the mere mean, the nearest, or one drawn at random;
+or it is taken away as until now: by the label at strength −1, by ablating the latents that the label is seen by, or by scaling the latents that are
 more present when prompts name it, as SAeUron (2501.18052) does. Pictures that do not show what their prompt names
 without any edit are left out.
 
@@ -65,23 +65,29 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(text)
 
 
+def mean(self: Erasure, tokens: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """Exchange tokens for the mean of all free ones, as short as it is."""
+    return seen.share * ((tokens * seen.free).sum(1, keepdim=True) / seen.free.sum(1, keepdim=True) - tokens)
+
+
 def nearest(self: Erasure, tokens: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Exchange tokens of a square grid for the free one that is nearest."""
     side = int(tokens.shape[1] ** 0.5)
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
-    distance = torch.cdist(places, places) + 1e6 * (1 - seen.free.mT)
-    return seen.share * (_taken(tokens, distance.argmin(2)) - tokens)
+    return _taking(tokens, seen, -torch.cdist(places, places))
 
 
 def drawn(self: Erasure, tokens: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Exchange each token for a free one that is drawn at random, the same at each step."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.rand(1, tokens.shape[1], tokens.shape[1], generator=generator)
-    return seen.share * (_taken(tokens, (numbers * seen.free.mT).argmax(2)) - tokens)
+    return _taking(tokens, seen, numbers)
 
 
-def _taken(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return tokens.gather(1, index[..., None].expand(tokens.shape))
+def _taking(tokens: torch.Tensor, seen: Seen, order: torch.Tensor) -> torch.Tensor:
+    """Exchange each token for the free one with the greatest number in `order`, `(…, tokens, tokens)`."""
+    chosen = (order - 1e9 * (1 - seen.free.mT)).argmax(2)[..., None]
+    return seen.share * (tokens.gather(1, chosen.expand(tokens.shape)) - tokens)
 
 
 class Artefacts:
@@ -270,19 +276,17 @@ def main() -> None:
             under = (*seen[:2], {"operation": "erase", "where": "everywhere", "mask": first})
             edits["erased under the true mask"] = under
         edits["erased where the label is seen"] = seen
-        for branches in ("cond", "contrast"):
-            edits[f"the same, apply_to={branches!r}"] = (*seen[:2], {"operation": "erase", "apply_to": branches})
-        for way in (nearest, drawn):
-            edits[f"the same, for the {way.__name__} token"], ways[f"the same, for the {way.__name__} token"] = (
-                seen,
-                way,
-            )
+        if pictures.what == "one of two":
+            for branches in ("cond", "contrast"):
+                edits[f"the same, apply_to={branches!r}"] = (*seen[:2], {"operation": "erase", "apply_to": branches})
+            for way, taken in ((mean, "the mere mean"), (nearest, "the nearest"), (drawn, "drawn ones")):
+                edit = f"the same, for {taken}"
+                edits[edit], ways[edit] = seen, way
         edits[f"erased where {a.features} latents see it"] = (chosen, each(1.0), {"operation": "erase"})
         edits["label at −1"] = (dictionary, by_label(-1.0), {})
         edits["label ablated"] = (dictionary, by_label(1.0), {"operation": "ablate", "apply_to": "all"})
         scaled = {"operation": "scale", "apply_to": "all", "clip": False}
-        for scale in (0.0, -1.0):
-            edits[f"{a.features} latents × {scale:g}"] = (chosen, each(scale, neutral=1.0), scaled)
+        edits[f"{a.features} latents × 0"] = (chosen, each(0.0, neutral=1.0), scaled)
         for edit, how in edits.items():
             if results.has(what=pictures.what, edit=edit):
                 continue
