@@ -7,7 +7,7 @@ from small_pipelines import FLUX_TEXT, TRUE_CFG, dictionary, flux
 
 from diffusers_rtsae import RTSAE
 from diffusers_rtsae.analysis.record import Recorder
-from diffusers_rtsae.steering import Edit, PlanState, SitePlan
+from diffusers_rtsae.steering import Edit, PlanState, SitePlan, fold
 
 SITE = "up_blocks.1.attentions.1"
 PROMPTS = ["a large red heart on the left of a large blue star, flat, on white", "a large green cross, flat, on white"]
@@ -88,7 +88,7 @@ def rest(free: torch.Tensor) -> torch.Tensor:
     return free.mean(0) / free.mean(0).norm() * free.norm(dim=1).mean()
 
 
-def test_a_picture_that_is_full_of_it_is_left_as_it_is(steered):
+def test_a_picture_that_is_full_of_it_is_left_as_it_is(steered, monkeypatch):
     sae, tokens = seeing(torch.tensor([[True] * 4, [True, False, False, False]]))
     edit = Edit(latents=(0,), weights=(1.0,), strength=1.0, operation="erase")
     state = PlanState()
@@ -96,9 +96,9 @@ def test_a_picture_that_is_full_of_it_is_left_as_it_is(steered):
     assert (change[0] == 0).all() and (change[1, 1:] == 0).all()
     torch.testing.assert_close(tokens[1, 0] + change[1, 0], rest(tokens[1, 1:]))
     assert [(row["edited"], row["everywhere"]) for row in state.report] == [(0.125, 0.5)]
-    every = dict.fromkeys(range(2048), 1.0)
     plain = images(steered, steps=2)
-    steered.set_rtsae_features(every, operation="erase")
+    monkeypatch.setattr(fold, "_SEEN", -1.0)
+    steered.set_rtsae_features({"heart": 1.0}, operation="erase")
     with pytest.warns(UserWarning, match="on every token of a picture") as told:
         assert (images(steered, steps=2) == plain).all()
     assert len([one for one in told if "every token" in str(one.message)]) == 1
@@ -139,8 +139,9 @@ def test_both_streams_and_branches_of_a_transformer_take_tokens_of_their_own(sit
     made[site].typical_activation.fill_(0.5)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_rtsae(made)
+    few = dict.fromkeys(range(4), 1.0)
     branches, call = ("cond", "uncond"), FLUX_TEXT | TRUE_CFG | {"true_cfg_scale": 3.0, "output_type": "latent"}
-    with Recorder(pipe, [site], streams=branches) as before, pipe.rtsae_steering({3: 1.0}, operation="erase"):
+    with Recorder(pipe, [site], streams=branches) as before, pipe.rtsae_steering(few, operation="erase"):
         with Recorder(pipe, [site], streams=branches) as after:
             pipe(**call, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     was, now = (one.trajectories(site) for one in (before, after))  # (branches * pictures, tokens, steps, d)
