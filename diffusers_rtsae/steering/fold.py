@@ -263,7 +263,7 @@ class Seen:
     What an [`Erasure`] remembers of one generation.
 
     Args:
-        active (`torch.Tensor`, *optional*): whether each edit's latents were active on a token so far, `(B, N, edits)`.
+        active (`torch.Tensor`, *optional*): whether each edit's latents have seen a token so far, `(B, N, edits)`.
         share (`torch.Tensor`, *optional*): how far each token is exchanged at this step, `(B, N, 1)`.
         free (`torch.Tensor`, *optional*): 1 on the tokens that the others are replaced by, else 0, `(B, N, 1)`.
     """

@@ -3,11 +3,11 @@
     python -m training.experiments.erase --scorer examples/shapes-judge --out training/results/erase.json
 
 Each picture has a concept of its own: the shape of the first of two objects, the shape of a single object, or, in a
-world of people, the role. It is erased where the label's latents see it or under a mask that knows where the object
-is, for the mean of the other tokens at their mean length, or for the mere mean, the nearest, or one drawn at random;
-or it is taken away as until now: by the label at strength −1, by ablating the latents that the label is seen by, or by scaling the latents that are
-more present when prompts name it, as SAeUron (2501.18052) does. Pictures that do not show what their prompt names
-without any edit are left out.
+world of people, the role. It is erased where the label's latents see it, or under a mask that knows where the object
+is. Tokens become the mean of the others at their mean length, or else the mere mean, the nearest, or one drawn at
+random. Or the concept is taken away as until now: by the label at strength −1, by ablating the latents that the label
+is seen by, or by scaling the latents that are more present when prompts name it, as SAeUron (2501.18052) does.
+Pictures that do not show what their prompt names without any edit are left out.
 
 *Artefacts* are the share of the activations of edited tokens, after the edit, that are outside the middle 99 % of all
 activations without it at the same step: in length, and in single dimensions. Rows are added to the JSON as they are
@@ -44,9 +44,10 @@ FIGURES = {
     },
     "one object": {
         "gone": "not that shape",
-        "nothing": "nothing there",
-        "background": "background as it was",
-        "valid": "valid, or empty",
+        "nothing": "no object read",
+        "background": "background read as it was",
+        "empty": "not a trace left",
+        "valid": "valid, or not a trace",
     },
     "people": {"gone": "not that role", "who": "who", "tone": "tone", "style": "style", "valid": "valid"},
 }
@@ -179,7 +180,7 @@ class Pictures:
 
     def figures(self, images: torch.Tensor) -> dict[str, float]:
         """What became of the pictures that count."""
-        readings, found = self.scorer.read(images), {name: 0 for name in FIGURES[self.what]}
+        readings, found = self.scorer.read(images), dict.fromkeys(FIGURES[self.what], 0)
         for i in self.counted:
             for name, holds in self._judge(i, images[i], readings[i]).items():
                 found[name] += bool(holds)
@@ -201,11 +202,12 @@ class Pictures:
         gone = seen[self.factor] != scenes[0][self.factor]
         if self.what == "people":
             return {"gone": gone, **{f: seen[f] == then[f] for f in ("who", "tone", "style")}, "valid": seen["valid"]}
-        is_empty = world.is_empty(image, scenes[0])
+        is_empty = world.is_empty(image, scenes[0], self.plain[i])
         return {
-            "gone": gone or is_empty,
-            "nothing": is_empty or not world.objects(reading),
-            "background": is_empty or seen["background"] == then["background"],
+            "gone": gone,
+            "nothing": not world.objects(reading),
+            "background": seen["background"] == then["background"],
+            "empty": is_empty,
             "valid": is_empty or seen["valid"],
         }
 

@@ -9,7 +9,7 @@ import torch
 
 from .. import Scene, World
 from .captions import captions
-from .scenes import BACKGROUNDS, FACTORS, IMAGE_SIZE, OBJECT_FACTORS, PLACES, SIZES, Scenes, sample_scenes
+from .scenes import FACTORS, IMAGE_SIZE, OBJECT_FACTORS, PLACES, SIZES, Scenes, sample_scenes
 
 _STEERED = ("background", "style", "colour", "shape", "size")
 
@@ -64,13 +64,6 @@ class Shapes(World):
         y, x = torch.meshgrid(axis, axis, indexing="ij")
         distance = ((x - centre[:, 0, None, None]) ** 2 + (y - centre[:, 1, None, None]) ** 2).sqrt()
         return (distance < radius[:, None, None]).float()
-
-    def is_empty(self, image: torch.Tensor, scene: Scene) -> bool:
-        colours = torch.tensor(list(BACKGROUNDS.values()))
-        mean = image.flatten(1).median(1).values
-        nearest = list(BACKGROUNDS)[int((colours - mean).norm(dim=1).argmin())]
-        far = (image - mean[:, None, None]).abs().amax(0) > 0.1
-        return nearest == scene["background"] and float(far.float().mean()) < 0.01
 
     def objects(self, reading: dict[str, str | None]) -> list[Scene]:
         return [
