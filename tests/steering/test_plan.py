@@ -241,8 +241,8 @@ def dense_change(rtsae: SparseDictionary, edit: Edit, h: torch.Tensor, g: int) -
 
 
 def dense_erasure(rtsae: SparseDictionary, edit: Edit, h: torch.Tensor, g: int) -> torch.Tensor:
-    """The same for an edit that exchanges tokens, one by one: if a latent of the edit has been above half of its typical
-    activation on it, it becomes the mean of those on which none has, as long as they are."""
+    """The same for an edit that exchanges tokens, one by one: one on which a latent of the edit has been above half of
+    its typical activation becomes the mean of those on which none has, as long as they are."""
     codes = [rtsae.encode(h[:, :, : s + 1].flatten(0, 1)).unflatten(0, h.shape[:2]).detach() for s in range(g + 1)]
     half, change = rtsae.typical_activation[list(edit.latents)] / 2, torch.zeros_like(h[:, :, g])
     for picture, strength in enumerate(edit.strength):

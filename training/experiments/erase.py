@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -223,21 +224,71 @@ def exchanging(way: Callable) -> Iterator[None]:
         yield
 
 
-def pictures_of(world: World, pipe: DiffusionPipeline, scorer, a) -> list[Pictures]:
+def pictures_of(world: World, pipe: DiffusionPipeline, scorer, a) -> Iterator[Pictures]:
     """The kinds of pictures that a world has."""
     common = (world, pipe, scorer, a)
     pairs, prompts = world.two(8 * a.prompts, 73_000)
     if pairs:
         unlike = [i for i, (one, other) in enumerate(pairs) if one["shape"] != other["shape"]][: a.prompts]
-        two = ([pairs[i] for i in unlike], [prompts[i] for i in unlike], "shape", 730_000)
-    factor = "shape" if pairs else "role"
-    of_factor = [value for name, value in world.targets if name == factor]
-    probes = [world.probe(factor, v, "contradicted", -(-a.prompts // len(of_factor)), seed=730) for v in of_factor]
-    scenes = [(scene | {factor: one.value},) for one in probes for scene in one.scenes]
-    single = (scenes, [text for one in probes for text in one.prompted], factor, 740_000)
-    if pairs:
-        return [Pictures(*common, "one of two", *two), Pictures(*common, "one object", *single)]
-    return [Pictures(*common, "people", *single)]
+        scenes = [pairs[i] for i in unlike]
+        yield Pictures(*common, "one of two", scenes, [prompts[i] for i in unlike], "shape", 730_000)
+    what, factor = ("one object", "shape") if pairs else ("people", "role")
+    values = [value for name, value in world.targets if name == factor]
+    probes = [world.probe(factor, v, "contradicted", -(-a.prompts // len(values)), seed=730) for v in values]
+    single = [(scene | {factor: one.value},) for one in probes for scene in one.scenes]
+    yield Pictures(*common, what, single, [text for one in probes for text in one.prompted], factor, 740_000)
+
+
+def most_present(world: World, pipe: DiffusionPipeline, dictionary: Dictionary, factor: str, a) -> Dictionary:
+    """A label for each value of a factor, made of the latents that are more present when prompts name it."""
+    labels = {}
+    pipe.load_rtsae(dictionary)
+    for value in tqdm([v for f, v in world.targets if f == factor], desc="features", unit="concept"):
+        choose = world.probe(factor, value, "contradicted", 8, seed=601)
+        found = find_features(
+            pipe, choose.prompted, choose.prompts, a.features, seeds=1, by="presence", **calling(pipe, a)
+        )
+        labels[value] = {"features": entries(found)}
+    pipe.unload_rtsae()
+    return Dictionary(dictionary.sites, labels, dictionary.config)
+
+
+class Way(NamedTuple):
+    """
+    How a concept is taken away.
+
+    strength, neutral (`float`): of its feature, and that of the features of other pictures.
+    few (`bool`): by the latents that are more present when prompts name it, instead of by its label.
+    exchange (`Callable`): in which way tokens are exchanged.
+    options (`dict`): of the edit.
+    """
+
+    strength: float = 1.0
+    neutral: float = 0.0
+    few: bool = False
+    exchange: Callable = Erasure.exchange
+    options: dict = {"operation": "erase"}
+
+
+def ways_of(pictures: Pictures, features: int) -> dict[str, Way | None]:
+    """The ways to compare on some pictures, by what their rows call them."""
+    ways: dict[str, Way | None] = {"no edit": None, "erased where the label is seen": Way()}
+    if pictures.world.local:
+        objects = pictures.world.masks([scene[0] for scene in pictures.scenes], pictures.world.image_size)
+        painted = {"operation": "erase", "where": "everywhere", "mask": objects}
+        ways["erased under the true mask"] = Way(options=painted)
+    ways["label at −1"] = Way(-1.0, options={})
+    ways["label ablated"] = Way(options={"operation": "ablate", "apply_to": "all"})
+    if pictures.what == "one of two":
+        for branches in ("cond", "contrast"):
+            options = {"operation": "erase", "apply_to": branches}
+            ways[f"erased, apply_to={branches!r}"] = Way(options=options)
+        for exchange, taken in ((mean, "the mere mean"), (nearest, "the nearest"), (drawn, "drawn ones")):
+            ways[f"erased, for {taken}"] = Way(exchange=exchange)
+    scaled = {"operation": "scale", "apply_to": "all", "clip": False}
+    ways[f"{features} latents × 0"] = Way(0.0, neutral=1.0, few=True, options=scaled)
+    ways[f"erased where {features} latents see it"] = Way(few=True)
+    return ways
 
 
 def main() -> None:
@@ -245,60 +296,34 @@ def main() -> None:
     add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/erase.json"))
     parser.add_argument("--prompts", type=int, default=36, help="of each kind of picture")
-    parser.add_argument("--features", type=int, default=8, help="latents of a concept that are scaled, or seen by")
+    parser.add_argument("--features", type=int, default=8, help="latents of a concept, beside its label")
     a, world = parse(parser)
     pipe, scorer = load_models(a)
     dictionary: Dictionary = load_dictionary(a.dictionary)
     results = Results(a, [a.pipeline, a.dictionary])
     names = {(label["factor"], label["value"]): name for name, label in dictionary.labels.items()}
-    few: dict[str, dict] = {}
+    few: Dictionary | None = None
     for pictures in pictures_of(world, pipe, scorer, a):
-        factor, values = pictures.factor, pictures.values
-        pipe.load_rtsae(dictionary)
-        for value in tqdm(sorted(set(values) - few.keys()), desc="features", unit="concept"):
-            choose = world.probe(factor, value, "contradicted", 8, seed=601)
-            found = find_features(
-                pipe, choose.prompted, choose.prompts, a.features, seeds=1, by="presence", **calling(pipe, a)
-            )
-            few[value] = {"features": entries(found)}
-        pipe.unload_rtsae()
-        chosen = Dictionary(dictionary.sites, few, dictionary.config)
-
-        def each(strength: float, neutral: float = 0.0, values=values) -> dict[str, list[float]]:
-            return {v: [strength if v == own else neutral for own in values] for v in dict.fromkeys(values)}
-
-        def by_label(strength: float, factor=factor, each=each) -> dict[str, list[float]]:
-            return {names[factor, value]: strengths for value, strengths in each(strength).items()}
-
-        seen = (dictionary, by_label(1.0), {"operation": "erase"})
-        edits: dict[str, tuple | None] = {"no edit": None}
-        ways: dict[str, Callable] = {}
-        if world.local:
-            first = world.masks([objects[0] for objects in pictures.scenes], world.image_size)
-            under = (*seen[:2], {"operation": "erase", "where": "everywhere", "mask": first})
-            edits["erased under the true mask"] = under
-        edits["erased where the label is seen"] = seen
-        if pictures.what == "one of two":
-            for branches in ("cond", "contrast"):
-                edits[f"the same, apply_to={branches!r}"] = (*seen[:2], {"operation": "erase", "apply_to": branches})
-            for way, taken in ((mean, "the mere mean"), (nearest, "the nearest"), (drawn, "drawn ones")):
-                edit = f"the same, for {taken}"
-                edits[edit], ways[edit] = seen, way
-        edits[f"erased where {a.features} latents see it"] = (chosen, each(1.0), {"operation": "erase"})
-        edits["label at −1"] = (dictionary, by_label(-1.0), {})
-        edits["label ablated"] = (dictionary, by_label(1.0), {"operation": "ablate", "apply_to": "all"})
-        scaled = {"operation": "scale", "apply_to": "all", "clip": False}
-        edits[f"{a.features} latents × 0"] = (chosen, each(0.0, neutral=1.0), scaled)
-        for edit, how in edits.items():
+        for edit, way in tqdm(ways_of(pictures, a.features).items(), desc=pictures.what, unit="way"):
             if results.has(what=pictures.what, edit=edit):
                 continue
-            with exchanging(ways.get(edit, Erasure.exchange)):
-                images, before, after = pictures.draw(how)
+            steering = None
+            if way is not None:
+                if way.few and few is None:
+                    few = most_present(world, pipe, dictionary, pictures.factor, a)
+                strengths = {
+                    value if way.few else names[pictures.factor, value]: [
+                        way.strength if value == own else way.neutral for own in pictures.values
+                    ]
+                    for value in dict.fromkeys(pictures.values)
+                }
+                steering = (few if way.few else dictionary, strengths, way.options)
+            with exchanging(Erasure.exchange if way is None else way.exchange):
+                images, before, after = pictures.draw(steering)
             artefacts = pictures.artefacts.figures(before, after)
             artefacts = {name: share if share is None else round(share, 4) for name, share in artefacts.items()}
             row = {"what": pictures.what, "edit": edit, "n": len(pictures.counted)}
             results.add(row | pictures.figures(images) | artefacts)
-            print(results.rows[-1], flush=True)
     results.tell(markdown(results.rows))
 
 
