@@ -303,27 +303,28 @@ def main() -> None:
     results = Results(a, [a.pipeline, a.dictionary])
     names = {(label["factor"], label["value"]): name for name, label in dictionary.labels.items()}
     few: Dictionary | None = None
-    for pictures in pictures_of(world, pipe, scorer, a):
-        for edit, way in tqdm(ways_of(pictures, a.features).items(), desc=pictures.what, unit="way"):
-            if results.has(what=pictures.what, edit=edit):
-                continue
-            steering = None
-            if way is not None:
-                if way.few and few is None:
-                    few = most_present(world, pipe, dictionary, pictures.factor, a)
-                strengths = {
-                    value if way.few else names[pictures.factor, value]: [
-                        way.strength if value == own else way.neutral for own in pictures.values
-                    ]
-                    for value in dict.fromkeys(pictures.values)
-                }
-                steering = (few if way.few else dictionary, strengths, way.options)
-            with exchanging(Erasure.exchange if way is None else way.exchange):
-                images, before, after = pictures.draw(steering)
-            artefacts = pictures.artefacts.figures(before, after)
-            artefacts = {name: share if share is None else round(share, 4) for name, share in artefacts.items()}
-            row = {"what": pictures.what, "edit": edit, "n": len(pictures.counted)}
-            results.add(row | pictures.figures(images) | artefacts)
+    kinds = [(pictures, ways_of(pictures, a.features)) for pictures in pictures_of(world, pipe, scorer, a)]
+    todo = [(place, pictures, *one) for pictures, ways in kinds for place, one in enumerate(ways.items())]
+    for _, pictures, edit, way in tqdm(sorted(todo, key=lambda one: one[0]), desc="ways", unit="way"):
+        row = {"what": pictures.what, "edit": edit, "n": len(pictures.counted)}
+        if results.has(what=pictures.what, edit=edit):
+            continue
+        if way is None:
+            results.add(row | pictures.figures(pictures.plain) | {"length": None, "dimensions": None, "edited": 0.0})
+            continue
+        if way.few and few is None:
+            few = most_present(world, pipe, dictionary, pictures.factor, a)
+        strengths = {
+            value if way.few else names[pictures.factor, value]: [
+                way.strength if value == own else way.neutral for own in pictures.values
+            ]
+            for value in dict.fromkeys(pictures.values)
+        }
+        with exchanging(way.exchange):
+            images, before, after = pictures.draw((few if way.few else dictionary, strengths, way.options))
+        artefacts = pictures.artefacts.figures(before, after)
+        artefacts = {name: share if share is None else round(share, 4) for name, share in artefacts.items()}
+        results.add(row | pictures.figures(images) | artefacts)
     results.tell(markdown(results.rows))
 
 

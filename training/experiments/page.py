@@ -143,8 +143,23 @@ SECTIONS = {  # by the name of the file
         """
         UnlearnCanvas' protocol on shapes and styles, {prompts} prompts that name each concept and as many that
         do not, unseen when the latents were chosen. Every edit acts on all of them. Either the bundled label of the
-        concept at strength −1; or the latents that are most present when prompts name it, multiplied wherever they
-        are active, in both halves of guidance: by 0, which sets them to zero, or below, as SAeUron does.
+        concept at strength −1; or erasing what the label sees, which leaves an empty picture where there was one
+        object, and the scorer knows none; or the latents that are most present when prompts name it, multiplied
+        wherever they are active, in both halves of guidance: by 0, which sets them to zero, or below, as SAeUron does.
+        """,
+    ),
+    "erase": Section(
+        "erase",
+        "Can a thing be erased?",
+        """
+        Erasing replaces the tokens on which a feature is seen by the mean of the picture's other tokens, at their mean
+        length, at all steps and in all branches of guidance. {prompts} prompts of each kind, and of these the pictures
+        that show what their prompt names without any edit; each loses its own shape. The true mask knows where the
+        object is; all other ways know what the dictionary sees. No choice was made on these prompts. The pipeline and
+        the judge know no empty pictures: whether not a trace is left of a single object is told by the colours of its
+        background. *Artefacts* are activations of edited tokens outside the middle 99 % of those without an edit, in
+        length and in single dimensions; 2606.31699 has 57 % for SAeUron and 16 % with replacement, of other
+        dictionaries and with another measure.
         """,
     ),
     "arms": Section(
@@ -305,6 +320,15 @@ PEOPLE_SECTIONS = {
         UnlearnCanvas' protocol on styles and roles, {prompts} prompts that name each concept and as many that do not.
         Every edit acts on all of them: the bundled label of the concept at strength −1, or the latents that are most
         present when prompts name it, multiplied wherever they are active, in both halves of guidance.
+        """,
+    ),
+    "erase": Section(
+        "erase",
+        "Can a role be erased?",
+        """
+        As for shapes, at all cross-attentions at once, {prompts} prompts that each name a role. A person fills the
+        picture and nothing in it shows what is below a helmet; and all tokens attend to the word. So this is no way
+        to change a role: *who*, *tone* and *style* are as without the edit.
         """,
     ),
     "arms": Section(
