@@ -3,9 +3,10 @@
     python -m training.experiments.unlearn --out training/results/unlearn.json
 
 Each value of the two factors (in shapes the styles and the shapes) is removed in three ways: by the dictionary's own
-label at strength −1; by erasing all tokens on which the label's latents see it; and by scaling the latents that are more present when prompts name the value than when they name
-another, wherever they are active, in both guidance branches (0 sets them to zero), as SAeUron (2501.18052) does with
-negative scales. All act on every picture, also where there is nothing to remove. *Unlearned*: the share of pictures
+label at strength −1; by erasing all tokens on which the label's latents see it; and by scaling the latents that are
+more present when prompts name the value than when they name another, wherever they are active, in both guidance
+branches (0 sets them to zero), as SAeUron (2501.18052) does with negative scales. All act on every picture, also where
+there is nothing to remove. *Unlearned*: the share of pictures
 that do not show the concept although the prompt names it. *In-domain*: prompts that name another value of the same
 factor still show that value. *Cross-domain*: the other factor is still right. *Valid*: the share of valid pictures
 among those whose concept was removed. The model without any edit is the baseline. Rows are added to the JSON as they
