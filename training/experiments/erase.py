@@ -39,6 +39,7 @@ from .unlearn import entries
 FIGURES = {
     "one of two": {
         "gone": "nothing in its place",
+        "unlike": "not that shape there",
         "kept": "other's shape and colour",
         "same": "all that is read of the other",
         "valid": "valid",
@@ -195,6 +196,7 @@ class Pictures:
             other, then = after.get(second, {}), before[second]
             return {
                 "gone": first not in after,
+                "unlike": after.get(first, {}).get("shape") != scenes[0]["shape"],
                 "kept": all(other.get(name) == then[name] for name in ("shape", "colour")),
                 "same": other == then,
                 "valid": reading["valid"] == "yes",
