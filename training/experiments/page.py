@@ -326,9 +326,10 @@ PEOPLE_SECTIONS = {
         "erase",
         "Can a role be erased?",
         """
-        As for shapes, at all cross-attentions at once, {prompts} prompts that each name a role. A person fills the
-        picture and nothing in it shows what is below a helmet; and all tokens attend to the word. So this is no way
-        to change a role: *who*, *tone* and *style* are as without the edit.
+        As for shapes, at all cross-attentions at once, {prompts} prompts that each name a role; *who*, *tone* and
+        *style* are read as without the edit. Erasing is no way to change a role: nothing in the picture shows what is
+        below a helmet, every token attends to the word for it, and the few latents of a block that know a role know
+        faces too. It is for things that stand beside others.
         """,
     ),
     "arms": Section(
