@@ -467,7 +467,8 @@ MISUSE = {
     # Options
     "a misspelt option": (steer(strenght=2.0), "'strenght'", "'where'"),
     "an option that the feature decides": (steer(latents=(1,)), "'latents'", "'apply_to'"),
-    "an unknown operation": (steer(operation="erase"), "`operation`", "'erase'"),
+    "an unknown operation": (steer(operation="remove"), "`operation`", "'remove'"),
+    "erasing everything": (steer(operation="erase", where="everywhere"), "expected a `mask`", "take tokens from"),
     "an unknown half": (steer(apply_to="uncond"), "`apply_to`", "'uncond'"),
     "an unknown injection": (steer(injection="step"), "`injection`", "'step'"),
     "a window before the beginning": (steer(start=-0.1), "got start", "1.0"),

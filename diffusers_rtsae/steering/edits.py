@@ -52,10 +52,11 @@ class Edit:
             - `"transfer"`: z + l s u, where l is the activation of `source` in units of its typical one; the share s
               of `source` is removed
             - `"replace"`: s u on tokens on which `source` is active; there `source` becomes 0
-            - `"erase"`: no activation of latents is changed, but whole tokens are: those on which one of the latents
-              has been active by more than half of its typical activation, at this step or before, move the share s
-              of the way to the mean of the picture's other tokens. With a `mask` only those under it do; with a
-              `mask` and no `latents` all tokens under it do. A picture without other tokens is left as it is
+            - `"erase"`: changes whole tokens instead of activations. Those on which one of the latents has been active
+              by more than half of its typical activation, at this step or before, move the share s of the way to the
+              mean of the picture's other tokens, stretched to their mean length. A `mask` limits this to a part of the
+              picture; with a `mask` and no `latents` all tokens under it move. A picture without other tokens is left
+              as it is
         source (`tuple[int, ...]`, *optional*): indices of the latents that `transfer` and `replace` take from.
         where (`tuple[int, ...]`, *optional*): change only tokens on which one of these latents is active.
         mask (`torch.Tensor`, *optional*): factors in [0, 1] of the change: `(1 or prompts, height, width)`, the same
