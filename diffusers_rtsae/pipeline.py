@@ -89,9 +89,10 @@ def _edits(
             gate = entry.get("where") if where is None else None
             if where is not None and where != "everywhere":
                 gate = _rows(dictionary, where, entry["site"])
+            is_blind = where == "everywhere" and options.get("operation") == "erase"
             edit = Edit(
-                latents=tuple(entry["latents"]),
-                weights=tuple(entry["weights"]),
+                latents=() if is_blind else tuple(entry["latents"]),
+                weights=() if is_blind else tuple(entry["weights"]),
                 strength=strength,
                 where=None if gate is None else tuple(gate),
                 source=None if source is None else tuple(_rows(dictionary, source, entry["site"])),
@@ -206,7 +207,8 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
             adapter_name (`str`, *optional*): name of the dictionary; needed if several are loaded.
             options: `operation`, `source`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`, `clip`,
                 `renormalise`; see [`Edit`]. `source` is a feature. `where` is a feature, or a list of them, on whose
-                active tokens the edit acts, or `"everywhere"`. For options that are not given, a label uses those
+                active tokens the edit acts, or `"everywhere"`; with `operation="erase"`, `"everywhere"` replaces all
+                tokens under the mask, whatever the feature sees. For options that are not given, a label uses those
                 that it was verified with, unless `operation` differs from its own. Giving `start` or `end` replaces
                 both of the label's.
 
@@ -351,7 +353,8 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
             `dict`: for each site a list with one entry per step and edit: its `timestep` and `latents`; `edited`, the
             share of tokens that it changed; `out_of_range`, the share of these on which `clip` kept the latents in the
             range of the training data (`None` without `clip`); and `relative_size`, the size of all edits of the
-            dictionary together relative to the activation, on the tokens that they changed.
+            dictionary together relative to the activation, on the tokens that they changed. Edits that erase also
+            have `everywhere`, the share of pictures left as they are because all of their tokens are to be erased.
         """
         return _controller(self).report()
 

@@ -228,6 +228,32 @@ def test_what_is_painted_is_where_it_acts(tab, app, scorer):
         assert left[0] != "orange" and left[1] == "orange" and right[0] == right[1] != "orange"
 
 
+def test_what_is_chosen_or_painted_is_removed(tab, app):
+    leave(tab, "red")
+    go(tab, "Where")
+    tab.click("#remove")
+    says(tab, "Paint over what is to go")
+    take(tab, "heart")
+    tab.click("#remove")
+    erased = {"operation": "erase", "apply_to": "all"}
+    shows(tab, "steered", app.sheet({"heart": 1}, **erased))
+    canvas = tab.wait_for_selector("#canvas canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    tab.locator("#canvas input[type=range]").fill("160")
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 + 20)
+    tab.mouse.up()
+    tab.wait_for_selector("#where:has-text('Features act on the painted')")
+    tab.get_by_role("button", name="Save mask.png").click()
+    tab.get_by_text("Download mask.png").wait_for()
+    mask = Image.open(Path(app.studio.folder.name, "mask.png"))
+    leave(tab, "heart")  # all that is painted goes, whatever is chosen
+    shows(tab, "steered", app.sheet({0: 1}, **erased, where="everywhere", mask=mask))
+    assert "where='everywhere'" in shown_code(tab, "operation='erase'")
+
+
 def test_a_label_brings_the_options_it_was_verified_with(tab, app):
     take(tab, "late")
     leave(tab, "red")

@@ -212,11 +212,11 @@ FULL = {"clamp": 0.01, "scale": 3.0}
 )
 def test_every_kind_and_operation(device, both, kind, operation, place):
     sae = random_dictionary(kind, SITE, 160, [961, 481, 1], 32, 4)
-    sae.typical_activation.fill_(30.0)
+    sae.typical_activation.fill_(0.5 if operation == "erase" else 30.0)
     sae.max_activation.fill_(150.0)
     sae.mean_activation.fill_(10.0)
     source = {"source": 20} if operation in ("transfer", "replace") else {}
-    features = {i: FULL.get(operation, 1.0) for i in range(0, 16, 2)}
+    features = {i: FULL.get(operation, 1.0) for i in range(0, 16, 2) if operation != "erase" or i in (4, 6)}
     check_same(both(dictionary={SITE: sae}), features, operation=operation, places=(place,), **source)
 
 
@@ -228,6 +228,11 @@ OPTIONS = {
     "where": {"where": ACTIVE},
     "a mask": {"mask": HALF},
     "a mask for each prompt": {"mask": np.stack([HALF, 1 - HALF])},
+    "erased under a mask": {"operation": "erase", "where": "everywhere", "mask": HALF},
+    "erased where seen, under a mask for each prompt": {
+        "operation": "erase", "mask": np.stack([HALF, 1 - HALF]), "apply_to": "contrast", "strength": [1.0, 0.5],
+        "features": ("star", "heart"),
+    },
     "a mask and where, taken from another": {
         "mask": Image.fromarray((HALF * 255).astype(np.uint8)), "where": ACTIVE, "operation": "transfer",
         "source": ACTIVE,
@@ -257,7 +262,8 @@ def test_every_option_of_an_edit(device, both, options, place):
         pipe.set_rtsae("default", told.get("weight", 1.0))
     strength = told.pop("strength")
     told.pop("weight", None)
-    check_same(pipes, {RED: strength, 1320: strength}, images=2, places=(place,), **told)
+    features = dict.fromkeys(told.pop("features", (RED, 1320)), strength)
+    check_same(pipes, features, images=2, places=(place,), **told)
 
 
 @pytest.mark.parametrize("name, features", {
@@ -270,11 +276,11 @@ def test_labels_and_maps(device, both, name, features):
     check_same(pipes, features, images=2, mask=HALF, renormalise=True)
 
 
-@pytest.mark.parametrize("operation", ["add", "ablate"])
+@pytest.mark.parametrize("operation", ["add", "ablate", "erase"])
 def test_several_sites(device, both, operation):
-    check_same(
-        both("people-dit"), {(site, latent): 1.0 for site in SITES for latent in range(64)}, operation=operation
-    )
+    features = {(site, latent): 1.0 for site in SITES for latent in range(64)}
+    options = {"where": "everywhere", "mask": HALF} if operation == "erase" else {}
+    check_same(both("people-dit"), features, operation=operation, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -394,6 +400,8 @@ STEPS = {  # dictionary, features, options
     "a function": ("SparseAutoencoder", {0: lambda progress: 1 - progress}, {}),
     "renormalised": ("SparseAutoencoder", {0: 1.0}, {"renormalise": True}),
     "a transfer": ("SparseAutoencoder", {0: 1.0}, {"operation": "transfer", "source": [2, 4]}),
+    "latents erased": ("shapes", {"star": 1.0}, {"operation": "erase", "mask": HALF}),
+    "latents erased, read all at once": ("SparseAutoencoder, TopK", {0: 1.0, 2: 1.0}, {"operation": "erase"}),
     "a label's maps": ("people", {"man": 1.0}, {}),
     "latents added at one site": ("people", {(SITES[0], 5): 1.0}, {"clip": False}),
     "latents added at six sites": ("people", {(site, 5): 1.0 for site in SITES}, {"clip": False}),

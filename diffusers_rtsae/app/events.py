@@ -28,6 +28,7 @@ from ..analysis.report import STRENGTHS
 from ..dictionary import parse_feature, search_names
 from ..pairs import HELD_OUT_FROM, judgement, labels_between, more_pairs, prompts_to_show
 from ..pipeline import own_size
+from ..steering import OPERATIONS
 from ..worlds import World
 from .layout import DEFAULT_OPTIONS, FEATURES, choices_of
 from .script import as_code
@@ -141,6 +142,9 @@ class Events:
         named = zip(data[c.shown], (data[slider] for slider in c.strengths), strict=False)
         features = {parse_feature(name, self.dictionary): strength for name, strength in named}
         options = self.options_of(features, {name: data[option] for name, option in c.options.items()})
+        if data[c.operation] == "erase" and data[c.mask] is not None:  # all that is painted
+            features = features or {(site, 0): 1.0 for site in self.dictionary.sites}
+            options |= {"operation": "erase", "apply_to": data[c.apply_to], "where": "everywhere"}
         return Wish(call, int(data[c.seed]), features, options, data[c.mask])
 
     def one_picture(self, data: dict) -> Wish:
@@ -272,6 +276,13 @@ class Events:
         path = self.folder / "mask.png"
         Image.fromarray((mask * 255).astype(np.uint8)).save(path)
         return gr.update(value=str(path), visible=True)
+
+    @_shown_errors()
+    def remove(self, mask, shown):
+        """Erase what is painted or, if nothing is, the chosen features."""
+        if mask is None and not shown:
+            raise ValueError("Paint over what is to go, or choose a feature first.")
+        return "erase", OPERATIONS["erase"].apply_to, random.random()
 
     # ---- when
 

@@ -26,7 +26,7 @@ TERMS = {
     "From": "A picture is made from noise step by step. Steering begins here: 0 is pure noise.",
     "Until": "Steering ends here: 1 is the finished picture.",
     "Operation": "add brings the feature in. scale, set and clamp change how active it is where it is active already; "
-    "ablate removes it there.",
+    "ablate removes it there. erase takes away the whole thing that has it, or all that is painted.",
     "Guidance branch": "At each step the model answers twice, with the prompt and without it, and the picture moves "
     "along their difference. cond steers the answer with the prompt, all steers both, contrast moves the two apart.",
     "Steps": "In how many steps noise becomes a picture. More are finer and take longer.",
@@ -258,6 +258,7 @@ def lay_out(
                 "", html_template=_CANVAS, js_on_load=_PAINT, elem_id="canvas", apply_default_css=False, label="Where"
             )
             with gr.Row():
+                c.remove = gr.Button("Remove this", elem_id="remove")
                 c.keep_mask = gr.Button("Save mask.png")
                 c.mask_file = gr.DownloadButton("Download mask.png", visible=False)
             gr.Markdown(

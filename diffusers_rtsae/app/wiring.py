@@ -41,6 +41,7 @@ def connect(page: gr.Blocks, events: Events) -> None:
     gr.on([page.load, *(field.change for field in asked)], events.code, asked, c.script, **at_once)
 
     c.canvas.input(events.paint, None, [c.mask, c.where], show_progress="hidden", trigger_mode="always_last")
+    c.remove.click(events.remove, [c.mask, c.shown], [c.operation, c.apply_to, c.again], show_progress="hidden")
     c.keep_mask.click(events.save_mask, c.mask, c.mask_file)
     c.past.change(
         lambda past: [(one["file"], one["caption"]) for one in past], c.past, c.pictures, show_progress="hidden"

@@ -15,7 +15,7 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 FORMAT_VERSION = 1
 #: The words that the options of an edit are chosen from, as files spell them.
 CHOICES = {
-    "operation": ("add", "set", "scale", "clamp", "ablate", "ablate_to_mean", "transfer", "replace"),
+    "operation": ("add", "set", "scale", "clamp", "ablate", "ablate_to_mean", "transfer", "replace", "erase"),
     "apply_to": ("cond", "all", "contrast"),
     "injection": ("trajectory", "residual"),
 }

@@ -275,8 +275,15 @@ class Controller:
         self._tap.restart()
         self._counts, self._last = {}, {}
 
-    def warn_of(self, plan: SitePlan, size: torch.Tensor) -> None:
-        """Warn once if an unclipped change is much larger than the activation."""
+    def warn_of(self, plan: SitePlan, size: torch.Tensor, counts: list[Counts]) -> None:
+        """Warn once if an unclipped change is much larger than the activation, or if nothing can be erased."""
+        if not self._warned and any(one.everywhere is not None and bool(one.everywhere > 0) for one in counts):
+            self._warned = True
+            warnings.warn(
+                f"What is to be erased is on every token of a picture at {plan.sae.config.site}, which leaves none to "
+                "take instead: that picture stays as it is.",
+                stacklevel=2,
+            )
         if not self._warned and not all(edit.clip for edit in plan.edits) and size > _OVERWHELMING:
             self._warned = True
             warnings.warn(

@@ -53,6 +53,11 @@ class Edit:
             - `"transfer"`: z + l s u, where l is the activation of `source` in units of its typical one; the share s
               of `source` is removed
             - `"replace"`: s u on tokens on which `source` is active; there `source` becomes 0
+            - `"erase"`: changes whole tokens instead of activations. Those on which one of the latents has been active
+              by more than half of its typical activation, at this step or before, move the share s of the way to the
+              mean of the picture's other tokens, stretched to their mean length. A `mask` limits this to a part of the
+              picture; with a `mask` and no `latents` all tokens under it move. A picture without other tokens is left
+              as it is
         source (`tuple[int, ...]`, *optional*): indices of the latents that `transfer` and `replace` take from.
         where (`tuple[int, ...]`, *optional*): change only tokens on which one of these latents is active.
         mask (`torch.Tensor`, *optional*): factors in [0, 1] of the change: `(1 or prompts, height, width)`, the same
@@ -61,6 +66,8 @@ class Edit:
         start, end (`float`): the part of denoising in which the edit acts, from 0 at pure noise to 1 at the image.
         apply_to (`str`): the guidance branches that are changed: `"cond"`, the conditional one; `"all"`; or
             `"contrast"`, which adds the change to the conditional branch and subtracts it from the unconditional one.
+            By default `"all"` for `"erase"`, which looks at the conditional branch and erases there in all of them,
+            and `"contrast"` for all others.
         injection (`str`): `"trajectory"` adds the whole change that the activation would have if the feature had been
             active from the first anchor on; `"residual"` adds only the part of it that belongs to this step.
         clip (`bool`): keep the edited activations of latents in the range of the training data.
@@ -85,7 +92,7 @@ class Edit:
     mask: torch.Tensor | None = None
     start: float = 0.0
     end: float = 1.0
-    apply_to: str = "contrast"
+    apply_to: str = None  # type: ignore[assignment] # that of the operation
     injection: str = "trajectory"
     clip: bool = True
     renormalise: bool = False
@@ -94,6 +101,8 @@ class Edit:
 
     def __post_init__(self):
         _choice("operation", self.operation, OPERATIONS)
+        if self.apply_to is None:
+            object.__setattr__(self, "apply_to", OPERATIONS[self.operation].apply_to)
         _choice("apply_to", self.apply_to, APPLY_TO)
         _choice("injection", self.injection, INJECTIONS)
         if torch.is_tensor(self.strength):
@@ -117,6 +126,8 @@ class Edit:
             )
         if self.map is not None and (self.latents or self.operation != "add" or self.clip):
             raise ValueError("An edit with a `map` takes no latents, and needs operation='add' and clip=False.")
+        if self.exchanges and not self.latents and self.mask is None:
+            raise ValueError("Erasing everywhere leaves nothing to take tokens from: expected a `mask` of a part.")
         if self.where == () or self.source == ():
             raise ValueError(
                 f"`{'where' if self.where == () else 'source'}` names no latent of this site, so the edit would act "
@@ -136,6 +147,16 @@ class Edit:
         else:
             strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
         return all(self._bounded(strength) == neutral for strength in strengths)
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether the edit exchanges whole tokens."""
+        return OPERATIONS[self.operation].exchanges
+
+    @property
+    def exchanges_all(self) -> bool:
+        """Whether it does so in all guidance branches."""
+        return self.exchanges and self.apply_to == "all"
 
     @property
     def moved(self) -> list[int]:

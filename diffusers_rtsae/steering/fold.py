@@ -1,6 +1,7 @@
 """
 The change that edits make to an activation, as one matrix product of amounts and directions. Steering, the measurement
-of effects and the fitting of labels all use it; the change is differentiable with respect to the edits' weights.
+of effects and the fitting of labels all use it; the change is differentiable with respect to the edits' weights. Edits
+that erase are the exception: they exchange tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from ..models import LinearMap, SparseDictionary, Step, TokenGrid
 from .edits import Edit
 from .operations import OPERATIONS, Latents
 
+#: What a fold adds: two factors, see [`Fold.change`], or the whole, `(B, N, d)`, where tokens are exchanged.
+Change = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+
+_SEEN = 0.5  # the share of a latent's typical activation above which it sees what it stands for, measured on shapes
+
 
 @dataclass
 class Counts:
@@ -27,6 +33,8 @@ class Counts:
         `(edits,)`.
     relative_size (`torch.Tensor`, *optional*): size of all changes of the dictionary at this step, relative to the
         activation.
+    everywhere (`torch.Tensor`, *optional*): share of the pictures that were left as they are, because what is to be
+        erased is on all of their tokens.
     """
 
     timestep: float
@@ -34,12 +42,14 @@ class Counts:
     edited: torch.Tensor
     out_of_range: torch.Tensor | None
     relative_size: torch.Tensor | None = None
+    everywhere: torch.Tensor | None = None
 
     def rows(self) -> list[dict]:
         edited, outside = self.edited.tolist(), [None] * len(self.edits)
         if self.out_of_range is not None:
             outside = self.out_of_range.tolist()
         size = None if self.relative_size is None else float(self.relative_size)
+        own = {} if self.everywhere is None else {"everywhere": float(self.everywhere)}
         return [
             {
                 "timestep": self.timestep,
@@ -48,6 +58,7 @@ class Counts:
                 "out_of_range": share_outside,
                 "relative_size": size,
             }
+            | own
             for edit, share, share_outside in zip(self.edits, edited, outside, strict=True)
         ]
 
@@ -89,6 +100,8 @@ class Fold:
         if self.options.reads_moved:
             read = [place[row] for row in moved]
             self.read = slice(None) if read == list(range(len(rows))) else self._index(read)
+        if OPERATIONS[self.options.operation].exchanges:
+            return
         statistics = (sae.typical_activation, sae.mean_activation, sae.max_activation)
         self.typical, self.mean, self.highest = (values[moved].float().to(device) for values in statistics)
         directions = sae.directions(moved, self.options.injection)
@@ -244,6 +257,104 @@ class Fold:
         return columns.any(-1, keepdim=True) if len(self.edits) == 1 else columns.float() @ self.owned > 0
 
 
+@dataclass
+class Seen:
+    """
+    What an [`Erasure`] remembers of one generation.
+
+    Args:
+        active (`torch.Tensor`, *optional*): whether each edit's latents have seen a token so far, `(B, N, edits)`.
+        share (`torch.Tensor`, *optional*): how far each token is exchanged at this step, `(B, N, 1)`.
+        free (`torch.Tensor`, *optional*): 1 on the tokens that the others are replaced by, else 0, `(B, N, 1)`.
+    """
+
+    active: torch.Tensor | None = None
+    share: torch.Tensor | None = None
+    free: torch.Tensor | None = None
+
+
+class Erasure(Fold):
+    """
+    Edits that erase what their latents see. A token is *seen* by an edit if one of its latents has been active there
+    by more than half of its typical activation, at this or an earlier step of the generation. Seen tokens, or all
+    tokens under the mask if an edit has no latents, become the mean of the picture's other tokens, stretched to their
+    mean length. A picture that has no other token is left as it is.
+
+    What is seen is decided on the conditional branch of guidance, whose text names things. The other branches of the
+    step replace the same tokens, by the mean of their own.
+
+    The arguments are those of [`Fold`].
+    """
+
+    def __init__(self, edits: list[Edit], sae: SparseDictionary, rows: list[int], device: torch.device):
+        super().__init__(edits, sae, rows, device)
+        latents = [row for edit in edits for row in edit.latents]
+        self.least = _SEEN * sae.typical_activation[latents].float().to(device)
+        self.owners = self._index(range(len(edits)))  # a strength for each edit, not for each latent
+
+    def look(self, latents: torch.Tensor | None, tokens: torch.Tensor, seen: Seen) -> None:
+        """Remember which of the tokens `(B, N, d)` of the conditional branch are seen at this step; `latents` is
+        `(B, N, rows)`."""
+        if not self.options.latents:
+            active = tokens.new_ones((*tokens.shape[:2], len(self.edits)), dtype=torch.bool)
+        else:
+            active = self._any(latents[..., self.read] > self.least)
+        is_first = seen.active is None or seen.active.shape != active.shape
+        seen.active = active if is_first else seen.active | active
+
+    def change(
+        self,
+        tokens: torch.Tensor,
+        latents: torch.Tensor | None,
+        step: Step,
+        counts: list[Counts] | None = None,
+        in_turns: int | None = None,
+        reached: torch.Tensor | None = None,
+        seen: Seen | None = None,
+    ) -> torch.Tensor:
+        """
+        What to add to the activation of the conditional branch, `(B, N, d)`. The arguments are those of
+        [`Fold.change`], and `seen`, what [`look`] remembered; without it, this step alone decides.
+        """
+        if seen is None:
+            self.look(latents, tokens, seen := Seen())
+        strength = self._strength(step.timestep, len(tokens), in_turns).clamp(0, 1)
+        share = strength * seen.active
+        factors = self._token_factors(latents, len(tokens), step.size, in_turns)
+        if not self.options.latents:
+            share, factors = share * factors, None  # all that the mask leaves out is free
+        seen.free = (share == 0).all(-1, keepdim=True).float()
+        if reached is not None and reached.shape[:2] == tokens.shape[:2]:
+            seen.free, factors = seen.free * (reached > 0), reached if factors is None else factors * reached
+        share = share if factors is None else share * factors
+        exists = seen.free.any(1, keepdim=True)
+        if counts is not None:
+            everywhere = ((share != 0).any(1).any(1) & ~exists[:, 0, 0]).float().mean()
+            edited = ((share != 0) & exists).float().mean((0, 1))
+            counts.append(Counts(step.timestep, self.edits, edited, None, everywhere=everywhere))
+        seen.share = share.amax(-1, keepdim=True) * exists
+        return self.exchange(tokens, seen)
+
+    def exchange(self, tokens: torch.Tensor, seen: Seen) -> torch.Tensor:
+        """
+        What to add to the tokens `(B, N, d)` of a guidance branch, once `change` has chosen which to replace.
+
+        Raises:
+            `ValueError`: the branch has another number of tokens than the conditional one.
+        """
+        if seen.share.shape[:2] != tokens.shape[:2]:
+            raise ValueError(
+                f"Erasing in all guidance branches needs as many tokens in each, got {tokens.shape[1]} and "
+                f"{seen.share.shape[1]}. Use apply_to='cond'."
+            )
+        tokens = tokens.float()
+        lengths = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+        free = seen.free / seen.free.sum(1, keepdim=True).clamp(min=1)
+        mean, length = ((values * free).sum(1, keepdim=True) for values in (tokens, lengths))
+        mean = mean * (length / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp(min=1e-20))
+        return seen.share * (mean - tokens)
+
+
 def _of_prompts(count: int, rows: int, in_turns: int | None) -> list[int]:
     """Which of `count` strengths or masks, one per prompt, each row takes. The rows of an image are consecutive. So
     are the images of a prompt, unless consecutive images are of different prompts (`in_turns`: number of images)."""
@@ -255,7 +366,8 @@ def _of_prompts(count: int, rows: int, in_turns: int | None) -> list[int]:
 def _shared(edit: Edit) -> tuple:
     """The options that all edits of a fold share."""
     names = ("operation", "source", "where", "start", "end", "apply_to", "injection", "clip")
-    return *(getattr(edit, name) for name in names), id(edit.mask), None if edit.map is None else edit.map.shape[2]
+    map_width = None if edit.map is None else edit.map.shape[2]
+    return *(getattr(edit, name) for name in names), id(edit.mask), map_width, not edit.latents
 
 
 def fold_edits(edits: Iterable[Edit], sae: SparseDictionary, rows: list[int], device: torch.device) -> list[Fold]:
@@ -263,7 +375,10 @@ def fold_edits(edits: Iterable[Edit], sae: SparseDictionary, rows: list[int], de
     alike: dict[tuple, list[Edit]] = {}
     for edit in edits:
         alike.setdefault(_shared(edit), []).append(edit)
-    return [Fold(group, sae, rows, device) for group in alike.values()]
+    return [
+        (Erasure if OPERATIONS[group[0].operation].exchanges else Fold)(group, sae, rows, device)
+        for group in alike.values()
+    ]
 
 
 def read_by(edits: Iterable[Edit]) -> list[int]:
@@ -271,13 +386,14 @@ def read_by(edits: Iterable[Edit]) -> list[int]:
     return list(dict.fromkeys(row for edit in edits for row in edit.read))
 
 
-def total(changes: Sequence[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor) -> torch.Tensor | None:
+def total(changes: Sequence[Change], like: torch.Tensor) -> torch.Tensor | None:
     """The sum of changes from [`Fold.change`], `(B, N or 1, d)`, in the memory layout of the activation `like`; `None`
     if there are none."""
+    exchanged = [change for change in changes if torch.is_tensor(change)]
     by_tokens: dict[int, list] = {}
-    for amounts, vectors in changes:
+    for amounts, vectors in (change for change in changes if not torch.is_tensor(change)):
         by_tokens.setdefault(amounts.shape[1], []).append((amounts, vectors))
-    whole = None
+    whole = sum(exchanged[1:], exchanged[0]) if exchanged else None
     for group in by_tokens.values():
         amounts, vectors = group[0]
         if len(group) > 1:

@@ -41,17 +41,25 @@ class Operation:
     One operation.
 
     Args:
-        change (`Callable[[Latents], torch.Tensor]`): the change of each latent's activation before clipping,
-            `(B, N or 1, c)`; an operation with a source appends the changes of the source's latents.
+        change (`Callable[[Latents], torch.Tensor]`, *optional*): the change of each latent's activation before
+            clipping, `(B, N or 1, c)`; an operation with a source appends the changes of the source's latents. `None`
+            if tokens are exchanged instead, see [`Erasure`].
         neutral (`float`, *optional*): the strength that changes nothing; `None` if there is none.
         reads (`bool`): whether the change depends on the present activations, even without clipping.
         takes (`bool`): whether the operation needs a source.
+        apply_to (`str`): the guidance branches that are changed if the edit does not say.
     """
 
-    change: Callable[[Latents], torch.Tensor]
+    change: Callable[[Latents], torch.Tensor] | None
     neutral: float | None = None
     reads: bool = True
     takes: bool = False
+    apply_to: str = "contrast"
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether whole tokens are exchanged, instead of activations of latents changed."""
+        return self.change is None
 
 
 def _transfer(z: Latents) -> torch.Tensor:
@@ -72,4 +80,5 @@ OPERATIONS: dict[str, Operation] = {
     "ablate_to_mean": Operation(lambda z: z.strength * (z.mean - z.now), neutral=0.0),
     "transfer": Operation(_transfer, neutral=0.0, takes=True),
     "replace": Operation(_replace, takes=True),
+    "erase": Operation(None, neutral=0.0, apply_to="all"),
 }

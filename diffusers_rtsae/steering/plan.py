@@ -11,7 +11,7 @@ import torch
 from ..denoiser import TimeGrid
 from ..models import Memory, SparseDictionary, TokenGrid
 from .edits import APPLY_TO, Edit
-from .fold import Counts, Fold, fold_edits, read_by, total
+from .fold import Change, Counts, Erasure, Fold, Seen, fold_edits, read_by, total
 
 _loading = threading.Lock()
 
@@ -29,12 +29,15 @@ class PlanState:
     timestep: float | None = None  # of the conditional call, whose changes the other branches of a step use:
     on_conditional: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
+    seen: dict[int, Seen] = field(default_factory=dict)  # by index of the fold
     counts: list[Counts] = field(default_factory=list)
     ahead: tuple[float, ...] = ()  # the timesteps of the generation, if they are known
 
     def copy(self) -> PlanState:
         """An independent copy of the present state, with an empty report."""
-        return replace(self, memories={key: memory.copy() for key, memory in self.memories.items()}, counts=[])
+        memories = {key: memory.copy() for key, memory in self.memories.items()}
+        seen = {key: replace(one) for key, one in self.seen.items()}
+        return replace(self, memories=memories, seen=seen, counts=[])
 
     @property
     def report(self) -> list[dict]:
@@ -59,7 +62,8 @@ class SitePlan:
         self.grid = TimeGrid(sae.config.anchors, alphas_cumprod)
         self.rows = read_by(self.edits)
         self.apply_to = {edit.apply_to for edit in self.edits}
-        self.reads_of = {edit.apply_to for edit in self.edits if edit.read}
+        self.reads_of = {"cond" if edit.exchanges else edit.apply_to for edit in self.edits if edit.read}
+        self.follows = any(edit.apply_to == "contrast" or edit.exchanges_all for edit in self.edits)
         self.renormalises = any(edit.renormalise for edit in self.edits)
         self.device: torch.device | None = None
         self._prepared: tuple[float, ...] = ()  # timesteps
@@ -151,7 +155,7 @@ class SitePlan:
         written: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """What to add to the rows of an unconditional guidance branch. Call `conditional` for the step first."""
-        if "contrast" in self.apply_to:
+        if self.follows:
             self._check_order(state, timestep)
         changes = self._changes(state, branch, tokens, timestep, size, ("all",)) if "all" in self.apply_to else []
         direct = total([change for _, change in changes], tokens)
@@ -176,8 +180,8 @@ class SitePlan:
         """Raise `ValueError` unless `conditional` was called for this step."""
         if state.timestep != timestep:
             raise ValueError(
-                "This pipeline calls the denoiser for another guidance branch before the conditional one, whose "
-                "change apply_to='contrast' needs. Use apply_to='cond'."
+                "This pipeline calls the denoiser for another guidance branch before the conditional one, which "
+                "apply_to='contrast' and operation='erase' need first. Use apply_to='cond'."
             )
 
     def _changes(
@@ -189,10 +193,9 @@ class SitePlan:
         size: TokenGrid | tuple[int, int] | None,
         apply_to: tuple[str, ...],
         counts: list[Counts] | None = None,
-    ) -> list[tuple[Fold, tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> list[tuple[Fold, Change]]:
         """What the folds with one of these `apply_to` add to a guidance branch at this step."""
         self._ready(tokens.device)
-        folds = [fold for fold in self.folds if fold.options.apply_to in apply_to]
         step, latents = (state.grid or self.grid).step(timestep, size, state.guidance), None
         if self.reads_of & set(apply_to):
             if self.sae.reads_past and state.tokens.setdefault(branch, tokens.shape[1]) != tokens.shape[1]:
@@ -204,5 +207,20 @@ class SitePlan:
                 state.memories[branch] = self.reader.begin()
                 self._prepare(state)
             latents = self.reader.read(state.memories[branch], tokens, step)
-        acting = [fold for fold in folds if fold.options.acts_at(timestep)]
-        return [(fold, fold.change(tokens, latents, step, counts, state.images, state.denoised)) for fold in acting]
+        changes: list[tuple[Fold, Change]] = []
+        for index, fold in enumerate(self.folds):
+            if fold.options.apply_to not in apply_to:
+                continue
+            own = {}
+            if isinstance(fold, Erasure):
+                own = {"seen": state.seen.setdefault(index, Seen())}
+                if branch is None:
+                    fold.look(latents, tokens, **own)  # before the edit's window, too
+            if not fold.options.acts_at(timestep):
+                continue
+            if own and branch is not None:
+                changes.append((fold, fold.exchange(tokens, **own)))
+            else:
+                change = fold.change(tokens, latents, step, counts, state.images, state.denoised, **own)
+                changes.append((fold, change))
+        return changes

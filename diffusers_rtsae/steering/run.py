@@ -48,11 +48,11 @@ class EditedSite:
 
     Args:
         run (`Run`): of the generation.
-        warn_of (`Callable`): is told of each plan, and how large its change is, once a generation.
+        warn_of (`Callable`): is called with each plan, the size of its change and its counts, once a generation.
     """
 
     def __init__(
-        self, run: Run, warn_of: Callable[[SitePlan, torch.Tensor], None], site: str, call: Call, block: Block,
+        self, run: Run, warn_of: Callable[[SitePlan, torch.Tensor, list[Counts]], None], site: str, call: Call, block: Block,
         block_input: torch.Tensor, hidden_states: torch.Tensor,
     ):  # fmt: skip
         self.run, self.warn_of, self.site, self.call, self.block = run, warn_of, site, call, block
@@ -125,7 +125,7 @@ class EditedSite:
                 one.relative_size = size
             if id(plan) not in self.run.measured:  # once per generation, as reading the size waits for the device
                 self.run.measured.add(id(plan))
-                self.warn_of(plan, size)
+                self.warn_of(plan, size, counts)
         self.run.counts.setdefault(self.site, deque(maxlen=_REPORTED)).extend(counts)
 
     def _add(self, changes: list[torch.Tensor], rows: slice) -> None:

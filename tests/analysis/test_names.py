@@ -54,7 +54,7 @@ def test_names_are_kept_with_the_dictionary_and_shown(pipe, names, tmp_path):
     assert "## Names of latents" in (tmp_path / "README.md").read_text()
     pipe.load_rtsae(loaded, "named")
     table = top_features(record(pipe, ["a red star"], "named", **CALL), count=30)
-    pipe.unload_rtsae("named")
+    pipe.delete_rtsae("named")
     made = {feature.index: feature.makes for feature in table}
     assert "red" in made.values() and re.search(r"makes +labels", str(table))
 
@@ -84,7 +84,7 @@ def test_first_order_agrees_with_what_is_measured(pipe):
     small.sites[site].typical_activation *= 1e-3  # so little is added that first order is all there is
     pipe.load_rtsae(small, "small")
     moved = ExchangedStates(pipe, states.exchanges, "small", steps=2, **CALL).measure(latents, lambda: None)
-    pipe.unload_rtsae("small")
+    pipe.delete_rtsae("small")
     measured = 2e3 * moved.along[:, 0] / moved.between[0, 0]
     torch.testing.assert_close(measured, torch.stack([added[index] for _, index in latents]), rtol=0.05, atol=1e-4)
 

@@ -84,6 +84,14 @@ def test_a_published_dictionary_of_true_size_is_converted_and_steers(tmp_path, b
     move = (steered(Edit(latents=(latent,), weights=(1.0,), strength=1.0, operation="ablate")) - plain).flatten(2).mT
     torch.testing.assert_close(move, -z[..., [latent]] * sae.decoder[latent].float(), atol=1e-4, rtol=1e-3)
 
+    seen = z[0] > sae.typical_activation / 2
+    few = int(torch.where(seen.all(0), 0, seen.sum(0)).argmax())
+    erased = (steered(Edit(latents=(few,), weights=(1.0,), strength=1.0, operation="erase")) - plain).flatten(2).mT + h
+    free = h[0, ~seen[:, few]]
+    rest = free.mean(0) / free.mean(0).norm() * free.norm(dim=1).mean()
+    assert 0 < seen[:, few].sum() < len(seen)
+    torch.testing.assert_close(erased[0], torch.where(seen[:, [few]], rest, h[0]), atol=1e-4, rtol=1e-3)
+
     plan = SitePlan(sae, [Edit(latents=(i,), weights=(1.0,), strength=1.0, clip=False) for i in range(5)], None)
     state = PlanState()
     for step in range(5):

@@ -209,6 +209,8 @@ def test_renormalising_keeps_the_length_of_tokens_and_leaves_the_others_alone():
 
 def dense_change(rtsae: SparseDictionary, edit: Edit, h: torch.Tensor, g: int) -> torch.Tensor:
     """What `edit` must add at anchor `g`, from the definition: encode everything, edit, decode the difference."""
+    if edit.operation == "erase":
+        return dense_erasure(rtsae, edit, h, g)
     z = rtsae.encode(h[:, :, : g + 1].flatten(0, 1)).unflatten(0, h.shape[:2])
     new, strength = z.clone(), torch.tensor(edit.strength)[:, None]
     level = torch.zeros(h.shape[:2])
@@ -236,6 +238,26 @@ def dense_change(rtsae: SparseDictionary, edit: Edit, h: torch.Tensor, g: int) -
         change = change * (z[..., list(edit.where)] > 0).any(-1, keepdim=True)
     directions = rtsae.directions(list(range(M)), edit.injection).at(Step(ANCHORS[g], g))
     return (change @ directions).detach()
+
+
+def dense_erasure(rtsae: SparseDictionary, edit: Edit, h: torch.Tensor, g: int) -> torch.Tensor:
+    """The same for an edit that exchanges tokens, one by one: one on which a latent of the edit has been above half of
+    its typical activation becomes the mean of those on which none has, as long as they are."""
+    codes = [rtsae.encode(h[:, :, : s + 1].flatten(0, 1)).unflatten(0, h.shape[:2]).detach() for s in range(g + 1)]
+    half, change = rtsae.typical_activation[list(edit.latents)] / 2, torch.zeros_like(h[:, :, g])
+    for picture, strength in enumerate(edit.strength):
+        seen = [
+            any((z[picture, token, list(edit.latents)] > half).any() for z in codes) for token in range(h.shape[1])
+        ]
+        free = [token for token, is_seen in enumerate(seen) if not is_seen]
+        for token, is_seen in enumerate(seen):
+            if edit.where and not (codes[-1][picture, token, list(edit.where)] > 0).any():
+                continue
+            if is_seen and free:
+                others = h[picture, free, g]
+                mean = others.mean(0) / others.mean(0).norm() * others.norm(dim=1).mean()
+                change[picture, token] = min(max(strength, 0), 1) * (mean - h[picture, token, g])
+    return change
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -291,7 +313,7 @@ def many_edits(seed: int) -> list[Edit]:
     rng = torch.Generator().manual_seed(seed)
     mask = torch.rand(2, 4, 4, generator=rng)
     options = [
-        *[{"operation": operation} for operation in OPERATIONS for _ in range(2)],
+        *[{"operation": name} for name, one in OPERATIONS.items() for _ in range(1 if one.exchanges else 2)],
         *[{"clip": False, "strength": 0.3 * i} for i in range(1, 4)],
         {"clip": False, "where": (3, 4, 5)},
         {"clip": False, "mask": mask},
@@ -351,7 +373,9 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"clip": False}, {"operation": "scale"}, {"where": (0, 1)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"clip": False}, {"operation": "scale"}, {"operation": "erase"}, {"where": (0, 1)}]
+)
 def test_edits_that_share_their_options_cost_no_further_operations(options):
     rtsae, tokens, counts = random_rtsae(0), torch.randn(1, 4, D), []
     for number in (2, 15):

@@ -137,8 +137,23 @@ SECTIONS = {  # by the name of the file
         """
         UnlearnCanvas' protocol on shapes and styles: {prompts} prompts that name each concept and as many that do not,
         none of which was used to choose latents. Every edit acts on all of these prompts. It is either the bundled
-        label of the concept at strength −1; or the latents that are most present when prompts name the concept are
-        multiplied wherever they are active, in both branches of guidance, by 0 or, as SAeUron does, by less than 0.
+        label of the concept at strength −1; or what the label sees is erased, which leaves an empty picture where there
+        was one object, and the scorer knows none; or the latents that are most present when prompts name the concept
+        are multiplied wherever they are active, in both branches of guidance, by 0 or, as SAeUron does, by less than 0.
+        """,
+    ),
+    "erase": Section(
+        "erase",
+        "Can a thing be erased?",
+        """
+        Erasing replaces the tokens on which a feature is seen by the mean of the picture's other tokens, at their mean
+        length, at all steps and in all branches of guidance. {prompts} prompts of each kind, and of these the pictures
+        that show what their prompt names without any edit; each loses its own shape. The true mask knows where the
+        object is; all other ways know what the dictionary sees. No choice was made on these prompts. The pipeline and
+        the judge know no empty pictures: whether not a trace is left of a single object is told by the colours of its
+        background. *Artefacts* are activations of edited tokens outside the middle 99 % of those without an edit, in
+        length and in single dimensions; 2606.31699 has 57 % for SAeUron and 16 % with replacement, of other
+        dictionaries and with another measure.
         """,
     ),
     "arms": Section(
@@ -271,6 +286,16 @@ another value of it. Success, leakage and validity are as there.
 """
 PEOPLE_SECTIONS = {
     "names": SECTIONS["names"],
+    "erase": Section(
+        "erase",
+        "Can a role be erased?",
+        """
+        As for shapes, at all cross-attentions at once, {prompts} prompts that each name a role; *who*, *tone* and
+        *style* are read as without the edit. Erasing is no way to change a role: nothing in the picture shows what is
+        below a helmet, every token attends to the word for it, and the few latents of a block that know a role know
+        faces too. It is for things that stand beside others.
+        """,
+    ),
     "judged": Section(
         "table",
         "Does a label do what it says?",

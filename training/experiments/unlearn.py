@@ -2,10 +2,11 @@
 
     python -m training.experiments.unlearn --out training/results/unlearn.json
 
-Each value of the two factors (in shapes the styles and the shapes) is removed in two ways: by the dictionary's own
-label at strength −1; and by scaling the latents that are more present when prompts name the value than when they name
-another, wherever they are active, in both guidance branches (0 sets them to zero), as SAeUron (2501.18052) does with
-negative scales. Both act on every picture, also where there is nothing to remove. *Unlearned*: the share of pictures
+Each value of the two factors (in shapes the styles and the shapes) is removed in three ways: by the dictionary's own
+label at strength −1; by erasing all tokens on which the label's latents see it; and by scaling the latents that are
+more present when prompts name the value than when they name another, wherever they are active, in both guidance
+branches (0 sets them to zero), as SAeUron (2501.18052) does with negative scales. All act on every picture, also where
+there is nothing to remove. *Unlearned*: the share of pictures
 that do not show the concept although the prompt names it. *In-domain*: prompts that name another value of the same
 factor still show that value. *Cross-domain*: the other factor is still right. *Valid*: the share of valid pictures
 among those whose concept was removed. The model without any edit is the baseline. Rows are added to the JSON as they
@@ -78,10 +79,15 @@ def main() -> None:
     named = [one.prompted for one in others]
     names = {(label["factor"], label["value"]): name for name, label in dictionary.labels.items()}
 
+    counts_and_scales = [
+        one
+        for one in itertools.product(a.features, a.scales)
+        if not results.has(edit="{} latents × {:g}".format(*one))
+    ]
     pipe.load_rtsae(dictionary)
     call = calling(pipe, a)
     found = {}
-    for concept in tqdm(concepts, desc="features", unit="concept"):
+    for concept in tqdm(concepts if counts_and_scales else [], desc="features", unit="concept"):
         choose = world.probe(*concept, "contradicted", a.prompts, seed=601)
         ranked = find_features(pipe, choose.prompted, choose.prompts, max(a.features), seeds=1, by="presence", **call)
         found[concept] = ranked
@@ -91,7 +97,9 @@ def main() -> None:
     edits: dict[str, tuple[Dictionary | None, list[dict] | None, dict]] = {"no edit": (None, None, {})}
     if all(concept in names for concept in concepts):
         edits["label at −1"] = dictionary, [{names[concept]: -1.0} for concept in concepts], {}
-    for count, scale in itertools.product(a.features, a.scales):
+        erasing = [{names[concept]: 1.0} for concept in concepts]
+        edits["erased where the label is seen"] = dictionary, erasing, {"operation": "erase"}
+    for count, scale in counts_and_scales:
         labels = {value: {"features": entries(found[factor, value][:count])} for factor, value in concepts}
         few, scaling = (
             Dictionary(dictionary.sites, labels, dictionary.config),

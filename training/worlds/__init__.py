@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 Scene = dict[str, str]  # a picture of one object: the value of each factor
 KINDS = ("open", "contradicted")  # a prompt leaves the steered factor open, or names another value of it
@@ -67,6 +68,14 @@ class World(ABC):
     @abstractmethod
     def objects(self, reading: dict[str, str | None]) -> list[Scene]:
         """The objects in a scorer's reading of a picture, each with its `local` factors."""
+
+    def is_empty(self, image: torch.Tensor, scene: Scene, full: torch.Tensor) -> bool:
+        """Whether a picture `(3, height, width)` shows nothing but the background of `full`, a picture of a scene:
+        at most 1 % of the pixels have a colour that is not to be seen there outside the object. Scorers know no empty
+        pictures."""
+        outside = F.max_pool2d(self.masks([scene], self.image_size), 7, 1, 3)[0] == 0
+        unlike = torch.cdist(image.flatten(1).T, full[:, outside].T).amin(1) > 0.2  # a fifth of a channel's range
+        return float(unlike.float().mean()) <= 0.01
 
     def read_as(self, factor: str, scene: Scene) -> str:
         """The name that a scorer has for a factor of the object of a scene."""
