@@ -17,7 +17,7 @@ from torch import nn
 from ..denoiser import Arguments, Block, Call, Tap, get_site, noise_schedule
 from .edits import Edit
 from .past import catch_up
-from .plan import SitePlan
+from .plan import Counts, SitePlan
 from .run import EditedSite, Report, Run, check_channels
 
 if TYPE_CHECKING:

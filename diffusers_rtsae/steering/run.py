@@ -52,8 +52,8 @@ class EditedSite:
     """
 
     def __init__(
-        self, run: Run, warn_of: Callable[[SitePlan, torch.Tensor, list[Counts]], None], site: str, call: Call, block: Block,
-        block_input: torch.Tensor, hidden_states: torch.Tensor,
+        self, run: Run, warn_of: Callable[[SitePlan, torch.Tensor, list[Counts]], None], site: str, call: Call,
+        block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor,
     ):  # fmt: skip
         self.run, self.warn_of, self.site, self.call, self.block = run, warn_of, site, call, block
         self.block_input, self.hidden_states, self.edited = block_input, hidden_states, hidden_states

@@ -137,9 +137,10 @@ SECTIONS = {  # by the name of the file
         """
         UnlearnCanvas' protocol on shapes and styles: {prompts} prompts that name each concept and as many that do not,
         none of which was used to choose latents. Every edit acts on all of these prompts. It is either the bundled
-        label of the concept at strength −1; or what the label sees is erased, which leaves an empty picture where there
-        was one object, and the scorer knows none; or the latents that are most present when prompts name the concept
-        are multiplied wherever they are active, in both branches of guidance, by 0 or, as SAeUron does, by less than 0.
+        label of the concept at strength −1; or what the label sees is erased, which leaves an empty picture where
+        there was one object, and the scorer knows none; or the latents that are most present when prompts name the
+        concept are multiplied wherever they are active, in both branches of guidance, by 0 or, as SAeUron does, by
+        less than 0.
         """,
     ),
     "erase": Section(
