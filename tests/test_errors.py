@@ -469,7 +469,7 @@ MISUSE = {
     "an option that the feature decides": (steer(latents=(1,)),
         "Unknown option 'latents' … an edit has ['apply_to', 'clip',"),
     "an unknown operation": (steer(operation="remove"), "`operation` must be one of ['add', 'set', … got 'remove'"),
-    "erasing everything": (steer(operation="erase", where="everywhere"), "expected a `mask` … take tokens from"),
+    "erasing everything": (steer(operation="erase", where="everywhere"), "Erasing everywhere … expected a `mask`"),
     "an unknown half": (steer(apply_to="uncond"),
         "`apply_to` must be one of ['cond', 'all', 'contrast'] … got 'uncond'"),
     "an unknown injection": (steer(injection="step"),

@@ -412,7 +412,7 @@ def test_headers_that_do_not_fit(folder, change, message):
 @pytest.mark.parametrize(
     "edit",
     [
-        {"operation": "erase"},
+        {"operation": "remove"},
         {"start": "0"},
         {"strength": 2.0},
         {"mask": 1},
