@@ -146,8 +146,7 @@ class ExchangedStates:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with CallRecorder(self._denoisers, self.activations) as recorder:
             self.pipeline(prompts, generator=generators, output_type="latent", **call)
-            if len(recorder.calls) > 1 or not self._batches:
-                self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
+            self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
         return [call for call, _ in recorder.calls]
 
     @property
