@@ -309,7 +309,7 @@ class Erasure(Fold):
         step: Step,
         counts: list[Counts] | None = None,
         in_turns: int | None = None,
-        reached: torch.Tensor | None = None,
+        token_scale: torch.Tensor | None = None,
         seen: Seen | None = None,
     ) -> torch.Tensor:
         """
@@ -324,8 +324,9 @@ class Erasure(Fold):
         if not self.options.latents:
             share, factors = share * factors, None  # all that the mask leaves out is free
         seen.free = (share == 0).all(-1, keepdim=True).float()
-        if reached is not None and reached.shape[:2] == tokens.shape[:2]:
-            seen.free, factors = seen.free * (reached > 0), reached if factors is None else factors * reached
+        if token_scale is not None and token_scale.shape[:2] == tokens.shape[:2]:
+            seen.free = seen.free * (token_scale > 0)
+            factors = token_scale if factors is None else factors * token_scale
         share = share if factors is None else share * factors
         exists = seen.free.any(1, keepdim=True)
         if counts is not None:

@@ -73,6 +73,23 @@ def test_an_intervention_is_what_steering_does(states, _pipeline, latent):
     torch.testing.assert_close(kept[0], expected, atol=1e-3, rtol=1e-3)
 
 
+def test_erasing_is_measured_as_it_is_done(states, _pipeline):
+    state, sae = next(iter(states.all())), states.dictionary.sites[SITE]
+    seen = state.codes[SITE].dense(list(range(sae.config.num_latents)))[0] > 0.5 * sae.typical_activation
+    latent = int((seen.any(0) & ~seen.all(0)).nonzero()[0])
+    edit = Edit(latents=(latent,), weights=(1.0,), strength=1.0, operation="erase", apply_to="cond", clip=False)
+    expected = states.predict(state, [0], Intervention({SITE: [edit]}, states)(state, [0]))
+    kept = []
+    hook = _pipeline.unet.register_forward_hook(lambda m, a, output: kept.append(output[0][1:2]))
+    try:
+        with _pipeline.rtsae_steering({(SITE, latent): 1.0}, operation="erase", apply_to="cond"):
+            _pipeline(PAIR[0], generator=torch.Generator().manual_seed(3), output_type="latent", **CALL)
+    finally:
+        hook.remove()
+    assert (expected - states.predict(state, [0], {})).abs().max() > 1e-3
+    torch.testing.assert_close(kept[0], expected, atol=1e-3, rtol=1e-3)
+
+
 def test_reversed_pairs_want_what_was_there(states):
     backwards = states.reversed()
     there, back = next(iter(states.all())), next(iter(backwards.all()))

@@ -128,7 +128,7 @@ def counted(work: str) -> tuple[float, float]:
         pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
         device.reset()
         if work == "find":
-            find_features(pipe, [to for _, to in pairs], [start for start, _ in pairs], **call)
+            find_features(pipe, [to for _, to in pairs], [start for start, _ in pairs], 2, **call)
         else:
             fit_feature(pipe, pairs, 2, rank=8 if work == "map" else None, progress=False, **call)
         counts = device.own
