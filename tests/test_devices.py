@@ -21,6 +21,7 @@ from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.effect import States
 from diffusers_rtsae.analysis.find import find_features, top_features
 from diffusers_rtsae.analysis.fit import fit_feature
+from diffusers_rtsae.analysis.names import name_features
 from diffusers_rtsae.analysis.plots import plot_feature_trajectories, plot_heat_maps, plot_presence, plot_similarity
 from diffusers_rtsae.analysis.record import record
 from diffusers_rtsae.analysis.report import write_report
@@ -535,6 +536,14 @@ def test_finding_by_presence(device, both, place):
 def test_finding_in_pictures(device, both, place):
     red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
     check_found([find_features(pipe, [red], [blue], count=2) for pipe in at(place, both())])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_naming(device, both, place):
+    prompts = [f"a {colour} star" for colour in ("red", "blue", "green") for _ in range(3)]
+    one, other = (name_features(pipe, prompts, pictures=1, **CALL) for pipe in at(place, both(dictionary=small())))
+    assert one.measured == other.measured > 0 and one.words == other.words
+    assert [(name.index, name.name) for name in one] == [(name.index, name.name) for name in other]
 
 
 SLOW = [pytest.param(kind, NAME, marks=pytest.mark.slow) for kind in ("RTSAE", "TIDE", "MixtureSAE")]
