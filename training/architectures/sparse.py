@@ -2,7 +2,7 @@
 
 A code is a list of (row, latent, value), sorted by row. Decoding and all gradients are weighted sums over the active
 latents (`embedding_bag`), where a dense formulation has matrix products over all latents. Only the encoder's forward
-product is dense; it is made in pieces of a few rows.
+product is dense; it is made in pieces of a few rows, and in bfloat16 where that tells which entries matter (`screen`).
 
 On a CPU a code has one entry for each active latent. On other devices the host would have to wait to learn their
 number, so a code has as many entries as may be active. Entries of value 0 fill it up; they carry no gradient.
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..common.processes import ALONE, Processes
+from .screen import Screen, true_entries, worthwhile
 
 _PIECE = 10_500_000  # entries of the encoder's product held at once
 
@@ -57,6 +58,10 @@ class Gates(NamedTuple):
         return self.shares[code.rows, self.group[code.latents]]
 
 
+def _rows_at_once(weight: torch.Tensor) -> int:
+    return max(1, _PIECE // max(1, len(weight)))
+
+
 def products(
     centred: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, gates: Gates | None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -67,8 +72,7 @@ def products(
         index of the first row of a piece, the piece, and what is still to be added to it: the bias. With gates, which
         multiply the bias too, that is 0; behind a closed gate there is -inf.
     """
-    centred, weight = centred.to(dtype), weight.to(dtype)
-    step = max(1, _PIECE // max(1, len(weight)))
+    centred, weight, step = centred.to(dtype), weight.to(dtype), _rows_at_once(weight)
     for start in range(0, len(centred), step):
         piece = F.linear(centred[start : start + step], weight)
         if gates is None:
@@ -77,16 +81,6 @@ def products(
             shares = gates.shares[start : start + step].to(dtype)[:, gates.group]
             gated = ((piece + bias.to(dtype)) * shares).masked_fill_(shares == 0, -torch.inf)
             yield start, gated, torch.zeros_like(bias)
-
-
-def _true(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of the true entries of `mask (rows, columns)`. Few are true, so eight are tested at a time."""
-    flat = mask.flatten()
-    whole = len(flat) // 8 * 8
-    words = flat[:whole].view(torch.int64).nonzero()[:, 0]
-    word, byte = flat[:whole].view(-1, 8)[words].nonzero(as_tuple=True)
-    at = torch.cat([words[word] * 8 + byte, flat[whole:].nonzero()[:, 0] + whole])
-    return at // mask.shape[1], at % mask.shape[1]
 
 
 @torch.no_grad()
@@ -99,11 +93,14 @@ def above(
     gates: Gates | None = None,
 ) -> Code:
     """All pre-activations that exceed `threshold`: a number, one per latent, or a function of the first piece."""
+    if gates is None and worthwhile(centred, weight, dtype):
+        if screened := Screen(centred, weight, bias, _rows_at_once(weight)).above(threshold):
+            return Code(*screened)
     found = []
     for start, piece, rest in products(centred, weight, bias, dtype, gates):
         if callable(threshold):
             threshold = threshold(piece[:: len(piece) // 16 or 1] + rest)
-        rows, latents = _true(piece > (threshold - rest).to(dtype))
+        rows, latents = true_entries(piece > (threshold - rest).to(dtype))
         found.append((rows + start, latents, piece[rows, latents].float() + rest[latents]))
     return Code(*map(torch.cat, zip(*found, strict=True)))
 
@@ -158,9 +155,14 @@ def topk(
     gates: Gates | None = None,
 ) -> Code:
     """The `k` largest positive pre-activations of each row (TopK, 2406.04093) over all processes."""
-    pieces = (piece + rest for _, piece, rest in products(centred, weight, bias, dtype, gates))
-    found = [piece.topk(min(k, len(weight)), dim=1) for piece in pieces]
-    values, latents = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    screened = None
+    if gates is None and worthwhile(centred, weight, dtype):
+        screened = Screen(centred, weight, bias, _rows_at_once(weight)).largest(min(k, len(weight)))
+    if screened is None:
+        pieces = (piece + rest for _, piece, rest in products(centred, weight, bias, dtype, gates))
+        found = [piece.topk(min(k, len(weight)), dim=1) for piece in pieces]
+        screened = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    values, latents = screened
     rows = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
     kept = values > 0
     if processes.count > 1:
