@@ -165,7 +165,7 @@ def main() -> None:
         waits, copies = counted(work)
         what = f"{work}, 2 pairs, 4 steps, simulated device"
         tell(results, what, {"waits": waits, "copies": copies}, "a call of the denoiser")
-    for geometry, (count, steps, batch) in {"bundled": (32, 25, 16), "SDXL": (8, 8, 8), "Flux": (8, 4, 4)}.items():
+    for geometry, (count, steps, batch) in {"bundled": (32, 25, 16), "SDXL": (8, 8, 8), "Flux": (4, 4, 4)}.items():
         for work in ("map", "latents") if geometry in a.only else ():
             of = checkouts if geometry == "bundled" else {"now": ROOT}  # the other may not fit
             rises = {}

@@ -453,6 +453,11 @@ Notes from making what is bundled. Their figures were measured once, on the way,
   it.
 - Rank matters less (.64, .66 and .66 with rank 4, 8 and 16). More than two anchors, at which maps may differ, hardly
   matter.
+- All 24 labels were fitted once more by the fit of today, to as many pairs, and the judge read both sets on the same
+  twelve prompts for each label and kind. Open prompts: success .885 and leakage .465, against .882 and .469 of the
+  bundled labels, all pictures valid. Contradicted ones: .771, .576 and valid .948, against .785, .559 and .965; the
+  differences over the labels are −.014 ± .017, .017 ± .009 and −.017 ± .011 (standard errors). The largest is that of
+  `twemoji`, .50 against .83; all but that and `medium-dark` differ by a picture at most. The bundled ones stay.
 """
 DRAWN_PEOPLE = """## What these figures stand on
 
