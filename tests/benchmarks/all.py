@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.all                    # writes tests/benchmarks/results.json and .md
     python -m tests.benchmarks.all --only overhead --minutes 3 --out runs/mine
     python -m tests.benchmarks.all --only app --out tests/benchmarks/app            # in Chromium
-    python -m tests.benchmarks.training --peers peers                   # a training step beside other packages
+    python -m tests.benchmarks.peers --environments peers               # a training step beside other packages
 
 Every figure is a ratio to a baseline of the same run, taken in turns, or a size. On a CPU times are the processor's.
 Waits for the device and copies to and from it are those that the package makes in a step after the first, counted by
