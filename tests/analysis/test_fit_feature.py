@@ -34,13 +34,38 @@ def quick():
     patch.undo()
 
 
+class Bar(fit.tqdm):
+    """A progress bar that keeps what it was told."""
+
+    made: list["Bar"] = []
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.made.append(self)
+        self.told, self.steps = [], []
+
+    def set_description(self, text, *arguments):
+        self.told.append(text)
+
+    def update(self, n=1):
+        self.steps.append(n)
+        return super().update(n)
+
+
 @pytest.fixture(scope="module")
 def fitted(_pipeline, dictionary, quick):
-    """Latents, and a linear map."""
+    """Latents, and a linear map, on a clock on which the first pictures take ten seconds."""
     _pipeline.load_rtsae(dictionary)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(fit, "tqdm", Bar)
+    found = []
     try:
-        return [fit_feature(_pipeline, PAIRS, 6, UNCHANGED, rank, progress=False, **CALL) for rank in (None, 4)]
+        for rank in (None, 4):
+            patch.setattr(fit, "time", SimpleNamespace(monotonic=iter((0, 10)).__next__))
+            found.append(fit_feature(_pipeline, PAIRS, 6, UNCHANGED, rank, **CALL))
+        return found
     finally:
+        patch.undo()
         _pipeline.unload_rtsae()
 
 
@@ -78,37 +103,14 @@ def test_a_fitted_label_is_saved_and_steers_as_before(fitted, pipe, draw, tmp_pa
     assert "a linear map of its own" in card
 
 
-def test_the_bar_says_how_long_a_fit_takes_and_comes_to_its_end(_pipeline, dictionary, quick, monkeypatch):
+def test_the_bar_says_how_long_a_fit_takes_and_comes_to_its_end(fitted):
     """The total is what is done: the last stage ends where the bar does."""
-    bars, opened = [], fit.tqdm
-
-    class Bar(opened):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            bars.append(self)
-            self.told, self.steps = [], []
-
-        def set_description(self, text, *arguments):
-            self.told.append(text)
-
-        def update(self, n=1):
-            self.steps.append(n)
-            return super().update(n)
-
-    monkeypatch.setattr(fit, "tqdm", Bar)
-    _pipeline.load_rtsae(dictionary)
-    try:
-        for rank in (None, 2):
-            bars.clear()
-            monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=iter((0, 10)).__next__))
-            fit_feature(_pipeline, PAIRS, 2, UNCHANGED, rank, **CALL)
-            beginning, bar = bars
-            about = 10 * bar.total / bar.steps[0]  # the first pictures took ten seconds
-            assert bar.desc == f"about {about:.0f} s: pictures"
-            assert bar.told == [f"about {about:.0f} s: {stage}" for stage in ("towards", "away")]
-            assert sum(bar.steps[:-1]) == pytest.approx(bar.total) == bar.n and not beginning.steps
-    finally:
-        _pipeline.unload_rtsae()
+    assert len(Bar.made) == 2 * len(fitted)
+    for beginning, bar in zip(Bar.made[::2], Bar.made[1::2], strict=True):
+        about = 10 * bar.total / bar.steps[0]
+        assert bar.desc == f"about {about:.0f} s: pictures"
+        assert bar.told == [f"about {about:.0f} s: {stage}" for stage in ("towards", "away")]
+        assert sum(bar.steps[:-1]) == pytest.approx(bar.total) == bar.n and not beginning.steps
 
 
 def test_each_part_answers_strengths_of_its_sign_within_its_bounds(fitted):

@@ -50,7 +50,7 @@ def open_pairs(world: World, pictures: int, seed: int) -> Exchanges:
 
 def population(pipe, world: World, count: int, call: dict) -> list[tuple[str, int]]:
     """The latents whose slope towards a value stands out most among the slopes of all latents."""
-    slopes = ExchangedStates(pipe, open_pairs(world, 4, seed=3_000_000), seed=3_000_000, **call).slopes(lambda: None)
+    slopes = ExchangedStates(pipe, open_pairs(world, 4, seed=13_000_000), seed=13_000_000, **call).slopes(lambda: None)
     found = []
     for site, added in slopes.added.items():
         highest = ((added - added.mean(1, keepdim=True)) / added.std(1, keepdim=True)).amax(0)
@@ -60,7 +60,7 @@ def population(pipe, world: World, count: int, call: dict) -> list[tuple[str, in
 
 def values_of_words(world: World, words: list[str]) -> dict[str, str]:
     """The value that each word says, `factor: value`: in the world's descriptions it stands with no other value."""
-    scenes = world.sample(3000, seed=4_000_000, held_out=False)
+    scenes = world.sample(3000, seed=14_000_000, held_out=False)
     prompts = world.describe(scenes, 0)
     said = {}
     for word in words:
@@ -76,7 +76,7 @@ def by_presence(pipe, world: World, latents: list[tuple[str, int]], call: dict) 
     """For each latent the value whose prompts show it most, in standard deviations over the values of its factor."""
     dictionary, means = get_dictionary(pipe, None), []
     for factor, value in world.targets:
-        scenes = [scene | {factor: value} for scene in world.sample(4, seed=5_000_000, held_out=False)]
+        scenes = [scene | {factor: value} for scene in world.sample(4, seed=15_000_000, held_out=False)]
         recording = record(pipe, world.describe(scenes, 0), **call)
         means.append([recording.presence(site).mean((0, 1)) for site in dictionary.sites])
     sites = list(dictionary.sites)
@@ -109,10 +109,10 @@ class Pictures:
         self.pipe, self.world, self.scorer, self.steps, self.guidance = pipe, world, scorer, steps, guidance
         self.prompts, self.factors = [], []
         for factor in world.steered:
-            for i, scene in enumerate(world.sample(pictures, seed=5_000_000, held_out=False)):
+            for i, scene in enumerate(world.sample(pictures, seed=15_000_000, held_out=False)):
                 self.prompts += world.describe([scene], i, leave_open=(factor,))
                 self.factors.append(factor)
-        self.seeds = list(range(7000, 7000 + len(self.prompts)))
+        self.seeds = list(range(17_000, 17_000 + len(self.prompts)))
 
     def shares(self, latents: list[tuple[str, int]]) -> list[dict[str, float]]:
         """For each latent the shares with it added."""
