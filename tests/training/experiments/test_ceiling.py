@@ -2,12 +2,15 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from diffusers_rtsae.analysis import fit
 from training.experiments import ceiling
 
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_a_block_is_measured_for_a_value_of_each_factor(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fit, "_PICTURES", 4)
     monkeypatch.chdir(ROOT)

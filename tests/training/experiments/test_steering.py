@@ -133,6 +133,7 @@ def test_an_experiment_runs_and_continues(name, tmp_path, monkeypatch, capsys):
 PAIRS = [("a blue star on white", "a red star on gray"), ("a green star on white", "a red star on black")]
 
 
+@pytest.mark.slow
 def test_rivals_of_several_values_are_fitted_and_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     fit_less(monkeypatch, steps=2, last=2)

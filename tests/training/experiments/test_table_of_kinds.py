@@ -38,6 +38,7 @@ def trained(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_a_table_of_kinds_is_measured_and_continued(trained, tmp_path, monkeypatch, capsys):
     out = tmp_path / "kinds.json"
     command = ["kinds", "--dictionaries", str(trained), "--steps", "6", "--batch-size", "16", "--out", str(out)]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from training.worlds.pictures import load_pipeline
@@ -105,6 +106,7 @@ def test_the_bundled_pipeline_loads_without_this_package():
     subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
 
 
+@pytest.mark.slow
 def test_the_bundled_pipeline_draws_what_it_is_told(scorer):
     """Floors under the committed weights: examples/shapes-sd/metrics.json has their figures; raise both together."""
     result, _ = evaluate(
