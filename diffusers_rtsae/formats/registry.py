@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Format
+from .concept_steerers import ConceptSteerers
 from .dictionary_learning import DictionaryLearning
 from .diffract import DifFRACT
 from .overcomplete import Overcomplete
@@ -12,5 +13,8 @@ from .sparsify import Sparsify
 
 #: The formats by name.
 FORMATS: dict[str, Format] = {
-    one.name: one for one in (Sparsify(), SAELens(), SDLens(), DictionaryLearning(), DifFRACT(), Overcomplete())
-}
+    one.name: one
+    for one in (
+        Sparsify(), SAELens(), SDLens(), ConceptSteerers(), DictionaryLearning(), DifFRACT(), Overcomplete(),
+    )
+}  # fmt: skip

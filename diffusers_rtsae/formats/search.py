@@ -11,7 +11,7 @@ from .base import PICKLES, Published
 from .registry import FORMATS
 
 _DEPTH, _FILES = 5, 20_000  # how far a folder is searched
-_MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_MODULE_PATH = re.compile(r"\w+(\.\w+)*(\+\w+(\.\w+)+)*", re.ASCII)  # `a.b+c.d` joins sites of text encoders
 
 
 def walk(folder: Path) -> Iterator[str]:
@@ -43,7 +43,9 @@ def find(names: Iterable[str], around: Sequence[str] = ()) -> list[Published]:
                 config = None
             complete = config is None or config in names
             if complete and path.suffix in (".safetensors", *PICKLES) and re.fullmatch(one.weights, path.stem):
-                site = one.site(path.stem) or _site_of((*around, *path.parts[:-1]))
+                site = one.site(path.stem) or _site_of([one.folder(part) for part in (*around, *path.parts[:-1])])
+                if not one.is_of(site):
+                    continue
                 more = [str(path.with_name(other)) for other in one.more if path.suffix in PICKLES]
                 entry = Published(site, one.name, name, config, tuple(other for other in more if other in names))
                 published.setdefault((path.parent, path.stem), entry)  # as safetensors rather than as a pickle
@@ -84,7 +86,7 @@ def choose(
             "`subfolder`."
         )
     if site is not None:
-        published = [entry._replace(site=site) for entry in published]
+        published = [_at(entry, site) for entry in published]
     if all(entry.site is None for entry in published):
         raise ValueError(
             f"No name in {source} says which site it is of: name the site by `site` (--site of diffusers-rtsae "
@@ -103,6 +105,13 @@ def choose(
             raise ValueError(f"{source} has several of {site}: choose one of {folders[:12]} by `subfolder`.")
         chosen[site] = nearest[0]
     return chosen or {entry.site: entry for entry in published if entry.site is not None}
+
+
+def _at(entry: Published, site: str) -> Published:
+    """An autoencoder as one of another site, of which files of these names may be of another format."""
+    own = FORMATS[entry.format]
+    alike = (one for one in FORMATS.values() if (one.weights, one.config) == (own.weights, own.config))
+    return entry._replace(site=site, format=next(one.name for one in (own, *alike) if one.is_of(site)))
 
 
 def check_pickles(chosen: dict[str, Published], source: str, allowed: bool) -> None:

@@ -1,0 +1,97 @@
+"""
+Which guidance branch the text is of that a text encoder is called with, by the variables of the functions around the
+call: pipelines keep the negative text, or its numbers, in a variable that says so.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .rows import is_negative
+
+_PROMPT = re.compile(r"(prompt|text|caption)s?(_\d)?")  # a variable for what is to be encoded, or for the prompt
+_OTHER = ("safety", "edit", "source")  # parts of names of texts that are no prompt
+
+
+@dataclass
+class Encoded:
+    """The calls of a text encoder so far in a generation."""
+
+    counts: dict[str, int] = field(default_factory=dict)  # by role
+    known: list[torch.Tensor] = field(default_factory=list)  # the conditional ones
+
+    def next(self, text: torch.Tensor, scopes: list[dict[str, Any]]) -> tuple[str, int]:
+        """The role of the next call, a key of `rows.ROLES`, and its number among those of that role; for the negative
+        text no more than the conditional ones.
+
+        Args:
+            text (`torch.Tensor`): numbers of tokens `(rows, tokens)`, or what else the encoder is called with.
+            scopes (`list[dict]`): see [`find_scopes`]; if there are none, the text is no prompt.
+        """
+        role = _role(text, scopes, self.known) if scopes else "other"
+        number = self.counts.get(role, 0)
+        self.counts[role] = number + 1
+        if role == "cond":
+            self.known.append(text)
+        return role, min(number, max(self.counts.get("cond", 1) - 1, 0)) if role == "uncond" else number
+
+
+def _role(text: torch.Tensor, scopes: list[dict[str, Any]], known: list[torch.Tensor]) -> str:
+    """The role of a text: that which the innermost variable says that has it, if no variable beside it says another.
+    Where the prompt and the negative one are the same, the prompt comes first."""
+    spoken: frozenset[str] = frozenset()
+    for scope in scopes:
+        words = {name: one for name, value in scope.items() if (one := _words(value))}
+        if not spoken and not any(_mark(name) for name in words):  # a function for any text
+            spoken = next((one for name, one in words.items() if _PROMPT.fullmatch(name)), spoken)
+        found = {_mark(name) for name, value in scope.items() if _holds(value, text)}
+        found |= {_mark(name) for name, one in words.items() if spoken == one and (_mark(name) or _is_prompt(name))}
+        if found - {""}:
+            role = min(found - {""})
+            return role if "" not in found or any(_same(text, other) for other in known) else "cond"
+        others = [one for name, one in words.items() if _is_prompt(name)]
+        if spoken == {""} and others and spoken not in others:
+            return "uncond"  # an empty text that is in no variable
+    return "cond"
+
+
+def _mark(name: str) -> str:
+    """The role that the name of a variable says; empty for a prompt."""
+    if is_negative(name):
+        return "uncond"
+    return "other" if any(word in name for word in _OTHER) else ""
+
+
+def _is_prompt(name: str) -> bool:
+    return _PROMPT.fullmatch(name) is not None
+
+
+def _words(value) -> frozenset[str]:
+    """The texts in a variable, none twice; case and spaces may be changed before they are encoded."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
+        return frozenset()
+    return frozenset(" ".join(one.lower().split()) for one in texts)
+
+
+def _holds(value, text: torch.Tensor) -> bool:
+    """Whether a variable has the numbers of a text: the same, or longer ones of which it is a window, whose first and
+    last number mark its start and end."""
+    value = getattr(value, "input_ids", value)
+    if not torch.is_tensor(value) or not torch.is_tensor(text) or value.ndim != 2 or value.dtype != text.dtype:
+        return False
+    if len(value) != len(text) or value.is_floating_point():
+        return False
+    count = text.shape[1]
+    if value.shape[1] <= count:
+        return _same(value, text)
+    inner = text[:, 1:-1].to(value.device)
+    return any(torch.equal(value[:, i : i + count][:, 1:-1], inner) for i in range(value.shape[1] - count + 1))
+
+
+def _same(one, other) -> bool:
+    return torch.is_tensor(one) and torch.is_tensor(other) and one.shape == other.shape and torch.equal(one, other.to(one))
