@@ -125,7 +125,9 @@ def _of_prompt(codes: PromptCodes, dictionary: Dictionary) -> list[dict]:
     """The entry that the codes of a prompt stand for."""
     sae = dictionary.sites.get(codes.site)
     if sae is None or sae.config.in_channels != codes.vectors.shape[1]:
-        raise ValueError(f"The codes of {codes.prompt!r} are of {codes.site}; this dictionary has {[*dictionary.sites]}.")
+        raise ValueError(
+            f"The codes of {codes.prompt!r} are of {codes.site}; this dictionary has {[*dictionary.sites]}."
+        )
     return [{"site": codes.site, "latents": [], "weights": [], "vectors": codes.vectors}]
 
 

@@ -94,4 +94,9 @@ def _holds(value, text: torch.Tensor) -> bool:
 
 
 def _same(one, other) -> bool:
-    return torch.is_tensor(one) and torch.is_tensor(other) and one.shape == other.shape and torch.equal(one, other.to(one))
+    return (
+        torch.is_tensor(one)
+        and torch.is_tensor(other)
+        and one.shape == other.shape
+        and torch.equal(one, other.to(one))
+    )

@@ -107,7 +107,7 @@ def _open(
     published = find(walk(folder), around)
     if not published:
         return _read(folder, layers, dtype)
-    chosen = choose(published, layers, str(source), site)
+    chosen = choose(published, layers, str(source), site, told=pickles)
     chosen = {site: chosen[site] for site in choose_sites(chosen, layers)}
     check_pickles(chosen, str(source), pickles)
     sites = {site: read(folder, entry, site, dtype) for site, entry in chosen.items()}

@@ -11,10 +11,10 @@ from .saelens import SAELens
 from .sdlens import SDLens
 from .sparsify import Sparsify
 
-#: The formats by name.
+#: The formats by name. Of two with files of the same names the first that is of a site is taken.
 FORMATS: dict[str, Format] = {
     one.name: one
     for one in (
-        Sparsify(), SAELens(), SDLens(), ConceptSteerers(), DictionaryLearning(), DifFRACT(), Overcomplete(),
+        Sparsify(), SAELens(), ConceptSteerers(), SDLens(), DictionaryLearning(), DifFRACT(), Overcomplete(),
     )
 }  # fmt: skip

@@ -52,6 +52,21 @@ def find(names: Iterable[str], around: Sequence[str] = ()) -> list[Published]:
     return sorted(published.values(), key=lambda entry: entry.weights)
 
 
+def unknown_weights(names: Iterable[str]) -> str:
+    """How a message goes on where there are weights that no format knows by the names of their files; empty where there
+    are none."""
+    if not any(name.endswith((".safetensors", *PICKLES)) for name in names):
+        return ""
+    owners: dict[str, list[str]] = {}
+    for one in FORMATS.values():
+        owners.setdefault(one.weights, []).append(one.name)
+    known = ", ".join(f"{name} ({' or '.join(own)})" for name, own in owners.items() if name.isidentifier())
+    return (
+        f" Weights of others are known by the names of their files, {known}: give them theirs. A pickled model of "
+        "overcomplete is overcomplete.pt."
+    )
+
+
 def _site_of(folders: Sequence[str]) -> str | None:
     """The site that the innermost folder with the name of a module is of, like
     `unet.down_blocks.2.attentions.1_k10_hidden5120`."""
@@ -65,7 +80,11 @@ def _site_of(folders: Sequence[str]) -> str | None:
 
 
 def choose(
-    published: list[Published], layers: list[str] | None, source: str, site: str | None = None
+    published: list[Published],
+    layers: list[str] | None,
+    source: str,
+    site: str | None = None,
+    told: bool = False,
 ) -> dict[str, Published]:
     """
     The autoencoders to read by site: of each of `layers`, or of every site that is named, the one nearest to the root.
@@ -73,13 +92,14 @@ def choose(
     Args:
         source (`str`): the folder or repository, for messages.
         site (`str`, *optional*): the site of the only one there is, whatever names say.
+        told (`bool`): whether one of `layers` is such a site too, as --site of `convert` is.
 
     Raises:
         `ValueError`: names do not say which is of which site.
     """
     folders = sorted({str(PurePosixPath(entry.weights).parent) for entry in published})
-    if site is None and len(published) == 1 and published[0].site is None and layers and len(layers) == 1:
-        site = layers[0]
+    if site is None and len(published) == 1 and layers and len(layers) == 1:
+        site = layers[0] if told or published[0].site is None else None
     if site is not None and len(folders) > 1:
         raise ValueError(
             f"`site` says what one autoencoder is of, but {source} has several: choose one of {brief(folders)} by "

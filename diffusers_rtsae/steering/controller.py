@@ -119,7 +119,9 @@ class Controller:
 
     def _begin(self) -> None:
         self._tap = Tap(self)
-        self._texts: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # text encoders with hooks
+        self._texts: weakref.WeakKeyDictionary[nn.Module, str] = (
+            weakref.WeakKeyDictionary()
+        )  # text encoders with hooks
         self._encoded: set[int] = set()  # ids of plans that acted in a text encoder outside of a pipeline's call
         self._entered: list[_Steering] = []
         self._plans: dict[tuple, tuple[list[tuple[SiteEdit, ...]], list[tuple[str, SitePlan]]]] = {}
