@@ -243,8 +243,9 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         Args:
             features (`dict`): strengths by feature, which is a label, an index or `(site, index)`. 1.0 is the
                 feature's typical full activation. At a site of a text encoder the [`PromptCodes`] of a whole prompt
-                are a feature, too; there 1.0 is what the prompt itself has. A list has one strength per prompt. A tensor or array `(steps,)` or
-                `(steps, prompts)`, or a function of the progress from 0 to 1, is a schedule over denoising.
+                are a feature, too; there 1.0 is what the prompt itself has. A list has one strength per prompt. A
+                tensor or array `(steps,)` or `(steps, prompts)`, or a function of the progress from 0 to 1, is a
+                schedule over denoising.
             adapter_name (`str`, *optional*): name of the dictionary; needed if several are loaded.
             options: `operation`, `source`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`, `clip`,
                 `renormalise`; see [`Edit`]. `source` is a feature. `where` is a feature, or a list of them, on whose

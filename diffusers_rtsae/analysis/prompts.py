@@ -32,7 +32,7 @@ def read_prompt(
     """
     The codes of a prompt at a site of a text encoder: the activations of all latents on each of its tokens, whatever
     their rank, so without the TopK of the dictionary. `set_rtsae_features` takes them as a feature: they are added
-    token by token, the first to the first, on all tokens, those that mark start and end and those that fill up included.
+    token by token, the first to the first, also on the tokens that mark start and end and on those that fill up.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary of a text encoder loaded.

@@ -245,8 +245,8 @@ def list_sites(model) -> list[str]:
     Paths of the modules that a dictionary can be attached to, in the order of their definition.
 
     Args:
-        model (`DiffusionPipeline` or `nn.Module`): a pipeline or its denoiser; or a text encoder, whose sites are to be
-            named after its component, as in `text_encoder.encoder.layers.9`.
+        model (`DiffusionPipeline` or `nn.Module`): a pipeline or its denoiser; or one of its text encoders. Put the
+            name of the component before a path in a text encoder: `text_encoder.encoder.layers.9`.
 
     Raises:
         `ValueError`: `model` is neither.
@@ -279,8 +279,8 @@ def _list_layers(text_encoder: nn.Module) -> list[str]:
 
 
 def get_site(model: nn.Module, name: str) -> nn.Module:
-    """The module of a denoiser, or of the text encoder that `name` begins with, at the path `name`; raises `ValueError`
-    with the closest sites if there is none."""
+    """The module at the path `name` of a denoiser, or of the text encoder that `name` begins with; raises
+    `ValueError` with the closest sites if there is none."""
     component, path = split_site(name)
     if component and not _is_of_transformers(model):
         raise ValueError(

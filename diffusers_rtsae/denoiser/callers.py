@@ -71,8 +71,9 @@ FAMILIES = (
 
 
 class Generation:
-    """One run of a pipeline's `__call__`, or else (then `is_whole` is false) of another of its methods. `memories` holds
-    what others remember of the generation, by the object that remembers it; it is freed when the call returns."""
+    """One run of a pipeline's `__call__`, or else (then `is_whole` is false) of another of its methods. `memories`
+    holds what others remember of the generation, by the object that remembers it; it is freed when the call returns.
+    """
 
     def __init__(self, is_whole: bool = False):
         self.is_whole = is_whole

@@ -53,8 +53,8 @@ def find(names: Iterable[str], around: Sequence[str] = ()) -> list[Published]:
 
 
 def unknown_weights(names: Iterable[str]) -> str:
-    """How a message goes on where there are weights that no format knows by the names of their files; empty where there
-    are none."""
+    """How a message goes on where there are weights that no format knows by the names of their files; empty where
+    there are none."""
     if not any(name.endswith((".safetensors", *PICKLES)) for name in names):
         return ""
     owners: dict[str, list[str]] = {}

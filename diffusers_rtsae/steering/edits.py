@@ -75,8 +75,8 @@ class Edit:
             this dictionary at the site.
         map (`torch.Tensor`, *optional*): rows of a [`LinearMap`] to apply instead of moving latents; needs
             `clip=False`.
-        vectors (`torch.Tensor`, *optional*): what to add to each token of a text at strength 1, `(tokens, d)`, instead of
-            moving latents; needs `clip=False`.
+        vectors (`torch.Tensor`, *optional*): what to add to each token of a text at strength 1, `(tokens, d)`,
+            instead of moving latents; needs `clip=False`.
         bounds (`tuple[float, float]`, *optional*): range that strengths are clamped to. A fitted label may have
             several parts, such as one for strengths below and one for those above zero; each part responds within its
             bounds only.

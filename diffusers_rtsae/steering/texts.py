@@ -1,5 +1,5 @@
-"""What is particular about sites in text encoders: which dictionaries and edits they take, the codes of a whole prompt,
-and sites of several text encoders side by side."""
+"""What is particular about sites in text encoders: which dictionaries and edits they take, the codes of a whole
+prompt, and sites of several text encoders side by side."""
 
 from __future__ import annotations
 
@@ -90,15 +90,15 @@ def check_text_edit(site: str, edit: Edit) -> None:
         raise ValueError(f"The tokens of {site} are those of a text: a `mask`, and 'erase', are for pictures.")
     if len(joined_sites(site)) > 1 and edit.read:
         raise ValueError(
-            f"{site} joins text encoders that run one after the other, so that no latent can be read when the first one "
-            "is edited: expected operation='add' with clip=False and without `where`."
+            f"{site} joins text encoders that run one after the other, so that no latent can be read when the first "
+            "one is edited: expected operation='add' with clip=False and without `where`."
         )
 
 
 def halves(sae: SparseAutoencoder, edits: list[Edit], widths: list[int]) -> list[tuple[SparseAutoencoder, list[Edit]]]:
     """
-    The dictionaries and edits of each site that a joined one is made of. What they add together is what the whole adds;
-    none of them can read latents.
+    The dictionaries and edits of each site that a joined one is made of. What they add together is what the whole
+    adds; none of them can read latents.
 
     Args:
         sae (`SparseAutoencoder`): of the joined site.
