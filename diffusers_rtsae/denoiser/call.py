@@ -187,8 +187,11 @@ class CallReader:
             self._texts[_context()] = generation  # keeps it until the next
         else:
             generation = caller.generation
+            _check_followed(caller)
+            numbers = arguments.by_name.get("input_ids")
+            text = arguments.sample if numbers is None else numbers
             encoded = self._encoded.setdefault(generation, {}).setdefault(component, Encoded())
-            role, number = encoded.next(arguments.sample, find_scopes(generation))
+            role, number = encoded.next(text, find_scopes(generation))
             view = component, number
         return Call(
             1000.0, (Part(role, None if role == "cond" else 0, 0.0, 1.0, 1000.0),), rows, rows, rows, Grid(),
@@ -221,8 +224,7 @@ class CallReader:
 
     def _driven_call(self, arguments: Arguments, caller: Caller, component: str) -> Call:
         family, variables = caller.family, caller.variables
-        if family.refused:
-            raise ValueError(f"{type(caller.pipeline).__name__} cannot be followed: {family.refused}.")
+        _check_followed(caller)
         progress = caller.generation.memories.setdefault(self, _Progress())
         rows = len(arguments.sample)
         drawn = Drawn.of(variables, arguments.sample)
@@ -298,6 +300,11 @@ class CallReader:
         if place not in progress.known:
             progress.known[place] = roles_of(arguments, caller, drawn, guided, progress.turn)
         return progress.known[place]
+
+
+def _check_followed(caller: Caller) -> None:
+    if caller.family.refused:
+        raise ValueError(f"{type(caller.pipeline).__name__} cannot be followed: {caller.family.refused}.")
 
 
 def _is_aside(arguments: Arguments, caller: Caller, sampler_time) -> bool:

@@ -14,7 +14,9 @@ import torch
 from .rows import is_negative
 
 _PROMPT = re.compile(r"(prompt|text|caption)s?(_\d)?")  # a variable for what is to be encoded, or for the prompt
-_OTHER = ("safety", "edit", "source")  # parts of names of texts that are no prompt
+_OTHER = ("safety", "source")  # parts of names of texts that are no prompt
+
+Words = frozenset[str]  # texts, none twice; pipelines change case and spaces before they encode
 
 
 @dataclass
@@ -31,6 +33,9 @@ class Encoded:
         Args:
             text (`torch.Tensor`): numbers of tokens `(rows, tokens)`, or what else the encoder is called with.
             scopes (`list[dict]`): see [`find_scopes`]; if there are none, the text is no prompt.
+
+        Raises:
+            `ValueError`: the rows are of several branches.
         """
         role = _role(text, scopes, self.known) if scopes else "other"
         number = self.counts.get(role, 0)
@@ -41,22 +46,44 @@ class Encoded:
 
 
 def _role(text: torch.Tensor, scopes: list[dict[str, Any]], known: list[torch.Tensor]) -> str:
-    """The role of a text: that which the innermost variable says that has it, if no variable beside it says another.
-    Where the prompt and the negative one are the same, the prompt comes first."""
-    spoken: frozenset[str] = frozenset()
+    """The role of a text: that which the innermost variable says that has it. Where the prompt and the negative one
+    are the same, the prompt comes first."""
+    spoken: Words = frozenset()
     for scope in scopes:
         words = {name: one for name, value in scope.items() if (one := _words(value))}
-        if not spoken and not any(_mark(name) for name in words):  # a function for any text
-            spoken = next((one for name, one in words.items() if _PROMPT.fullmatch(name)), spoken)
-        found = {_mark(name) for name, value in scope.items() if _holds(value, text)}
-        found |= {_mark(name) for name, one in words.items() if spoken == one and (_mark(name) or _is_prompt(name))}
+        marked = {name: one for name, one in words.items() if _mark(name)}
+        prompts = [one for name, one in words.items() if _PROMPT.fullmatch(name)]
+        named = {name for name in scope if _mark(name) or "prompt" in name}
+        found = {_mark(name) for name in named if _holds(scope[name], text)}
+        if spoken:
+            found |= {_mark(name) for name, one in marked.items() if one == spoken}
+            found |= {""} if spoken in prompts else set()
+            if not found:
+                found = _within(spoken, marked, prompts)
+        elif not marked and prompts:  # a function for any text
+            spoken = prompts[0]
         if found - {""}:
-            role = min(found - {""})
-            return role if "" not in found or any(_same(text, other) for other in known) else "cond"
-        others = [one for name, one in words.items() if _is_prompt(name)]
-        if spoken == {""} and others and spoken not in others:
-            return "uncond"  # an empty text that is in no variable
+            is_first = "" in found and not any(_same(text, other) for other in known)
+            return "cond" if is_first else min(found - {""})
     return "cond"
+
+
+def _within(spoken: Words, marked: dict[str, Words], prompts: list[Words]) -> set[str]:
+    """The roles of the texts that are parts of what is spoken, as of a filled in template: those of the longest."""
+    has_prompt = [any(one in said for texts in prompts for one in texts if one) for said in spoken]
+    negatives = {one for texts in marked.values() for one in texts}
+    others = [said for said, has in zip(spoken, has_prompt, strict=True) if not has]
+    if any(has_prompt) and any(one == said or one and one in said for said in others for one in negatives):
+        raise ValueError("A pipeline encodes the prompt and the negative one in one call, which cannot be followed.")
+    if prompts and spoken == {""} != prompts[0]:
+        return {"uncond"}  # the empty text may be in no variable
+    known = [*((_mark(name), texts) for name, texts in marked.items()), *(("", texts) for texts in prompts)]
+    parts = [
+        (min(max((len(one) for one in texts if one in said), default=-1) for said in spoken), role)
+        for role, texts in known
+    ]
+    longest = max(parts, default=(-1, ""))[0]
+    return {role for length, role in parts if length == longest >= 0}
 
 
 def _mark(name: str) -> str:
@@ -66,12 +93,7 @@ def _mark(name: str) -> str:
     return "other" if any(word in name for word in _OTHER) else ""
 
 
-def _is_prompt(name: str) -> bool:
-    return _PROMPT.fullmatch(name) is not None
-
-
-def _words(value) -> frozenset[str]:
-    """The texts in a variable, none twice; case and spaces may be changed before they are encoded."""
+def _words(value) -> Words:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
         return frozenset()
