@@ -62,11 +62,12 @@ class Tap:
 
     Args:
         observer (`Observer`): gets a record of each call, and may edit what sites return. The tap holds a weak
-            reference to it.
+            reference to it, and its hooks are removed when it is freed: the model may live on in another pipeline.
     """
 
     def __init__(self, observer: Observer):
-        self._observer = weakref.ref(observer)
+        own = weakref.WeakMethod(self._drop_all)
+        self._observer = weakref.ref(observer, lambda _: (drop := own()) and drop())
         self._watched: set[tuple[str, str | None]] = set()  # component and site; site `None` is the denoiser itself
         self._hooks: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # kept alive by their modules
         self._reader = CallReader()
@@ -141,6 +142,10 @@ class Tap:
         hook = self._hooks.pop(key, None)  # `None` if its module was freed
         if hook is not None:
             hook.remove()
+
+    def _drop_all(self) -> None:
+        for key in [*self._watched]:
+            self._drop(key)
 
     def restart(self) -> None:
         """Let the next call that no pipeline makes begin a generation."""

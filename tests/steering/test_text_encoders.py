@@ -335,11 +335,23 @@ class Texts:
         """Nothing is edited."""
 
 
+def test_a_text_encoder_outlives_the_pipeline(pipe):
+    plain, count = encode(pipe)[0], len([*pipe.text_encoder.modules()])
+    components = pipe.components | {"unet": changed_unet(pipe)}
+    other = StableDiffusionPipeline(**components, requires_safety_checker=False)
+    other.load_rtsae({SITE: sae()})
+    other.set_rtsae_features({3: 1.0}, clip=False)
+    assert any(one._forward_hooks for one in pipe.text_encoder.modules())
+    del other, components
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in pipe.text_encoder.modules())
+    assert torch.equal(encode(pipe)[0], plain) and count == len([*pipe.text_encoder.modules()])
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "StableDiffusion3Pipeline", "WanPipeline", "Kandinsky3Pipeline", "JoyImageEditPipeline",
-        "StableDiffusionPipelineSafe", "LTXI2VLongMultiPromptPipeline", "StableDiffusionXLModularPipeline",
+        "StableDiffusionPipelineSafe", "LTXI2VLongMultiPromptPipeline",
     ],
 )  # fmt: skip
 def test_roles_are_those_of_what_changes(name):
