@@ -282,11 +282,6 @@ def get_site(model: nn.Module, name: str) -> nn.Module:
     """The module at the path `name` of a denoiser, or of the text encoder that `name` begins with; raises
     `ValueError` with the closest sites if there is none."""
     component, path = split_site(name)
-    if component and not _is_of_transformers(model):
-        raise ValueError(
-            f"{name} lies in a text encoder, which runs once, before denoising: it is steered, recorded and read "
-            "(`analysis.prompts.read_prompt`); this needs a site of the denoiser."
-        )
     for spelling in _spellings(path) if component else [path]:
         module = _follow(model, spelling)
         if module is not None:

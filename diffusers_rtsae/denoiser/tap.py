@@ -100,6 +100,13 @@ class Tap:
         Raises:
             `ValueError`: a model lacks one of the sites.
         """
+        sites = None if sites is None else list(sites)
+        for site in sites or ():
+            if split_site(site)[0] not in ("", *models):
+                raise ValueError(
+                    f"{site} lies in a text encoder, which runs once, before denoising. It can be steered, recorded, "
+                    "and read by `analysis.prompts.read_prompt`; this needs a site of the denoiser."
+                )
         targets: dict[tuple[str, str | None], nn.Module] = {}
         for component, model in models.items() if sites is not None else ():
             text_encoder = component if component in TEXT_ENCODERS else ""

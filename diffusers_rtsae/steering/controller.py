@@ -211,7 +211,8 @@ class Controller:
             acting = [one for one in edits if self._acts(one)] if self.enabled else []
             sites = {site: None for one in acting for site in joined_sites(one.site)}
             self._plans, self._warned, self._encoded = {}, False, set()
-            self._tap.watch(denoisers, sites or None, pipeline)
+            own = [site for site in sites if not split_site(site)[0]]
+            self._tap.watch(denoisers, own if sites else None, pipeline)  # without own sites for a warning alone
             self._watch_texts(sites, pipeline)
 
     def _watch_texts(self, sites: dict[str, None], pipeline) -> None:
