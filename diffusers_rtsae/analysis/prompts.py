@@ -46,9 +46,9 @@ def read_prompt(
 
     Example:
         ```py
-        >>> naked = read_prompt(pipe, "naked, nude")
-        >>> naked.top(5)  # [(index, activation, token), ...]
-        >>> pipe.set_rtsae_features({naked: -0.5}, apply_to="contrast")
+        >>> painting = read_prompt(pipe, "an oil painting")
+        >>> painting.top(5)  # [(index, activation, token), ...]
+        >>> pipe.set_rtsae_features({painting: -0.5}, apply_to="contrast")
         ```
     """
     dictionary = get_dictionary(pipeline, adapter_name)

@@ -119,6 +119,8 @@ def test_the_site_of_a_text_encoder_says_whose_file_it_is(tmp_path):
     ((site, sae),) = load_dictionary(tmp_path / "xl").sites.items()
     assert site == "text_encoder.text_model.encoder.layers.10+text_encoder_2.text_model.encoder.layers.28"
     assert sae.config.activation == "output"
+    load_dictionary(tmp_path / "xl").save(tmp_path / "ours")
+    assert list(load_dictionary(tmp_path / "ours").sites) == [site]
     t5 = "text_encoder_2.encoder.block.22"  # for FLUX they name it as if it were a layer of CLIP
     assert load_dictionary(tmp_path / "xl", site=t5).sites[t5].config.activation == "output"
     assert load_dictionary(tmp_path / "xl", site="mid_block").sites["mid_block"].config.activation == "update"

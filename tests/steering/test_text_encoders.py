@@ -304,6 +304,20 @@ def test_offloaded_and_copied(pipe):
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in copied.text_encoder.modules())
 
 
+@pytest.mark.slow
+def test_compiled():
+    pipe, made = xl(), sae(XL, 48)
+    pipe.load_rtsae({XL: made})
+    pipe.text_encoder.compile(backend="eager")
+    plain = pipe.encode_prompt("w1", device="cpu")
+    for strength in (1.0, 2.0):
+        with pipe.rtsae_steering({3: strength}, clip=False, apply_to="contrast"), torch.no_grad():
+            steered = pipe.encode_prompt("w1", device="cpu")
+        change = strength * 5.0 * made.decoder[3]
+        torch.testing.assert_close(steered[0] - plain[0], change.expand_as(plain[0]), atol=1e-5, rtol=1e-4)
+    assert all(map(torch.equal, pipe.encode_prompt("w1", device="cpu"), plain))
+
+
 def test_recorded_and_measured(pipe):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     made = sae()
