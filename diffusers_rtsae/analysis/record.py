@@ -14,6 +14,7 @@ from ..denoiser import (
     Tap,
     TimeGrid,
     get_denoisers,
+    get_site,
     get_text_encoders,
     is_text,
     joined_sites,
@@ -63,8 +64,11 @@ class Recorder:
         if activation not in ACTIVATIONS:
             raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {activation!r}.")
         self.models = get_denoisers(pipeline) | get_text_encoders(pipeline)
-        for component in {split_site(part)[0] for site in sites for part in joined_sites(site)} - {"", *self.models}:
-            raise ValueError(f"{type(pipeline).__name__} has no {component!r}; it has {list(self.models)}.")
+        for part in (part for site in sites for part in joined_sites(site)):
+            component = split_site(part)[0] or next(iter(self.models))
+            if component not in self.models:
+                raise ValueError(f"{type(pipeline).__name__} has no {component!r}; it has {list(self.models)}.")
+            get_site(self.models[component], part)
         self.sites, self.steps, self.activation = list(sites), timesteps, activation
         self.dtype, self.streams, self.device = dtype, streams, device
         self.call: Call | None = None

@@ -23,6 +23,7 @@ from ..denoiser import (
     get_denoisers,
     get_site,
     get_text_encoders,
+    is_compiled,
     joined_sites,
     noise_schedule,
     split_site,
@@ -212,7 +213,9 @@ class Controller:
             sites = {site: None for one in acting for site in joined_sites(one.site)}
             self._plans, self._warned, self._encoded = {}, False, set()
             own = [site for site in sites if not split_site(site)[0]]
-            self._tap.watch(denoisers, own if sites else None, pipeline)  # without own sites for a warning alone
+            # for the edits of text encoders alone its calls are only watched to warn, which is not worth a compilation
+            is_watched = own or sites and not any(is_compiled(one, pipeline) for one in denoisers.values())
+            self._tap.watch(denoisers, own if is_watched else None, pipeline)
             self._watch_texts(sites, pipeline)
 
     def _watch_texts(self, sites: dict[str, None], pipeline) -> None:

@@ -57,12 +57,19 @@ def encode(pipe, prompt=PROMPTS, **call):
 @pytest.mark.parametrize("site", [SITE, "text_encoder.encoder.layers.1"])
 def test_the_prompt_alone_is_changed(pipe, site):
     made = sae(site)
+    given = []  # to the denoiser: rows of the negative prompt, and of the prompt
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda m, a, k: given.append(k["encoder_hidden_states"]), with_kwargs=True
+    )
     with Outputs(pipe, site) as plain, torch.no_grad():
-        pipe(PROMPTS, num_inference_steps=2)
+        pipe(PROMPTS, num_inference_steps=1)
     pipe.load_rtsae({site: made})
     pipe.set_rtsae_features({3: [2.0, -1.0]}, clip=False)
     with Outputs(pipe, site) as steered, torch.no_grad():
-        pipe(PROMPTS, num_inference_steps=2)
+        pipe(PROMPTS, num_inference_steps=1)
+    hook.remove()
+    changed = (given[-1] != given[0]).any((1, 2))
+    assert changed.tolist() == [False, False, True, True]
     added = torch.tensor([2.0, -1.0])[:, None, None] * 5.0 * made.decoder[3]
     torch.testing.assert_close(steered[0], plain[0] + added)
     assert torch.equal(steered[1], plain[1])
@@ -231,6 +238,18 @@ def test_embeddings_are_steered_where_they_are_made(pipe):
         steered, left = encode(pipe)
         assert not torch.equal(steered, text) and torch.equal(left, negative)
         pipe(prompt_embeds=steered, negative_prompt_embeds=left, num_inference_steps=1)
+    other = copy.deepcopy(pipe.text_encoder)
+    pipe.unload_rtsae()
+    pipe.load_rtsae({SITE: sae()})
+    pipe.set_rtsae_features({3: 2.0}, clip=False)
+    first, pipe.text_encoder = pipe.text_encoder, other
+    try:
+        with pytest.warns(UserWarning, match="or a text encoder that it did not have when they were set"):
+            pipe("a star", num_inference_steps=1)
+        pipe.set_rtsae_features({3: 2.0}, clip=False)
+        assert torch.equal(encode(pipe)[0], steered)
+    finally:
+        pipe.text_encoder = first
 
 
 def test_nothing_is_changed_or_left_without_features(pipe, draw):
