@@ -14,7 +14,7 @@ import torch
 from .rows import is_negative
 
 _PROMPT = re.compile(r"(prompt|text|caption)s?(_\d)?")  # a variable for what is to be encoded, or for the prompt
-_OTHER = ("safety", "source")  # parts of names of texts that are no prompt
+_OTHER = ("safety", "source", "edit")  # parts of names of texts that are encoded beside a prompt, if there is one
 
 Words = frozenset[str]  # texts, none twice; pipelines change case and spaces before they encode
 
@@ -63,8 +63,9 @@ def _role(text: torch.Tensor, scopes: list[dict[str, Any]], known: list[torch.Te
         elif not marked and prompts:  # a function for any text
             spoken = prompts[0]
         if found - {""}:
+            role = min(found - {""})
             is_first = "" in found and not any(_same(text, other) for other in known)
-            return "cond" if is_first else min(found - {""})
+            return "cond" if is_first or role == "other" and not known else role
     return "cond"
 
 

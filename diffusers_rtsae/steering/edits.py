@@ -67,7 +67,7 @@ class Edit:
         apply_to (`str`): the guidance branches that are changed: `"cond"`, the conditional one; `"all"`; or
             `"contrast"`, which adds the change to the conditional branch and subtracts it from the unconditional one.
             By default `"all"` for `"erase"`, which looks at the conditional branch and erases there in all of them,
-            and `"contrast"` for all others.
+            and `"contrast"` for all others; at sites in text encoders pipelines ask for `"cond"`.
         injection (`str`): `"trajectory"` adds the whole change that the activation would have if the feature had been
             active from the first anchor on; `"residual"` adds only the part of it that belongs to this step.
         clip (`bool`): keep the edited activations of latents in the range of the training data.

@@ -384,7 +384,8 @@ def test_a_text_encoder_outlives_the_pipeline(pipe):
     "name",
     [
         "StableDiffusion3Pipeline", "WanPipeline", "Kandinsky3Pipeline", "JoyImageEditPipeline",
-        "StableDiffusionPipelineSafe", "LTXI2VLongMultiPromptPipeline",
+        "StableDiffusionPipelineSafe", "LTXI2VLongMultiPromptPipeline", "SemanticStableDiffusionPipeline",
+        "LEditsPPPipelineStableDiffusionXL",
     ],
 )  # fmt: skip
 def test_roles_are_those_of_what_changes(name):
