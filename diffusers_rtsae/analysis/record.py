@@ -105,7 +105,7 @@ class Recorder:
             steps.append((call.timestep, {}))
         for role, rows in branches.items():  # where a sampler calls twice at one timestep, the later call stays
             read = tokens[rows].detach().to(self.device, self.dtype, copy=True)
-            is_next_window = call.encoder and role in steps[-1][1]
+            is_next_window = call.encoder and call.view[1] > 0 and role in steps[-1][1]
             steps[-1][1][role] = torch.cat([steps[-1][1][role], read], 1) if is_next_window else read
 
     @property
