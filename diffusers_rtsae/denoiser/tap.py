@@ -154,6 +154,11 @@ class Tap:
         for key in [*self._watched]:
             self._drop(key)
 
+    @property
+    def has_sites(self) -> bool:
+        """Whether more is watched than calls."""
+        return any(site is not None for _, site in self._watched)
+
     def restart(self) -> None:
         """Let the next call that no pipeline makes begin a generation."""
         self._reader.restart()
@@ -161,7 +166,7 @@ class Tap:
     def begin(self, component: str, arguments: Arguments) -> None:
         """Record that a model is called with these arguments, and tell the observer."""
         unread = getattr(self._observer(), "unread", None)
-        if unread is not None and all(site is None for _, site in self._watched):
+        if unread is not None and not self.has_sites:
             unread(find_caller())
             return
         call = self._reader.read(arguments, component) if self._in_place_of is None else self._in_place_of
@@ -312,7 +317,7 @@ class _CallHook(_Hook):
             return arguments.with_sample(compiled_begin(arguments, self.component, self.tap.handle))
         if self.tap.is_asleep:
             return None
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1 and self.tap.has_sites:
             raise ValueError(
                 "The backward pass calls the denoiser again, and an edit cannot know as which call: have its blocks "
                 "checkpointed, by `enable_gradient_checkpointing`, instead of the whole."

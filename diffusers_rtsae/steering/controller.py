@@ -120,10 +120,8 @@ class Controller:
 
     def _begin(self) -> None:
         self._tap = Tap(self)
-        self._texts: weakref.WeakKeyDictionary[nn.Module, str] = (
-            weakref.WeakKeyDictionary()
-        )  # text encoders with hooks
-        self._encoded: set[int] = set()  # ids of plans that acted in a text encoder outside of a pipeline's call
+        self._texts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # components of hooked text encoders
+        self._encoded: weakref.WeakSet[SiteEdit] = weakref.WeakSet()  # that made embeddings outside of a `__call__`
         self._entered: list[_Steering] = []
         self._plans: dict[tuple, tuple[list[tuple[SiteEdit, ...]], list[tuple[str, SitePlan]]]] = {}
         self._counts: dict[threading.Thread, Report] = {}  # each thread's last generation
@@ -211,7 +209,7 @@ class Controller:
             edits += [one for entered in self._entered for one in entered.edits or ()]
             acting = [one for one in edits if self._acts(one)] if self.enabled else []
             sites = {site: None for one in acting for site in joined_sites(one.site)}
-            self._plans, self._warned, self._encoded = {}, False, set()
+            self._plans, self._warned = {}, False
             own = [site for site in sites if not split_site(site)[0]]
             # for the edits of text encoders alone its calls are only watched to warn, which is not worth a compilation
             is_watched = own or sites and not any(is_compiled(one, pipeline) for one in denoisers.values())
@@ -283,10 +281,10 @@ class Controller:
         if call.encoder:
             run.encoded.add(call.encoder)
         elif call.pipeline is not None:
-            self._warn_of_embeddings(planned, run, call.pipeline)
+            self._warn_of_embeddings(run, call.pipeline)
         planned = [(name, plan) for name, plan in planned if split_site(plan.sae.config.site)[0] == call.encoder]
-        if call.encoder and not call.generation.is_whole:
-            self._encoded |= {id(plan) for _, plan in planned}
+        if planned and call.encoder and not call.generation.is_whole:
+            self._encoded |= {one for edits in self._requested(call.pipeline) for one in edits}
         if call.is_start:
             run.states = {key: state for key, state in run.states.items() if key[-1] != call.view}
         self._remember(run)
@@ -309,16 +307,16 @@ class Controller:
         """A denoiser is called that is not edited; text encoders may have been."""
         if caller is not None:
             run = caller.generation.memories.setdefault(self, Run())
-            self._warn_of_embeddings(self._planned(caller.pipeline), run, caller.pipeline)
+            self._warn_of_embeddings(run, caller.pipeline)
 
-    def _warn_of_embeddings(self, planned: list[tuple[str, SitePlan]], run: Run, pipeline) -> None:
+    def _warn_of_embeddings(self, run: Run, pipeline) -> None:
         """Warn once in a generation if edits act in a text encoder that has not run in it."""
         if run.is_denoising:
             return
         run.is_denoising = True
-        sites = [(plan.sae.config.site, id(plan)) for _, plan in planned]
-        ran = ("", *run.encoded)
-        idle = [site for site, plan in sites if split_site(site)[0] not in ran and plan not in self._encoded]
+        requested = {one for edits in self._requested(pipeline) for one in edits if self._acts(one)} - {*self._encoded}
+        sites = [site for one in requested for site in joined_sites(one.site)]
+        idle = [site for site in sites if split_site(site)[0] not in ("", *run.encoded)]
         if idle:
             warnings.warn(
                 f"The features at {idle[0]} change nothing here: {type(pipeline).__name__} was given embeddings, or "

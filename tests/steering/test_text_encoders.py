@@ -238,6 +238,8 @@ def test_embeddings_are_steered_where_they_are_made(pipe):
         pipe("a star", num_inference_steps=1)
         steered, left = encode(pipe)
         assert not torch.equal(steered, text) and torch.equal(left, negative)
+        with pipe.rtsae_steering({5: 1.0}, clip=False):  # as of another request meanwhile
+            pass
         pipe(prompt_embeds=steered, negative_prompt_embeds=left, num_inference_steps=1)
     other = copy.deepcopy(pipe.text_encoder)
     pipe.unload_rtsae()
