@@ -169,6 +169,7 @@ BLOCKS: dict[str, dict] = {
     "ControlNetXSCrossAttnDownBlock2D": {"index": 0},
     "ControlNetXSCrossAttnMidBlock2D": {"index": 0},
     "ErnieImageSharedAdaLNBlock": {"layout": "tokens first"},
+    "GLMBlock": {"index": 0, "layout": "tokens first"},  # of the text encoder of Kolors
     **dict.fromkeys(
         (
             "AttnDownBlock1D", "DownBlock1D", "DownBlock1DNoSkip", "DownResnetBlock1D", "AttnUpBlock1D", "UpBlock1D",

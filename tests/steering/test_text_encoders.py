@@ -8,6 +8,7 @@ import accelerate
 import pytest
 import torch
 from diffusers import DDIMScheduler, FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from every_pipeline.__main__ import pipeline_classes
 from every_pipeline.builds import BUILDS, Ask, flux, load_all, parts, stable_diffusion_xl
 from foreign import concept_steerers
@@ -192,6 +193,33 @@ def test_t5_of_flux_with_true_guidance():
         built.pipe(**built.call(ask))
     torch.testing.assert_close(steered[0][0], plain[0][0] + 10.0 * made.decoder[3])
     assert len(steered) == len(plain) == 2 and torch.equal(steered[1][0], plain[1][0])
+
+
+class OnlySecond:
+    """Changes the second of two prompts."""
+
+    def begin(self, call, arguments):
+        assert call.rows == 2
+
+    def site(self, name, call, block, block_input, hidden_states):
+        assert block.to_tokens(hidden_states).shape == (2, 5, 32)
+        edited = hidden_states.clone()
+        edited[block.rows(edited, slice(1, 2))] += 1
+        return edited
+
+
+@torch.no_grad()
+def test_the_text_encoder_of_kolors_has_tokens_first():
+    sizes = {"hidden_size": 32, "ffn_hidden_size": 32, "kv_channels": 8, "num_attention_heads": 4, "seq_length": 16}
+    encoder = ChatGLMModel(ChatGLMConfig(num_layers=2, padded_vocab_size=64, original_rope=True, **sizes)).eval()
+    call = {
+        "input_ids": torch.arange(10).view(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long),
+        "position_ids": torch.arange(5).expand(2, 5), "output_hidden_states": True,
+    }  # fmt: skip
+    plain, observer = encoder(**call).hidden_states[-1], OnlySecond()
+    with Tap(observer).watching({"text_encoder": encoder}, ["text_encoder.encoder.layers.0"]):
+        changed = (encoder(**call).hidden_states[-1] != plain).any(-1)
+    assert changed.T.tolist() == [[False] * 5, [True] * 5]
 
 
 def chunks(pipe, numbers):
