@@ -212,6 +212,8 @@ class OnlySecond:
 def test_the_text_encoder_of_kolors_has_tokens_first():
     sizes = {"hidden_size": 32, "ffn_hidden_size": 32, "kv_channels": 8, "num_attention_heads": 4, "seq_length": 16}
     encoder = ChatGLMModel(ChatGLMConfig(num_layers=2, padded_vocab_size=64, original_rope=True, **sizes)).eval()
+    for parameter in encoder.parameters():  # which it leaves as the memory was
+        torch.nn.init.normal_(parameter, std=0.1)
     call = {
         "input_ids": torch.arange(10).view(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long),
         "position_ids": torch.arange(5).expand(2, 5), "output_hidden_states": True,
