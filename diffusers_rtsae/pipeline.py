@@ -18,9 +18,21 @@ from torch import nn
 from .denoiser import DENOISERS, PIPELINES, find_caller, get_denoisers, unwrapped
 from .dictionary import Dictionary, load_dictionary
 from .models import SparseDictionary
-from .steering import Adapter, Controller, Edit, SiteEdit, as_mask, as_strength, check_width
+from .steering import (
+    Adapter,
+    Controller,
+    Edit,
+    PromptCodes,
+    SiteEdit,
+    as_mask,
+    as_strength,
+    check_text_edit,
+    check_text_site,
+    check_width,
+    is_in_text,
+)
 
-Name = str | int | tuple[str, int]
+Name = str | int | tuple[str, int] | PromptCodes
 Strength = float | list[float] | torch.Tensor | Callable[[float], float | list[float]]
 
 
@@ -76,7 +88,8 @@ def _edits(
     dictionary = controller.adapters[name_of_adapter].dictionary
     if not isinstance(features, dict):
         raise ValueError(f"Expected features as a dict {{label or index: strength}}, got {type(features).__name__}.")
-    known = sorted({f.name for f in fields(Edit)} - {"latents", "weights", "strength", "map", "bounds"})
+    fixed = {"latents", "weights", "strength", "map", "vectors", "bounds"}
+    known = sorted({f.name for f in fields(Edit)} - fixed)
     unknown = options.keys() - set(known)
     if unknown:
         raise ValueError(f"Unknown option {min(unknown)!r}; an edit has {known}.")
@@ -84,7 +97,10 @@ def _edits(
     mask, result = as_mask(mask), []
     for name, strength in features.items():
         strength = as_strength(strength)
-        entries, verified = dictionary.features(name, options.get("operation"))
+        if isinstance(name, PromptCodes):
+            entries, verified = _of_prompt(name, dictionary), {}
+        else:
+            entries, verified = dictionary.features(name, options.get("operation"))
         for entry in entries:
             gate = entry.get("where") if where is None else None
             if where is not None and where != "everywhere":
@@ -97,14 +113,33 @@ def _edits(
                 where=None if gate is None else tuple(gate),
                 source=None if source is None else tuple(_rows(dictionary, source, entry["site"])),
                 mask=mask,
-                **_defaults(verified, options) | options | _part(entry, dictionary, options),
+                **_of_site(entry["site"]) | _defaults(verified, options) | options | _part(entry, dictionary, options),
             )
+            if is_in_text(entry["site"]):
+                check_text_edit(entry["site"], edit)
             result.append(SiteEdit(name_of_adapter, entry["site"], edit))
     return tuple(result)
 
 
+def _of_prompt(codes: PromptCodes, dictionary: Dictionary) -> list[dict]:
+    """The entry that the codes of a prompt stand for."""
+    sae = dictionary.sites.get(codes.site)
+    if sae is None or sae.config.in_channels != codes.vectors.shape[1]:
+        raise ValueError(
+            f"The codes of {codes.prompt!r} are of {codes.site}; this dictionary has {[*dictionary.sites]}."
+        )
+    return [{"site": codes.site, "latents": [], "weights": [], "vectors": codes.vectors}]
+
+
+def _of_site(site: str) -> dict:
+    """The options that differ from those of other sites if they are not given."""
+    return {"apply_to": "cond"} if is_in_text(site) else {}
+
+
 def _part(entry: dict, dictionary: Dictionary, options: dict) -> dict:
     """The arguments of [`Edit`] that a part of a fitted label fixes; `clip=False` lifts the outer bound."""
+    if "vectors" in entry:
+        return {"vectors": entry["vectors"], "clip": False}
     if "bounds" not in entry:
         return {}
     low, high = entry["bounds"]
@@ -183,16 +218,21 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
         """
         denoisers = get_denoisers(self)
         dictionary = load_dictionary(pretrained_model_name_or_path_or_dict, layers, dtype, **hub_kwargs)
+        widths = {}
+        for site, sae in dictionary.sites.items():
+            if is_in_text(site):
+                widths |= {site: found} if len(found := check_text_site(self, site, sae)) > 1 else {}
         for denoiser in denoisers.values():
             dictionary.check(denoiser)
             for site, sae in dictionary.sites.items():
-                check_width(denoiser, site, sae.config.in_channels)
+                if not is_in_text(site):
+                    check_width(denoiser, site, sae.config.in_channels)
         name = adapter_name or "default"
         if name in self.get_list_rtsae():
             raise ValueError(
                 f"A dictionary named {name!r} is loaded already; pass another `adapter_name` or call `unload_rtsae`."
             )
-        _controller(self, create=True).adapters[name] = Adapter(dictionary)
+        _controller(self, create=True).adapters[name] = Adapter(dictionary, widths=widths)
 
     def set_rtsae_features(self, features: dict[Name, Strength], adapter_name: str | None = None, **options) -> None:
         """
@@ -202,8 +242,10 @@ class RTSAELoaderMixin(ABC):  # noqa: B024 - pipelines are registered with it
 
         Args:
             features (`dict`): strengths by feature, which is a label, an index or `(site, index)`. 1.0 is the
-                feature's typical full activation. A list has one strength per prompt. A tensor or array `(steps,)` or
-                `(steps, prompts)`, or a function of the progress from 0 to 1, is a schedule over denoising.
+                feature's typical full activation. At a site of a text encoder the [`PromptCodes`] of a whole prompt
+                are a feature, too; there 1.0 is what the prompt itself has. A list has one strength per prompt. A
+                tensor or array `(steps,)` or `(steps, prompts)`, or a function of the progress from 0 to 1, is a
+                schedule over denoising.
             adapter_name (`str`, *optional*): name of the dictionary; needed if several are loaded.
             options: `operation`, `source`, `where`, `mask`, `start`, `end`, `apply_to`, `injection`, `clip`,
                 `renormalise`; see [`Edit`]. `source` is a feature. `where` is a feature, or a list of them, on whose

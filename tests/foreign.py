@@ -67,6 +67,23 @@ def sdlens(suffix: str = "pth") -> Case:
     )  # fmt: skip
 
 
+def concept_steerers(site: str = "text_encoder.text_model.encoder.layers.9", suffix: str = "pth") -> Case:
+    t = {"encoder.weight": rand(M, D), "decoder.weight": rand(D, M), "pre_bias": rand(D), "latent_bias": rand(M)}
+    t["stats_last_nonzero"] = torch.zeros(M, dtype=torch.long)
+    config = {"n_dirs_local": M, "d_model": D, "k": K, "auxk": 4, "dead_steps_threshold": 100, "auxk_coef": 1 / 32}
+    inside = f"{site}_k{K}_hidden{M}_auxk4_bs4096_lr0.0004_2025-01-09T21:29:10.453881/final"
+    weights = {"state_dict": t} if suffix == "pth" else t
+
+    def encode(x, _=None, k=K):
+        pre_activations = (x - t["pre_bias"]) @ t["encoder.weight"].T + t["latent_bias"]
+        return topk(pre_activations, k).relu()
+
+    return Case(
+        {f"{inside}/config.json": config, f"{inside}/state_dict.{suffix}": weights},
+        encode, lambda z, x: z @ t["decoder.weight"].T + t["pre_bias"], directions=t["decoder.weight"].T, site=site,
+    )  # fmt: skip
+
+
 def sparsify(**config) -> Case:
     t = {"encoder.weight": rand(M, D), "encoder.bias": rand(M), "W_dec": rand(M, D), "b_dec": rand(D)}
     if config.get("skip_connection"):
@@ -290,6 +307,8 @@ def overcomplete(name: str, suffix: str = "safetensors") -> Case:
 CASES = {
     "SDLens": sdlens,
     "SDLens, safetensors": lambda: sdlens("safetensors"),
+    "Concept Steerers": concept_steerers,
+    "Concept Steerers, safetensors": lambda: concept_steerers(suffix="safetensors"),
     "sparsify": sparsify,
     "sparsify, num_latents": lambda: sparsify(num_latents=M, expansion_factor=99),
     "sparsify, BatchTopK": lambda: sparsify(batch_topk=True),

@@ -39,6 +39,7 @@ from diffusers_rtsae.analysis import find
 from diffusers_rtsae.analysis.effect import Intervention, States, gradient
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops, plot_strip
+from diffusers_rtsae.analysis.prompts import read_prompt
 from diffusers_rtsae.analysis.record import Recorder, record
 from diffusers_rtsae.analysis.report import write_report
 from diffusers_rtsae.analysis.scorer import FactorScorer
@@ -57,7 +58,7 @@ from diffusers_rtsae.dictionary import (
 from diffusers_rtsae.files import read_lines, read_pairs
 from diffusers_rtsae.formats import FORMATS
 from diffusers_rtsae.models import PLACES, LinearMap, MatchingPursuitSAE, QuantizedSAE, Step, TemporalSAE
-from diffusers_rtsae.steering import Edit
+from diffusers_rtsae.steering import Edit, PromptCodes
 from diffusers_rtsae.worlds import WORLDS
 
 PACKAGE = Path(diffusers_rtsae.__file__).parent
@@ -140,6 +141,38 @@ def other(world, site: str = SITE, channels: int = 160, broken: str | None = Non
     generate(world, {1: 1.0}, **options)
 
 
+TEXT = "text_encoder.text_model.encoder.layers.1"
+
+
+def of_text(site: str = TEXT, width: int = 192, kind: type = SparseAutoencoder, **options):
+    """Load a dictionary of a text encoder, and steer if there are options."""
+
+    def steer_text(world):
+        world.pipe.unload_rtsae()
+        world.pipe.load_rtsae({site: kind(site, width, [900, 1], 8, 2)})
+        if options:
+            world.pipe.set_rtsae_features({1: options.pop("strength", 1.0)}, **options)
+        return world.pipe
+
+    return steer_text
+
+
+def of_two_texts(world, **options):
+    """The same, of two text encoders side by side."""
+    world.pipe.text_encoder_2 = world.pipe.text_encoder
+    try:
+        of_text(f"{TEXT}+{TEXT.replace('encoder', 'encoder_2', 1)}", **{"width": 384} | options)(world)
+    finally:
+        del world.pipe.text_encoder_2
+
+
+def prompt_codes(world, site: str = TEXT, tokens: int = 32):
+    codes = PromptCodes(site, "a star", [""] * tokens, torch.zeros(tokens, 8), torch.ones(tokens, 192))
+    pipe = of_text(strength=0.0)(world)
+    pipe.set_rtsae_features({codes: 1.0})
+    pipe("a star", num_inference_steps=1)
+
+
 def theirs(world, case, load=load_dictionary, rename: str | None = None, **files: bytes):
     """What somebody else published, with other files, loaded if need be."""
     folder = case.write(world.empty / "theirs")
@@ -148,6 +181,12 @@ def theirs(world, case, load=load_dictionary, rename: str | None = None, **files
     if rename:
         folder = next(folder.iterdir()).rename(world.empty / rename)
     return load(folder) if load else folder
+
+
+def unnamed_pickle(world):
+    (world.empty / "theirs").mkdir()
+    torch.save({"encoder.weight": torch.zeros(8, 4)}, world.empty / "theirs" / "model.pt")
+    convertible(world.empty / "theirs")
 
 
 def with_tensor(case, name: str, tensor: torch.Tensor):
@@ -499,6 +538,33 @@ MISUSE = {
     # What does not fit the pipeline
     "a site that the model lacks": (lambda world: other(world, "up_blocks.1.attentions.7", 8),
         "no site 'up_blocks.1.attentions.7' … closest are ['up_blocks.1.attentions.1'"),
+    "a text encoder that the pipeline lacks": (of_text("text_encoder_2.encoder.block.1"),
+        "has no 'text_encoder_2' that text_encoder_2.encoder.block.1 could lie in … its text encoders are "
+        "['text_encoder']"),
+    "a layer that the text encoder lacks": (of_text("text_encoder.encoder.layers.9"),
+        "CLIPTextModel has no site 'text_encoder.encoder.layers.9' … closest are ['text_encoder.encoder.layers."),
+    "a text encoder of another width": (of_text(width=8), f"{TEXT} is for 8 channels … the model has 192"),
+    "a trajectory of a text": (of_text(kind=RTSAE), f"RTSAE depends on the time of denoising … {TEXT} runs once … "
+        "expected a kind without time, such as SparseAutoencoder"),
+    "a window of time for a text": (of_text(start=0.5), f"{TEXT} runs once … `start`, `end` and schedules"),
+    "a schedule for a text": (of_text(strength=torch.ones(3)), f"{TEXT} runs once … `start`, `end` and schedules"),
+    "a mask over a text": (of_text(mask=np.ones((8, 8))), f"{TEXT} are those of a text … are for pictures"),
+    "two texts of another width": (lambda world: of_two_texts(world, width=192),
+        "is for 192 channels … the model has 384"),
+    "latents that two texts read together": (lambda world: of_two_texts(world, strength=1.0),
+        "run one after the other … expected operation='add' with clip=False"),
+    "codes of another dictionary": (lambda world: prompt_codes(world, "text_encoder_2.encoder.block.1"),
+        f"codes of 'a star' are of text_encoder_2.encoder.block.1 … this dictionary has ['{TEXT}']"),
+    "codes of a longer text": (lambda world: prompt_codes(world, tokens=40),
+        f"added at {TEXT} was read on a text of 40 tokens … got one of 32 … the same `max_sequence_length`"),
+    "reading a prompt without a text encoder": (lambda world: read_prompt(world.pipe, "a star"),
+        "one of the sites in text encoders, [] … got None"),
+    "reading several prompts": (lambda world: read_prompt(of_text()(world), ["a star"]),
+        "one prompt as a string … got list"),
+    "fitting at a text encoder": (lambda world: fit_feature(of_text()(world), [("a star", "a heart")]),
+        f"{TEXT} lies in a text encoder … `analysis.prompts.read_prompt` … this needs a site of the denoiser"),
+    "recording a text encoder that is not there": (lambda world: Recorder(world.pipe, ["text_encoder_3.block.0"]),
+        "StableDiffusionPipeline has no 'text_encoder_3' … it has ['unet', 'text_encoder']"),
     "the sites of something else": (lambda world: list_sites("unet"),
         "str has no denoiser … a component of ['unet', 'transformer',"),
     "a denoiser put in the place of one with a dictionary": (replaced_denoiser,
@@ -643,6 +709,8 @@ MISUSE = {
         OSError, "expected rtsae_config.json in it … found ['small'] … Did you mean ["),
     "a folder of somebody else's": (lambda world: read_contents(sdlens().write(world.empty / "theirs")),
         OSError, "holds files of SDLens … diffusers-rtsae convert"),
+    "a pickle of another name": (unnamed_pickle,
+        OSError, "expected rtsae_config.json in it … known by the names of their files … overcomplete.pt"),
     "a folder without labels": (replaced(LABELS_NAME, None),
         OSError, "expected labels.json in it … found ['README.md', 'mid_block', 'rtsae_config.json']"),
     "a subfolder that does not exist": (local(subfolder="v2"),
@@ -706,7 +774,7 @@ MISUSE = {
         "labels.json must hold … a list of [from, to] prompts"),
     "a map that takes away": (
         lambda world: Edit(latents=(1,), weights=(1.0,), strength=1.0, map=torch.zeros(1, 3, 17)),
-        "An edit with a `map` takes no latents … operation='add' and clip=False"),
+        "An edit with `map` takes no latents … operation='add' and clip=False"),
     "a site without safetensors": (replaced(f"{SMALL}/{WEIGHTS_NAME}", None),
         OSError, "Expected config.json and diffusion_pytorch_model.safetensors … found ['config.json']"),
     "damaged weights": (replaced(f"{SMALL}/{WEIGHTS_NAME}", b"weights"),

@@ -1,4 +1,4 @@
-"""Record the activations of a denoiser's sites during a generation."""
+"""Record the activations of a denoiser's and its text encoders' sites during a generation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from ..denoiser import (
     TimeGrid,
     get_denoisers,
     get_site,
+    get_text_encoders,
     is_text,
+    joined_sites,
     noise_schedule,
+    split_site,
     token_grid,
 )
 from ..dictionary import Dictionary
@@ -31,9 +34,10 @@ class Recorder:
     Records the activations of some sites while a pipeline runs inside the `with` block.
 
     Args:
-        pipeline (`DiffusionPipeline`): its U-Net or transformer is read.
-        sites (`list[str]`): paths of the modules.
-        timesteps (`list[float]`, *optional*): steps to record, to the nearest integer; all by default.
+        pipeline (`DiffusionPipeline`): its U-Net or transformer is read, and its text encoders where sites lie there.
+        sites (`list[str]`): paths of the modules. One in a text encoder has a single step, before all others, and one
+            row for each prompt; the windows of a long prompt follow one another.
+        timesteps (`list[float]`, *optional*): steps of denoising to record, to the nearest integer; all by default.
         activation (`str`, defaults to `"output"`): record a site's `"output"`, its `"update"` (output − input) or its
             `"input"`.
         dtype (`torch.dtype`, defaults to `torch.float32`): of the recorded activations.
@@ -59,9 +63,12 @@ class Recorder:
     ):  # fmt: skip
         if activation not in ACTIVATIONS:
             raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {activation!r}.")
-        self.denoisers = get_denoisers(pipeline)
-        for site in sites:
-            get_site(next(iter(self.denoisers.values())), site)
+        self.models = get_denoisers(pipeline) | get_text_encoders(pipeline)
+        for part in (part for site in sites for part in joined_sites(site)):
+            component = split_site(part)[0] or next(iter(self.models))
+            if component not in self.models:
+                raise ValueError(f"{type(pipeline).__name__} has no {component!r}; it has {list(self.models)}.")
+            get_site(self.models[component], part)
         self.sites, self.steps, self.activation = list(sites), timesteps, activation
         self.dtype, self.streams, self.device = dtype, streams, device
         self.call: Call | None = None
@@ -69,13 +76,14 @@ class Recorder:
         self._kept: dict[str, list[tuple[float, dict[str, torch.Tensor]]]] = {}
 
     def __enter__(self) -> Recorder:
-        self._kept = {site: [] for site in self.sites}
+        parts = [part for site in self.sites for part in joined_sites(site)]
+        self._kept = {part: [] for part in parts}
         self._grids: dict[str, TokenGrid | None] = {}
-        self._tap.watch(self.denoisers, self.sites)
+        self._tap.watch(self.models, parts)
         return self
 
     def __exit__(self, *error) -> None:
-        self._tap.watch(self.denoisers, None)
+        self._tap.watch(self.models, None)
 
     def begin(self, call: Call, arguments: Arguments) -> None:
         """Called before the denoiser runs."""
@@ -85,7 +93,7 @@ class Recorder:
         self, name: str, call: Call, block: Block, block_input: torch.Tensor, hidden_states: torch.Tensor
     ) -> None:
         """Called after a site has run."""
-        if self.steps is not None and all(abs(call.timestep - t) > 0.5 for t in self.steps):
+        if not call.encoder and self.steps is not None and all(abs(call.timestep - t) > 0.5 for t in self.steps):
             return
         batch, steps = block.batch(hidden_states), self._kept[name]
         branches = {role: rows for role in self.streams if (rows := call.rows_of(role, batch)) is not None}
@@ -96,7 +104,9 @@ class Recorder:
         if not steps or steps[-1][0] != call.timestep:
             steps.append((call.timestep, {}))
         for role, rows in branches.items():  # where a sampler calls twice at one timestep, the later call stays
-            steps[-1][1][role] = tokens[rows].detach().to(self.device, self.dtype, copy=True)
+            read = tokens[rows].detach().to(self.device, self.dtype, copy=True)
+            is_next_window = call.encoder and call.view[1] > 0 and role in steps[-1][1]
+            steps[-1][1][role] = torch.cat([steps[-1][1][role], read], 1) if is_next_window else read
 
     @property
     def timesteps(self) -> list[float]:
@@ -106,6 +116,8 @@ class Recorder:
     def trajectories(self, site: str) -> torch.Tensor:
         """The activations of a site, `(branches * images, tokens, steps, d)`; raises `ValueError` if it ran at other
         steps than the others, or at some step without one of the guidance branches."""
+        if len(parts := joined_sites(site)) > 1:
+            return torch.cat([self.trajectories(part) for part in parts], -1)
         steps = self._kept.get(site)
         if not steps:
             raise ValueError(
@@ -125,6 +137,7 @@ class Recorder:
 
     def size(self, site: str) -> tuple[int, int]:
         """Height and width of a site's token grid. Frames of a video lie below one another; text is one row."""
+        site = joined_sites(site)[0]
         if not self._kept.get(site):
             raise ValueError(f"Nothing was recorded at {site!r}: run the pipeline inside the `with` block first.")
         if is_text(site):

@@ -17,7 +17,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write the dictionary to.")],
     site: Annotated[
         list[str] | None,
-        typer.Option(help="Site to convert, or the site of files whose names do not say it; repeatable."),
+        typer.Option(help="Site to convert, repeatable; or the site that a single autoencoder is of."),
     ] = None,
     subfolder: Annotated[str | None, typer.Option(help="Subfolder of the folder or repository.")] = None,
     pipeline: Annotated[
@@ -28,7 +28,8 @@ def convert(
     guidance: Guidance = 7.5,
     as_json: AsJson = False,
 ) -> None:
-    """Convert what others published (SDLens, sparsify, SAELens, overcomplete, dictionary_learning, DifFRACT).
+    """Convert what others published: SDLens, Concept Steerers, sparsify, SAELens, dictionary_learning, DifFRACT, and
+    overcomplete.
 
     Of pickles only tensors are read. With --pipeline and --prompts the statistics of latents are measured; without,
     they are those of the files, if these have any.

@@ -1,7 +1,22 @@
-"""All that depends on a model: how pipelines call their denoiser, what its blocks return, and the hooks on them."""
+"""All that depends on a model: how pipelines call their denoiser and text encoders, what their blocks return, and the
+hooks on them."""
 
 from .arguments import Arguments
-from .blocks import DENOISERS, Block, describe, get_denoiser, get_denoisers, get_site, is_text, list_sites, unwrapped
+from .blocks import (
+    DENOISERS,
+    TEXT_ENCODERS,
+    Block,
+    describe,
+    get_denoiser,
+    get_denoisers,
+    get_site,
+    get_text_encoders,
+    is_text,
+    joined_sites,
+    list_sites,
+    split_site,
+    unwrapped,
+)
 from .call import Call, CallReader, Part
 from .callers import FAMILIES, PIPELINES, Caller, Family, Generation, find_caller
 from .compile import is_compiled
@@ -13,6 +28,7 @@ __all__ = [
     "DENOISERS",
     "FAMILIES",
     "PIPELINES",
+    "TEXT_ENCODERS",
     "Arguments",
     "Block",
     "Call",
@@ -29,10 +45,13 @@ __all__ = [
     "get_denoiser",
     "get_denoisers",
     "get_site",
+    "get_text_encoders",
     "is_compiled",
     "is_text",
+    "joined_sites",
     "list_sites",
     "noise_schedule",
+    "split_site",
     "token_grid",
     "training_time",
     "unwrapped",

@@ -1,5 +1,6 @@
 """
-Sites: the modules of a denoiser that can be read and edited, what they take and return, and in which layout.
+Sites: the modules of a denoiser or a text encoder that can be read and edited, what they take and return, and in which
+layout.
 
 Blocks that return several tensors differ in which one holds the hidden states of the image. For many blocks diffusers'
 `TransformerBlockRegistry` has this. `BLOCKS` has it for the others, with whatever else is unusual about them.
@@ -16,6 +17,7 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "decoder", "prior")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called themselves
 _SITES = ("Transformer2DModel", "ResnetBlock2D")  # class names of sites, beside those with one of these endings:
 _SITE_ENDINGS = (
@@ -167,6 +169,7 @@ BLOCKS: dict[str, dict] = {
     "ControlNetXSCrossAttnDownBlock2D": {"index": 0},
     "ControlNetXSCrossAttnMidBlock2D": {"index": 0},
     "ErnieImageSharedAdaLNBlock": {"layout": "tokens first"},
+    "GLMBlock": {"index": 0, "layout": "tokens first"},  # of the text encoder of Kolors
     **dict.fromkeys(
         (
             "AttnDownBlock1D", "DownBlock1D", "DownBlock1DNoSkip", "DownResnetBlock1D", "AttnUpBlock1D", "UpBlock1D",
@@ -182,6 +185,8 @@ def describe(module: nn.Module) -> Block:
     kind = type(unwrapped(module))
     names = [*inspect.signature(kind.forward).parameters][1:]
     known: dict = {"argument": names[0]}
+    if kind.__module__.startswith("transformers."):
+        known["index"] = 0  # its layers return hidden states first, and then biases or weights of attention
     try:
         metadata = TransformerBlockRegistry.get(kind)
         known |= {"index": metadata.return_hidden_states_index, "argument": metadata.hidden_states_argument_name}
@@ -217,17 +222,39 @@ def get_denoiser(pipeline) -> nn.Module:
     return next(iter(get_denoisers(pipeline).values()))
 
 
+def get_text_encoders(pipeline) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline by the name of their component; none if it is called with embeddings alone."""
+    components = {name: unwrapped(getattr(pipeline, name, None)) for name in TEXT_ENCODERS}
+    return {name: module for name, module in components.items() if isinstance(module, nn.Module)}
+
+
+def split_site(site: str) -> tuple[str, str]:
+    """The text encoder that a site lies in, and the path of its module there: a site in a text encoder begins with the
+    name of that component. The first is empty for a site of a denoiser."""
+    component, _, path = site.partition(".")
+    return (component, path) if component in TEXT_ENCODERS else ("", site)
+
+
+def joined_sites(site: str) -> list[str]:
+    """The sites that `a+b` joins, of which a dictionary reads the activations side by side, token by token; of any
+    other site, itself."""
+    return site.split("+")
+
+
 def list_sites(model) -> list[str]:
     """
     Paths of the modules that a dictionary can be attached to, in the order of their definition.
 
     Args:
-        model (`DiffusionPipeline` or `nn.Module`): a pipeline or its denoiser.
+        model (`DiffusionPipeline` or `nn.Module`): a pipeline or its denoiser; or one of its text encoders. Put the
+            name of the component before a path in a text encoder: `text_encoder.encoder.layers.9`.
 
     Raises:
         `ValueError`: `model` is neither.
     """
     denoiser = unwrapped(model) if isinstance(model, nn.Module) else get_denoiser(model)
+    if _is_of_transformers(denoiser):
+        return _list_layers(denoiser)
     sites = []
     for name, module in denoiser.named_modules():
         name = name.replace("._orig_mod", "")
@@ -241,23 +268,47 @@ def list_sites(model) -> list[str]:
     return sites
 
 
-def get_site(denoiser: nn.Module, name: str) -> nn.Module:
-    """The module at the path `name`; raises `ValueError` with the closest sites if there is none."""
-    module = denoiser
-    for part in name.split("."):
+def _is_of_transformers(model: nn.Module) -> bool:
+    return any(base.__module__.startswith("transformers.") for base in type(model).__mro__)
+
+
+def _list_layers(text_encoder: nn.Module) -> list[str]:
+    """The layers of a text encoder: what lies in a list, but in no list inside of another."""
+    lists = [name for name, module in text_encoder.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return [f"{name}.{i}" for name in outer for i in range(len(text_encoder.get_submodule(name)))]
+
+
+def get_site(model: nn.Module, name: str) -> nn.Module:
+    """The module at the path `name` of a denoiser, or of the text encoder that `name` begins with; raises
+    `ValueError` with the closest sites if there is none."""
+    component, path = split_site(name)
+    for spelling in _spellings(path) if component else [path]:
+        module = _follow(model, spelling)
+        if module is not None:
+            return module
+    near = difflib.get_close_matches(path, list_sites(model), n=3, cutoff=0)
+    near = [f"{component}.{one}" if component else one for one in near]
+    raise ValueError(
+        f"{type(model).__name__} has no site {name!r}. The closest are {near}; `list_sites` of it has all."
+    )
+
+
+def _follow(module: nn.Module | None, path: str) -> nn.Module | None:
+    for part in path.split("."):
         module = getattr(unwrapped(module), "_modules", {}).get(part)
-        if module is None:
-            near = difflib.get_close_matches(name, list_sites(denoiser), n=3, cutoff=0)
-            raise ValueError(
-                f"{type(denoiser).__name__} has no site {name!r}. The closest are {near}; `list_sites(denoiser)` has "
-                "all."
-            )
     return module
+
+
+def _spellings(path: str) -> list[str]:
+    """How releases of transformers spell a path in a CLIP text encoder: with and without `text_model`."""
+    inner = path.removeprefix("text_model.")
+    return [path, inner, f"text_model.{inner}"]
 
 
 def is_text(site: str) -> bool:
     """Whether the tokens of a site are text tokens, by the names that diffusers gives to the text stream."""
-    return site.endswith("_context") or site.split(".")[0] in _TEXT_BLOCKS
+    return site.endswith("_context") or site.split(".")[0] in (*_TEXT_BLOCKS, *TEXT_ENCODERS)
 
 
 _TEXT_BLOCKS = ("context_refiner", "text_transformer_blocks", "txt_mode_blocks", "token_refiner", "context_embedder")

@@ -12,9 +12,11 @@ from typing import Any, NoReturn
 import torch
 
 from .arguments import Arguments
-from .callers import Caller, Generation, find_caller
+from .blocks import TEXT_ENCODERS
+from .callers import Caller, Generation, find_caller, find_scopes
 from .grid import Grid, grid_of
 from .rows import Drawn, Turn, named_part, roles_of
+from .texts import Encoded
 from .time import noise_schedule, training_time
 
 _PICTURES = ("image_latents", "init_latents", "image", "init_image")  # pipelines' variables for a given picture
@@ -47,7 +49,7 @@ class Part:
 @dataclass(frozen=True)
 class Call:
     """
-    The record of one call of a denoiser. Steering, recording and measuring all use it.
+    The record of one call of a denoiser, or of a text encoder. Steering, recording and measuring all use it.
 
     Args:
         timestep (`float`): the sampler's timestep in training units, 1000 at pure noise and 0 at the image. If no
@@ -71,6 +73,9 @@ class Call:
         given_latents (`torch.Tensor`, *optional*): the picture that the generation starts from, latents or pixels.
         given (`torch.Tensor`, *optional*): true for tokens that are given instead of denoised, such as those of a
             first frame, `(rows, tokens)`.
+        encoder (`str`): component of the text encoder that is called; empty for a denoiser. Text is encoded before
+            denoising: its timestep is 1000. Its rows are prompts, and are of one guidance branch. `view` counts the
+            calls for a branch: a long prompt may be encoded in several windows.
     """
 
     timestep: float
@@ -89,6 +94,7 @@ class Call:
     in_turns: bool = False
     given_latents: torch.Tensor | None = field(default=None, compare=False)
     given: torch.Tensor | None = field(default=None, compare=False)
+    encoder: str = ""
 
     @property
     def generation(self) -> Generation | None:
@@ -145,11 +151,14 @@ class _Progress:
 
 
 class CallReader:
-    """Makes the records of the calls of a denoiser, or of several that are called alternately."""
+    """Makes the records of the calls of a denoiser, or of several that are called alternately, and of text
+    encoders."""
 
     def __init__(self):
         # calls that no pipeline makes, by thread or asyncio task
         self._undriven: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._texts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the same, of text encoders
+        self._encoded: weakref.WeakKeyDictionary[Generation, dict[str, Encoded]] = weakref.WeakKeyDictionary()
 
     def restart(self) -> None:
         """Let the next call that no pipeline makes begin a generation."""
@@ -167,7 +176,28 @@ class CallReader:
             `ValueError`: it is not known how the pipeline calls its denoiser.
         """
         caller = find_caller()
+        if component in TEXT_ENCODERS:
+            return self._text_call(arguments, caller, component)
         return self._undriven_call(arguments) if caller is None else self._driven_call(arguments, caller, component)
+
+    def _text_call(self, arguments: Arguments, caller: Caller | None, component: str) -> Call:
+        rows = len(arguments.sample)
+        if caller is None:  # every text is a prompt
+            generation, role, view = Generation(), "cond", (component, 0)
+            self._texts[_context()] = generation  # keeps it until the next
+        else:
+            generation = caller.generation
+            _check_followed(caller)
+            numbers = arguments.by_name.get("input_ids")
+            text = arguments.sample if numbers is None else numbers
+            encoded = self._encoded.setdefault(generation, {}).setdefault(component, Encoded())
+            role, number = encoded.next(text, find_scopes(generation))
+            view = component, number
+        return Call(
+            1000.0, (Part(role, None if role == "cond" else 0, 0.0, 1.0, 1000.0),), rows, rows, rows, Grid(),
+            weakref.ref(generation), caller=None if caller is None else weakref.ref(caller.pipeline), view=view,
+            is_start=role == "cond", encoder=component,
+        )  # fmt: skip
 
     # Calls that no pipeline makes: all rows are conditional, and each has the timestep that it is called with.
 
@@ -194,8 +224,7 @@ class CallReader:
 
     def _driven_call(self, arguments: Arguments, caller: Caller, component: str) -> Call:
         family, variables = caller.family, caller.variables
-        if family.refused:
-            raise ValueError(f"{type(caller.pipeline).__name__} cannot be followed: {family.refused}.")
+        _check_followed(caller)
         progress = caller.generation.memories.setdefault(self, _Progress())
         rows = len(arguments.sample)
         drawn = Drawn.of(variables, arguments.sample)
@@ -271,6 +300,11 @@ class CallReader:
         if place not in progress.known:
             progress.known[place] = roles_of(arguments, caller, drawn, guided, progress.turn)
         return progress.known[place]
+
+
+def _check_followed(caller: Caller) -> None:
+    if caller.family.refused:
+        raise ValueError(f"{type(caller.pipeline).__name__} cannot be followed: {caller.family.refused}.")
 
 
 def _is_aside(arguments: Arguments, caller: Caller, sampler_time) -> bool:

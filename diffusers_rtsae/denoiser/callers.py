@@ -71,10 +71,12 @@ FAMILIES = (
 
 
 class Generation:
-    """One run of a pipeline's `__call__`. `memories` holds what others remember of the generation, by the object that
-    remembers it; it is freed when the call returns."""
+    """One run of a pipeline's `__call__`, or else (then `is_whole` is false) of another of its methods. `memories`
+    holds what others remember of the generation, by the object that remembers it; it is freed when the call returns.
+    """
 
-    def __init__(self):
+    def __init__(self, is_whole: bool = False):
+        self.is_whole = is_whole
         self.memories: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -150,8 +152,35 @@ def find_caller() -> Caller | None:
         frame = frame.f_back
     if pipeline is None:
         return None
-    generation = entry.f_locals.setdefault(_MARK, Generation())
+    generation = entry.f_locals.setdefault(_MARK, Generation(entry.f_code.co_name == "__call__"))
     return Caller(pipeline, family_of(type(pipeline)), variables, generation, *place)
+
+
+_LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.", "diffusers.hooks.", "diffusers_rtsae.")
+
+
+def find_scopes(generation: Generation) -> list[dict[str, Any]]:
+    """
+    The local variables of each function between the running model and the call of the pipeline that it is part of,
+    innermost first, without those of libraries. Empty while a language model writes a text (`generate`).
+
+    Args:
+        generation (`Generation`): that of [`find_caller`].
+    """
+    frame, scopes = sys._getframe(1), []
+    while frame is not None:
+        module = f"{frame.f_globals.get('__name__', '')}."
+        if not module.startswith(_LIBRARIES):
+            local = frame.f_locals
+            state = getattr(local.get("state"), "values", {})  # modular pipelines
+            block = _variables(local["block_state"]) if "block_state" in local else {}
+            scopes.append({**(state if isinstance(state, dict) else {}), **block, **local})
+            if local.get(_MARK) is generation:
+                break
+        elif frame.f_code.co_name == "generate":
+            return []
+        frame = frame.f_back
+    return scopes
 
 
 def _owner(frame) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .arguments import Arguments, named
-from .blocks import DENOISERS, Block, unwrapped
+from .blocks import DENOISERS, TEXT_ENCODERS, Block, unwrapped
 
 _taps: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -25,7 +25,7 @@ def register(tap) -> int:
 
 def is_compiled(denoiser: nn.Module, pipeline=None) -> bool:
     """Whether a denoiser or a module in it is compiled, by itself or as a component of its pipeline."""
-    wrapped = (getattr(pipeline, name, None) for name in DENOISERS)
+    wrapped = (getattr(pipeline, name, None) for name in (*DENOISERS, *TEXT_ENCODERS))
     return any(unwrapped(one) is denoiser is not one for one in wrapped) or any(
         module._compiled_call_impl is not None or unwrapped(module) is not module for module in denoiser.modules()
     )

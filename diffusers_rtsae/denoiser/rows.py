@@ -127,6 +127,11 @@ def named_part(caller: Caller) -> str | None:
     return None
 
 
+def is_negative(name: str) -> bool:
+    """Whether a variable of this name is of the negative text."""
+    return name.startswith("neg_") or any(mark in name for mark in _NEGATIVE)
+
+
 def _negatives(variables: dict[str, Any]) -> list[tuple[torch.Tensor | list, torch.Tensor | list | None]]:
     """The negative texts among a pipeline's variables, each with the positive one if there is a variable with the same
     name but for "negative"."""

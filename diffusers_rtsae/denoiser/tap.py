@@ -1,10 +1,14 @@
 """
-The tap: the only code that registers hooks on a denoiser, to read its sites or to edit what they return.
+The tap: the only code that registers hooks on a denoiser or text encoder, to read its sites or to edit what they
+return.
 
 These are torch's forward hooks. Unlike a replaced `forward` they survive offloading, slicing, fused projections and
 copies. A block cache, however, replaces a block's `forward` by one that either calls the real one or returns a cached
 result. The hook is then put around the real `forward`: so a cached result holds an edit once, and a skipped block is
 neither read nor edited.
+
+In a text encoder hooks come before those that are there. transformers collects hidden states by hooks of its own, put
+on the layers when they are first asked for, and pipelines that take such a hidden state are to get the edited one.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ import torch
 from torch import nn
 
 from .arguments import Arguments, flat
-from .blocks import Block, describe, get_site
+from .blocks import TEXT_ENCODERS, Block, describe, get_site, split_site
 from .call import Call, CallReader
-from .callers import Generation
+from .callers import Caller, Generation, find_caller
 from .compile import compiled_begin, compiled_site, is_compiled, register
 
 _alone: ContextVar[Tap | None] = ContextVar("rtsae_alone", default=None)
@@ -44,6 +48,9 @@ class Observer(Protocol):
     def end(self, call: Call, output) -> None:
         """Called with the output of the denoiser. Optional."""
 
+    def unread(self, caller: Caller | None) -> None:
+        """Called instead of `begin` before a denoiser runs of which no site is watched. Optional."""
+
     def remember(self, call: Call) -> Observer:
         """An observer for the sites of this call that the backward pass runs again later (gradient checkpointing).
         Optional."""
@@ -51,15 +58,16 @@ class Observer(Protocol):
 
 class Tap:
     """
-    Watches some sites of one or several denoisers of a pipeline.
+    Watches some sites of one or several denoisers or text encoders of a pipeline.
 
     Args:
         observer (`Observer`): gets a record of each call, and may edit what sites return. The tap holds a weak
-            reference to it.
+            reference to it, and its hooks are removed when it is freed: the model may live on in another pipeline.
     """
 
     def __init__(self, observer: Observer):
-        self._observer = weakref.ref(observer)
+        own = weakref.WeakMethod(self._drop_all)
+        self._observer = weakref.ref(observer, lambda _: (drop := own()) and drop())
         self._watched: set[tuple[str, str | None]] = set()  # component and site; site `None` is the denoiser itself
         self._hooks: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # kept alive by their modules
         self._reader = CallReader()
@@ -78,42 +86,60 @@ class Tap:
         self._hooks = weakref.WeakValueDictionary(state["hooks"])
         self._watched = set(state["hooks"])
 
-    def watch(self, denoisers: dict[str, nn.Module], sites: Iterable[str] | None, pipeline=None) -> None:
+    def watch(self, models: dict[str, nn.Module], sites: Iterable[str] | None, pipeline=None) -> None:
         """
-        Watch these sites of each denoiser, and no others.
+        Watch these sites of each denoiser, those in a text encoder of that one, and no others.
 
         Compiled code does not notice hooks that are added or removed later, so it is discarded if the hooks change.
 
         Args:
-            denoisers (`dict[str, nn.Module]`): denoisers by the name of their component.
+            models (`dict[str, nn.Module]`): denoisers and text encoders by the name of their component.
             sites (`Iterable[str]`, *optional*): paths of the sites; `None` to watch nothing, not even the calls.
             pipeline (*optional*): their pipeline, whose components may be compiled.
 
         Raises:
-            `ValueError`: a denoiser lacks one of the sites.
+            `ValueError`: a model lacks one of the sites.
         """
+        sites = None if sites is None else list(sites)
+        for site in sites or ():
+            if split_site(site)[0] not in ("", *models):
+                raise ValueError(
+                    f"{site} lies in a text encoder, which runs once, before denoising. It can be steered, recorded, "
+                    "and read by `analysis.prompts.read_prompt`; this needs a site of the denoiser."
+                )
         targets: dict[tuple[str, str | None], nn.Module] = {}
-        for component, denoiser in denoisers.items() if sites is not None else ():
-            targets[component, None] = denoiser
-            for site in sites:
-                targets[component, site] = get_site(denoiser, site)
+        for component, model in models.items() if sites is not None else ():
+            text_encoder = component if component in TEXT_ENCODERS else ""
+            own = [site for site in sites if split_site(site)[0] == text_encoder]
+            if own or not text_encoder:
+                targets[component, None] = model
+            for site in own:
+                targets[component, site] = get_site(model, site)
         changed = targets.keys() != self._watched
         for key in self._watched - targets.keys():
             self._drop(key)
         for key in [key for key in targets if key not in self._watched]:
             self._add(*key, targets[key])
         self._watched = set(targets)
-        if changed and any(is_compiled(denoiser, pipeline) for denoiser in denoisers.values()):
+        if changed and any(is_compiled(model, pipeline) for model in models.values()):
             torch.compiler.reset()
 
     @contextlib.contextmanager
-    def watching(self, denoisers: dict[str, nn.Module], sites: Iterable[str]) -> Iterator[None]:
+    def watching(self, models: dict[str, nn.Module], sites: Iterable[str]) -> Iterator[None]:
         """Watch these sites inside the `with` block."""
-        self.watch(denoisers, sites)
+        self.watch(models, sites)
         try:
             yield
         finally:
-            self.watch(denoisers, None)
+            self.watch(models, None)
+
+    @classmethod
+    def of(cls, observer: Observer, model: nn.Module) -> Tap | None:
+        """The tap of an observer that watches the calls of a model, found by its hook: a copy of the model has a copy
+        of it."""
+        hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        taps = (hook.tap for hook in hooks if isinstance(hook, _CallHook))
+        return next((tap for tap in taps if isinstance(tap, cls) and tap._observer() is observer), None)
 
     def _add(self, component: str, site: str | None, module: nn.Module) -> None:
         kind = _CallHook if site is None else _SiteHook
@@ -124,12 +150,25 @@ class Tap:
         if hook is not None:
             hook.remove()
 
+    def _drop_all(self) -> None:
+        for key in [*self._watched]:
+            self._drop(key)
+
+    @property
+    def has_sites(self) -> bool:
+        """Whether more is watched than calls."""
+        return any(site is not None for _, site in self._watched)
+
     def restart(self) -> None:
         """Let the next call that no pipeline makes begin a generation."""
         self._reader.restart()
 
     def begin(self, component: str, arguments: Arguments) -> None:
-        """Record that a denoiser is called with these arguments, and tell the observer."""
+        """Record that a model is called with these arguments, and tell the observer."""
+        unread = getattr(self._observer(), "unread", None)
+        if unread is not None and not self.has_sites:
+            unread(find_caller())
+            return
         call = self._reader.read(arguments, component) if self._in_place_of is None else self._in_place_of
         generation = call.generation
         self._current[threading.get_ident()], self._calls[generation] = call.run, call
@@ -261,7 +300,7 @@ class _Hook:
 
 
 class _CallHook(_Hook):
-    """The hooks of a denoiser itself."""
+    """The hooks of a denoiser or text encoder itself."""
 
     def _register(self, module: nn.Module) -> list:
         inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # peft wraps its denoisers
@@ -278,7 +317,7 @@ class _CallHook(_Hook):
             return arguments.with_sample(compiled_begin(arguments, self.component, self.tap.handle))
         if self.tap.is_asleep:
             return None
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1 and self.tap.has_sites:
             raise ValueError(
                 "The backward pass calls the denoiser again, and an edit cannot know as which call: have its blocks "
                 "checkpointed, by `enable_gradient_checkpointing`, instead of the whole."
@@ -297,8 +336,9 @@ class _SiteHook(_Hook):
     """The hooks of a site."""
 
     def _register(self, module: nn.Module) -> list:
-        self.block = describe(module)
-        return [module.register_forward_pre_hook(self.enter), module.register_forward_hook(self, with_kwargs=True)]
+        self.block, first = describe(module), self.component in TEXT_ENCODERS
+        after = module.register_forward_hook(self, with_kwargs=True, prepend=first)
+        return [module.register_forward_pre_hook(self.enter), after]
 
     def enter(self, module: nn.Module, args: tuple) -> None:
         """Called before the module. If its `forward` was replaced since the last call, move around the real one."""

@@ -11,7 +11,7 @@ from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 from ..files import brief, closest, open_tensors, read_json
-from ..formats import find, walk
+from ..formats import find, unknown_weights, walk
 from .format import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -201,7 +201,7 @@ def read_contents(folder: Path, layers: list[str] | None = None) -> Contents:
                 )
             found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "nothing"
             near = [str(path.parent) for path in _near(folder)]
-            meant = f" Did you mean {near}?" if near else ""
+            meant = f" Did you mean {near}?" if near else unknown_weights(walk(folder)) if folder.is_dir() else ""
             raise OSError(f"{folder} is no dictionary: expected {name} in it, found {found}.{meant}")
     path = folder / CONFIG_NAME
     config = read_json(path)

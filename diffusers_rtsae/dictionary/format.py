@@ -20,7 +20,8 @@ CHOICES = {
     "injection": ("trajectory", "residual"),
 }
 _FLAGS = ("clip", "renormalise")
-_MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a site is also a folder, and must not lead out of its own
+# A site is also a folder, and must not lead out of its own. `a.b+c.d` joins sites of several text encoders.
+_MODULE_PATH = re.compile(r"\w+(\.\w+)*(\+\w+(\.\w+)+)*", re.ASCII)
 
 
 def is_site(name) -> bool:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 
 from ..files import read_json
-from ..formats import check_pickles, choose, find, walk
+from ..formats import check_pickles, choose, find, unknown_weights, walk
 from .format import (
     CONFIG_NAME,
     LABELS_NAME,
@@ -164,10 +164,12 @@ def fetch(
             needed = ("config.json", WEIGHTS_NAME) if weights else ("config.json",)
             names = [f"{site}/{name}" for site in sites for name in needed]
         else:
-            foreign = find(_names(repo_id, prefix, folder, **options), PurePosixPath(subfolder).parts)
+            listed = _names(repo_id, prefix, folder, **options)
+            foreign = find(listed, PurePosixPath(subfolder).parts)
             if not foreign:
-                raise OSError(f"it has no {prefix}{CONFIG_NAME}, and no files of a format that is read here.")
-            chosen = choose(foreign, layers, repo_id, site)
+                more = unknown_weights(listed)
+                raise OSError(f"it has no {prefix}{CONFIG_NAME}, and no files of a format that is read here.{more}")
+            chosen = choose(foreign, layers, repo_id, site, told=pickles)
             chosen = {site: chosen[site] for site in choose_sites(chosen, layers)}
             check_pickles(chosen, repo_id, pickles)
             names = [name for one in chosen.values() for name in one.files]

@@ -34,9 +34,9 @@ def load_dictionary(
 ) -> Dictionary:
     """
     Open a dictionary from a local folder, the Hub, or memory. Its rows are read from disk when they are used. Files of
-    SDLens, sparsify (SAeUron, SAEmnesia), SAELens, dictionary_learning, DifFRACT and overcomplete are read too, if
-    they are safetensors. These say nothing about how active latents are (a warning says so): strength 1.0 is then an
-    activation of 1, and the end of the range of the training data is not known.
+    SDLens, Concept Steerers, sparsify (SAeUron, SAEmnesia), SAELens, dictionary_learning, DifFRACT and overcomplete
+    are read too, if they are safetensors. These say nothing about how active latents are (a warning says so): strength
+    1.0 is then an activation of 1, and the end of the range of the training data is not known.
 
     Args:
         source (`str`, `os.PathLike`, `dict` or `Dictionary`): Hub id, folder, or `{site: dictionary of it}`.
@@ -107,7 +107,7 @@ def _open(
     published = find(walk(folder), around)
     if not published:
         return _read(folder, layers, dtype)
-    chosen = choose(published, layers, str(source), site)
+    chosen = choose(published, layers, str(source), site, told=pickles)
     chosen = {site: chosen[site] for site in choose_sites(chosen, layers)}
     check_pickles(chosen, str(source), pickles)
     sites = {site: read(folder, entry, site, dtype) for site, entry in chosen.items()}

@@ -3,7 +3,7 @@
 from .base import Description, Format, Published, Settings, Tensors
 from .read import UNKNOWN, read
 from .registry import FORMATS
-from .search import check_pickles, choose, find, walk
+from .search import check_pickles, choose, find, unknown_weights, walk
 
 __all__ = [
     "FORMATS",
@@ -17,5 +17,6 @@ __all__ = [
     "choose",
     "find",
     "read",
+    "unknown_weights",
     "walk",
 ]

@@ -85,6 +85,14 @@ class Format(ABC):
         """The site (hookpoint) that the name of the weights, without its suffix, says; else the folder says it."""
         return None
 
+    def folder(self, name: str) -> str:
+        """The name of a folder as the path of a module, where this format spells it otherwise."""
+        return name
+
+    def is_of(self, site: str | None) -> bool:
+        """Whether files of these names are of this format at such a site, `None` if no name says it."""
+        return True
+
     @abstractmethod
     def describe(self, config: Settings, tensors: Tensors) -> Description:
         """

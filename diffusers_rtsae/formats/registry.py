@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Format
+from .concept_steerers import ConceptSteerers
 from .dictionary_learning import DictionaryLearning
 from .diffract import DifFRACT
 from .overcomplete import Overcomplete
@@ -10,7 +11,10 @@ from .saelens import SAELens
 from .sdlens import SDLens
 from .sparsify import Sparsify
 
-#: The formats by name.
+#: The formats by name. Of two with files of the same names the first that is of a site is taken.
 FORMATS: dict[str, Format] = {
-    one.name: one for one in (Sparsify(), SAELens(), SDLens(), DictionaryLearning(), DifFRACT(), Overcomplete())
-}
+    one.name: one
+    for one in (
+        Sparsify(), SAELens(), ConceptSteerers(), SDLens(), DictionaryLearning(), DifFRACT(), Overcomplete(),
+    )
+}  # fmt: skip

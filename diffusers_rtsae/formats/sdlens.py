@@ -10,6 +10,9 @@ class SDLens(Format):
 
     name, weights, config, more = "SDLens", "state_dict", "config.json", ("mean.pt", "std.pt")
 
+    def is_of(self, site: str | None) -> bool:
+        return site is None or not site.startswith("text_encoder")
+
     def describe(self, settings: Settings, tensors: Tensors) -> Description:
         count, width, k = (settings.count(name) for name in ("n_dirs_local", "d_model", "k"))
         converted = {

@@ -164,6 +164,7 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
     matrices = ("encoder", "decoder")  # stored in half precision; all other tensors stay float32
     activations = ("output", "update")  # the values of `activation` that the kind supports
     reads_past = False  # whether a code depends on the activations at earlier steps
+    knows_time = False  # whether a code depends on the time of denoising
     shares_picture = False  # whether the code of a token depends on the other tokens of its picture
     summary = ""  # the description of the kind in the model card
 

@@ -42,6 +42,7 @@ class MixtureSAE(SparseAutoencoder):
     """
 
     activations = SparseDictionary.activations
+    knows_time = True
     summary = (
         "A sparse autoencoder of single steps with shared latents and experts; a router that sees the token and its "
         "metadata (after [arXiv 2509.10919](https://arxiv.org/abs/2509.10919)) chooses two experts for each. `k` "

@@ -56,6 +56,7 @@ class RTSAE(SparseDictionary):
 
     matrices = ("encoder", "decoder", "dynamics.transition")
     reads_past = True
+    knows_time = True
     summary = (
         "A residualized temporal sparse autoencoder ([arXiv 2605.27813](https://arxiv.org/abs/2605.27813)). A linear "
         "predictor says what a block's activation at one denoising step would be after the one before; the "

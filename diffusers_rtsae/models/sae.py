@@ -158,6 +158,14 @@ class SparseAutoencoder(SparseDictionary):
             return groupmax(pre_activations, self.config.k)
         return picture_topk(pre_activations, self.active_in_picture(tokens.shape[-2]))
 
+    def encode_all(self, tokens: torch.Tensor, timestep: float) -> torch.Tensor:
+        """As `encode_step`, but of all latents, whatever their rank: those that are positive, or above a threshold of
+        their own. Kinds with another rule of their own keep it."""
+        if self.config.get("sparsity") in (None, "threshold") or type(self).encode_step is not _ENCODE_STEP:
+            return self.encode_step(tokens, timestep)
+        centred = self.normalize(tokens.float(), timestep) - self.centre
+        return F.linear(centred, self.encoder.float(), self.encoder_bias).relu()
+
     def decode_step(self, latents: torch.Tensor, timestep: float, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Activations `(..., d)` at a timestep that latents `(..., m)` stand for, on these tokens where an
         `input_norm` or a skip connection needs them."""
@@ -174,6 +182,9 @@ class SparseAutoencoder(SparseDictionary):
         self.check_trajectories(hidden_states)
         steps = zip(hidden_states.unbind(-2), self.config.anchors, strict=False)
         return torch.stack([self.decode_step(self.encode_step(h, t), t, h.float()) for h, t in steps], -2)
+
+
+_ENCODE_STEP = SparseAutoencoder.encode_step
 
 
 def _rows(sae: SparseAutoencoder, rows: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,6 +35,7 @@ class TIDE(SparseAutoencoder):
         ```
     """
 
+    knows_time = True
     summary = (
         "A sparse autoencoder modulated by the timestep (TIDE, [arXiv 2503.07050](https://arxiv.org/abs/2503.07050)), "
         "the same for all steps but for a scale and a shift of its input that each timestep has. `k` latents are "

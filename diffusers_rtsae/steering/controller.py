@@ -8,17 +8,31 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..denoiser import Arguments, Block, Call, Tap, get_site, noise_schedule
+from ..denoiser import (
+    Arguments,
+    Block,
+    Call,
+    Caller,
+    Tap,
+    get_denoisers,
+    get_site,
+    get_text_encoders,
+    is_compiled,
+    joined_sites,
+    noise_schedule,
+    split_site,
+)
 from .edits import Edit
 from .past import catch_up
 from .plan import Counts, SitePlan
 from .run import EditedSite, Report, Run, check_channels
+from .texts import halves
 
 if TYPE_CHECKING:
     from ..dictionary import Dictionary
@@ -30,10 +44,17 @@ _OVERWHELMING = 10.0
 
 @dataclass
 class Adapter:
-    """A loaded dictionary, and the weight by which the strengths of its `add` edits are multiplied."""
+    """
+    A loaded dictionary.
+
+    dictionary (`Dictionary`): the dictionary.
+    weight (`float`): the strengths of its `add` edits are multiplied by it.
+    widths (`dict[str, list[int]]`): the widths of what a joined site joins, by its name.
+    """
 
     dictionary: Dictionary
     weight: float = 1.0
+    widths: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +72,12 @@ class _Steering:
     A `with` block that steers in the context (thread or asyncio task) that entered it.
 
     edits (`tuple[SiteEdit, ...]`, *optional*): edits in addition to those that are set; with `None` no edit acts.
+    pipeline (`weakref.ref`, *optional*): the pipeline that it was entered for.
     """
 
     controller: Controller
     edits: tuple[SiteEdit, ...] | None
+    pipeline: weakref.ref | None = None
 
 
 _FEATURES = "_rtsae_features"  # in a pipeline's `__dict__`, so that copies have them: the controller and the edits
@@ -78,9 +101,10 @@ class _Again:
 
 class Controller:
     """
-    Steers the denoiser of a pipeline. It is kept in the denoiser's `__dict__`: so it stays with the denoiser through
-    offloading, copying and pipeline conversion, and does not enter the `state_dict`. It has no reference back to the
-    denoiser. Without edits that act there are no hooks.
+    Steers the denoiser of a pipeline, and its text encoders. It is kept in the denoiser's `__dict__`: so it stays with
+    the denoiser through offloading, copying and pipeline conversion, and does not enter the `state_dict`. It has no
+    reference back to the denoiser. Without edits that act there are no hooks. A text encoder that other pipelines use
+    with another denoiser is as it was for them.
 
     Dictionaries belong to the denoiser. Features belong to the pipeline they were set on; a pipeline on which none
     were set uses those that were last set on another pipeline of this denoiser. The edits of a `with` block belong to
@@ -96,6 +120,8 @@ class Controller:
 
     def _begin(self) -> None:
         self._tap = Tap(self)
+        self._texts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # components of hooked text encoders
+        self._encoded: weakref.WeakSet[SiteEdit] = weakref.WeakSet()  # that made embeddings outside of a `__call__`
         self._entered: list[_Steering] = []
         self._plans: dict[tuple, tuple[list[tuple[SiteEdit, ...]], list[tuple[str, SitePlan]]]] = {}
         self._counts: dict[threading.Thread, Report] = {}  # each thread's last generation
@@ -158,7 +184,7 @@ class Controller:
         self, denoisers: dict[str, nn.Module], edits: tuple[SiteEdit, ...] | None, pipeline=None
     ) -> Iterator[None]:
         """Add these edits inside the `with` block, in this thread or asyncio task alone; with `None` no edit acts."""
-        mine = _Steering(self, edits)
+        mine = _Steering(self, edits, None if pipeline is None else weakref.ref(pipeline))
         self._clear_finished_report(threading.current_thread())
         with self._lock:
             self._entered.append(mine)
@@ -181,9 +207,28 @@ class Controller:
                 self.features(pipeline)
             edits = [*self._default, *(one for owner in [*self._pipelines] for one in self.features(owner))]
             edits += [one for entered in self._entered for one in entered.edits or ()]
-            sites = {one.site: None for one in edits if self._acts(one)} if self.enabled else {}
+            acting = [one for one in edits if self._acts(one)] if self.enabled else []
+            sites = {site: None for one in acting for site in joined_sites(one.site)}
             self._plans, self._warned = {}, False
-            self._tap.watch(denoisers, sites or None, pipeline)
+            own = [site for site in sites if not split_site(site)[0]]
+            # for the edits of text encoders alone its calls are only watched to warn, which is not worth a compilation
+            is_watched = own or sites and not any(is_compiled(one, pipeline) for one in denoisers.values())
+            self._tap.watch(denoisers, own if is_watched else None, pipeline)
+            self._watch_texts(sites, pipeline)
+
+    def _watch_texts(self, sites: dict[str, None], pipeline) -> None:
+        """Put hooks on these sites in the text encoders of all pipelines that have features."""
+        pipelines = [pipeline, *self._pipelines, *(one.pipeline() for one in self._entered if one.pipeline)]
+        models = dict(self._texts)
+        for owner in (one for one in pipelines if one is not None):
+            models |= {model: component for component, model in get_text_encoders(owner).items()}
+        self._texts.clear()
+        for model, component in models.items():
+            own, tap = [site for site in sites if split_site(site)[0] == component], Tap.of(self, model)
+            if own or tap is not None:
+                (tap or Tap(self)).watch({component: model}, own or None, pipeline)
+            if own:
+                self._texts[model] = component
 
     def _acts(self, one: SiteEdit) -> bool:
         adapter = self.adapters.get(one.adapter)
@@ -208,21 +253,38 @@ class Controller:
             for one in (one for edits in requested for one in edits if self._acts(one)):
                 scaled = one.edit.scaled(self.adapters[one.adapter].weight)
                 groups.setdefault((one.adapter, one.site), []).append(scaled)
-            planned = [
-                (name, SitePlan(self.adapters[name].dictionary.sites[site], group, schedule))
-                for (name, site), group in groups.items()
-            ]
+            planned = []
+            for (name, site), group in groups.items():
+                sae, widths = self.adapters[name].dictionary.sites[site], self.adapters[name].widths.get(site)
+                parts = [(sae, group)] if widths is None else halves(sae, group, widths)
+                planned += [(name, SitePlan(one, edits, schedule)) for one, edits in parts]
             self._plans[key] = requested, planned  # keeps the edits alive, so that their ids stay unique
         return self._plans[key][1]
+
+    def _is_of(self, pipeline) -> bool:
+        """Whether this is the controller of the denoiser of a pipeline. Text encoders may be shared with others."""
+        try:
+            denoisers = get_denoisers(pipeline)
+        except ValueError:
+            return False
+        return any(vars(one).get("_rtsae_controller") is self for one in denoisers.values())
 
     # What is done while the denoiser runs
 
     def begin(self, call: Call, arguments: Arguments) -> None:
-        """Prepare the edits of a call of the denoiser."""
-        planned = self._planned(call.pipeline)
+        """Prepare the edits of a call of the denoiser, or of a text encoder."""
+        is_ours = not call.encoder or call.pipeline is None or self._is_of(call.pipeline)
+        planned = self._planned(call.pipeline) if is_ours else []
         run = call.generation.memories.get(self)
         if run is None:
             run = call.generation.memories[self] = Run()
+        if call.encoder:
+            run.encoded.add(call.encoder)
+        elif call.pipeline is not None:
+            self._warn_of_embeddings(run, call.pipeline)
+        planned = [(name, plan) for name, plan in planned if split_site(plan.sae.config.site)[0] == call.encoder]
+        if planned and call.encoder and not call.generation.is_whole:
+            self._encoded |= {one for edits in self._requested(call.pipeline) for one in edits}
         if call.is_start:
             run.states = {key: state for key, state in run.states.items() if key[-1] != call.view}
         self._remember(run)
@@ -233,12 +295,35 @@ class Controller:
                     _check_batch(edit, call)
                 run.checked.add(id(plan))
             run.plans.setdefault(plan.sae.config.site, []).append(((name, plan.sae.config.site), plan))
-        catch_up(run, call, arguments, self._tap)
+        if not call.encoder:
+            catch_up(run, call, arguments, self._tap)
         for key, state in run.states.items():
             state.guidance, state.images = call.guidance, call.images if call.in_turns else None
             # a cache may skip the block at this step; then its last change still holds
             if key[-1] == call.view and state.timestep is not None and any(part.role == "cond" for part in call.parts):
                 state.timestep = call.timestep
+
+    def unread(self, caller: Caller | None) -> None:
+        """A denoiser is called that is not edited; text encoders may have been."""
+        if caller is not None:
+            run = caller.generation.memories.setdefault(self, Run())
+            self._warn_of_embeddings(run, caller.pipeline)
+
+    def _warn_of_embeddings(self, run: Run, pipeline) -> None:
+        """Warn once in a generation if edits act in a text encoder that has not run in it."""
+        if run.is_denoising:
+            return
+        run.is_denoising = True
+        requested = {one for edits in self._requested(pipeline) for one in edits if self._acts(one)} - {*self._encoded}
+        sites = [site for one in requested for site in joined_sites(one.site)]
+        idle = [site for site in sites if split_site(site)[0] not in ("", *run.encoded)]
+        if idle:
+            warnings.warn(
+                f"The features at {idle[0]} change nothing here: {type(pipeline).__name__} was given embeddings, or "
+                "a text encoder that it did not have when they were set. Pass `prompt`, or make the embeddings with "
+                "`encode_prompt` while the features act.",
+                stacklevel=2,
+            )
 
     def _remember(self, run: Run) -> None:
         thread = threading.current_thread()
@@ -309,7 +394,7 @@ def _check_batch(edit: Edit, call: Call) -> None:
 
 
 def check_width(denoiser: nn.Module, site: str, channels: int) -> None:
-    """Raise `ValueError` if the module at `site` reports another width than `channels`."""
+    """Raise `ValueError` if the module at `site` of a denoiser reports another width than `channels`."""
     module = get_site(denoiser, site)
     width = getattr(module, "out_channels", None) or getattr(module, "in_channels", None) or channels
     check_channels(site, channels, width)

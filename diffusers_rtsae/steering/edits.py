@@ -67,7 +67,7 @@ class Edit:
         apply_to (`str`): the guidance branches that are changed: `"cond"`, the conditional one; `"all"`; or
             `"contrast"`, which adds the change to the conditional branch and subtracts it from the unconditional one.
             By default `"all"` for `"erase"`, which looks at the conditional branch and erases there in all of them,
-            and `"contrast"` for all others.
+            and `"contrast"` for all others; at sites in text encoders pipelines ask for `"cond"`.
         injection (`str`): `"trajectory"` adds the whole change that the activation would have if the feature had been
             active from the first anchor on; `"residual"` adds only the part of it that belongs to this step.
         clip (`bool`): keep the edited activations of latents in the range of the training data.
@@ -75,6 +75,8 @@ class Edit:
             this dictionary at the site.
         map (`torch.Tensor`, *optional*): rows of a [`LinearMap`] to apply instead of moving latents; needs
             `clip=False`.
+        vectors (`torch.Tensor`, *optional*): what to add to each token of a text at strength 1, `(tokens, d)`,
+            instead of moving latents; needs `clip=False`.
         bounds (`tuple[float, float]`, *optional*): range that strengths are clamped to. A fitted label may have
             several parts, such as one for strengths below and one for those above zero; each part responds within its
             bounds only.
@@ -97,6 +99,7 @@ class Edit:
     clip: bool = True
     renormalise: bool = False
     map: torch.Tensor | None = None
+    vectors: torch.Tensor | None = None
     bounds: tuple[float, float] | None = None
 
     def __post_init__(self):
@@ -124,8 +127,9 @@ class Edit:
                 if self.source is None
                 else f"`source` is for {takers}, not for {self.operation!r}."
             )
-        if self.map is not None and (self.latents or self.operation != "add" or self.clip):
-            raise ValueError("An edit with a `map` takes no latents, and needs operation='add' and clip=False.")
+        for name, own in {"map": self.map, "vectors": self.vectors}.items():
+            if own is not None and (self.latents or self.operation != "add" or self.clip):
+                raise ValueError(f"An edit with `{name}` takes no latents, and needs operation='add' and clip=False.")
         if self.exchanges and not self.latents and self.mask is None:
             raise ValueError("Erasing everywhere leaves nothing to take tokens from: expected a `mask` of a part.")
         if self.where == () or self.source == ():

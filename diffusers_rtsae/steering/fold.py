@@ -356,6 +356,46 @@ class Erasure(Fold):
         return seen.share * (mean - tokens)
 
 
+class Written(Fold):
+    """
+    Edits that add given vectors to the tokens of a text, place by place.
+
+    The arguments are those of [`Fold`].
+    """
+
+    def __init__(self, edits: list[Edit], sae: SparseDictionary, rows: list[int], device: torch.device):
+        super().__init__([replace(edit, vectors=None) for edit in edits], sae, rows, device)
+        self.site, self.owners = sae.config.site, self._index(range(len(edits)))
+        self.vectors = torch.stack([edit.vectors for edit in edits]).to(device, torch.float32)
+
+    def change(
+        self,
+        tokens: torch.Tensor,
+        latents: torch.Tensor | None,
+        step: Step,
+        counts: list[Counts] | None = None,
+        in_turns: int | None = None,
+        token_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        What to add to the tokens, `(B, N, d)`. The arguments are those of [`Fold.change`].
+
+        Raises:
+            `ValueError`: the text has another number of tokens than the vectors are for.
+        """
+        if self.vectors.shape[1] != tokens.shape[1]:
+            raise ValueError(
+                f"What is to be added at {self.site} was read on a text of {self.vectors.shape[1]} tokens, got one of "
+                f"{tokens.shape[1]}: read it with the same `max_sequence_length`."
+            )
+        strength = self._strength(step.timestep, len(tokens), in_turns)
+        factors = self._token_factors(latents, len(tokens), step.size, in_turns)
+        if counts is not None:
+            counts.append(self._count(step.timestep, strength.expand(-1, tokens.shape[1], -1), None, factors))
+        change = torch.einsum("bie,end->bnd", strength, self.vectors)
+        return change if factors is None else change * factors
+
+
 def _of_prompts(count: int, rows: int, in_turns: int | None) -> list[int]:
     """Which of `count` strengths or masks, one per prompt, each row takes. The rows of an image are consecutive. So
     are the images of a prompt, unless consecutive images are of different prompts (`in_turns`: number of images)."""
@@ -367,8 +407,9 @@ def _of_prompts(count: int, rows: int, in_turns: int | None) -> list[int]:
 def _shared(edit: Edit) -> tuple:
     """The options that all edits of a fold share."""
     names = ("operation", "source", "where", "start", "end", "apply_to", "injection", "clip")
-    map_width = None if edit.map is None else edit.map.shape[2]
-    return *(getattr(edit, name) for name in names), id(edit.mask), map_width, not edit.latents
+    own = tuple(None if one is None else one.shape[1:] for one in (edit.map, edit.vectors))
+    own = own if edit.vectors is None else (*own, len(edit.vectors))
+    return *(getattr(edit, name) for name in names), id(edit.mask), own, not edit.latents
 
 
 def fold_edits(edits: Iterable[Edit], sae: SparseDictionary, rows: list[int], device: torch.device) -> list[Fold]:
@@ -376,10 +417,11 @@ def fold_edits(edits: Iterable[Edit], sae: SparseDictionary, rows: list[int], de
     alike: dict[tuple, list[Edit]] = {}
     for edit in edits:
         alike.setdefault(_shared(edit), []).append(edit)
-    return [
-        (Erasure if OPERATIONS[group[0].operation].exchanges else Fold)(group, sae, rows, device)
-        for group in alike.values()
-    ]
+    folds = []
+    for group in alike.values():
+        kind = Erasure if group[0].exchanges else Fold if group[0].vectors is None else Written
+        folds.append(kind(group, sae, rows, device))
+    return folds
 
 
 def read_by(edits: Iterable[Edit]) -> list[int]:

@@ -25,6 +25,8 @@ class Run:
     measured: set[int] = field(default_factory=set)  # ids of plans whose change was measured once
     counts: Report = field(default_factory=dict)
     plans: dict[str, list[tuple[tuple, SitePlan]]] = field(default_factory=dict)  # by site, for this step
+    encoded: set[str] = field(default_factory=set)  # the text encoders that have run
+    is_denoising: bool = False  # whether the denoiser has been called
 
     def state(self, key: tuple, plan: SitePlan, part: Part, call: Call) -> PlanState:
         """The state of a plan. Conditional parts with different timesteps have separate states."""
@@ -103,10 +105,12 @@ class EditedSite:
             change = plan.unconditional(state, part.branch, tokens, part.timestep, self.grid, written)
         else:
             change = plan.perturbed(state, part.timestep)
-        if change is not None and change.shape[1] not in (1, written.shape[1]):
+        if change is not None and (len(change) != len(written) or change.shape[1] not in (1, written.shape[1])):
+            rows = "" if len(change) == len(written) else f" in {len(written)} rows"
             raise ValueError(
-                f"The unconditional call has {written.shape[1]} tokens at {self.site}, the conditional one "
-                f"{change.shape[1]}: apply_to='contrast' needs as many. Use apply_to='cond'."
+                f"The unconditional call has {written.shape[1]} tokens{rows} at {self.site}, the conditional one "
+                f"{change.shape[1]}{rows and f' in {len(change)}'}: apply_to='contrast' needs as many. Use "
+                "apply_to='cond'."
             )
         return change
 

@@ -8,7 +8,21 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import CASES, SITE, Case, D, K, M, dictionary_learning, diffract, rand, sdlens, sparsify, topk
+from foreign import (
+    CASES,
+    SITE,
+    Case,
+    D,
+    K,
+    M,
+    concept_steerers,
+    dictionary_learning,
+    diffract,
+    rand,
+    sdlens,
+    sparsify,
+    topk,
+)
 from hub_server import Repository
 from huggingface_hub import constants
 from small_pipelines import FLUX_TEXT, XL_TEXT, flux, sd3
@@ -82,6 +96,44 @@ def test_it_is_the_same_once_saved(case, tmp_path):
     torch.testing.assert_close(old.decoder.half(), new.decoder)
     assert (new.gain(x) is None) == (old.gain(x) is None)
     assert (old.encode_step(x, 481.0) - new.encode_step(x, 481.0)).abs().median() < 1e-3
+
+
+@torch.no_grad()
+def test_negative_latents_become_latents_of_their_own(tmp_path):
+    """sparsify's old `signed`: the k largest by absolute value, which keep their sign."""
+    case = sparsify(signed=True)
+    sae, x = load_dictionary(case.write(tmp_path)).sites[SITE], torch.randn(12, D)
+    tensors = case.files[f"unet.{SITE}/sae.safetensors"]
+    values = (x - tensors["b_dec"]) @ tensors["encoder.weight"].T + tensors["encoder.bias"]
+    theirs = values * (topk(values.abs(), K) > 0)
+    assert (theirs < 0).any() and (theirs > 0).any()
+    z = sae.encode_step(x, 1.0)
+    torch.testing.assert_close(z[:, :M] - z[:, M:], theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sae.decode_step(z, 1.0), theirs @ tensors["W_dec"] + tensors["b_dec"])
+
+
+def test_the_site_of_a_text_encoder_says_whose_file_it_is(tmp_path):
+    """SDLens and Concept Steerers have files of the same names, of a block's update and of a layer's output."""
+    both = "text_encoder.text_model.encoder.layers.10.28"
+    concept_steerers(both, "safetensors").write(tmp_path / "xl")
+    ((site, sae),) = load_dictionary(tmp_path / "xl").sites.items()
+    assert site == "text_encoder.text_model.encoder.layers.10+text_encoder_2.text_model.encoder.layers.28"
+    assert sae.config.activation == "output"
+    load_dictionary(tmp_path / "xl").save(tmp_path / "ours")
+    assert list(load_dictionary(tmp_path / "ours").sites) == [site]
+    t5 = "text_encoder_2.encoder.block.22"  # for FLUX they name it as if it were a layer of CLIP
+    assert load_dictionary(tmp_path / "xl", site=t5).sites[t5].config.activation == "output"
+    assert load_dictionary(tmp_path / "xl", site="mid_block").sites["mid_block"].config.activation == "update"
+    folder = sdlens("safetensors").write(tmp_path / "sdlens")
+    assert load_dictionary(folder, site=t5).sites[t5].config.activation == "output"
+
+
+def test_convert_is_told_the_site_of_one_autoencoder(tmp_path):
+    """Also where the name of its folder says another, as of a language model's layer."""
+    folder = sparsify().write(tmp_path) / f"unet.{SITE}"
+    folder.rename(tmp_path / "layers.9")
+    cli.convert(str(tmp_path), tmp_path / "ours", ["mid_block"])
+    assert list(load_dictionary(tmp_path / "ours").sites) == ["mid_block"]
 
 
 def test_statistics_that_a_file_has_are_taken(tmp_path):
