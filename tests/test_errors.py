@@ -559,7 +559,7 @@ MISUSE = {
             {SITE: [Edit(latents=(3,), weights=(1.0,), strength=1.0, operation="ablate", clip=False)]},
             States(world.pipe, [("a star", "a heart")], codes=False, num_inference_steps=2),
         ), f"edits at {SITE} read latents … expected states drawn with codes=True"),
-    "choosing latents of what has no gradient": (lambda world: gradient(torch.zeros(()), []),
+    "choosing latents of what has no gradient": (lambda world: gradient(torch.zeros(()), {}),
         "this denoiser gives none … a linear map (`rank`) needs none"),
     "recording nothing": (lambda world: Recorder(world.pipe, [SITE]).size(SITE),
         f"Nothing was recorded at '{SITE}' … inside the `with` block"),
