@@ -74,8 +74,18 @@ class CallRecorder:
 def draw(
     pipeline, prompts: Sequence[str], seeds: Sequence[int], recorder: CallRecorder, output_type: str = "latent", **call
 ) -> list:
-    """Draw a picture of each prompt, each from the noise of its seed, and return them; the recorder keeps the calls."""
+    """Draw a picture of each prompt from the noise of its seed, and return them; the recorder keeps the calls."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with recorder:
         output = pipeline(list(prompts), generator=generators, output_type=output_type, **own_size(pipeline) | call)
     return output[0]
+
+
+def call_with(pipeline, prompts: Sequence[str], denoisers: dict[str, nn.Module], **call) -> ReplayableCall:
+    """A call of the denoiser with the texts of these prompts. The pipeline takes two steps for it: PixArt calls its
+    sampler in another way, which not all samplers know, if there is only one."""
+    recorder = CallRecorder(denoisers, {})
+    draw(
+        pipeline, prompts, range(len(prompts)), recorder, **call | {"num_inference_steps": 2, "output_type": "latent"}
+    )
+    return recorder.calls[0][0]

@@ -312,17 +312,15 @@ def gradient(loss: torch.Tensor, of: dict[Key, torch.Tensor], keep: bool = False
         keep (`bool`): whether another gradient will be taken of the same predictions.
 
     Raises:
-        `ValueError`: the denoiser gives no gradient, or one that is NaN or inf; or the loss does not depend on a site.
+        `ValueError`: the denoiser gives no gradient at a site, or one that is NaN or inf.
     """
-    if not loss.requires_grad:
+    gradients = [None] * len(of)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, [*of.values()], retain_graph=keep, allow_unused=True)
+    found = dict(zip(of, gradients, strict=True))
+    if none := [place for place, values in found.items() if values is None]:
         raise ValueError(
-            "Latents are chosen and explained by gradients, and this denoiser gives none; a linear map (`rank`) needs "
-            "none."
+            f"Latents are chosen and explained by gradients, and this denoiser gives none at {none[0]}: expected a "
+            "site that its prediction depends on, and layers that gradients flow through; a linear map (`rank`) needs none."
         )
-    gradients = torch.autograd.grad(loss, [*of.values()], retain_graph=keep, allow_unused=True)
-    if none := [site for site, values in zip(of, gradients, strict=True) if values is None]:
-        raise ValueError(
-            f"The prediction does not depend on the activation at {none[0]}, so nothing at this site can be chosen or "
-            "explained: expected a dictionary of other sites."
-        )
-    return {site: finite(values) for site, values in zip(of, gradients, strict=True)}
+    return {place: finite(values) for place, values in found.items()}

@@ -14,7 +14,7 @@ from ..dictionary import Dictionary
 from ..models import Step, interpolate
 from ..pipeline import get_dictionary, resting
 from ..steering import Edit, Fold, fold_edits, total
-from .calls import CallRecorder, draw
+from .calls import CallRecorder, call_with, draw
 from .effect import frozen, gradient
 from .replay import ReplayableCall, SharedPrefix
 from .states import CHUNK, AddingTap, check_prompts, finite
@@ -89,7 +89,7 @@ class ExchangedStates:
     The noisy latents that a denoiser meets while it draws prompts, unsteered, and texts in which one word is another.
 
     Each picture is drawn once, however many words are exchanged in its prompt; the other texts are encoded by calls of
-    the pipeline with one step.
+    the pipeline with two steps.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.
@@ -123,7 +123,7 @@ class ExchangedStates:
             for start in range(0, len(exchanges.prompts), batch_size):
                 prompts = exchanges.prompts[start : start + batch_size]
                 seeds = range(seed + start, seed + start + len(prompts))
-                calls = self._drawn(prompts, seeds, self._call)
+                calls = self._drawn(prompts, seeds)
                 calls = calls[:: -(-len(calls) // steps)]
                 self._batches.append(_Batch(calls, list(self._rounds(start, len(prompts)))))
 
@@ -137,14 +137,13 @@ class ExchangedStates:
             rows = [row for row, places in enumerate(of_row) if turn < len(places)]
             places = [of_row[row][turn] for row in rows]
             exchanges = [self.exchanges.changed[place] for place in places]
-            texts = [one.prompt for one in exchanges]
-            text = self._drawn(texts, range(len(texts)), self._call | {"num_inference_steps": 1})[0]
+            text = call_with(self.pipeline, [one.prompt for one in exchanges], self._denoisers, **self._call)
             yield _Round(exchanges, places, rows, text)
 
-    def _drawn(self, prompts: list[str], seeds: Sequence[int], call: dict) -> list[ReplayableCall]:
+    def _drawn(self, prompts: list[str], seeds: Sequence[int]) -> list[ReplayableCall]:
         """The calls of the denoiser while the pipeline draws these prompts."""
         recorder = CallRecorder(self._denoisers, self.activations)
-        draw(self.pipeline, prompts, seeds, recorder, **call)
+        draw(self.pipeline, prompts, seeds, recorder, **self._call)
         self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
         return [call for call, _ in recorder.calls]
 

@@ -10,29 +10,30 @@ What an edit takes away of it is measured along u, over all steps, relative to i
 
     share(edit) = Σ ⟨u, v(x, prompt) − v(x, prompt; edit)⟩ / Σ ⟨u, u⟩
 
-This is the effect of [`effect`] on the pair (prompt, without) to first order: E = 2 share − Σ ‖v(x, prompt) −
-v(x, prompt; edit)‖² / Σ ‖u‖². The two are equal for an edit that moves the prediction straight along u and all the way.
-Late steps, at which the word changes little, weigh little.
+The module `effect` measures the same pair of predictions by E = 2 share − Σ ‖v(x, prompt) − v(x, prompt; edit)‖² / Σ
+‖u‖², which is less for an edit that also moves the prediction elsewhere. Shares add up and E does not. Late steps, at
+which the word changes little, weigh little.
 
 **Through the site, and past it.** With the prompt, the activation at the dictionary's site is a; without the word it
 is a'. Exchange a for a' in the run with the prompt: what this takes away of the word went through the site. What is
-left of the word, ⟨u, v(x, prompt; a → a') − v(x, without)⟩, goes by *other paths*. Both are measured, and together they
-are the whole, 1.
+left of the word, ⟨u, v(x, prompt; a → a') − v(x, without)⟩, goes by *other paths*. Both are measured, and together
+they are the whole, 1.
 
 **Latents, and the rest.** The latents of the dictionary are read along the steps of both runs, z and z', each with its
 own past. With d_i the direction of latent i,
 
     a − a' = Σ_i (z_i − z'_i) d_i + r
 
-r is the *rest*, what the dictionary misses: its reconstruction error and, for kinds that predict each step from the one
-before, the part of the prediction that no latent stands for. Latents that are as active without the word have no share,
-however active they are.
+r is the *rest*, what the dictionary misses: its reconstruction error and, for kinds that predict each step from the
+one before, the part of the prediction that no latent stands for. Latents that are as active without the word have no
+share, however active they are.
 
 **Gradients.** Along the straight line from a to a', with g the mean of the gradients of ⟨u, v⟩ with respect to the
-activation (integrated gradients, Sundararajan et al. 2017, 1703.01365), the share of latent i is Σ (z_i − z'_i) ⟨g, d_i⟩
-over tokens, and that of the rest Σ ⟨g, r⟩. They would add up to what goes through the site if the mean were exact. It
-is taken at the Gauss-Legendre points of the line: one point where that is enough (it is exact if v is quadratic), else
-2, 4 or 8. What is still missing is an entry of its own, the *error*. So all entries add up to 1.
+activation (integrated gradients, Sundararajan et al. 2017, 1703.01365), the share of latent i is the sum of (z_i −
+z'_i) ⟨g, d_i⟩ over tokens, and that of the rest the sum of ⟨g, r⟩. They would add up to what goes through the site if
+the mean were exact. It is taken at the Gauss-Legendre points of the line: one point where that is enough (it is exact
+if v is quadratic), else 2, 4 or 8. What is still missing is an entry of its own, the *error*. So all entries add up to
+1.
 
 **Several sites.** A later site gets a part of the change from the earlier ones. It is charged only with what the word
 adds at the site itself: its a is the activation that it has with the prompt and a' at all earlier sites. Adding these
@@ -60,7 +61,7 @@ from ..models import Memory, SparseDictionary, Step, TokenGrid
 from ..pairs import left_out
 from ..pipeline import get_dictionary, resting
 from ..steering import Edit, fold_edits
-from .calls import CallRecorder, draw
+from .calls import CallRecorder, call_with, draw
 from .effect import explain_out_of_memory, frozen, gradient
 from .features import labels_of
 from .replay import ReplayableCall
@@ -259,8 +260,8 @@ def _check_tokens(pipeline, prompt: str, without: str, word: str) -> None:
         raise ValueError(f"Expected a prompt without {word!r} to compare with, got the prompt itself: {prompt!r}.")
     if known and all(one(prompt).input_ids == one(without).input_ids for one in known):
         raise ValueError(
-            f"The tokenizer drops {word!r}, so the model never sees it: expected a word that changes the tokens of "
-            f"{prompt!r}."
+            f"The tokenizer makes the same tokens of {prompt!r} and {without!r}, so the model never sees {word!r}: "
+            "expected a word that it does not drop."
         )
 
 
@@ -348,9 +349,7 @@ class _Picture:
         self.image = draw(pipeline, [prompt], [seed], recorder, **{"output_type": "pil"} | call)[0]
         self.calls = [one for one, _ in recorder.calls]
         self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
-        apart = CallRecorder(get_denoisers(pipeline), self.moved)
-        draw(pipeline, [without], [seed], apart, **call | {"num_inference_steps": 1, "output_type": "latent"})
-        self.text = apart.calls[0][0]
+        self.text = call_with(pipeline, [without], get_denoisers(pipeline), **call)
         self.sampled = set(range(0, len(self.calls), -(-len(self.calls) // steps)))
         alphas = noise_schedule(pipeline.scheduler)
         self.grids = {site: TimeGrid(sae.config.anchors, alphas) for site, sae in self.dictionary.sites.items()}
@@ -360,11 +359,14 @@ class _Picture:
         return self.grids[site].step(call.timestep, self.sizes.get(site), self.guidance)
 
     def step(self, i: int, call: ReplayableCall) -> _Part | None:
-        """A step of the ledger; `None` if it is only read, as later steps need it."""
+        """A step of the ledger; `None` if it is only read, as later steps need it, or not even that."""
+        if i not in self.sampled and not any(sae.reads_past for sae in self.dictionary.sites.values()):
+            return None
         with torch.no_grad():
             own = self.run(call)
             other = self.run(call, said=self.text)
-            exchanged = self.run(call, become=other.moved)
+            needs = i in self.sampled or len(self.moved) > 1  # nothing comes before the first site
+            exchanged = self.run(call, become=other.moved) if needs else own
             splits = {site: self._split(site, call, own, other, exchanged) for site in self.moved}
             if i not in self.sampled:
                 return None

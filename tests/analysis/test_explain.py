@@ -1,0 +1,126 @@
+"""The ledger of a word adds up, and says what is measured in other ways."""
+
+import json
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from every_pipeline.builds import Ask, flux, parts
+
+from diffusers_rtsae import RTSAE
+from diffusers_rtsae.analysis.effect import Intervention, States
+from diffusers_rtsae.analysis.exchanged import ExchangedStates
+from diffusers_rtsae.analysis.explain import ERROR, OTHERS, PATHS, REST, explain
+from diffusers_rtsae.analysis.vocabulary import Exchange, Exchanges
+from diffusers_rtsae.pairs import left_out
+from diffusers_rtsae.steering import Edit
+from diffusers_rtsae.worlds import bundled, load_bundled
+
+SITE = "up_blocks.1.attentions.1"
+PROMPT, WITHOUT = (
+    "a small blue heart in the centre, flat, on white",
+    "a small blue object in the centre, flat, on white",
+)
+CALL = {"num_inference_steps": 5, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_bundled("shapes-sd")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_rtsae(bundled("shapes-rtsae"))
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def ledger(pipe):
+    return explain(pipe, PROMPT, "heart", WITHOUT, seed=3, features=20, **CALL)
+
+
+@pytest.fixture(scope="module")
+def states(pipe):
+    """The same noisy latents, as fitting and finding draw them."""
+    return States(pipe, [(PROMPT, WITHOUT)], seed=3, **CALL)
+
+
+@torch.no_grad()
+def removed(states, changes) -> float:
+    """The share of the word that changes take away, measured in the picture of its prompt."""
+    gone = whole = 0.0
+    for state in states.all():
+        rows = state.drawn_with_from.nonzero().flatten().tolist()
+        u = (state.prediction - state.target)[rows]
+        gone += (u * (state.prediction[rows] - states.predict(state, rows, changes(state, rows)))).sum()
+        whole += u.square().sum()
+    return float(gone / whole)
+
+
+def test_the_entries_are_the_whole_and_what_goes_through_the_site_is_measured(ledger, states):
+    assert ledger.total == pytest.approx(1, abs=1e-4) and sum(ledger.weights) == pytest.approx(1)
+    through = removed(states, lambda state, rows: {SITE: (state.goal[SITE] - state.present[SITE])[rows]})
+    assert ledger.share(PATHS) == pytest.approx(1 - through, abs=1e-3)
+    assert abs(ledger.share(ERROR)) < 0.01
+    said = sum(entry.share for entry in ledger.entries if entry.what not in (PATHS, ERROR))
+    assert said == pytest.approx(through, abs=0.01)
+
+
+def test_a_feature_that_is_taken_away_takes_the_share_that_it_is_said_to_carry(ledger, states):
+    first = ledger.features[0]
+    assert first.name == "149, heart" and first.site == SITE and first.present > 0.05
+    edit = Edit(latents=(149,), weights=(1.0,), strength=1.0, operation="ablate", clip=False)
+    measured = removed(states, Intervention({SITE: [edit]}, states))
+    assert first.share == pytest.approx(measured, abs=0.08) and measured > 0.5
+    assert sum(map(sum, first.where)) == pytest.approx(first.share, abs=1e-4)
+    inside = sum(sum(row[2:6]) for row in first.where[2:6])
+    assert inside > 0.9 * first.share, "it lies where the heart is"
+
+
+def test_more_features_change_no_share_and_the_ledger_is_written(pipe, ledger, tmp_path):
+    few = explain(pipe, PROMPT, "heart", WITHOUT, seed=3, features=2, **CALL)
+    assert [entry.share for entry in few.features] == [entry.share for entry in ledger.features[:2]]
+    more = sum(entry.share for entry in ledger.features[2:])
+    assert few.share(OTHERS) == pytest.approx(ledger.share(OTHERS) + more, abs=1e-5)
+    assert few.share(REST) == ledger.share(REST)
+    few.save(tmp_path / "heart.json")
+    kept = json.loads((tmp_path / "heart.json").read_text())
+    assert kept == json.loads(json.dumps(few.content())) and kept["entries"][0]["index"] == 149
+    assert "149, heart" in str(few) and "in all: what 'heart' does" in str(few) and few.image.size == (64, 64)
+
+
+def test_several_sites_add_up_and_exchanging_works_with_pixart():
+    pipe = load_bundled("people-dit")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_rtsae(bundled("people-rtsae"))
+    prompt, call = "a woman firefighter with dark skin", {"num_inference_steps": 2, "max_sequence_length": 24}
+    ledger = explain(pipe, prompt, "dark", left_out(prompt, "with dark skin"), features=5, **call)
+    assert ledger.total == pytest.approx(1, abs=1e-4) and abs(ledger.share(ERROR)) < 0.02
+    assert len({entry.site for entry in ledger.features}) > 1
+    assert abs(ledger.share(PATHS)) < 1e-3, "all cross-attentions have a dictionary, so text has no other path"
+    exchanges = Exchanges([prompt], [Exchange(0, "light", prompt.replace("dark", "light"))])
+    assert ExchangedStates(pipe, exchanges, **call).states == 2
+
+
+def test_a_site_that_the_prediction_does_not_depend_on_is_told():
+    """The text that the last block of a Flux without single blocks writes."""
+    built, site = flux.flux(FluxPipeline), "transformer_blocks.1.ff_context"
+    torch.manual_seed(0)
+    pipe, call = built.pipe, built.call(Ask())
+    pipe.register_modules(transformer=FluxTransformer2DModel(**flux.shape(4) | {"num_single_layers": 0}))
+    pipe.load_rtsae({site: RTSAE(site, 32, [900, 1], 8, 2)})
+    call = {name: value for name, value in call.items() if name not in ("generator", "prompt", "output_type")}
+    with pytest.raises(ValueError, match=f"this denoiser gives none at {site}"):
+        explain(pipe, parts.prompt(1), "x", without=parts.prompt(2), **call)
+
+
+def test_words_are_left_out():
+    prompt = "an orange star above an orange heart, striped, on white"
+    assert left_out(prompt, "Orange") == "a star above a heart, striped, on white"
+    assert left_out(prompt, "striped") == "an orange star above an orange heart, on white"
+    assert left_out(prompt, "white") == "an orange star above an orange heart, striped"
+    assert left_out("a star on white, flat", "white") == "a star, flat" and left_out("star", "star") == ""
+
+
+def test_a_denoiser_that_gives_no_gradient_is_told(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.unet, "forward", torch.no_grad()(pipe.unet.forward))
+    with pytest.raises(ValueError, match=f"this denoiser gives none at {SITE}"):
+        explain(pipe, PROMPT, "heart", num_inference_steps=1)
