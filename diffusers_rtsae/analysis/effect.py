@@ -321,6 +321,7 @@ def gradient(loss: torch.Tensor, of: dict[Key, torch.Tensor], keep: bool = False
     if none := [place for place, values in found.items() if values is None]:
         raise ValueError(
             f"Latents are chosen and explained by gradients, and this denoiser gives none at {none[0]}: expected a "
-            "site that its prediction depends on, and layers that gradients flow through; a linear map (`rank`) needs none."
+            "site that its prediction depends on, and layers that gradients flow through; a linear map (`rank`) needs "
+            "none."
         )
     return {place: finite(values) for place, values in found.items()}

@@ -44,31 +44,20 @@ add up as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..denoiser import TimeGrid, get_denoisers, noise_schedule
-from ..dictionary import Dictionary
 from ..files import write_json
-from ..models import Memory, SparseDictionary, Step, TokenGrid
-from ..pairs import left_out
-from ..pipeline import get_dictionary, resting
-from ..steering import Edit, fold_edits
-from .calls import CallRecorder, call_with, draw
-from .effect import explain_out_of_memory, frozen, gradient
+from ..models import TokenGrid
+from ..pairs import has_phrase, left_out
+from .effect import explain_out_of_memory
 from .features import labels_of
-from .replay import ReplayableCall
-from .states import AddingTap, check_prompts, finite
+from .word import WordState, WordStates
 
-_POINTS = (1, 2, 4, 8)  # of the line between two activations, at which gradients are taken
-_CLOSE = 0.01  # of a step's whole: an error that needs no more points
+_CHECKED = (1, 4, 16)  # features that are taken away together, to check the ledger
 FEATURE, OTHERS, REST, PATHS, ERROR = "feature", "other latents", "rest", "other paths", "error"
 
 
@@ -88,6 +77,9 @@ class Entry:
         makes (`str`, *optional*): the word it makes by its name in the dictionary.
         present (`float`, *optional*): the latent's mean activation in the picture, over steps and tokens, in units of
             its typical activation.
+        ablated (`float`, *optional*): the share of the word that goes if the latent is ablated, from the same
+            gradients. It differs from `share` where the latent is active without the word, too: all that it adds along
+            u counts, and it is 0 for a latent that the word makes inactive. It is no part of the sum.
         where (`list[list[float]]`, *optional*): the share of each token of the picture, `height` lists of `width`
             numbers whose sum is `share`; `None` if the site's tokens have no places.
     """
@@ -99,6 +91,7 @@ class Entry:
     labels: list[str] = field(default_factory=list)
     makes: str | None = None
     present: float | None = None
+    ablated: float | None = None
     where: list[list[float]] | None = None
 
     @property
@@ -120,6 +113,27 @@ class Entry:
 
 
 @dataclass
+class Check:
+    """
+    The first features of a ledger, set to what they are without the word, all at once.
+
+    Args:
+        count (`int`): how many.
+        said (`float`): the sum of their shares.
+        measured (`float`): the share of the word that goes. It differs from `said` as far as features that are taken
+            away together do other than the sum of each.
+    """
+
+    count: int
+    said: float
+    measured: float
+
+    def __str__(self) -> str:
+        first = "the first feature is" if self.count == 1 else f"the first {self.count} features are"
+        return f"{self.measured:+.3f}  goes if {first} as without the word; said was {self.said:+.3f}"
+
+
+@dataclass
 class Ledger:
     """
     What a word does to a picture's prediction, as entries that add up to 1. It prints as a table.
@@ -132,6 +146,7 @@ class Ledger:
         weights (`list[float]`): how much of what the word does it does at each of these steps; their sum is 1.
         points (`list[int]`): how many gradients each step took.
         entries (`list[Entry]`): features first, the largest share first.
+        checks (`list[Check]`): what the first features were measured to carry together.
         image: the picture.
     """
 
@@ -143,6 +158,7 @@ class Ledger:
     weights: list[float]
     points: list[int]
     entries: list[Entry]
+    checks: list[Check]
     image: object = field(default=None, repr=False)
 
     @property
@@ -161,8 +177,9 @@ class Ledger:
 
     def content(self) -> dict:
         """All but the picture, as JSON holds it."""
-        told = {name: value for name, value in vars(self).items() if name not in ("entries", "image")}
-        return told | {"total": self.total, "entries": [entry.told() for entry in self.entries]}
+        told = {name: value for name, value in vars(self).items() if name not in ("entries", "checks", "image")}
+        told |= {"total": self.total, "checks": [vars(check) for check in self.checks]}
+        return told | {"entries": [entry.told() for entry in self.entries]}
 
     def save(self, path: str | Path) -> None:
         """Write all but the picture to a JSON file."""
@@ -170,18 +187,20 @@ class Ledger:
 
     def __repr__(self) -> str:
         several = len({entry.site for entry in self.entries} - {None}) > 1
-        rows = [["share", "what", *(["site"] if several else []), "present", "most at t"]]
+        rows = [["share", "what", *(["site"] if several else []), "ablated", "present", "most at t"]]
         for entry in self.entries:
             most = max(range(len(self.timesteps)), key=lambda i: abs(entry.by_step[i]))
             rows.append(
                 [
                     f"{entry.share:+.3f}", entry.name, *([entry.site or ""] if several else []),
-                    "" if entry.present is None else f"{entry.present:.3f}", f"{self.timesteps[most]:g}",
+                    *("" if value is None else f"{value:.3f}" for value in (entry.ablated, entry.present)),
+                    f"{self.timesteps[most]:g}",
                 ]
             )  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, f"{self.total:+.3f}  in all: what {self.word!r} does to {self.prompt!r}"])
+        lines.append(f"{self.total:+.3f}  in all: what {self.word!r} does to {self.prompt!r}")
+        return "\n".join([*lines, *map(str, self.checks)])
 
 
 def explain(
@@ -232,281 +251,125 @@ def explain(
         ```
     """
     without = left_out(prompt, word) if without is None else without
-    check_prompts(pipeline, [prompt, without])
-    _check_tokens(pipeline, prompt, without, word)
-    with explain_out_of_memory(batch_size), resting(pipeline):
-        picture = _Picture(pipeline, prompt, without, adapter_name, seed, steps, batch_size, call)
-        bar = tqdm(picture.calls, desc="steps", unit="step", leave=False, disable=not progress)
-        parts = [picture.step(i, one) for i, one in enumerate(bar)]
-    parts = [part for part in parts if part is not None]
-    whole = math.fsum(part.size for part in parts)
-    if not whole:
-        raise ValueError(
-            f"{prompt!r} and {without!r} get the same predictions, so {word!r} explains nothing: expected a word that "
-            "the model knows."
-        )
-    entries = _entries(picture, parts, whole, features)
+    if not has_phrase(prompt, word):
+        raise ValueError(f"Expected a word of the prompt {prompt!r}, got {word!r}.")
+    with explain_out_of_memory(batch_size):
+        states = WordStates(pipeline, prompt, without, adapter_name, seed, steps, batch_size, progress, **call)
+        return ledger_of(states, prompt, without, word, features, progress)
+
+
+def ledger_of(
+    states: WordStates, prompt: str, without: str, word: str, features: int | None = 32, progress: bool = False
+) -> Ledger:
+    """The ledger of a word, as [`explain`] returns it, from the states of its picture."""
+    bar = tqdm(states.states, desc="gradients", unit="step", leave=False, disable=not progress)
+    parts = [_Part.of(states, state) for state in bar]
+    entries = _entries(states, parts, features)
+    found = [(entry.site, entry.index) for entry in entries if entry.what == FEATURE]
+    counts = [count for count in _CHECKED if count <= len(found)]
+    measured = states.undone([found[:count] for count in counts])
+    checks = [
+        Check(count, math.fsum(entry.share for entry in entries[:count]), one)
+        for count, one in zip(counts, measured, strict=True)
+    ]
     return Ledger(
-        prompt, without, word, seed, [part.timestep for part in parts], [part.size / whole for part in parts],
-        [part.points for part in parts], entries, picture.image,
+        prompt, without, word, states.seed, [state.call.timestep for state in states.states],
+        [state.size / states.size for state in states.states], [part.points for part in parts], entries, checks,
+        states.image,
     )  # fmt: skip
-
-
-def _check_tokens(pipeline, prompt: str, without: str, word: str) -> None:
-    """Raise `ValueError` if the pipeline's tokenizers see no difference."""
-    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
-    known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    if prompt == without:
-        raise ValueError(f"Expected a prompt without {word!r} to compare with, got the prompt itself: {prompt!r}.")
-    if known and all(one(prompt).input_ids == one(without).input_ids for one in known):
-        raise ValueError(
-            f"The tokenizer makes the same tokens of {prompt!r} and {without!r}, so the model never sees {word!r}: "
-            "expected a word that it does not drop."
-        )
-
-
-@dataclass
-class _Run:
-    """A prediction, and the activations of each site: what its dictionary reads, and what its latents move, both
-    `(rows, N, d)`."""
-
-    prediction: torch.Tensor
-    read: dict[str, torch.Tensor]
-    moved: dict[str, torch.Tensor]
-
-
-@dataclass
-class _Split:
-    """
-    The difference of two activations at a site, split over latents.
-
-    Args:
-        latents (`list[int]`): those that differ.
-        amounts (`torch.Tensor`), vectors (`torch.Tensor`): by how much, `(rows, N, latents)`, and the directions,
-            `(latents, d)`.
-        whole (`torch.Tensor`): the difference, `(rows, N, d)`.
-        present (`torch.Tensor`): of all latents, the mean activation over tokens, `(m,)`.
-    """
-
-    latents: list[int]
-    amounts: torch.Tensor
-    vectors: torch.Tensor
-    whole: torch.Tensor
-    present: torch.Tensor
 
 
 @dataclass
 class _Part:
     """
-    One step of a ledger. All are sums of products with the word's change of the prediction, on the CPU.
+    One step of a ledger, as shares of the whole.
 
     Args:
-        size (`float`): ⟨u, u⟩.
-        paths (`float`), error (`float`): what goes by other paths, and what gradients leave unexplained.
-        latents (`dict[str, list[int]]`), shares (`dict[str, torch.Tensor]`): for each site the latents that differ,
-            and what each carries on each token, `(latents, tokens)`.
+        points (`int`): how many gradients it took.
+        paths, error (`float`): what goes by other paths, and what gradients leave unexplained.
+        latents (`dict[str, list[int]]`), shares (`dict[str, torch.Tensor]`): for each site latents that are active
+            with the word or without, and what each carries on each token, `(latents, tokens)`.
+        ablated (`dict[str, torch.Tensor]`): what goes with each of these latents if it is ablated, `(latents,)`.
         rest (`dict[str, torch.Tensor]`): what the rest carries on each token, `(tokens,)`.
-        present (`dict[str, torch.Tensor]`): mean activation of each latent, `(m,)`.
     """
 
-    timestep: float
-    size: float
     points: int
     paths: float
     error: float
     latents: dict[str, list[int]]
     shares: dict[str, torch.Tensor]
+    ablated: dict[str, torch.Tensor]
     rest: dict[str, torch.Tensor]
-    present: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, states: WordStates, state: WordState) -> _Part:
+        slopes, points, error = states.slopes(state)
+        latents, shares, ablated, rest = {}, {}, {}, {}
+        for site, slope in slopes.items():
+            differences, codes = state.differences[site], state.codes[site]
+            both = latents[site] = torch.cat([differences.latents, codes.latents]).unique().tolist()
+            vectors = states.vectors(site, state, both)
+            along, amounts = slope @ vectors.T, differences.dense(both)
+            shares[site] = (along * amounts).flatten(0, 1).T.cpu() / states.size
+            ablated[site] = (along * codes.dense(both) * state.gains.get(site, 1)).sum((0, 1)).cpu() / states.size
+            missed = state.whole[site] - amounts @ vectors
+            rest[site] = (slope * missed).sum(-1).flatten().cpu() / states.size
+        paths = (state.size - state.through) / states.size
+        return cls(points, paths, error / states.size, latents, shares, ablated, rest)
 
 
-class _Reading:
-    """The latents of a site along the steps of one run."""
+@dataclass
+class _Site:
+    """What the latents of a site carry: at each step, `(latents, steps)`; on each token, `(latents, tokens)`; and
+    each if it is ablated, `(latents,)`."""
 
-    def __init__(self, sae: SparseDictionary, device: torch.device):
-        self.reader = sae.reader(list(range(sae.config.num_latents)), device)
-        self.memory: Memory = self.reader.begin()
+    latents: list[int]
+    by_step: torch.Tensor
+    where: torch.Tensor
+    ablated: torch.Tensor
 
-    def read(self, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        latents = self.reader.read(self.memory, tokens, step)
-        self.memory.continue_with(tokens)
-        return latents
-
-
-class _Picture:
-    """A picture that was drawn, the calls of its denoiser, and the same with another text."""
-
-    def __init__(
-        self, pipeline, prompt: str, without: str, adapter_name: str | None, seed: int, steps: int, batch_size: int,
-        call: dict,
-    ):  # fmt: skip
-        self.pipeline, self.batch_size = pipeline, batch_size
-        self.dictionary: Dictionary = get_dictionary(pipeline, adapter_name)
-        kinds = {site: sae.config.activation for site, sae in self.dictionary.sites.items()}
-        self.inputs = {site: kind for site, kind in kinds.items() if kind == "input"}
-        self.moved = {site: "output" if site in self.inputs else kind for site, kind in kinds.items()}
-        recorder = CallRecorder(get_denoisers(pipeline), self.moved)
-        self.image = draw(pipeline, [prompt], [seed], recorder, **{"output_type": "pil"} | call)[0]
-        self.calls = [one for one, _ in recorder.calls]
-        self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
-        self.text = call_with(pipeline, [without], get_denoisers(pipeline), **call)
-        self.sampled = set(range(0, len(self.calls), -(-len(self.calls) // steps)))
-        alphas = noise_schedule(pipeline.scheduler)
-        self.grids = {site: TimeGrid(sae.config.anchors, alphas) for site, sae in self.dictionary.sites.items()}
-        self._readings: dict[tuple[str, str], _Reading] = {}
-
-    def at(self, site: str, call: ReplayableCall) -> Step:
-        return self.grids[site].step(call.timestep, self.sizes.get(site), self.guidance)
-
-    def step(self, i: int, call: ReplayableCall) -> _Part | None:
-        """A step of the ledger; `None` if it is only read, as later steps need it, or not even that."""
-        if i not in self.sampled and not any(sae.reads_past for sae in self.dictionary.sites.values()):
-            return None
-        with torch.no_grad():
-            own = self.run(call)
-            other = self.run(call, said=self.text)
-            needs = i in self.sampled or len(self.moved) > 1  # nothing comes before the first site
-            exchanged = self.run(call, become=other.moved) if needs else own
-            splits = {site: self._split(site, call, own, other, exchanged) for site in self.moved}
-            if i not in self.sampled:
-                return None
-            change = finite(own.prediction - other.prediction)
-            size = float(change.square().sum())
-            through = float((change * (own.prediction - exchanged.prediction)).sum())
-            paths = float((change * (exchanged.prediction - other.prediction)).sum())
-        slopes, points, error = self._slopes(call, change, {s: one.whole for s, one in splits.items()}, through, size)
-        shares, rest = {}, {}
-        for site, split in splits.items():
-            along = slopes[site] @ split.vectors.T
-            shares[site] = (along * split.amounts).flatten(0, 1).T.cpu()
-            missed = split.whole - split.amounts @ split.vectors
-            rest[site] = (slopes[site] * missed).sum(-1).flatten().cpu()
-        return _Part(
-            call.timestep, size, points, paths, error, {s: one.latents for s, one in splits.items()}, shares, rest,
-            {site: split.present for site, split in splits.items()},
-        )  # fmt: skip
-
-    def run(
-        self, call: ReplayableCall, said: ReplayableCall | None = None, become: dict[str, torch.Tensor] | None = None
-    ) -> _Run:
-        """
-        Run the denoiser on a step's noisy latents.
-
-        Args:
-            said (`ReplayableCall`, *optional*): with the text of this call.
-            become (`dict[str, torch.Tensor]`, *optional*): set what latents move to these activations. What a site
-                would have had is kept.
-        """
-        moved, read, adding = {}, {}, AddingTap(self.moved)
-
-        def change(site: str, tokens: torch.Tensor) -> torch.Tensor:
-            moved[site] = tokens.float()
-            return torch.zeros_like(moved[site]) if become is None else become[site] - moved[site]
-
-        adding.changes = {site: partial(change, site) for site in self.moved}
-        keep = lambda _, site, tokens: read.update({site: tokens.float()})  # noqa: E731
-        inputs = CallRecorder({"": call.denoiser}, self.inputs, keep) if self.inputs else nullcontext()
-        with inputs, adding.tap.watching({"": call.denoiser}, self.moved):
-            prediction = call.replay([0], [0], said).float()
-        return _Run(prediction, moved | read, moved)
-
-    def _read(self, run: str, site: str, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        if (run, site) not in self._readings:
-            self._readings[run, site] = _Reading(self.dictionary.sites[site], tokens.device)
-        return self._readings[run, site].read(tokens, step)
-
-    def _split(self, site: str, call: ReplayableCall, own: _Run, other: _Run, exchanged: _Run) -> _Split:
-        """What the word adds at a site, which is the difference between its activation when the earlier sites are as
-        without the word, and that without the word; split over latents."""
-        sae, step = self.dictionary.sites[site], self.at(site, call)
-        present = self._read("own", site, own.read[site], step).flatten(0, 1).mean(0)
-        with_it = self._read("exchanged", site, exchanged.read[site], step)
-        without = self._read("other", site, other.read[site], step)
-        differ = ((with_it - without).flatten(0, 1) != 0).any(0).nonzero().flatten().tolist()
-        whole = exchanged.moved[site] - other.moved[site]
-        if not differ:
-            empty = whole.new_zeros((*whole.shape[:2], 0)), whole.new_zeros((0, whole.shape[2]))
-            return _Split(differ, *empty, whole, present.cpu())
-        edit = Edit(latents=tuple(differ), weights=(1.0,) * len(differ), strength=1.0, operation="ablate", clip=False)
-        (fold,) = fold_edits([edit], sae, differ, whole.device)
-        gone, vectors = fold.change(exchanged.read[site], with_it[..., differ], step)
-        gone_without, _ = fold.change(other.read[site], without[..., differ], step)
-        return _Split(differ, gone_without - gone, vectors[0], whole, present.cpu())
-
-    def _slopes(
-        self, call: ReplayableCall, change: torch.Tensor, differences: dict[str, torch.Tensor], through: float,
-        size: float,
-    ) -> tuple[dict[str, torch.Tensor], int, float]:  # fmt: skip
-        """The mean gradient of ⟨u, v⟩ along the line on which the differences are taken away, by site; the number of
-        its points; and what is missing of what goes `through` the sites."""
-        for points in _POINTS:
-            slopes = self._mean_gradient(call, change, differences, points)
-            said = math.fsum(float((slopes[site] * whole).sum()) for site, whole in differences.items())
-            if abs(through - said) <= _CLOSE * size:
-                break
-        return slopes, points, through - said
-
-    def _mean_gradient(
-        self, call: ReplayableCall, change: torch.Tensor, differences: dict[str, torch.Tensor], points: int
-    ) -> dict[str, torch.Tensor]:
-        places, weights = (torch.tensor((values + shift) / 2) for values, shift in _nodes(points))
-        sums = {site: torch.zeros_like(whole) for site, whole in differences.items()}
-        with frozen(self.pipeline):
-            for some, shares in zip(places.split(self.batch_size), weights.split(self.batch_size), strict=True):
-                count, device = len(some), change.device
-                leaves = {
-                    site: (-some.to(whole)[:, None, None, None] * whole).flatten(0, 1).requires_grad_()
-                    for site, whole in differences.items()
-                }
-                adding = AddingTap(self.moved)
-                adding.changes = leaves
-                with adding.tap.watching({"": call.denoiser}, self.moved):
-                    prediction = call.replay([0] * count, [0] * count).float()
-                along = (prediction * change).flatten(1).sum(1)
-                for site, slope in gradient((along * shares.to(device, along.dtype)).sum(), leaves).items():
-                    sums[site] += slope.unflatten(0, (count, -1)).sum(0)
-        return sums
-
-
-def _nodes(points: int) -> Sequence[tuple[np.ndarray, float]]:
-    """The points and the weights of the Gauss-Legendre rule on [-1, 1], each with what shifts it to [0, 2]."""
-    places, weights = np.polynomial.legendre.leggauss(points)
-    return (places, 1.0), (weights, 0.0)
-
-
-def _entries(picture: _Picture, parts: list[_Part], whole: float, count: int | None) -> list[Entry]:
-    """The entries of a ledger from those of its steps."""
-    found: list[Entry] = []
-    others: list[Entry] = []
-    for site, sae in picture.dictionary.sites.items():
-        size = picture.sizes.get(site)
-        rows = sorted({latent for part in parts for latent in part.latents[site]})
-        place = {latent: row for row, latent in enumerate(rows)}
-        tokens = parts[0].rest[site].shape[0]
-        by_step, where = torch.zeros(len(rows), len(parts)), torch.zeros(len(rows), tokens)
+    @classmethod
+    def of(cls, parts: list[_Part], site: str) -> _Site:
+        latents = sorted({latent for part in parts for latent in part.latents[site]})
+        place = {latent: row for row, latent in enumerate(latents)}
+        by_step, ablated = torch.zeros(len(latents), len(parts)), torch.zeros(len(latents))
+        where = torch.zeros(len(latents), len(parts[0].rest[site]))
         for i, part in enumerate(parts):
-            index = torch.tensor([place[latent] for latent in part.latents[site]], dtype=torch.long)
-            by_step[index, i] = part.shares[site].sum(1) / whole
-            where.index_add_(0, index, part.shares[site] / whole)
-        order = by_step.sum(1).abs().argsort(descending=True).tolist()
-        present = torch.stack([part.present[site] for part in parts]).mean(0) / sae.typical_activation.cpu()
-        for row in order[:count]:
-            latent = rows[row]
-            found.append(
-                Entry(
-                    FEATURE, by_step[row].tolist(), site, latent, labels_of(picture.dictionary, site, latent),
-                    picture.dictionary.name_of(site, latent), float(present[latent]), _on_grid(where[row], size),
-                )
-            )  # fmt: skip
-        left = order[len(order[:count]) :]
-        if left:
-            others.append(Entry(OTHERS, by_step[left].sum(0).tolist(), site, where=_on_grid(where[left].sum(0), size)))
-        rest = torch.stack([part.rest[site] for part in parts]) / whole
-        others.append(Entry(REST, rest.sum(1).tolist(), site, where=_on_grid(rest.sum(0), size)))
-    found.sort(key=lambda entry: -abs(entry.share))
+            rows = torch.tensor([place[latent] for latent in part.latents[site]], dtype=torch.long)
+            by_step[rows, i] = part.shares[site].sum(1)
+            where.index_add_(0, rows, part.shares[site])
+            ablated.index_add_(0, rows, part.ablated[site])
+        return cls(latents, by_step, where, ablated)
+
+
+def _entries(states: WordStates, parts: list[_Part], count: int | None) -> list[Entry]:
+    """The entries of a ledger from those of its steps."""
+    sites = {site: _Site.of(parts, site) for site in states.dictionary.sites}
+    sizes = [
+        (abs(share), site, row) for site, one in sites.items() for row, share in enumerate(one.by_step.sum(1).tolist())
+    ]
+    listed = [(site, row) for _, site, row in sorted(sizes, key=lambda size: -size[0])[:count]]
+    shown, entries, summed = set(listed), [], []
+    for site, row in listed:
+        one, latent = sites[site], sites[site].latents[row]
+        codes = [state.codes[site] for state in states.states]
+        active = sum(float(code.values[code.latents == latent].sum()) / (code.rows * code.tokens) for code in codes)
+        present = active / len(codes) / float(states.dictionary.sites[site].typical_activation[latent])
+        entries.append(
+            Entry(
+                FEATURE, one.by_step[row].tolist(), site, latent, labels_of(states.dictionary, site, latent),
+                states.dictionary.name_of(site, latent), present, float(one.ablated[row]),
+                _on_grid(one.where[row], states.sizes.get(site)),
+            )
+        )  # fmt: skip
+    for site, one in sites.items():
+        left = [row for row in range(len(one.latents)) if (site, row) not in shown]
+        rest = torch.stack([part.rest[site] for part in parts])
+        of_site = [(OTHERS, one.by_step[left].sum(0), one.where[left].sum(0))] if left else []
+        for what, by_step, where in (*of_site, (REST, rest.sum(1), rest.sum(0))):
+            summed.append(Entry(what, by_step.tolist(), site, where=_on_grid(where, states.sizes.get(site))))
     return [
-        *found, *others, Entry(PATHS, [part.paths / whole for part in parts]),
-        Entry(ERROR, [part.error / whole for part in parts]),
+        *entries, *summed, Entry(PATHS, [part.paths for part in parts]), Entry(ERROR, [part.error for part in parts])
     ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from diffusers_rtsae.analysis.effect import Intervention, States
 from diffusers_rtsae.analysis.exchanged import ExchangedStates
 from diffusers_rtsae.analysis.explain import ERROR, OTHERS, PATHS, REST, explain
 from diffusers_rtsae.analysis.vocabulary import Exchange, Exchanges
+from diffusers_rtsae.analysis.word import WordStates
 from diffusers_rtsae.pairs import left_out
 from diffusers_rtsae.steering import Edit
 from diffusers_rtsae.worlds import bundled, load_bundled
@@ -65,11 +66,15 @@ def test_the_entries_are_the_whole_and_what_goes_through_the_site_is_measured(le
 
 
 def test_a_feature_that_is_taken_away_takes_the_share_that_it_is_said_to_carry(ledger, states):
-    first = ledger.features[0]
+    first, check = ledger.features[0], ledger.checks[0]
     assert first.name == "149, heart" and first.site == SITE and first.present > 0.05
     edit = Edit(latents=(149,), weights=(1.0,), strength=1.0, operation="ablate", clip=False)
     measured = removed(states, Intervention({SITE: [edit]}, states))
     assert first.share == pytest.approx(measured, abs=0.08) and measured > 0.5
+    assert first.ablated == pytest.approx(measured, abs=0.08)
+    word = WordStates(states.pipeline, PROMPT, WITHOUT, seed=3, **CALL)
+    assert word.ablated([[(SITE, 149)], []]) == pytest.approx([measured, 0], abs=1e-4), "as the edits that steer do"
+    assert check.said == first.share and check.measured == pytest.approx(word.undone([[(SITE, 149)]])[0], abs=1e-5)
     assert sum(map(sum, first.where)) == pytest.approx(first.share, abs=1e-4)
     inside = sum(sum(row[2:6]) for row in first.where[2:6])
     assert inside > 0.9 * first.share, "it lies where the heart is"
@@ -109,7 +114,7 @@ def test_a_site_that_the_prediction_does_not_depend_on_is_told():
     pipe.load_rtsae({site: RTSAE(site, 32, [900, 1], 8, 2)})
     call = {name: value for name, value in call.items() if name not in ("generator", "prompt", "output_type")}
     with pytest.raises(ValueError, match=f"this denoiser gives none at {site}"):
-        explain(pipe, parts.prompt(1), "x", without=parts.prompt(2), **call)
+        explain(pipe, parts.prompt(1), parts.prompt(1).split()[0], without=parts.prompt(2), **call)
 
 
 def test_words_are_left_out():
