@@ -167,6 +167,11 @@ class Ledger:
         return [entry for entry in self.entries if entry.what == FEATURE]
 
     @property
+    def sites(self) -> list[str]:
+        """The sites of the dictionary."""
+        return list(dict.fromkeys(entry.site for entry in self.entries if entry.what == REST))
+
+    @property
     def total(self) -> float:
         """The sum of all entries: 1, to rounding."""
         return math.fsum(entry.share for entry in self.entries)
@@ -186,7 +191,7 @@ class Ledger:
         write_json(Path(path), self.content())
 
     def __repr__(self) -> str:
-        several = len({entry.site for entry in self.entries} - {None}) > 1
+        several = len(self.sites) > 1
         rows = [["share", "what", *(["site"] if several else []), "ablated", "present", "most at t"]]
         for entry in self.entries:
             most = max(range(len(self.timesteps)), key=lambda i: abs(entry.by_step[i]))

@@ -8,12 +8,17 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from every_pipeline.builds import Ask, flux, parts
 
 from diffusers_rtsae import RTSAE
+from diffusers_rtsae.analysis import graph
 from diffusers_rtsae.analysis.effect import Intervention, States
 from diffusers_rtsae.analysis.exchanged import ExchangedStates
 from diffusers_rtsae.analysis.explain import ERROR, OTHERS, PATHS, REST, explain
+from diffusers_rtsae.analysis.plots import plot_graph
+from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.vocabulary import Exchange, Exchanges
 from diffusers_rtsae.analysis.word import WordStates
+from diffusers_rtsae.denoiser import TimeGrid
 from diffusers_rtsae.pairs import left_out
+from diffusers_rtsae.pipeline import get_dictionary
 from diffusers_rtsae.steering import Edit
 from diffusers_rtsae.worlds import bundled, load_bundled
 
@@ -90,6 +95,34 @@ def test_more_features_change_no_share_and_the_ledger_is_written(pipe, ledger, t
     kept = json.loads((tmp_path / "heart.json").read_text())
     assert kept == json.loads(json.dumps(few.content())) and kept["entries"][0]["index"] == 149
     assert "149, heart" in str(few) and "in all: what 'heart' does" in str(few) and few.image.size == (64, 64)
+
+
+def test_what_leads_to_a_feature_is_what_the_pipeline_does_without_it(pipe, ledger, monkeypatch):
+    monkeypatch.setattr(graph, "_LEAST", 0.0)
+    found = graph.feature_graph(pipe, ledger, features=3, **CALL)
+    assert found.nodes[0].index == 149 and found.nodes[2].name == graph.TOGETHER and str(found) and plot_graph(found)
+    assert found.nodes[2].share == pytest.approx(found.nodes[0].share + found.nodes[1].share, abs=1e-4)
+    source, target = found.nodes[0], found.nodes[found.edges[0].target]
+    assert found.edges[0].source == 0 and (source.timestep, target.timestep) == (961, 481)
+    options = {"operation": "ablate", "apply_to": "cond", "end": 0.279}  # until the middle of the two, at t = 721
+    sae, trajectories = get_dictionary(pipe).sites[SITE], []
+    for features in ({}, {149: 1.0}):
+        with Recorder(pipe, [SITE]) as recorder, pipe.rtsae_steering(features, **options):
+            pipe(PROMPT, generator=torch.Generator().manual_seed(3), output_type="latent", **CALL)
+        trajectories.append(recorder.trajectories(SITE))
+    grid, reader = (
+        TimeGrid([961, 481, 1], pipe.scheduler.alphas_cumprod),
+        sae.reader([target.index], torch.device("cpu")),
+    )
+    memory, sums = reader.begin(), torch.zeros(2)
+    for i, timestep in enumerate(recorder.timesteps):
+        step = grid.step(timestep, (8, 8), 3.0)
+        if round(step.coordinate) == 1:
+            sums += torch.stack([reader.read(memory.copy(), one[:, :, i], step).sum() for one in trajectories])
+        reader.read(memory, trajectories[0][:, :, i], step)
+        memory.continue_with(trajectories[0][:, :, i])
+    assert found.edges[0].weight == pytest.approx(float(1 - sums[1] / sums[0]), abs=1e-3)
+    assert found.edges[0].weight > 0.01
 
 
 def test_several_sites_add_up_and_exchanging_works_with_pixart():

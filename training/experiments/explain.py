@@ -2,13 +2,13 @@
 
     python -m training.experiments.explain --out training/results/explain.json
 
-For the first values of each factor, `explain` splits what naming the value does to a picture's predictions over
-features: against a prompt that leaves the factor open, and against one that names another value. Then sets of latents
-are taken away, each at all steps and sites at once: the first of the ledger, those that it says lose most by ablation,
-the most active of the picture, and active ones at random. They are either *undone*, set to what they are without the
-word, which is what shares are about; or *ablated*, set to zero, by the edits that steer, for which the ledger has a
-figure of its own. What goes of the word's change of the prediction is measured in the picture that the ledger is of;
-and, of ablated latents, in another one of the same prompt, which had no part in the ledger.
+For one value of each factor and seed, the first values first, `explain` splits what naming the value does to a
+picture's predictions over features: against a prompt that leaves the factor open, and against one that names another
+value. Then sets of latents are taken away, each at all steps and sites at once: the first of the ledger, those that it
+says lose most by ablation, the most active of the picture, and active ones at random. They are either *undone*, set to
+what they are without the word, which is what shares are about; or *ablated*, set to zero, by the edits that steer, for
+which the ledger has a figure of its own. What goes of the word's change of the prediction is measured in the picture
+that the ledger is of; and, of ablated latents, in another one of the same prompt, which had no part in the ledger.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ STEPS = 8  # of each generation
 _APART = 500_000  # between the seeds of a picture and of another one of the same prompt
 
 
-def values_of(world: World, count: int) -> list[tuple[str, str]]:
-    """The first values of each steered factor."""
-    of_factor = {factor: [value for own, value in world.targets if own == factor] for factor in world.steered}
-    return [(factor, value) for factor, values in of_factor.items() for value in values[:count]]
+def value_of(world: World, factor: str, number: int) -> str:
+    """One of the values of a factor: the first for the first seed, and so on, and then from the first on again."""
+    values = [value for own, value in world.targets if own == factor]
+    return values[number % len(values)]
 
 
 def chosen(ledger: Ledger, way: str, count: int, seed: int) -> list[Entry]:
@@ -153,14 +153,16 @@ def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/explain.json"))
-    parser.add_argument("--values", type=int, default=2, help="of each factor")
-    parser.add_argument("--seeds", type=int, default=3, help="pictures of each value, from the first seed on")
+    parser.add_argument("--seeds", type=int, default=3, help="from the first on; each has another value of a factor")
     a, world = parse(parser)
     pipe = load_pipeline(a.pipeline, a.device, a.dtype)
     pipe.load_rtsae(load_dictionary(a.dictionary, dtype=torch.float32))
     results, call = Results(a, [a.pipeline, a.dictionary]), calling(pipe, a)
     cases = [
-        (*target, kind, seed) for seed in range(a.seeds) for target in values_of(world, a.values) for kind in KINDS
+        (factor, value_of(world, factor, seed), kind, seed)
+        for seed in range(a.seeds)
+        for factor in world.steered
+        for kind in KINDS
     ]
     for factor, value, kind, seed in tqdm(cases, unit="ledger"):
         case = {"factor": factor, "value": value, "kind": kind, "seed": seed}
