@@ -396,7 +396,7 @@ def test_a_word_is_explained_and_what_carries_it_can_be_used(tab):
     says(tab, "Type a word of the prompt first")
     tab.fill("#word textarea, #word input", "heart")
     tab.click("#explain")
-    tab.wait_for_selector("#ledger img, #ledger canvas, #ledger svg")
+    tab.wait_for_selector("#ledger img")
     assert "in all 1.00" in tab.inner_text("#total") and "“a large in the centre" in tab.inner_text("#total")
     tab.locator("#carriers td", has_text="149").first.click()
     tab.wait_for_selector("label:has-text('149') >> visible=true")

@@ -7,11 +7,11 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from every_pipeline.builds import Ask, flux, parts
 
-from diffusers_rtsae import RTSAE
+from diffusers_rtsae import RTSAE, TIDE, SparseAutoencoder
 from diffusers_rtsae.analysis import graph
 from diffusers_rtsae.analysis.effect import Intervention, States
 from diffusers_rtsae.analysis.exchanged import ExchangedStates
-from diffusers_rtsae.analysis.explain import ERROR, OTHERS, PATHS, REST, explain
+from diffusers_rtsae.analysis.explain import ERROR, OTHERS, PATHS, REST, explain, ledger_of
 from diffusers_rtsae.analysis.plots import plot_graph
 from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.analysis.vocabulary import Exchange, Exchanges
@@ -136,6 +136,35 @@ def test_several_sites_add_up_and_exchanging_works_with_pixart():
     assert abs(ledger.share(PATHS)) < 1e-3, "all cross-attentions have a dictionary, so text has no other path"
     exchanges = Exchanges([prompt], [Exchange(0, "light", prompt.replace("dark", "light"))])
     assert ExchangedStates(pipe, exchanges, **call).states == 2
+
+
+@pytest.mark.parametrize(
+    "kind, site, options",
+    [
+        (SparseAutoencoder, f"{SITE}.transformer_blocks.0.ff", {"activation": "input", "input_norm": "layer"}),
+        (TIDE, SITE, {"time_channels": 16, "activation": "update"}),
+    ],
+)
+def test_transcoders_and_normalised_inputs_are_explained(_pipeline, kind, site, options, request):
+    request.addfinalizer(_pipeline.unload_rtsae)
+    sae = kind(site, 160, [961, 481, 1], 64, 4, **options)
+    sae.encoder_bias.data.normal_(0, 0.1)
+    _pipeline.load_rtsae({site: sae.requires_grad_(False)})
+    call = {"seed": 3, "num_inference_steps": 2}
+    states = States(_pipeline, [(PROMPT, WITHOUT)], **call)
+    word = WordStates(_pipeline, PROMPT, WITHOUT, **call)
+    edit = Edit(latents=tuple(range(8)), weights=(1.0,) * 8, strength=1.0, operation="ablate", clip=False)
+    expected = removed(states, Intervention({site: [edit]}, states))
+    assert (
+        word.ablated([[(site, i) for i in range(8)]]) == pytest.approx([expected], abs=1e-4) and abs(expected) > 1e-3
+    )
+    assert bool(word.states[0].gains) == (kind is SparseAutoencoder)
+    told = ledger_of(word, PROMPT, WITHOUT, "heart", features=None)
+    assert told.total == pytest.approx(1, abs=1e-4)
+    first = [(entry.site, entry.index) for entry in told.features[:1]]
+    check = told.checks[0]
+    assert word.undone([first]) == pytest.approx([check.measured], abs=1e-5)
+    assert check.said == pytest.approx(check.measured, abs=0.05)
 
 
 def test_a_site_that_the_prediction_does_not_depend_on_is_told():
