@@ -52,7 +52,7 @@ from tqdm.auto import tqdm
 
 from ..files import write_json
 from ..models import TokenGrid
-from ..pairs import has_phrase, left_out
+from ..pairs import left_out
 from .effect import explain_out_of_memory
 from .features import labels_of
 from .word import WordState, WordStates
@@ -255,9 +255,8 @@ def explain(
         >>> ledger.save("red.json")
         ```
     """
-    without = left_out(prompt, word) if without is None else without
-    if not has_phrase(prompt, word):
-        raise ValueError(f"Expected a word of the prompt {prompt!r}, got {word!r}.")
+    left = left_out(prompt, word)  # which says if the prompt has no such word
+    without = left if without is None else without
     with explain_out_of_memory(batch_size):
         states = WordStates(pipeline, prompt, without, adapter_name, seed, steps, batch_size, progress, **call)
         return ledger_of(states, prompt, without, word, features, progress)

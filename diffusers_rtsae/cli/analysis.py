@@ -293,7 +293,10 @@ def explain(
     _, folder = read_dictionary(dictionary, world=world)
     from ..pairs import left_out
 
-    without = left_out(prompt, word) if without is None else without
+    left = left_out(prompt, word)  # which says if the prompt has no such word
+    without = left if without is None else without
+    for remark in world.remarks(f"{prompt}, {without}") if pipeline is None else ():
+        say_aside(remark)
     pipe = load_pipeline(pipeline, folder, world)
     from ..analysis.explain import explain as explain_word
 
