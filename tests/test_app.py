@@ -398,8 +398,11 @@ def test_a_word_is_explained_and_what_carries_it_can_be_used(tab):
     tab.click("#explain")
     tab.wait_for_selector("#ledger img")
     assert "in all 1.00" in tab.inner_text("#total") and "“a large in the centre" in tab.inner_text("#total")
-    tab.locator("#carriers td", has_text="149").first.click()
-    tab.wait_for_selector("label:has-text('149') >> visible=true")
+    row = tab.locator("#carriers [role=gridcell] >> visible=true").first
+    row.wait_for()
+    index = row.inner_text()
+    row.click()
+    tab.wait_for_selector(f"label:has-text('{index}') >> visible=true")
 
 
 def test_a_feature_is_made_of_two_prompts(tab, app, monkeypatch, tmp_path):

@@ -86,7 +86,8 @@ def test_a_feature_that_is_taken_away_takes_the_share_that_it_is_said_to_carry(l
 
 
 def test_more_features_change_no_share_and_the_ledger_is_written(pipe, ledger, tmp_path):
-    few = explain(pipe, PROMPT, "heart", WITHOUT, seed=3, features=2, **CALL)
+    with pipe.rtsae_steering({"red": 3.0}):  # which does not act
+        few = explain(pipe, PROMPT, "heart", WITHOUT, seed=3, features=2, **CALL)
     assert [entry.share for entry in few.features] == [entry.share for entry in ledger.features[:2]]
     more = sum(entry.share for entry in ledger.features[2:])
     assert few.share(OTHERS) == pytest.approx(ledger.share(OTHERS) + more, abs=1e-5)
