@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -146,14 +146,8 @@ class WordStates:
         for site, sae in self.dictionary.sites.items():
             step = self.step(site, call)
             codes[site] = _sparse(self._read("own", site, own, step))
-            pairs = [
-                (self._read(name, site, run, step), run) for name, run in (("exchanged", exchanged), ("other", other))
-            ]
-            scaled = []
-            for latents, run in pairs:
-                gain = sae.gain(run.read[site])
-                scaled.append(latents if gain is None else latents * gain)
-            differences[site] = _sparse(scaled[0] - scaled[1])
+            added = self._amounts("exchanged", site, exchanged, step) - self._amounts("other", site, other, step)
+            differences[site] = _sparse(added)
             whole[site] = exchanged.moved[site] - other.moved[site]
             if (gain := sae.gain(own.read[site])) is not None:
                 gains[site] = gain
@@ -204,6 +198,11 @@ class WordStates:
         if (name, site) not in self._readings:
             self._readings[name, site] = _Reading(self.dictionary.sites[site], run.read[site].device)
         return self._readings[name, site].read(run.read[site], step)
+
+    def _amounts(self, name: str, site: str, run: _Run, step: Step) -> torch.Tensor:
+        """The same per unit of the latents' directions: times the gain, for kinds that have one."""
+        latents, gain = self._read(name, site, run, step), self.dictionary.sites[site].gain(run.read[site])
+        return latents if gain is None else latents * gain
 
     # ---- gradients
 
@@ -262,7 +261,7 @@ class WordStates:
         return self._taken(lambda state: [self._ablating(state, own) for own in folds])
 
     @torch.no_grad()
-    def _taken(self, changing) -> list[float]:
+    def _taken(self, changing: Callable[[WordState], list[Changes]]) -> list[float]:
         gone: list[float] = []
         with resting(self.pipeline):
             for state in self.states:
