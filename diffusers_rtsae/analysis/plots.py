@@ -337,7 +337,8 @@ def plot_graph(graph: Graph, edges: int = 24) -> Figure:
         arrow |= {"linewidth": 0.5 + 6 * min(abs(edge.weight), 1.0), "alpha": 0.6, "shrinkB": 6}
         axis.annotate("", (to_x, to_y), (x, y), arrowprops=arrow)
         if to_x > x and number < _NUMBERED:
-            spot = x + 0.8 * (to_x - x), y + 0.8 * (to_y - y)
+            along = 0.4 + 0.09 * (number % 6)  # not all in one place
+            spot = x + along * (to_x - x), y + along * (to_y - y)
             axis.text(*spot, f"{edge.weight:+.2f}", fontsize=7, ha="center", va="bottom")
     most = max((abs(node.share) for node in graph.nodes if node.name != TOGETHER), default=1.0) or 1.0
     for node, (x, y) in zip(graph.nodes, spots, strict=True):

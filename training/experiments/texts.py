@@ -96,8 +96,8 @@ SECTIONS = {  # by the name of the file
         random. The last row of the first table measures them in another picture, with other noise. The spread is that
         of the seeds, or of ledgers.
 
-        A share is no forecast of ablation: a latent that the word makes inactive has a share and cannot be ablated, and
-        one that is active without the word loses more than its share. That is why a ledger has the second figure,
+        A share is no forecast of ablation: a latent that the word makes inactive has a share and cannot be ablated,
+        and one that is active without the word loses more than its share. That is why a ledger has the second figure,
         which is a first guess: it extends the gradients beyond the line that they were taken on.
         """,
     ),
