@@ -9,6 +9,7 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 from ..dictionary import Dictionary
 from ..models import FeatureTimes, SparseDictionary
@@ -270,7 +271,7 @@ def plot_ledger(ledger: Ledger, features: int = 8) -> Figure:
         features (`int`): the most features to draw; what the others carry is summed up.
     """
     shown, others = ledger.features[:features], ledger.features[features:]
-    totals = [(_wrapped(entry, ledger), entry.share) for entry in shown]
+    totals = [(_wrapped(entry, ledger).replace("\n", " of "), entry.share) for entry in shown]
     summed = {"other latents": sum(entry.share for entry in others)}
     for entry in ledger.entries:
         if entry.index is None and entry.what != ERROR:
@@ -284,7 +285,8 @@ def plot_ledger(ledger: Ledger, features: int = 8) -> Figure:
     picture.imshow(ledger.image, interpolation="nearest")
     picture.set_title(f"without: “{ledger.without}”", fontsize=7, wrap=True)
     names, shares = zip(*reversed(totals), strict=True)
-    bars.barh(names, shares, color=[_SIGNS[share < 0] for share in shares])
+    bars.barh(range(len(shares)), shares, color=[_SIGNS[share < 0] for share in shares])
+    bars.set_yticks(range(len(names)), names)
     bars.axvline(0, color="black", linewidth=0.8)
     bars.set_xlabel(f"share of the whole (error {ledger.share(ERROR):+.3f})", fontsize=8)
     bars.tick_params(labelsize=7)
@@ -300,6 +302,7 @@ def plot_ledger(ledger: Ledger, features: int = 8) -> Figure:
         steps[column].bar(range(len(entry.by_step)), entry.by_step, color=_SIGNS[entry.share < 0])
         steps[column].set(ylim=(min(0, *entry.by_step) * 1.1, 1.05 * most), xlabel="step")
         steps[column].tick_params(labelsize=6, labelleft=column == 0)
+        steps[column].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         steps[column].xaxis.label.set_fontsize(7)
     _bare(maps)
     return figure
