@@ -98,7 +98,8 @@ SECTIONS = {  # by the name of the file
 
         A share is no forecast of ablation: a latent that the word makes inactive has a share and cannot be ablated,
         and one that is active without the word loses more than its share. That is why a ledger has the second figure,
-        which is a first guess: it extends the gradients beyond the line that they were taken on.
+        which is a first guess: it extends the gradients beyond the line that they were taken on. This was seen on the
+        prompts of the first seed of shapes; the other seeds, and people, had no part in how a ledger counts.
         """,
     ),
     "dose": Section(
