@@ -33,10 +33,32 @@ def left_open(before: str, after: str) -> str:
     words = before.split()
     gone, _ = difference(before, after)
     start = next((i for i in range(len(words)) if words[i : i + len(gone)] == gone), 0) if gone else 0
-    first, rest = words[:start], words[start + len(gone) :]
-    while first and not rest and first[-1] in _SMALL:  # "on" of "on white"
-        first.pop()
-    return with_article(" ".join(first + rest).rstrip(","))
+    return _joined(words[:start], words[start + len(gone) :])
+
+
+def left_out(prompt: str, phrase: str) -> str:
+    """
+    A prompt without a word or phrase, wherever it has it.
+
+    Raises:
+        `ValueError`: the prompt does not have these words.
+    """
+    if not phrase.strip() or not has_phrase(prompt, phrase.strip()):
+        raise ValueError(f"Expected a word of the prompt {prompt!r}, got {phrase!r}.")
+    first, *others = re.split(_phrase(phrase.strip()), prompt, flags=re.IGNORECASE)
+    for after in others:
+        first = _joined(first.split(), after.split())
+    return first
+
+
+def _joined(before: list[str], after: list[str]) -> str:
+    """What stands before and after words that were left out, without what they leave behind: small words that lead
+    nowhere ("on" of "on white"), doubled commas, and the wrong article."""
+    before = list(before)
+    while before and before[-1] in _SMALL and (not after or after[0].startswith(",")):
+        before.pop()
+    text = re.sub(r"\s+(?=,)", "", " ".join(before + after))
+    return with_article(re.sub(r",(\s*,)+", ",", text).strip(" ,"))
 
 
 def prompts_to_show(pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -103,7 +125,12 @@ def judgement(
 
 def has_phrase(prompt: str, phrase: str) -> bool:
     """Whether a prompt has these words, as whole words."""
-    return re.search(rf"(?<![\w-]){re.escape(phrase.lower())}(?![\w-])", prompt.lower()) is not None
+    return re.search(_phrase(phrase), prompt, re.IGNORECASE) is not None
+
+
+def _phrase(phrase: str) -> str:
+    """A regular expression of these words, as whole words."""
+    return rf"(?<![\w-]){re.escape(phrase)}(?![\w-])"
 
 
 def unnamed(labels: Mapping[str, Mapping], prompts: Sequence[str], world: World) -> list[str]:

@@ -390,6 +390,21 @@ def test_a_row_of_what_was_found_can_be_clicked(tab, app, monkeypatch):
     shows(tab, "steered", app.sheet({"red": 1, index: 1}, apply_to="cond"))
 
 
+def test_a_word_is_explained_and_what_carries_it_can_be_used(tab):
+    go(tab, "Why")
+    tab.click("#explain")
+    says(tab, "Type a word of the prompt first")
+    tab.fill("#word textarea, #word input", "heart")
+    tab.click("#explain")
+    tab.wait_for_selector("#ledger img")
+    assert "in all 1.00" in tab.inner_text("#total") and "“a large in the centre" in tab.inner_text("#total")
+    row = tab.locator("#carriers [role=gridcell] >> visible=true").first
+    row.wait_for()
+    index = row.inner_text()
+    row.click()
+    tab.wait_for_selector(f"label:has-text('{index}') >> visible=true")
+
+
 def test_a_feature_is_made_of_two_prompts(tab, app, monkeypatch, tmp_path):
     fit_less(monkeypatch, pictures=3)
     go(tab, "Make a feature")

@@ -42,7 +42,21 @@ def test_demo_writes_its_pictures_and_measures(world, tmp_path):
         assert all(0 <= share <= 1 for shares in row["success"].values() for share in shares.values())
 
 
-COMMANDS = ("demo", "steer", "find", "fit", "inspect", "report", "app", "list", "push", "collect", "train", "evaluate")
+COMMANDS = (
+    "demo",
+    "steer",
+    "find",
+    "fit",
+    "explain",
+    "inspect",
+    "report",
+    "app",
+    "list",
+    "push",
+    "collect",
+    "train",
+    "evaluate",
+)
 
 
 def invoke(*arguments: str, code: int = 0):
@@ -75,6 +89,18 @@ def test_fit_makes_a_label_and_does_not_make_it_twice(tmp_path, monkeypatch):
     assert (out / "labels.json").read_bytes() == before
     steered = invoke("steer", "a star", "dusk=1", "--dictionary", out, "--steps", 2, "--out", tmp_path / "dusk.png")
     assert "dusk.png" in steered.replace("\n", "")
+
+
+def test_explain_adds_up_and_writes_what_it_found(tmp_path):
+    out, picture, graph = tmp_path / "heart.json", tmp_path / "a" / "heart.png", tmp_path / "graph.json"
+    prompt, options = "a large heart on white", ("--steps", 4, "--count", 3, "--without", "a large object on white")
+    files = ("--out", out, "--picture", picture, "--graph", graph)
+    told = json.loads(invoke("explain", prompt, "heart", *options, *files, "--json"))
+    assert told == json.loads(out.read_text()) and told["total"] == pytest.approx(1, abs=1e-3)
+    assert told["entries"][0]["labels"] == ["heart"] and Image.open(picture).width > 300
+    found = json.loads(graph.read_text())
+    assert found["nodes"][0]["share"] and all(edge["target"] < len(found["nodes"]) for edge in found["edges"])
+    assert "in all: what 'white' does" in invoke("explain", prompt, "white", "--steps", 1)
 
 
 def test_steer_writes_both_pictures_and_says_what_it_did(tmp_path, scorer):

@@ -19,8 +19,10 @@ from small_analysis import find_less, fit_less
 
 from diffusers_rtsae import load_dictionary
 from diffusers_rtsae.analysis.effect import States
+from diffusers_rtsae.analysis.explain import explain
 from diffusers_rtsae.analysis.find import find_features, top_features
 from diffusers_rtsae.analysis.fit import fit_feature
+from diffusers_rtsae.analysis.graph import feature_graph
 from diffusers_rtsae.analysis.names import name_features
 from diffusers_rtsae.analysis.plots import plot_feature_trajectories, plot_heat_maps, plot_presence, plot_similarity
 from diffusers_rtsae.analysis.record import record
@@ -544,6 +546,16 @@ def test_naming(device, both, place):
     one, other = (name_features(pipe, prompts, pictures=1, **CALL) for pipe in at(place, both(dictionary=small())))
     assert one.measured == other.measured > 0 and one.words == other.words
     assert [(name.index, name.name) for name in one] == [(name.index, name.name) for name in other]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_explaining(device, both, place):
+    pipes = list(at(place, both(dictionary=small())))
+    one, other = (explain(pipe, "a red star", "red", features=3, **CALL) for pipe in pipes)
+    assert [entry.name for entry in one.entries] == [entry.name for entry in other.entries]
+    assert [entry.share for entry in one.entries] == pytest.approx([entry.share for entry in other.entries], abs=0.02)
+    graphs = [feature_graph(pipe, ledger, 2, **CALL) for pipe, ledger in zip(pipes, (one, other), strict=True)]
+    assert [node.name for node in graphs[0].nodes] == [node.name for node in graphs[1].nodes] != []
 
 
 SLOW = [pytest.param(kind, NAME, marks=pytest.mark.slow) for kind in ("RTSAE", "TIDE", "MixtureSAE")]

@@ -10,6 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -37,6 +38,7 @@ from diffusers_rtsae import (
 )
 from diffusers_rtsae.analysis import find
 from diffusers_rtsae.analysis.effect import Intervention, States, gradient
+from diffusers_rtsae.analysis.explain import explain
 from diffusers_rtsae.analysis.fit import fit_feature
 from diffusers_rtsae.analysis.plots import plot_crops, plot_strip
 from diffusers_rtsae.analysis.prompts import read_prompt
@@ -116,6 +118,13 @@ def recorded_at_two_sizes(world):
         for size, t in ((16, 900), (32, 500)):
             world.pipe.unet(torch.zeros(1, 4, size, size), t, torch.zeros(1, 32, 192))
     recorder.trajectories(SITE)
+
+
+def explained_unread(world):
+    """With a text encoder that says the same of every text."""
+    last = next(m for name, m in world.pipe.text_encoder.named_modules() if name.endswith("final_layer_norm"))
+    with mock.patch.object(last, "weight", torch.nn.Parameter(torch.zeros_like(last.weight))):
+        explain(world.pipe, "a star", "star", "a heart", num_inference_steps=1)
 
 
 def steer(value=1.0, **options):
@@ -625,8 +634,8 @@ MISUSE = {
             {SITE: [Edit(latents=(3,), weights=(1.0,), strength=1.0, operation="ablate", clip=False)]},
             States(world.pipe, [("a star", "a heart")], codes=False, num_inference_steps=2),
         ), f"edits at {SITE} read latents … expected states drawn with codes=True"),
-    "choosing latents of what has no gradient": (lambda world: gradient(torch.zeros(()), []),
-        "this denoiser gives none … a linear map (`rank`) needs none"),
+    "choosing latents of what has no gradient": (lambda world: gradient(torch.zeros(()), {SITE: torch.zeros(2)}),
+        f"this denoiser gives none at {SITE} … its prediction depends on … a linear map (`rank`) needs none"),
     "recording nothing": (lambda world: Recorder(world.pipe, [SITE]).size(SITE),
         f"Nothing was recorded at '{SITE}' … inside the `with` block"),
     "recording another number of tokens later": (recorded_at_two_sizes,
@@ -849,6 +858,14 @@ MISUSE = {
     "fitting no latents": (fitted(latents=0), "at least one latent, or a rank … got latents=0"),
     "fitting a prompt that is too long": (fitted((("a star " * 40, "a heart"),)),
         "82 tokens is cut off at 32 … 'a star a star"),
+    "explaining a word that the prompt has not": (lambda world: explain(world.pipe, "a star", "tar"),
+        "a word of the prompt 'a star' … got 'tar'"),
+    "explaining by the prompt itself": (lambda world: explain(world.pipe, "a star", "star", "a star"),
+        "another prompt to compare 'a star' with … without the word … got the same"),
+    "explaining a word that is dropped": (lambda world: explain(world.pipe, "a RED star", "RED", "a red star"),
+        "the same tokens of 'a RED star' and 'a red star' … a word that it does not drop"),
+    "explaining a word that changes nothing": (explained_unread,
+        "'a star' and 'a heart' get the same predictions … a word that the model knows"),
     "fitting without text": (lambda world: fit_feature(Caller(world.pipe), [("a star", "a heart")], progress=False),
         "An effect compares prompts … Caller takes no `prompt`"),
     "fitting in a denoiser that is broken": (fitted_in_a_broken_denoiser,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from ..denoiser import Arguments, Block, Call, Tap, token_grid
 from ..models import TokenGrid
+from ..pipeline import own_size
 from .replay import ReplayableCall, SharedArguments, prediction_of
 
 
@@ -68,3 +69,23 @@ class CallRecorder:
         prediction = prediction_of(output)
         self.calls.append((self._current, prediction[call.rows_of("cond", len(prediction))].clone()))
         self._current, self._tokens = None, {}
+
+
+def draw(
+    pipeline, prompts: Sequence[str], seeds: Sequence[int], recorder: CallRecorder, output_type: str = "latent", **call
+) -> list:
+    """Draw a picture of each prompt from the noise of its seed, and return them; the recorder keeps the calls."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with recorder:
+        output = pipeline(list(prompts), generator=generators, output_type=output_type, **own_size(pipeline) | call)
+    return output[0]
+
+
+def call_with(pipeline, prompts: Sequence[str], denoisers: dict[str, nn.Module], **call) -> ReplayableCall:
+    """A call of the denoiser with the texts of these prompts. The pipeline takes two steps for it: PixArt calls its
+    sampler in another way, which not all samplers know, if there is only one."""
+    recorder = CallRecorder(denoisers, {})
+    draw(
+        pipeline, prompts, range(len(prompts)), recorder, **call | {"num_inference_steps": 2, "output_type": "latent"}
+    )
+    return recorder.calls[0][0]

@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -29,6 +30,9 @@ __all__ = [
     "CHUNK", "Changes", "FirstOrder", "Intervention", "Pair", "State", "States", "adding", "check_pairs",
     "check_prompts", "finite", "first_order", "frozen",
 ]  # fmt: skip
+
+
+Key = TypeVar("Key", str, int)
 
 
 def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
@@ -262,9 +266,9 @@ def first_order(
     for state, rows, weight in states.draw(count, generator):
         leaves = _Leaves(model, probes, state, rows)
         errors = states.errors(state, rows, leaves(configs)).sum()
-        gradients = gradient(errors, [leaves.leaves[site] for site in configs])
+        gradients = gradient(errors, {site: leaves.leaves[site] for site in configs})
         one_pass, share = Pass(state, rows, weight, {}), weight / len(rows)
-        for site, site_gradient in zip(configs, gradients, strict=True):
+        for site, site_gradient in gradients.items():
             at = interpolate(torch.eye(len(sums[site])), states.grids[site].coordinate(state.timestep))
             (reach, _), *removals = leaves.probed[site]
             slopes = one_pass.slopes[site] = -(site_gradient * reach).sum(1).cpu()
@@ -298,11 +302,26 @@ def _probes(where: Sequence[int] | None, candidates: Sequence[int]) -> list[Edit
     ]
 
 
-def gradient(loss: torch.Tensor, of: list[torch.Tensor], keep: bool = False) -> tuple[torch.Tensor, ...]:
-    """The gradient of a loss through the denoiser; raises `ValueError` if there is none, or if it is NaN or inf. With
-    `keep`, another gradient can be taken of the same predictions."""
-    if not loss.requires_grad:
+def gradient(loss: torch.Tensor, of: dict[Key, torch.Tensor], keep: bool = False) -> dict[Key, torch.Tensor]:
+    """
+    The gradients of a loss through the denoiser.
+
+    Args:
+        loss (`torch.Tensor`): a number.
+        of (`dict`): by site, or by number, the tensors that the loss is differentiated by.
+        keep (`bool`): whether another gradient will be taken of the same predictions.
+
+    Raises:
+        `ValueError`: the denoiser gives no gradient at a site, or one that is NaN or inf.
+    """
+    gradients = [None] * len(of)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, [*of.values()], retain_graph=keep, allow_unused=True)
+    found = dict(zip(of, gradients, strict=True))
+    if none := [place for place, values in found.items() if values is None]:
         raise ValueError(
-            "Latents are chosen by gradients, and this denoiser gives none; a linear map (`rank`) needs none."
+            f"Latents are chosen and explained by gradients, and this denoiser gives none at {none[0]}: expected a "
+            "site that its prediction depends on, and layers that gradients flow through; a linear map (`rank`) needs "
+            "none."
         )
-    return tuple(finite(values) for values in torch.autograd.grad(loss, of, retain_graph=keep))
+    return {place: finite(values) for place, values in found.items()}

@@ -12,9 +12,9 @@ import torch
 from ..denoiser import TimeGrid, get_denoisers, noise_schedule
 from ..dictionary import Dictionary
 from ..models import Step, interpolate
-from ..pipeline import get_dictionary, own_size, resting
+from ..pipeline import get_dictionary, resting
 from ..steering import Edit, Fold, fold_edits, total
-from .calls import CallRecorder
+from .calls import CallRecorder, call_with, draw
 from .effect import frozen, gradient
 from .replay import ReplayableCall, SharedPrefix
 from .states import CHUNK, AddingTap, check_prompts, finite
@@ -89,7 +89,7 @@ class ExchangedStates:
     The noisy latents that a denoiser meets while it draws prompts, unsteered, and texts in which one word is another.
 
     Each picture is drawn once, however many words are exchanged in its prompt; the other texts are encoded by calls of
-    the pipeline with one step.
+    the pipeline with two steps.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded.
@@ -117,13 +117,13 @@ class ExchangedStates:
             for site, sae in self.dictionary.sites.items()
         }
         check_prompts(pipeline, [*exchanges.prompts, *(one.prompt for one in exchanges.changed)])
-        self._denoisers, self._call = get_denoisers(pipeline), own_size(pipeline) | call
+        self._denoisers, self._call = get_denoisers(pipeline), call
         self._batches = []
         with resting(pipeline):
             for start in range(0, len(exchanges.prompts), batch_size):
                 prompts = exchanges.prompts[start : start + batch_size]
                 seeds = range(seed + start, seed + start + len(prompts))
-                calls = self._drawn(prompts, seeds, self._call)
+                calls = self._drawn(prompts, seeds)
                 calls = calls[:: -(-len(calls) // steps)]
                 self._batches.append(_Batch(calls, list(self._rounds(start, len(prompts)))))
 
@@ -137,16 +137,14 @@ class ExchangedStates:
             rows = [row for row, places in enumerate(of_row) if turn < len(places)]
             places = [of_row[row][turn] for row in rows]
             exchanges = [self.exchanges.changed[place] for place in places]
-            texts = [one.prompt for one in exchanges]
-            text = self._drawn(texts, range(len(texts)), self._call | {"num_inference_steps": 1})[0]
+            text = call_with(self.pipeline, [one.prompt for one in exchanges], self._denoisers, **self._call)
             yield _Round(exchanges, places, rows, text)
 
-    def _drawn(self, prompts: list[str], seeds: Sequence[int], call: dict) -> list[ReplayableCall]:
+    def _drawn(self, prompts: list[str], seeds: Sequence[int]) -> list[ReplayableCall]:
         """The calls of the denoiser while the pipeline draws these prompts."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with CallRecorder(self._denoisers, self.activations) as recorder:
-            self.pipeline(prompts, generator=generators, output_type="latent", **call)
-            self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
+        recorder = CallRecorder(self._denoisers, self.activations)
+        draw(self.pipeline, prompts, seeds, recorder, **self._call)
+        self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
         return [call for call, _ in recorder.calls]
 
     @property
@@ -189,8 +187,8 @@ class ExchangedStates:
                         loss = 2 * (prediction[one.rows] * change).sum()
                         spots = [number[exchange.word] for exchange in one.exchanges]
                         sizes.index_add_(0, torch.tensor(spots), change.square().flatten(1).sum(1).cpu())
-                        gradients = gradient(loss, [leaves.leaves[site] for site in sites], keep=True)
-                        for site, slope in zip(sites, gradients, strict=True):
+                        gradients = gradient(loss, {site: leaves.leaves[site] for site in sites}, keep=True)
+                        for site, slope in gradients.items():
                             slope = (slope * leaves.reach[site])[one.rows].sum(1).cpu()
                             sums[site].index_add_(0, torch.tensor(spots), at[site][:, None] * slope[:, None])
                     done()

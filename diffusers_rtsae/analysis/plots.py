@@ -9,10 +9,13 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 from ..dictionary import Dictionary
 from ..models import FeatureTimes, SparseDictionary
+from .explain import ERROR, Entry, Ledger
 from .features import Feature
+from .graph import TOGETHER, Graph, Node
 from .record import Recording
 
 
@@ -256,3 +259,102 @@ def plot_similarity(dictionary: Dictionary, features: Sequence) -> Figure:
     axis.set_yticks(range(len(names)), names, fontsize=8)
     figure.colorbar(shown, ax=axis, shrink=0.7, label="cosine of trajectories")
     return figure
+
+
+def plot_ledger(ledger: Ledger, features: int = 8) -> Figure:
+    """
+    What a word does to a picture, entry by entry: the shares, and below them where in the picture each of the first
+    features carries its share, and at which steps.
+
+    Args:
+        ledger (`Ledger`): as [`explain`] returns it.
+        features (`int`): the most features to draw; what the others carry is summed up.
+    """
+    shown, others = ledger.features[:features], ledger.features[features:]
+    totals = [(_wrapped(entry, ledger).replace("\n", " of "), entry.share) for entry in shown]
+    summed = {"other latents": sum(entry.share for entry in others)}
+    for entry in ledger.entries:
+        if entry.index is None and entry.what != ERROR:
+            summed[entry.what] = summed.get(entry.what, 0.0) + entry.share
+    totals += [(f"{name}, all sites" if len(ledger.sites) > 1 else name, share) for name, share in summed.items()]
+    columns = max(len(shown), 1)
+    figure = Figure(figsize=(1.35 * max(columns, 5) + 1.2, 4.2 + 0.14 * len(totals)), layout="constrained")
+    figure.suptitle(f"What “{ledger.word}” does in “{ledger.prompt}”", fontsize=10)
+    above, below = figure.subfigures(2, 1, height_ratios=(1 + 0.1 * len(totals), 1.6))
+    picture, bars = above.subplots(1, 2, width_ratios=(1, 2.2))
+    picture.imshow(ledger.image, interpolation="nearest")
+    picture.set_title(f"without: “{ledger.without}”", fontsize=7, wrap=True)
+    names, shares = zip(*reversed(totals), strict=True)
+    bars.barh(range(len(shares)), shares, color=[_SIGNS[share < 0] for share in shares])
+    bars.set_yticks(range(len(names)), names)
+    bars.axvline(0, color="black", linewidth=0.8)
+    bars.set_xlabel(f"share of the whole (error {ledger.share(ERROR):+.3f})", fontsize=8)
+    bars.tick_params(labelsize=7)
+    _bare([picture])
+    bars.grid(axis="x", alpha=0.3)
+    maps, steps = below.subplots(2, columns, squeeze=False)
+    top = max((abs(value) for entry in shown for row in entry.where or () for value in row), default=1.0) or 1.0
+    most = max((abs(share) for entry in shown for share in entry.by_step), default=1.0) or 1.0
+    for column, entry in enumerate(shown):
+        if entry.where is not None:
+            _overlay(maps[column], ledger.image, torch.tensor(entry.where).clamp(min=0), top)
+        maps[column].set_title(f"{_wrapped(entry, ledger)}\n{entry.share:+.2f}", fontsize=7)
+        steps[column].bar(range(len(entry.by_step)), entry.by_step, color=_SIGNS[entry.share < 0])
+        steps[column].set(ylim=(min(0, *entry.by_step) * 1.1, 1.05 * most), xlabel="step")
+        steps[column].tick_params(labelsize=6, labelleft=column == 0)
+        steps[column].xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        steps[column].xaxis.label.set_fontsize(7)
+    _bare(maps)
+    return figure
+
+
+_SIGNS = "#4c72b0", "#c44e52"  # for a word, and against it
+_NUMBERED = 12  # edges of a graph that are told in numbers
+
+
+def _wrapped(entry: Entry, ledger: Ledger) -> str:
+    return entry.name if len(ledger.sites) < 2 else f"{entry.name}\n{entry.site}"
+
+
+def plot_graph(graph: Graph, edges: int = 24) -> Figure:
+    """
+    How features lead to one another: denoising time goes to the right, one row a feature. A disc is as large as the
+    share of its node, a line as wide as the part of an activation that goes without the node it comes from; red is
+    less than nothing.
+
+    Args:
+        graph (`Graph`): as [`feature_graph`] returns it.
+        edges (`int`): the most edges to draw, the strongest first.
+    """
+    key = lambda node: (node.site, node.index)  # noqa: E731
+    rows = list(dict.fromkeys(key(node) for node in graph.nodes if node.name != TOGETHER)) + [(None, None)]
+    times = sorted({node.timestep for node in graph.nodes}, reverse=True)
+    spots = [(times.index(node.timestep), -rows.index(key(node))) for node in graph.nodes]
+    names = {key(node): _named(node, graph) for node in graph.nodes}
+    figure = Figure(figsize=(2.6 * len(times) + 2.6, 0.5 * len(rows) + 1.3), layout="constrained")
+    axis = figure.subplots()
+    for number, edge in enumerate(graph.edges[:edges]):
+        (x, y), (to_x, to_y) = spots[edge.source], spots[edge.target]
+        bent = "arc3,rad=0.0" if to_x > x else "arc3,rad=-0.3"
+        arrow = {"arrowstyle": "-|>", "color": _SIGNS[edge.weight < 0], "connectionstyle": bent, "shrinkA": 6}
+        arrow |= {"linewidth": 0.5 + 6 * min(abs(edge.weight), 1.0), "alpha": 0.6, "shrinkB": 6}
+        axis.annotate("", (to_x, to_y), (x, y), arrowprops=arrow)
+        if to_x > x and number < _NUMBERED:
+            along = 0.4 + 0.09 * (number % 6)  # not all in one place
+            spot = x + along * (to_x - x), y + along * (to_y - y)
+            axis.text(*spot, f"{edge.weight:+.2f}", fontsize=7, ha="center", va="bottom")
+    most = max((abs(node.share) for node in graph.nodes if node.name != TOGETHER), default=1.0) or 1.0
+    for node, (x, y) in zip(graph.nodes, spots, strict=True):
+        size = 20 + 300 * min(abs(node.share) / most, 1.0)
+        marker = "s" if node.name == TOGETHER else "o"
+        axis.scatter(x, y, s=size, marker=marker, color=_SIGNS[node.share < 0], zorder=3, edgecolors="white")
+    axis.set(xlim=(-0.4, len(times) - 0.6), ylim=(-len(rows) + 0.4, 0.6), xlabel="timestep (noise → image)")
+    axis.set_xticks(range(len(times)), [f"{time:g}" for time in times])
+    axis.set_yticks([-i for i in range(len(rows))], [names[row] for row in rows], fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _named(node: Node, graph: Graph) -> str:
+    several = len({one.site for one in graph.nodes} - {None}) > 1
+    return f"{node.name}\n{node.site}" if several and node.site else node.name

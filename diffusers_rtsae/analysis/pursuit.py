@@ -41,8 +41,8 @@ def optimise(
             errors, pairs = states.errors(state, rows, model(state, rows)), [state.pairs[row] for row in rows]
             harder = (left[pairs] / left[states.differs].mean()).clamp(1 / 3, 3)
             loss = (errors * harder.to(errors.device)).mean() * weight
-            for parameter, its_gradient in zip(fitted, gradient(loss, fitted), strict=True):
-                parameter.grad = its_gradient
+            for i, its_gradient in gradient(loss, dict(enumerate(fitted))).items():
+                fitted[i].grad = its_gradient
             optimiser.step()
             with torch.no_grad():
                 for fold in folds:

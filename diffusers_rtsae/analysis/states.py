@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from ..denoiser import Arguments, Block, Call, Tap, TimeGrid, get_denoiser, get_denoisers, noise_schedule
 from ..dictionary import Dictionary
 from ..models import Step
-from ..pipeline import get_dictionary, own_size, resting
-from .calls import CallRecorder
+from ..pipeline import get_dictionary, resting
+from .calls import CallRecorder, draw
 from .maps import Moments
 from .replay import ReplayableCall, SharedPrefix
 from .state import State
@@ -216,13 +216,11 @@ class States:
         self, prompts: list[str], seeds: list[int], denoisers: dict[str, nn.Module], shelf: Shelf | None
     ) -> list[tuple[ReplayableCall, torch.Tensor]]:
         """The calls of the denoiser while the pipeline drew these prompts, each with its prediction."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        call = own_size(self.pipeline) | self._call
         keep = None if shelf is None else lambda step, site, tokens: shelf.put(("own", site, step), tokens)
-        with CallRecorder(denoisers, self.activations, keep) as recorder:
-            self.pipeline(prompts, generator=generators, output_type="latent", **call)
-            self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
-            return recorder.calls
+        recorder = CallRecorder(denoisers, self.activations, keep)
+        draw(self.pipeline, prompts, seeds, recorder, **self._call)
+        self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
+        return recorder.calls
 
     def _replay(
         self, replayable: ReplayableCall, rows: list[int], texts: list[int], step: int, shelf: Shelf | None

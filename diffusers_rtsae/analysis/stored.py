@@ -30,9 +30,10 @@ class Shelf:
         self._file.seek(self._entries[key][0])
         self._file.write(host.flatten().view(torch.uint8).numpy().data)
 
-    def get(self, key: tuple, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop`, on the device that they came from."""
+    def get(self, key: tuple, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `start` to `stop`, or all, on the device that they came from."""
         offset, shape, dtype, device = self._entries[key]
+        stop = shape[0] if stop is None else stop
         row = shape[1:].numel() * dtype.itemsize
         self._file.seek(offset + start * row)
         buffer = bytearray((stop - start) * row)

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..analysis.explain import ERROR, FEATURE, OTHERS, PATHS, REST, explain
 from ..analysis.find import find_features
 from ..analysis.fit import FittedFeature, fit_feature
-from ..analysis.plots import plot_heat_maps
+from ..analysis.plots import plot_heat_maps, plot_ledger
 from ..analysis.record import record
 from ..analysis.report import STRENGTHS
 from ..dictionary import parse_feature, search_names
@@ -302,6 +303,32 @@ class Events:
         absent = [str(f) for f, m in zip(features, recording.maps(features)[0], strict=True) if not m.any()]
         said = [f"{name} is nowhere active in this picture, so it cannot be scaled or taken away." for name in absent]
         return plot_heat_maps(recording, features), "\n\n".join(said)
+
+    # ---- why
+
+    @_shown_errors()
+    def explain(self, data, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        """What a word does to the picture without steering, as a sentence, a table and a figure."""
+        word, instead = (data[self.c.word] or "").strip(), (data[self.c.instead] or "").strip()
+        if not word:
+            raise ValueError("Type a word of the prompt first, then see what it does.")
+        wish = self.one_picture(data)
+        call, features = dict(wish.call), 3 * FEATURES
+        prompt, said = call.pop("prompt"), {"seed": wish.seed, "features": features, "progress": True}
+        ledger = self.studio.run(explain, self.pipe, prompt, word, instead or None, **said, **call)
+        kinds = {what: ledger.share(what) for what in (FEATURE, OTHERS, REST, PATHS, ERROR)}
+        told = ", ".join(f"{'features' if what == FEATURE else what} {share:.2f}" for what, share in kinds.items())
+        several = len(self.dictionary.sites) > 1
+        rows = [
+            [
+                f"{entry.site}:{entry.index}" if several else str(entry.index),
+                ", ".join([*entry.labels, *([f"makes {entry.makes}"] if entry.makes else [])]),
+                *(round(value, 3) for value in (entry.share, entry.ablated, entry.present)),
+            ]
+            for entry in ledger.features
+        ]
+        total = f"Compared with “{ledger.without}”: {told}; in all {ledger.total:.2f}."
+        return total, gr.update(value=rows, visible=True), plot_ledger(ledger)
 
     # ---- finding
 

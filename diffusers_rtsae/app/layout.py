@@ -272,6 +272,8 @@ def lay_out(
             c.watch = gr.Button("Show")
             c.nowhere = gr.Markdown(elem_id="nowhere")
             c.plot = gr.Plot(show_label=False, elem_id="maps")
+        with gr.Tab("Why"):
+            _lay_out_why(c)
         with gr.Tab("Find"):
             gr.Markdown("Finds the features that do what naming something in the prompt does. Click a row to use one.")
             with gr.Row():
@@ -359,6 +361,29 @@ def lay_out(
             gr.Markdown("\n".join(f"**{word}.** {meaning}\n" for word, meaning in TERMS.items()))
     c.options = {"start": c.start, "end": c.end, "operation": c.operation, "apply_to": c.apply_to}
     return c
+
+
+def _lay_out_why(c: SimpleNamespace) -> None:
+    """Create what asks and tells what a word does to the picture without steering."""
+    gr.Markdown(
+        "What a word of the prompt does to the picture without steering, and which features carry it: how much, where "
+        "and at which steps. The shares add up to 1. *Rest* is what the dictionary misses. Click a row to use a "
+        "feature."
+    )
+    with gr.Row(equal_height=True):
+        c.word = gr.Textbox(label="Word of the prompt", elem_id="word", min_width=120)
+        c.instead = gr.Textbox(
+            label="The prompt without it",
+            placeholder="the word is left out",
+            elem_id="instead",
+            min_width=120,
+            scale=2,
+        )
+        c.explain = gr.Button("Explain", min_width=120, elem_id="explain")
+    c.total = gr.Markdown(elem_id="total")
+    head = ["feature", "labels", "share", "if ablated", "present"]
+    c.carriers = gr.Dataframe(headers=head, interactive=False, visible=False, elem_id="carriers")
+    c.ledger = gr.Plot(show_label=False, elem_id="ledger")
 
 
 def choices_of(labels: dict[str, dict]) -> list[tuple[str, str]]:

@@ -50,6 +50,8 @@ def connect(page: gr.Blocks, events: Events) -> None:
         events.restore, c.past, [*events.restored, c.names, c.shown, c.again, *c.strengths], show_progress="hidden"
     )
     c.watch.click(events.look, asked, [c.plot, c.nowhere], **one_at_a_time)
+    c.explain.click(events.explain, asked | {c.word, c.instead}, [c.total, c.carriers, c.ledger], **one_at_a_time)
+    c.carriers.select(events.take_row, c.names, c.names, **at_once)
     c.draw_strip.click(events.strip_of_chosen, asked, c.strip, **one_at_a_time)
     drawing = c.all_features.select(events.thumbnails, asked, c.labels, concurrency_id="thumbnails")
     c.stop.click(None, cancels=drawing)

@@ -1,4 +1,4 @@
-"""Commands that look into a dictionary: `find`, `fit`, `name`, `inspect` and `report`."""
+"""Commands that look into a dictionary: `find`, `fit`, `name`, `explain`, `inspect` and `report`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,6 @@ def find(
     contents, folder = read_dictionary(dictionary, world=world)
     pipe = load_pipeline(pipeline, folder, world)
     from ..analysis.find import find_features
-    from ..files import whole
 
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
@@ -78,9 +77,7 @@ def find(
     if strip:
         from ..analysis.plots import plot_strip
 
-        strip.parent.mkdir(parents=True, exist_ok=True)
-        with whole(strip) as partial:
-            plot_strip(table).savefig(partial, format=strip.suffix[1:].lower(), dpi=130)
+        _save_figure(plot_strip(table), strip)
     print(json.dumps([feature.told() for feature in table]) if as_json else table)
     labels = labels_between(contents.labels, negative, positive)
     if labels:
@@ -257,6 +254,90 @@ def name(
         f"{len(names)} of {names.measured} measured latents have a name, of {len(names.words)} words."
         + (f" Written to {out}." if out else "")
     )
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    word: Annotated[str, typer.Argument(help="A word or phrase of the prompt.")],
+    without: Annotated[
+        str | None, typer.Option(help="The prompt without it; by default the word is left out.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Features to list.")] = 12,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the ledger to.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the ledger as a picture.")] = None,
+    graph: Annotated[
+        Path | None, typer.Option(help="Write how features lead to one another: a picture, or a JSON file.")
+    ] = None,
+    steps: Steps = 25,
+    guidance: Guidance = 3.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    world: Bundled = "shapes",
+    pipeline: Pipeline = None,
+    dictionary: Source = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell which features carry what a word does to a picture.
+
+    The entries add up to 1, the whole of what the word changes in the model's predictions for this picture.
+
+    Example: diffusers-rtsae explain "a large red star on white" red --picture red.png
+    """
+    check_prompts([prompt], "PROMPT")
+    for path, endings in ((out, (".json",)), (picture, PICTURES), (graph, (".json", *PICTURES))):
+        if path is not None:
+            check_output(path, endings)
+    if any(path is not None and path.suffix.lower() in PICTURES for path in (picture, graph)):
+        check_extras("analysis")
+    _, folder = read_dictionary(dictionary, world=world)
+    from ..pairs import left_out
+
+    left = left_out(prompt, word)  # which says if the prompt has no such word
+    without = left if without is None else without
+    for remark in world.remarks(f"{prompt}, {without}") if pipeline is None else ():
+        say_aside(remark)
+    pipe = load_pipeline(pipeline, folder, world)
+    from ..analysis.explain import explain as explain_word
+
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+    ledger = explain_word(
+        pipe, prompt, word, without, seed=seed, features=count, batch_size=batch_size, progress=not as_json, **call
+    )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        ledger.save(out)
+    if picture is not None:
+        from ..analysis.plots import plot_ledger
+
+        _save_figure(plot_ledger(ledger), picture)
+    if graph is not None:
+        from ..analysis.graph import feature_graph
+
+        found = feature_graph(pipe, ledger, batch_size=batch_size, **call)
+        if graph.suffix.lower() == ".json":
+            graph.parent.mkdir(parents=True, exist_ok=True)
+            found.save(graph)
+        else:
+            from ..analysis.plots import plot_graph
+
+            _save_figure(plot_graph(found), graph)
+    if as_json:
+        print(json.dumps(ledger.content()))
+        return
+    say(str(ledger))
+    say_aside(
+        f"Compared with {without!r}." + "".join(f" Written to {path}." for path in (out, picture, graph) if path)
+    )
+
+
+def _save_figure(figure, path: Path) -> None:
+    from ..files import whole
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=130)
 
 
 @app.command()

@@ -82,6 +82,26 @@ SECTIONS = {  # by the name of the file
         confidence ≥ 0.9 were right for 0.94 and those of ≥ 0.7 for 0.92; most of the latents are the same.
         """,
     ),
+    "explain": Section(
+        "explain",
+        "Does a ledger say what is measured?",
+        """
+        `explain` splits what naming a value does to a picture's predictions over features of the dictionary. Each of
+        {seeds} seeds takes another value of each factor, the first values first, and prompts of combinations that no
+        model was trained on; each is compared with a prompt that leaves the factor open, and with one that names
+        another value. Latents are *undone*, set to what they are without the word, which is what shares are about; or
+        *ablated*, set to 0, for which a ledger has a figure of its own. *Said* is the sum of a set's figures,
+        *measured* the part of the word's change that goes when the whole set is taken away at once. Sets are the first
+        of the ledger, those that it says lose most by ablation, the most active of the picture, and active ones at
+        random. The last row of the first table measures them in another picture, with other noise. The spread is that
+        of the seeds, or of ledgers.
+
+        A share is no forecast of ablation: a latent that the word makes inactive has a share and cannot be ablated,
+        and one that is active without the word loses more than its share. That is why a ledger has the second figure,
+        which is a first guess: it extends the gradients beyond the line that they were taken on. This was seen on the
+        prompts of the first seed of shapes; the other seeds, and people, had no part in how a ledger counts.
+        """,
+    ),
     "dose": Section(
         "dose",
         "How does it depend on the strength?",
@@ -295,6 +315,7 @@ another value of it. Success, leakage and validity are as there.
 """
 PEOPLE_SECTIONS = {
     "names": SECTIONS["names"],
+    "explain": SECTIONS["explain"],
     "erase": Section(
         "erase",
         "Can a role be erased?",
