@@ -47,11 +47,12 @@ KINDS = {  # and what each changes in a recipe
     "batch-topk": {"kind": "static"},
     "jump-relu": {"kind": "static", "architecture": "jump_relu"},
     "tide": {"kind": "tide", "architecture": "topk"},
-    "mixture": {"kind": "mixture"},
     "large": {"kind": "static"},  # as many parameters as rtsae
     "differences": {"kind": "static"},
 }
 WHOLE = ("rtsae", "raw", "per-step")  # have one code for a trajectory
+PASSES = {"states": [kind for kind in KINDS if kind not in ("large", "differences")]}
+PASSES |= {"differences": ["differences"], "large": ["large"]}
 EVERY = 3  # of the contexts are recorded
 DYNAMICS = "linear dynamics alone"
 FIGURES = {
@@ -305,9 +306,8 @@ def main() -> None:
             row = {"process": process, "kind": DYNAMICS, "steps": network.steps, "n": len(held.states)}
             row |= {"loss": round(loss, 4), "loss_of_mean": round(loss_of_mean, 4)}
             results.add(row | held.of_dynamics(load_file(paths["states"])["states"]))
-        for name in paths:
-            kinds = [kind for kind in KINDS if (kind == "differences") == (name == "differences")]
-            asked = recipe(paths[name].parent, kinds, network.steps, a)
+        for name, kinds in PASSES.items():
+            asked = recipe(paths["differences" if name == "differences" else "states"].parent, kinds, network.steps, a)
             if all(results.has(process=process, dictionary=variant) for variant in asked.variants):
                 continue
             run(asked, folder / f"of-{name}", folder / f"work-{name}")

@@ -34,7 +34,7 @@ def rewordings(scene: Scene, factor: str) -> list[tuple[str, str]]:
         f"an emoji of someone {acting}, {who}, {tone} skin tone, drawn by {style}",
         f"the picture by {style} of {subject(role, None)} who is {article(who)}",
     ]
-    swapped = f"{word[0]}{word[2]}{word[1]}{word[3:]}"
+    swapped = word[:-2] + word[-1] + word[-2]
     misspelt = [said.replace(word, wrong) for wrong in (word + word[-1], swapped, word[:-1])]
     others = [said.replace(word, other) for other in OTHER_WORDS[word]]
     groups = zip(KINDS, (otherwise, misspelt, others), strict=True)
