@@ -88,7 +88,7 @@ def read_folder(folder: str | Path, names: Sequence[str] | None = None) -> Seque
         found = sorted(path.name for path in folder.iterdir())[:8] or "nothing"
         raise ValueError(f"Expected files *.safetensors in {folder}, with tensors {SHAPE}, found {found}.")
     parts: dict[str, list[torch.Tensor]] = {}
-    digests = {}
+    digests, is_asked = {}, names is not None
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
@@ -96,6 +96,8 @@ def read_folder(folder: str | Path, names: Sequence[str] | None = None) -> Seque
                 names = _checked_names(names or present)
                 if missing := [name for name in names if name not in present]:
                     raise ValueError(f"{path}: expected a tensor {missing[0]!r}, it holds {present}.")
+                if len(present) > len(names) and not is_asked:
+                    raise ValueError(f"{path}: expected the tensors {names}, as in {paths[0]}, it holds {present}.")
                 tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise OSError(f"{path}: expected safetensors, found a damaged file ({error}).") from None

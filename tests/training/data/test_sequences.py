@@ -75,6 +75,12 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     save_file({"states": numbered(0, 5).contiguous()}, tmp_path / "0.safetensors")
     with pytest.raises(ValueError, match=r"0.safetensors: expected a tensor 'layers', it holds \['states'\]"):
         read_folder(tmp_path, ["layers"])
+    save_file({name: numbered(0, 5).contiguous() for name in ("states", "layers")}, tmp_path / "1.safetensors")
+    with pytest.raises(
+        ValueError, match=r"1.safetensors: expected the tensors \['states'\], as in .*0.safetensors, it"
+    ):
+        read_folder(tmp_path)
+    assert len(read_folder(tmp_path, ["states"]).parts["states"]) == 2
     (tmp_path / "1.safetensors").write_bytes(b"half")
     with pytest.raises(OSError, match="1.safetensors: expected safetensors, found a damaged file"):
         read_folder(tmp_path)
