@@ -22,7 +22,7 @@ from training import fit  # noqa: E402
 from training.experiments.sequences import CHARACTERS, WINDOW, contexts, docstrings, trained  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=600, help="of training, of the network and of each dictionary")
+parser.add_argument("--steps", type=int, default=400, help="of training, of the network and of each dictionary")
 parser.add_argument("--out", type=Path, default=Path("runs/examples"))
 a = parser.parse_args()
 a.out.mkdir(parents=True, exist_ok=True)
