@@ -47,12 +47,10 @@ KINDS = {  # and what each changes in a recipe
     "batch-topk": {"kind": "static"},
     "jump-relu": {"kind": "static", "architecture": "jump_relu"},
     "tide": {"kind": "tide", "architecture": "topk"},
-    "large": {"kind": "static"},  # as many parameters as rtsae
     "differences": {"kind": "static"},
 }
 WHOLE = ("rtsae", "raw", "per-step")  # have one code for a trajectory
-PASSES = {"states": [kind for kind in KINDS if kind not in ("large", "differences")]}
-PASSES |= {"differences": ["differences"], "large": ["large"]}
+PASSES = {"states": [kind for kind in KINDS if kind != "differences"], "differences": ["differences"]}
 EVERY = 3  # of the contexts are recorded
 DYNAMICS = "linear dynamics alone"
 FIGURES = {
@@ -184,10 +182,9 @@ def recipe(folder: Path, kinds: list[str], steps: int, a: argparse.Namespace) ->
     variants = {}
     for kind in kinds:
         for each in a.each:
-            for seed in a.seeds[: 1 if kind == "large" else None]:
-                size = {"num_latents": a.latents * (steps if kind == "large" else 1)}
-                size["k"] = each * (steps if kind in WHOLE else 1)
-                variants[f"{kind}-{each}-{seed}"] = {"seed": seed} | size | KINDS[kind]
+            for seed in a.seeds:
+                k = each * (steps if kind in WHOLE else 1)
+                variants[f"{kind}-{each}-{seed}"] = {"seed": seed, "k": k} | KINDS[kind]
     train = {
         "num_latents": a.latents, "k": 1, "steps": a.training_steps, "batch_size": 256, "learning_rate": 2e-3,
         "dead_after": 50_000, "checkpoint_every": 100,
@@ -307,7 +304,7 @@ def main() -> None:
             row |= {"loss": round(loss, 4), "loss_of_mean": round(loss_of_mean, 4)}
             results.add(row | held.of_dynamics(load_file(paths["states"])["states"]))
         for name, kinds in PASSES.items():
-            asked = recipe(paths["differences" if name == "differences" else "states"].parent, kinds, network.steps, a)
+            asked = recipe(paths[name].parent, kinds, network.steps, a)
             if all(results.has(process=process, dictionary=variant) for variant in asked.variants):
                 continue
             run(asked, folder / f"of-{name}", folder / f"work-{name}")

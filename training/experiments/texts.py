@@ -239,9 +239,10 @@ SECTIONS = {  # by the name of the file
 
         `rtsae` and `per-step` explain the residuals of the linear dynamics, `raw` the states themselves; these three
         have one code for a trajectory (of `per-step` each latent reads and writes one step). The others have a code
-        for each step, with its share of the active latents, so that all have as many in a trajectory; that `rtsae`
-        with 8 a trajectory may also be held against the others with 8 a step is in the second table. `large` has as
-        many parameters as `rtsae`. `differences` is an autoencoder of x_t − x_(t−1), whose reconstructions are summed
+        for each step, with its share of the active latents, so that all have as many in a trajectory. If they are to
+        have as many at each step instead, `rtsae` of the first table stands against the others of the second. Of
+        dictionaries with as many latents, those with one code have more parameters: a direction for each step.
+        `differences` is an autoencoder of x_t − x_(t−1), whose reconstructions are summed
         up. *FVU*: the whole trajectory from its whole code; *as it goes on*: each step from what was known until then,
         the first of these latents being as many as of the whole; *each step from the true one before*: what is missed
         when the step before is known, which `differences` and the dynamics know too. *Next character recovered*: the

@@ -53,10 +53,9 @@ def test_what_is_unexplained_and_recovered_of_the_mean_and_of_the_states():
 
 def test_all_kinds_have_as_many_active_latents_in_a_trajectory():
     a = Namespace(each=[1, 8], seeds=[0, 1], latents=64, training_steps=5)
-    settings = recipe(Path("x"), ["rtsae", "per-step", "topk", "large"], 7, a)
+    settings = recipe(Path("x"), ["rtsae", "per-step", "topk"], 7, a)
     trained = {name: settings.variant(name).train for name in settings.variants}
     assert [trained[f"{kind}-8-1"].k for kind in ("rtsae", "per-step", "topk")] == [56, 56, 8]
-    assert trained["large-1-0"].num_latents == 7 * 64 and "large-1-1" not in trained
     assert settings.variant("rtsae-8-1").seed == 1 and not settings.trajectories.startswith("runs")
 
 
