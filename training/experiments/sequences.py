@@ -226,7 +226,7 @@ class Held:
             forced = sae.reconstruct(self.states, teacher_forced=True)
         l0 = sum((code > 0).sum(1).float().mean().item() for code in sae.codes(inputs))
         dead = (sae.density == 0).float().mean().item()
-        return {"l0": round(l0, 2), "dead": round(dead, 4), "recovered": self.recovered(online)} | {
+        return {"l0": round(l0, 2), "dead": round(dead, 4), "recovered": self.recovered(causal)} | {
             f"fvu_{name}": self.unexplained(of)
             for name, of in (("online", online), ("causal", causal), ("teacher_forced", forced))
         }
