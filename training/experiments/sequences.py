@@ -54,7 +54,7 @@ PASSES = {"states": [kind for kind in KINDS if kind != "differences"], "differen
 EVERY = 3  # of the contexts are recorded
 DYNAMICS = "linear dynamics alone"
 FIGURES = {
-    "l0": "active latents of a trajectory",
+    "l0": "active latents",
     "fvu_online": "FVU",
     "fvu_causal": "FVU, as it goes on",
     "fvu_teacher_forced": "FVU, each step from the true one before",
@@ -251,27 +251,29 @@ class Held:
 
 
 def markdown(rows: list[dict]) -> str:
-    """For each network its dynamics, and a table for each number of active latents."""
-    text = []
-    for process in dict.fromkeys(row["process"] for row in rows):
-        own = [row for row in rows if row["process"] == process]
-        (alone,) = [row for row in own if row["kind"] == DYNAMICS]
-        predicted = ", ".join(f"{value:.2f}" for value in alone["r2"])
-        text.append(
-            f"**{process.capitalize()}**: cross-entropy {alone['loss']:.2f} nats a character on held-out modules "
-            f"({alone['loss_of_mean']:.2f} from the mean state). R² of the predictors on held-out trajectories: "
-            f"{predicted}. The dynamics alone, from the true first state: FVU {alone['fvu_online']:.3f}, next "
-            f"character recovered {alone['recovered']:.2f}; each step from the true one before: FVU "
-            f"{alone['fvu_teacher_forced']:.3f}.\n"
-        )
-        for each in sorted({row["each"] for row in own if "each" in row}):
+    """The networks and their dynamics, and for each network a table for each number of active latents."""
+    alone = [row for row in rows if row["kind"] == DYNAMICS]
+    lines = [
+        [
+            row["process"], f"{row['loss']:.2f}", f"{row['loss_of_mean']:.2f}",
+            ", ".join(f"{value:.2f}" for value in row["r2"]),
+            *(f"{row[name]:.3f}" for name in ("fvu_online", "fvu_teacher_forced", "recovered")),
+        ]
+        for row in alone
+    ]  # fmt: skip
+    heads = ["network", "cross-entropy", "of the mean state", "R² of the dynamics at each later step"]
+    heads += ["FVU from the true first state", FIGURES["fvu_teacher_forced"], FIGURES["recovered"]]
+    text = [f"The linear dynamics alone, without a code:\n\n{table(heads, lines)}"]
+    for one in alone:
+        own = [row for row in rows if row["process"] == one["process"] and "each" in row]
+        for each in sorted({row["each"] for row in own}):
             lines = []
-            for kind in [kind for kind in KINDS if any((r["kind"], r.get("each")) == (kind, each) for r in own)]:
-                of = [row for row in own if row["kind"] == kind and row["each"] == each]
-                cells = [spread([row[name] for row in of]) for name in list(FIGURES)[1:]]
-                lines.append([f"`{kind}`", f"{sum(row['l0'] for row in of) / len(of):.1f}", *cells])
-            text.append(f"{each * alone['steps']} active latents, {each} a step:\n\n")
-            text[-1] += table(["kind", *FIGURES.values()], lines)
+            for kind in KINDS:
+                of = [row for row in own if (row["kind"], row["each"]) == (kind, each)]
+                cells = [spread([row[name] for row in of]) for name in list(FIGURES)[1:] if of]
+                lines += [[f"`{kind}`", f"{sum(row['l0'] for row in of) / len(of):.1f}", *cells]] if of else []
+            count = f"{each * one['steps']} active latents in a trajectory of {one['steps']} steps"
+            text.append(f"{one['process'].capitalize()}, {count}:\n\n{table(['kind', *FIGURES.values()], lines)}")
     return "\n".join(text)
 
 

@@ -243,11 +243,13 @@ SECTIONS = {  # by the name of the file
         have as many at each step instead, `rtsae` of the first table stands against the others of the second. Of
         dictionaries with as many latents, those with one code have more parameters: a direction for each step.
         `differences` is an autoencoder of x_t − x_(t−1), whose reconstructions are summed
-        up. *FVU*: the whole trajectory from its whole code; *as it goes on*: each step from what was known until then,
-        the first of these latents being as many as of the whole; *each step from the true one before*: what is missed
-        when the step before is known, which `differences` and the dynamics know too. *Next character recovered*: the
-        share of what the mean state costs in cross-entropy that the reconstruction brings back, as it goes on; a whole
-        code would know the characters that follow. Mean ± standard deviation over seeds.
+        up.
+
+        *FVU*: the whole trajectory from its code. *As it goes on*: each step from the code of what was known until
+        then, which has as many active latents as that of the whole. *Each step from the true one before*: what is
+        missed when the step before is known, as `differences` and the dynamics know it too. *Next character
+        recovered*: the share of what the mean state costs in cross-entropy that the reconstruction brings back, as it
+        goes on; a whole code would know the characters that follow. Mean ± standard deviation over seeds.
         """,
     ),
     "anchors": Section(

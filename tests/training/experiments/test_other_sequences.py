@@ -68,4 +68,5 @@ def test_a_table_for_each_number_of_active_latents():
     alone = {"loss": 2.0, "loss_of_mean": 3.0, "r2": [0.5], "fvu_online": 0.8, "steps": 8}
     rows.append({"process": "recurrent", "kind": DYNAMICS} | figures | alone)
     text = markdown(rows)
-    assert "8 active latents, 1 a step" in text and "| `topk` | 8.1 | 0.600 ± 0.141 | 0.600 ± 0.000 |" in text
+    assert "Recurrent, 8 active latents in a trajectory of 8 steps" in text and "| recurrent | 2.00 | 3.00 |" in text
+    assert "| `topk` | 8.1 | 0.600 ± 0.141 | 0.600 ± 0.000 |" in text
