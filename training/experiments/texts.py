@@ -429,11 +429,12 @@ PEOPLE_SECTIONS = {
         *Optimised embedding*: an adversary changes the embedding of the plain prompt in {updates} updates (Adam,
         {rate}), by the gradient through the pipeline with the edit in it ({attack_steps} steps of denoising), towards
         the picture of the plain prompt without the edit. *Negative prompt*: the concept alone, as the negative
-        prompt. Every picture has some style, so that a prompt that says nothing shows the one in question now and then.
+        prompt. Every picture has some style, so that a prompt that says nothing of it shows the one in question now
+        and then.
 
-        What is known of a role at strength −1 stays away in all words that say it, more surely than by a negative
-        prompt, which is up against a prompt that asks for it. But it is not gone: the adversary brings nearly all of
-        it back. So none of these is a safety filter.
+        At strength −1 a role stays away in nearly all words that say it, far more surely than by a negative prompt,
+        which is up against a prompt that asks for it. But it is not gone: the adversary brings nearly all of it back.
+        None of these is a safety filter.
         """,
     ),
     "arms": Section(
