@@ -83,7 +83,7 @@ def contexts(texts: list[str]) -> torch.Tensor:
 class Recurrent(nn.Module):
     """A GRU of characters. Its trajectories are its states over `WINDOW` neighbouring characters."""
 
-    steps = WINDOW
+    steps, batch = WINDOW, 64
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ class Recurrent(nn.Module):
 class Layered(nn.Module):
     """A transformer of characters. Its trajectories are the residual stream of a character over the layers."""
 
-    steps = LAYERS + 1
+    steps, batch = LAYERS + 1, 16
 
     def __init__(self):
         super().__init__()
@@ -150,7 +150,7 @@ def trained(name: str, ids: torch.Tensor, steps: int, path: Path) -> Recurrent |
     optimizer = torch.optim.Adam(network.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc=name, unit="step", mininterval=5):
-        batch = ids[torch.randint(len(ids), (64,))]
+        batch = ids[torch.randint(len(ids), (network.batch,))]
         loss = F.cross_entropy(network(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
