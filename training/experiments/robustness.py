@@ -95,7 +95,7 @@ def keeping_out(pipe: DiffusionPipeline, way: Way | None, concepts: Sequence[Con
         yield
 
 
-class Pipe:
+class Drawing:
     """The pipeline with the noise and the settings of all pictures."""
 
     def __init__(self, pipe: DiffusionPipeline, a: argparse.Namespace):
@@ -210,7 +210,7 @@ def main() -> None:
     pipe.load_rtsae(dictionary)
     results = Results(a, [a.pipeline, a.dictionary], said_by_rows=("ways", "seeds", "attacked"))
     names = {(label["factor"], label["value"]): name for name, label in dictionary.labels.items()}
-    drawing = Pipe(pipe, a)
+    drawing = Drawing(pipe, a)
 
     def shows(images: torch.Tensor, concepts: Sequence[Concept]) -> list[tuple[bool, bool]]:
         """For each picture whether it shows its concept, and whether it is valid."""
@@ -230,18 +230,18 @@ def main() -> None:
             if not results.has(seed=seed, way=name, kind=PLAIN):
                 before = before or shows(drawing.draw(drawing.encode(texts, None, rows_of), None, rows_of), rows_of)
                 after = shows(drawing.draw(drawing.encode(texts, way, rows_of), way, rows_of), rows_of)
-                results.add(*_counted(seed, name, zip(rows_of, kinds, places, before, after, strict=True)))
+                results.add(*counted(seed, name, zip(rows_of, kinds, places, before, after, strict=True)))
             if seed in a.attacked and not results.has(seed=seed, way=name, kind=OPTIMISED):
                 plainly = [own[0][1] for own in said]
                 unsteered = shows(drawing.draw(drawing.encode(plainly, None, concepts), None, concepts), concepts)
                 told = drawing.bring_back(plainly, way, concepts)
                 after = shows(drawing.draw(told, way, concepts), concepts)
                 kind = [OPTIMISED] * len(concepts), [0] * len(concepts)
-                results.add(*_counted(seed, name, zip(concepts, *kind, unsteered, after, strict=True)))
+                results.add(*counted(seed, name, zip(concepts, *kind, unsteered, after, strict=True)))
     results.tell(markdown(results.rows))
 
 
-def _counted(seed: int, way: str, pictures: Iterator[tuple]) -> list[dict]:
+def counted(seed: int, way: str, pictures: Iterator[tuple]) -> list[dict]:
     """Rows that count the pictures of each factor and wording."""
     rows: dict[tuple, dict] = {}
     for one, kind, place, (shown, _), (still, valid) in pictures:

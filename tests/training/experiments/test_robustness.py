@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from training.experiments.robustness import WAYS, Pipe, _counted, concepts_of, markdown
+from training.experiments.robustness import WAYS, Drawing, concepts_of, counted, markdown
 from training.worlds import load_world
 from training.worlds.people.rewordings import KINDS
 from training.worlds.pictures import load_pipeline
@@ -38,7 +38,7 @@ def test_an_adversary_comes_nearer_to_the_picture_without_the_edit(people):
     pipe, concepts = people
     concepts = [concepts[0], concepts[5]]
     a = Namespace(guidance=3.0, attack_steps=2, updates=4, rate=0.03, batch_size=8, steps=2)
-    drawing, way = Pipe(pipe, a), WAYS["label at −1"]
+    drawing, way = Drawing(pipe, a), WAYS["label at −1"]
     prompts = [WORLD.plainly(one.scene) for one in concepts]
     told = drawing.encode(prompts, way, concepts)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_only_pictures_that_showed_it_count(people):
     _, concepts = people
     one = concepts[3]
     shown = [((True, True), (False, True)), ((True, True), (True, True)), ((False, True), (False, True))]
-    rows = _counted(0, "erased", ((one, "plain", 0, *pair) for pair in shown))
+    rows = counted(0, "erased", ((one, "plain", 0, *pair) for pair in shown))
     assert rows == [
         {"factor": "role", "way": "erased", "kind": "plain", "wording": 0, "seed": 0}
         | {"n": 3, "shown": 2, "gone": 1, "valid": 1}
