@@ -252,12 +252,13 @@ SECTIONS = {  # by the name of the file
         goes on; a whole code would know the characters that follow. Mean ± standard deviation over seeds.
 
         What comes out depends on the dynamics. Over the layers, where they explain nearly everything, one code for a
-        trajectory leaves less unexplained than as many latents spread over the steps; where the true step before is
-        known, the residuals (`rtsae`, `per-step`) leave least of all. But without it `raw`, the same without dynamics,
-        is ahead of `rtsae`, since errors are carried on. The layers differ in size too, which one scale for all steps,
-        as the kinds of single steps have, serves less well. Over characters, where the dynamics explain less, a static
-        TopK is ahead by every measure. And with as many latents at each step instead of in the trajectory, a static
-        kind leaves less unexplained on both. Trainings were short.
+        trajectory leaves less unexplained than as few latents spread over the steps; of many latents that is true of
+        `raw` alone. Where the true step before is known, the residuals (`rtsae`, `per-step`) leave least of all. But
+        without it `raw`, the same without dynamics, is ahead of `rtsae`, since errors are carried on. The layers
+        differ in size too, which one scale for all steps, as the kinds of single steps have, serves less well. Over
+        characters, where the dynamics explain less, a static TopK is ahead of all that have one code, by every
+        measure. And with as many latents at each step instead of in the trajectory, a static kind leaves less
+        unexplained on both. Trainings were short.
         """,
     ),
     "anchors": Section(
