@@ -24,7 +24,10 @@ _EVALUATE = """How well dictionaries reconstruct held-out trajectories, and what
 
     {prog} examples/shapes-rtsae --pipeline examples/shapes-sd --prompts shapes --out runs/report
 
-Works with any pipeline and dictionary; writes report.json, report.md and plots.
+Works with any pipeline and dictionary; writes report.json, report.md and plots. Dictionaries of another process than
+denoising are measured on a folder of its trajectories, all of which count as held out:
+
+    {prog} runs/sequences --trajectories FOLDER --out runs/report
 """
 
 
@@ -84,13 +87,15 @@ def train(
         recipe = load_recipe(a.recipe, a.set)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if a.collect_only and recipe.trajectories is not None:
+        parser.error("this recipe is for `trajectories` that exist: there is nothing to collect")
     if a.collect_only and recipe.collect.buffer is not None and not a.dry_run:
         parser.error("this recipe streams (`collect.buffer`): it keeps no trajectories to collect")
     if a.out is None and not a.collect_only and not a.dry_run:
         parser.error("the following arguments are required: --out")
     with _one_sentence(parser):
         if a.dry_run:
-            if not Path(bundled(recipe.pipeline)).is_dir():
+            if recipe.trajectories is None and not Path(bundled(recipe.pipeline)).is_dir():
                 from diffusers_rtsae.dictionary import check_available
 
                 check_available(recipe.pipeline, INDEX)
@@ -108,8 +113,9 @@ def evaluate(prog: str = "python -m training.evaluate", arguments: Sequence[str]
     """A report of any dictionaries of any pipeline."""
     parser = _parser(prog, _EVALUATE)
     parser.add_argument("dictionaries", nargs="+", help="folders or Hub ids, all of one pipeline")
-    parser.add_argument("--pipeline", required=True, help="folder or Hub id")
-    parser.add_argument("--prompts", required=True, help="a world, a file or a dataset, as in a recipe's `collect`")
+    parser.add_argument("--pipeline", help="folder or Hub id")
+    parser.add_argument("--prompts", help="a world, a file or a dataset, as in a recipe's `collect`")
+    parser.add_argument("--trajectories", help="folder of safetensors, instead of a pipeline and prompts")
     parser.add_argument("--count", type=int, default=128, help="pictures to draw; %(default)s by default")
     parser.add_argument("--steps", type=int, default=25, help="of denoising; %(default)s by default")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale; %(default)s by default")
@@ -119,8 +125,15 @@ def evaluate(prog: str = "python -m training.evaluate", arguments: Sequence[str]
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder; %(default)s by default")
     parser.add_argument("--device", help="a GPU if there is one, by default")
     a = parser.parse_args(arguments)
+    if (a.trajectories is None) != (a.pipeline is not None and a.prompts is not None):
+        parser.error("expected either --pipeline and --prompts, or --trajectories")
 
     with _one_sentence(parser):
+        if a.trajectories is not None:
+            from .evaluation.report import evaluate_sequences
+
+            evaluate_sequences(a.dictionaries, a.trajectories, a.out, a.device)
+            return
         collect = Collect(
             prompts=a.prompts, count=a.count, steps=a.steps, guidance_scale=a.guidance, batch_size=a.batch_size,
             tokens_per_image=a.tokens,

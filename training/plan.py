@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_rtsae.denoiser import Tap
 from diffusers_rtsae.dictionary import is_cached
 
-from .recipe import INDEX, Recipe, bundled
+from .data.sequences import read_folder
+from .recipe import INDEX, Recipe, Train, bundled
 from .registry import KINDS
 
 GIB, PETA = 2**30, 1e15
@@ -71,6 +72,38 @@ class _Shapes:
         self.by_site[name] = tuple(block.to_tokens(hidden_states).shape[1:])
 
 
+def _site(train: Train, trajectories: int, anchors: int, channels: int) -> dict:
+    """The size of a site's trajectories and of its dictionary, and the memory that training takes."""
+    width, whole = anchors * channels, KINDS[train.kind].of_trajectories
+    weights = 2 * train.num_latents * (width if whole else channels)
+    return {
+        "channels": channels, "trajectories": trajectories,
+        "trajectories_gib": round(trajectories * width * 2 / GIB, 2),
+        "dictionary_gib": round((weights + (anchors - 1) * channels**2 * whole) * 2 / GIB, 3),
+        "training_memory_gib": round(weights * 16 / GIB, 2),
+    }  # fmt: skip
+
+
+def _operations(train: Train, width: int) -> float:
+    """Operations of a training: the encoder's forward product; decoding and gradients touch k latents of m."""
+    return train.steps * train.batch_size * 2 * train.num_latents * width * (1 + 6 * train.k / train.num_latents)
+
+
+def _of_sequences(recipe: Recipe, teraflops: float) -> dict:
+    """The plan of a run on trajectories that exist."""
+    sites, training, train = {}, 0.0, recipe.train
+    for name, parts in read_folder(recipe.trajectories, recipe.sites).parts.items():
+        anchors, channels = parts[0].shape[-2:]
+        count = sum(part[..., 0, 0].numel() for part in parts)
+        sites[name] = _site(train, count, anchors, channels)
+        sites[name]["trajectories_gib"] = round(sum(part.nbytes for part in parts) / GIB, 2)
+        training += max(1, len(recipe.variants)) * _operations(train, anchors * channels)
+    return {
+        "sites": sites, "anchors": anchors, "stored": "on disk", "training_petaflop": round(training / PETA, 1),
+        "training_hours": round(training / teraflops / 1e12 / 3600, 2), "steps": train.steps,
+    }  # fmt: skip
+
+
 def plan(recipe: Recipe, teraflops: float) -> dict:
     """
     Args:
@@ -79,11 +112,14 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
     Returns:
         `dict`: for each site its tokens and channels, how many tokens of a picture are kept, the size of the
         trajectories on disk (or in memory, if streaming) and of the dictionary, and the memory that training takes;
-        and hours of computation.
+        and hours of computation. Of trajectories that exist, nothing about tokens and pictures.
 
     Raises:
-        `ValueError`: if the pipeline has no denoiser, or the denoiser has no such site.
+        `ValueError`: if the pipeline has no denoiser, or the denoiser has no such site; or if the trajectories are
+            none.
     """
+    if recipe.trajectories is not None:
+        return _of_sequences(recipe, teraflops)
     collect, train = recipe.collect, recipe.train
     anchors = recipe.anchors if isinstance(recipe.anchors, int) else len(recipe.anchors)
     denoiser, config = _denoiser(recipe.pipeline)
@@ -94,23 +130,12 @@ def plan(recipe: Recipe, teraflops: float) -> dict:
         denoiser(**_inputs(config))
     branches = statistics.mean(1 + (scale > 1) for scale in collect.scales)
     generating = counter.get_total_flops() * branches * collect.count * collect.steps
-    sites, training = {}, 0
+    sites, training = {}, 0.0
     for site, (tokens, channels) in shapes.by_site.items():
         kept = min(collect.tokens_per_image, tokens) * (2 if collect.streams == "both" else 1)
-        width = anchors * channels
-        whole = KINDS[train.kind].of_trajectories
-        weights = 2 * train.num_latents * (width if whole else channels)
-        # forward product of the encoder; decoding and gradients touch k latents of m
-        training += (
-            train.steps * train.batch_size * 2 * train.num_latents * width * (1 + 6 * train.k / train.num_latents)
-        )
-        sites[site] = {
-            "tokens": tokens, "channels": channels, "kept_tokens": kept,
-            "trajectories": kept * (collect.buffer and collect.buffer // kept or collect.count),
-            "dictionary_gib": round((weights + (anchors - 1) * channels**2 * whole) * 2 / GIB, 3),
-            "training_memory_gib": round(weights * 16 / GIB, 2),
-        }  # fmt: skip
-        sites[site]["trajectories_gib"] = round(sites[site]["trajectories"] * width * 2 / GIB, 2)
+        count = kept * (collect.buffer and collect.buffer // kept or collect.count)
+        sites[site] = {"tokens": tokens, "kept_tokens": kept} | _site(train, count, anchors, channels)
+        training += _operations(train, anchors * channels)
     variants = max(1, len(recipe.variants))
     return {
         "sites": sites,
@@ -129,15 +154,24 @@ def describe(run: dict, teraflops: float) -> str:
     """The plan in words."""
     lines = []
     for site, s in run["sites"].items():
+        if "pictures" in run:
+            made = (
+                f"{s['tokens']} tokens x {s['channels']} channels; {s['kept_tokens']} tokens a picture at "
+                f"{run['anchors']} anchors make {s['trajectories']:,} trajectories"
+            )
+        else:
+            made = f"{s['trajectories']:,} trajectories of {run['anchors']} steps x {s['channels']} channels"
         lines.append(
-            f"{site}: {s['tokens']} tokens x {s['channels']} channels; {s['kept_tokens']} tokens a picture at "
-            f"{run['anchors']} anchors make {s['trajectories']:,} trajectories, {s['trajectories_gib']} GiB "
-            f"{run['stored']}; dictionary {s['dictionary_gib']} GiB (float16), {s['training_memory_gib']} GiB "
-            "while it trains"
+            f"{site}: {made}, {s['trajectories_gib']} GiB {run['stored']}; dictionary {s['dictionary_gib']} GiB "
+            f"(float16), {s['training_memory_gib']} GiB while it trains"
+        )
+    if "pictures" in run:
+        lines.append(
+            f"{run['pictures']:,} pictures: {run['generation_petaflop']} petaflop, {run['generation_hours']} h at "
+            f"{teraflops:g} teraflop/s"
         )
     lines.append(
-        f"{run['pictures']:,} pictures: {run['generation_petaflop']} petaflop, {run['generation_hours']} h at "
+        f"{run['steps']:,} training steps: {run['training_petaflop']} petaflop, {run['training_hours']} h at "
         f"{teraflops:g} teraflop/s"
     )
-    lines.append(f"{run['steps']:,} training steps: {run['training_petaflop']} petaflop, {run['training_hours']} h")
     return "\n".join(lines)

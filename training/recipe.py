@@ -117,33 +117,59 @@ class Train(Section):
 SHARED = {"batch_size", "validation", "checkpoint_every", "checkpoints", "log_with"}  # all variants have the same
 
 
-class Recipe(Section):
-    """A whole run. `variants` are several dictionaries that share one pass over the data: names, and their changes."""
+OF_PIPELINES = ("pipeline", "sites", "anchors", "collect")  # what a recipe needs to draw pictures
 
-    pipeline: str
-    base_model: str
+
+class Recipe(Section):
+    """
+    A whole run, on trajectories that a pipeline draws for it, or on `trajectories` that exist, of any process.
+    `variants` are several dictionaries that share one pass over the data: names, and their changes.
+    """
+
+    trajectories: str | None = None  # a folder of safetensors, with tensors (samples, steps, width)
+    pipeline: str | None = None
+    base_model: str  # what the trajectories are of
     license: str = "unknown"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the pipeline
     seed: int = 0
-    sites: list[str] = Field(min_length=1)
-    anchors: int | list[int]  # how many, evenly spaced over the sampler's steps; or which timesteps
+    sites: Annotated[list[str], Field(min_length=1)] | None = (
+        None  # of trajectories that exist: all tensors by default
+    )
+    anchors: int | list[int] | None = None  # how many, evenly spaced over the sampler's steps; or which timesteps
     activation: Literal["output", "update"] = "output"
     scorer: str | None = None
-    collect: Collect
+    collect: Collect | None = None
     fit: Fit = Fit()
     train: Train
     variants: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
     def _check(self):
-        count = self.anchors if isinstance(self.anchors, int) else len(set(self.anchors))
-        if not 2 <= count <= self.collect.steps:
-            raise ValueError(f"`anchors` must be at least 2 and at most the {self.collect.steps} steps, got {count}")
-        if self.train.layout == "per_step" and self.train.num_latents < count:
-            raise ValueError(f"`layout` per_step needs a latent for each of the {count} anchors")
+        given = [name for name in OF_PIPELINES if name != "sites" and getattr(self, name) is not None]
+        missing = [name for name in OF_PIPELINES if getattr(self, name) is None]
+        if self.trajectories is not None and given:
+            raise ValueError(f"`trajectories` that exist take no {given}, which are for those that a pipeline draws")
+        if self.trajectories is None and missing:
+            raise ValueError(f"expected {missing}, or `trajectories` that exist")
+        if self.trajectories is None:
+            count = self.anchors if isinstance(self.anchors, int) else len(set(self.anchors))
+            if not 2 <= count <= self.collect.steps:
+                raise ValueError(
+                    f"`anchors` must be at least 2 and at most the {self.collect.steps} steps, got {count}"
+                )
+            self.check_anchors(count)
         for name in self.variants:
             self.variant(name)
         return self
+
+    def each(self) -> dict[str, Recipe]:
+        """The recipe of each variant by its name; without variants this one, named `""`."""
+        return {name: self.variant(name) for name in self.variants} or {"": self}
+
+    def check_anchors(self, count: int) -> None:
+        """Raise `ValueError` unless dictionaries of trajectories with so many anchors can be trained."""
+        if self.train.layout == "per_step" and self.train.num_latents < count:
+            raise ValueError(f"`layout` per_step needs a latent for each of the {count} anchors")
 
     def variant(self, name: str) -> Recipe:
         """The recipe of a variant: this one, with the variant's `seed` and its settings in `fit` and `train`."""
@@ -152,7 +178,7 @@ class Recipe(Section):
         if shared := SHARED & changes.keys():
             raise ValueError(f"variant {name!r} changes {sorted(shared)}, which all variants share")
         for key, value in changes.items():
-            section = next((s for s in ("fit", "train") if key in whole[s]), None)
+            section = section_of(key)
             if section is None:
                 raise ValueError(
                     f"variant {name!r} changes {key!r}; it may change `seed`, and what is in fit and train"
@@ -165,6 +191,11 @@ class Recipe(Section):
         """The settings that determine the trajectories, as JSON."""
         settings = {name: getattr(self, name) for name in ("pipeline", "dtype", "seed", "sites", "activation")}
         return json.dumps(settings | {"collect": self.collect.model_dump()}, sort_keys=True)
+
+
+def section_of(key: str) -> str | None:
+    """The section of a recipe, of those about dictionaries, that has this key: `"fit"` or `"train"`."""
+    return next((name for name, of in (("fit", Fit), ("train", Train)) if key in of.model_fields), None)
 
 
 def bundled(path: str | Path) -> str:
@@ -200,8 +231,13 @@ def load_recipe(path: Path, changes: list[str] = ()) -> Recipe:
             section[last] = yaml.safe_load(value)
         except (yaml.YAMLError, TypeError, AttributeError):
             raise ValueError(f"Expected a change like train.k=8, got {change!r}.") from None
+    return checked(content, str(path))
+
+
+def checked(content: dict, source: str) -> Recipe:
+    """The recipe with this content; raises `ValueError`, which names the source and each problem."""
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
-        raise ValueError(f"{path}: " + "; ".join(problems)) from None
+        raise ValueError(f"{source}: " + "; ".join(problems)) from None

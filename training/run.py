@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from .common.memory import enough_memory, keep_freed_memory
 from .data.collect import anchor_timesteps, collect
 from .data.fingerprint import fingerprint
 from .data.prompts import Sample, read_samples
+from .data.sequences import Sequences, read_folder, read_tensors
 from .data.split import Data, stored_data
 from .data.store import TrajectoryStore
 from .data.stream import Stream
@@ -36,7 +39,7 @@ from .loop.checkpoints import Checkpoints
 from .loop.dynamics import fit_dynamics
 from .loop.loop import train_dictionaries
 from .plan import plan
-from .recipe import Recipe, bundled
+from .recipe import Recipe, bundled, checked, section_of
 
 
 def fitted(recipe: Recipe, site: str, train, validation, path: Path, mark: str) -> tuple[LinearDynamics, dict]:
@@ -94,12 +97,16 @@ class Source(NamedTuple):
         data (`Data`): of all sites.
         moments (`dict`): for each site the trajectories to fit its dynamics to, and those to measure R² on.
         mark (`str`): fingerprint of the trajectories.
+        anchors (`list[int]`): descending timesteps, or the steps 0, 1, … of another process than denoising.
+        about (`dict`): what a dictionary's configuration says of the trajectories.
         stream (`Stream`, *optional*): renews the data while training.
     """
 
     data: Data
     moments: dict[str, tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
     mark: str
+    anchors: list[int]
+    about: dict
     stream: Stream | None = None
 
 
@@ -129,11 +136,19 @@ def collect_stage(
     return store
 
 
-def from_disk(recipe: Recipe, store: TrajectoryStore) -> Source:
+def about(pipe: DiffusionPipeline) -> dict:
+    """What a dictionary's configuration says of a pipeline."""
+    return {
+        "signature": signature(get_denoiser(pipe)), "sampler": type(pipe.scheduler).__name__,
+        "prediction_type": pipe.scheduler.config.get("prediction_type", "flow"),
+    }  # fmt: skip
+
+
+def from_disk(recipe: Recipe, store: TrajectoryStore, pipe: DiffusionPipeline, anchors: list[int]) -> Source:
     """Collected trajectories as a source."""
     data, train, held_out = stored_data(recipe, store)
     moments = {s: ([store.load(p, s) for p in train], [store.load(p, s) for p in held_out]) for s in recipe.sites}
-    return Source(data, moments, store.fingerprint)
+    return Source(data, moments, store.fingerprint, anchors, about(pipe))
 
 
 def from_stream(recipe: Recipe, work: Path, accelerator: Accelerator, pipe, samples, anchors) -> Source:
@@ -151,7 +166,30 @@ def from_stream(recipe: Recipe, work: Path, accelerator: Accelerator, pipe, samp
     while not stream.is_full:
         stream.renew()
     moments = {site: (stream.buffer[site].split(8192), [half[site] for half in halves]) for site in recipe.sites}
-    return Source(Data(stream.buffer, *halves), moments, made_of, stream)
+    return Source(Data(stream.buffer, *halves), moments, made_of, anchors, about(pipe), stream)
+
+
+def from_sequences(recipe: Recipe, sequences: Sequences) -> Source:
+    """Trajectories of another process as a source."""
+    steps = {name: sequences.steps(name) for name in sequences.parts}
+    if len(set(steps.values())) > 1:
+        raise ValueError(f"Expected trajectories of one length, got steps {steps}: train these in a run each.")
+    anchors = list(range(next(iter(steps.values()))))
+    for settings in recipe.each().values():
+        settings.check_anchors(len(anchors))
+    data, moments = sequences.split(recipe.train, recipe.seed)
+    return Source(data, moments, sequences.mark, anchors, {})
+
+
+def from_recipe(recipe: Recipe, work: Path, accelerator: Accelerator, shards: str | None) -> Source:
+    """The trajectories that a recipe names, or those that its pipeline draws."""
+    if recipe.trajectories is not None:
+        return from_sequences(recipe, read_folder(recipe.trajectories, recipe.sites))
+    pipe, samples, anchors = load_pipeline(recipe, accelerator.device)
+    if recipe.collect.buffer is not None:
+        return from_stream(recipe, work, accelerator, pipe, samples, anchors)
+    store = collect_stage(recipe, work, accelerator, shards, pipe, samples, anchors)
+    return from_disk(recipe, store, pipe, anchors)
 
 
 def run(
@@ -165,15 +203,69 @@ def run(
         named `""`, saved in `out`.
     """
     accelerator = accelerator or new_accelerator(recipe, work, cpu=not torch.cuda.is_available())
-    pipe, samples, anchors = load_pipeline(recipe, accelerator.device)
-    if recipe.collect.buffer is None:
-        source = from_disk(recipe, collect_stage(recipe, work, accelerator, shards, pipe, samples, anchors))
-    else:
-        source = from_stream(recipe, work, accelerator, pipe, samples, anchors)
-    variants = {name: recipe.variant(name) for name in recipe.variants} or {"": recipe}
+    trained = train_on(from_recipe(recipe, work, accelerator, shards), recipe, work, accelerator)
+    saved = {variant: save(dictionary, out / variant) for variant, dictionary in trained.items()}
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return saved
+
+
+def fit(
+    trajectories: str | Path | torch.Tensor | Iterable[torch.Tensor],
+    *,
+    name: str = "states",
+    base_model: str = "an unnamed process",
+    license: str = "unknown",
+    seed: int = 0,
+    work: str | Path | None = None,
+    **settings,
+) -> Dictionary:
+    """
+    Train a dictionary on trajectories of any process that goes on in steps, such as the states of a recurrent network
+    or what a language model's layers pass on. Its anchors are the steps 0, 1, …, S − 1.
+
+    Args:
+        trajectories: one or several tensors `(samples, steps, width)`, which are kept in memory; or a folder of
+            safetensors with such tensors, which are read as they are used. Further dimensions between samples and
+            steps count as more trajectories of a sample. The last samples are held out (`validation`).
+        name (`str`): of what they are trajectories of, where no file says it; the site of the dictionary.
+        base_model (`str`): the model or process that they were recorded from.
+        license (`str`): of the dictionary.
+        seed (`int`): of the first weights and of the batches.
+        work (`str` or `Path`, *optional*): a folder for checkpoints, from which a stopped call continues.
+        settings: as in `fit` and `train` of a recipe: `num_latents`, `k`, `steps`, `batch_size` and `learning_rate`
+            are needed; `kind`, `architecture`, `residualize` and others have defaults.
+
+    Returns:
+        `Dictionary`: one dictionary for each name, with what was measured on held-out trajectories in
+            `config["metrics"]`. Its `save` writes it.
+
+    Raises:
+        `ValueError`: a setting is unknown, or these are no trajectories.
+
+    Example:
+        ```py
+        >>> dictionary = fit(states, num_latents=512, k=16, steps=1000, batch_size=512, learning_rate=2e-3)
+        >>> codes = dictionary.sites["states"].encode(states)  # (samples, steps, width) -> (samples, 512)
+        ```
+    """
+    is_folder = isinstance(trajectories, str | Path)
+    content = {"base_model": base_model, "license": license, "seed": seed, "fit": {}, "train": {}}
+    for key, value in settings.items():
+        content[section_of(key) or "train"][key] = value
+    recipe = checked(content | {"trajectories": str(trajectories) if is_folder else "in memory"}, "fit")
+    source = from_sequences(recipe, read_folder(trajectories) if is_folder else read_tensors(trajectories, name))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary if work is None else work)
+        return train_on(source, recipe, folder, new_accelerator(recipe, folder, not torch.cuda.is_available()))[""]
+
+
+def train_on(source: Source, recipe: Recipe, work: Path, accelerator: Accelerator) -> dict[str, Dictionary]:
+    """The dictionaries of a recipe, by its variants, trained on a source; on the main process alone."""
+    variants = recipe.each()
     names, dynamics, facts = {}, {}, {}
     for variant, settings in variants.items():
-        for site in recipe.sites:
+        for site in source.moments:
             mark = json.dumps([source.mark, settings.fit.model_dump()], sort_keys=True)
             digest = hashlib.blake2b(mark.encode(), digest_size=6).hexdigest()
             name = f"{variant}/{site}".lstrip("/").replace("/", "@")
@@ -194,9 +286,10 @@ def run(
     with enough_memory("training", remedy):
         trained = train_dictionaries(
             {name: variants[variant] for name, (variant, _) in names.items()}, source.data, dynamics,
-            {name: site for name, (_, site) in names.items()}, anchors, work, accelerator, source.mark, source.stream,
+            {name: site for name, (_, site) in names.items()}, source.anchors, work, accelerator, source.mark,
+            source.stream,
         )  # fmt: skip
-    saved = {}
+    dictionaries = {}
     for variant, settings in variants.items() if accelerator.is_main_process else ():
         sites, report = {}, {}
         for name, (whose, site) in names.items():
@@ -205,26 +298,21 @@ def run(
                 held_out = source.data.validation[site].float()
                 report[site] = facts[name] | evaluate(trained[name], held_out, settings.train.k)
         print(json.dumps(report, indent=2))
-        saved[variant] = save(settings, sites, report, out / variant, pipe, anchors)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return saved
+        config = {
+            "base_model": settings.base_model, "license": settings.license, "anchors": source.anchors,
+            "recipe": settings.model_dump(), "metrics": report,
+        }  # fmt: skip
+        dictionaries[variant] = Dictionary(sites, config=config | source.about)
+    return dictionaries
 
 
-def save(
-    recipe: Recipe, sites: dict[str, SparseDictionary], report: dict, out: Path, pipe, anchors: list[int]
-) -> Dictionary:
-    """Write the dictionary of trained `sites`. Labels and presets in `out` stay if they belong to the same weights."""
-    config = {
-        "base_model": recipe.base_model, "license": recipe.license, "signature": signature(get_denoiser(pipe)),
-        "anchors": anchors, "recipe": recipe.model_dump(), "sampler": type(pipe.scheduler).__name__, "metrics": report,
-        "prediction_type": pipe.scheduler.config.get("prediction_type", "flow"),
-    }  # fmt: skip
-    before = _unchanged(sites, out)
-    contents = (before.labels, config, before.presets, before.maps) if before else ({}, config)
-    dictionary = Dictionary(sites, *contents)
+def save(dictionary: Dictionary, out: Path) -> Dictionary:
+    """Write a trained dictionary. Labels and presets in `out` stay if they belong to the same weights."""
+    before = _unchanged(dictionary.sites, out)
+    if before is not None:
+        dictionary = replace(dictionary, labels=before.labels, presets=before.presets, maps=before.maps)
     dictionary.save(out)
-    write_json(out / "metrics.json", report)
+    write_json(out / "metrics.json", dictionary.config["metrics"])
     return dictionary
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from ..models import SparseDictionary
+from ..models import SparseDictionary, is_of_steps
 from ..worlds import WORLDS
 from .hub import LIBRARY_NAME
 
@@ -29,6 +29,30 @@ _METRICS = {
     "dead": "share of latents that are never active",
     "prefix_recall": "share of the final code's latents known at each anchor",
 }
+
+_UNNAMED = "diffusion model", "model"  # what a base model without a name is called, and one that does not denoise
+_TAGS = "diffusers", "sparse-autoencoder", "interpretability", "steering"
+_TAGS_OF_STEPS = "sparse-autoencoder", "interpretability"
+_OF_STEPS = (
+    "Its trajectories are of a process that is no denoising: positions are its steps 0, 1, …, and where this page "
+    "speaks of denoising, such a step is meant. No pipeline loads it."
+)
+_LIMITS = (
+    "For studying what the base model does while it denoises, and for steering it. It fits that model only.\n\n"
+    "- A label says what happened on the prompts it was measured on, not what the latent means. It may act less, "
+    "or otherwise, on other prompts, samplers, step counts and guidance scales.\n"
+    "- Steering one factor changes others too; where that was measured, it stands in the table above.\n"
+    "- Strengths far from 0 to 1 leave the range of the training data, and pictures degrade.\n"
+    "- Ablating a feature does not prove that a concept is gone. This is no safety filter.\n"
+    "- What the base model and its training data are biased towards, the features are too. Its licence and terms "
+    "hold for what is generated."
+)
+_LIMITS_OF_STEPS = (
+    "For studying the process that it was trained on. It fits that alone, and windows of that many steps or the first "
+    "of these.\n\n"
+    "- A feature that is active together with something need not stand for it.\n"
+    "- What the model and its data are biased towards, the features are too."
+)
 
 
 def is_generated(card: Path) -> bool:
@@ -69,13 +93,14 @@ def model_card(
         repo_id (`str`, *optional*): where the dictionary is to be found.
         names (`dict[str, dict]`, *optional*): as in names.json.
     """
-    base_model = config.get("base_model")
-    description = f"Sparse dictionary of the denoising trajectories of {base_model or 'a diffusion model'}"
+    base_model, of_steps = config.get("base_model"), any(is_of_steps(sae.config.anchors) for sae in sites.values())
+    process = "sequences" if of_steps else "denoising trajectories"
+    description = f"Sparse dictionary of the {process} of {base_model or f'a {_UNNAMED[of_steps]}'}"
     data = ModelCardData(
         library_name=LIBRARY_NAME,
         base_model=base_model if base_model and _REPO_ID.fullmatch(base_model) else None,
         license=str(config.get("license") or "unknown"),
-        tags=[LIBRARY_NAME, "diffusers", "sparse-autoencoder", "interpretability", "steering"],
+        tags=[LIBRARY_NAME, *(_TAGS_OF_STEPS if of_steps else _TAGS)],
         description=description,
         sites=list(sites),
     )
@@ -84,17 +109,14 @@ def model_card(
     parts = [
         f"---\n{data.to_yaml()}\n---\n{_MARK}",
         f"# {_cell(description)}",
-        "A dictionary of few active features for each site below. They can be read and edited while the model "
-        "generates.",
+        "A dictionary of few active features for each site below. "
+        + (_OF_STEPS if of_steps else "They can be read and edited while the model generates."),
         *dict.fromkeys(f"**{type(sae).__name__}.** {sae.summary}" for sae in sites.values()),
         "## Use",
-        f"```py\n{_loading(base_model)}\n"
-        f"pipe.load_rtsae({source})\n"
-        f"pipe.set_rtsae_features({{{_quoted(feature)}: 1.0}})  # 1.0 is the typical full activation\n"
-        'image = pipe("your prompt").images[0]\n```',
+        _reading(source, next(iter(sites.items()))) if of_steps else _steering(source, base_model, feature),
         "## Sites",
         _table(
-            ["site", "kind", "width", "latents", "k", "anchor timesteps", "reads"],
+            ["site", "kind", "width", "latents", "k", "steps" if of_steps else "anchor timesteps", "reads"],
             [
                 [s, type(r).__name__, c.in_channels, c.num_latents, c.k, c.anchors, c.activation]
                 for s, r, c in ((site, sae, sae.config) for site, sae in sites.items())
@@ -102,17 +124,7 @@ def model_card(
         ),
     ]
     parts += _origin(config) + _measurements(sites, config) + _labels(labels) + _names(names or {})
-    parts += [
-        "## Intended use and limits",
-        "For studying what the base model does while it denoises, and for steering it. It fits that model only.\n\n"
-        "- A label says what happened on the prompts it was measured on, not what the latent means. It may act less, "
-        "or otherwise, on other prompts, samplers, step counts and guidance scales.\n"
-        "- Steering one factor changes others too; where that was measured, it stands in the table above.\n"
-        "- Strengths far from 0 to 1 leave the range of the training data, and pictures degrade.\n"
-        "- Ablating a feature does not prove that a concept is gone. This is no safety filter.\n"
-        "- What the base model and its training data are biased towards, the features are too. Its licence and terms "
-        "hold for what is generated.",
-    ]
+    parts += ["## Intended use and limits", _LIMITS_OF_STEPS if of_steps else _LIMITS]
     return "\n\n".join(parts) + "\n"
 
 
@@ -143,6 +155,28 @@ def _loading(base_model: str | None) -> str:
     )
 
 
+def _steering(source: str, base_model: str | None, feature) -> str:
+    """The lines that steer a pipeline."""
+    return (
+        f"```py\n{_loading(base_model)}\n"
+        f"pipe.load_rtsae({source})\n"
+        f"pipe.set_rtsae_features({{{_quoted(feature)}: 1.0}})  # 1.0 is the typical full activation\n"
+        'image = pipe("your prompt").images[0]\n```'
+    )
+
+
+def _reading(source: str, first: tuple[str, SparseDictionary]) -> str:
+    """The lines that encode sequences."""
+    site, sae = first
+    shape = f"(samples, {len(sae.config.anchors)} steps, {sae.config.in_channels})"
+    return (
+        "```py\nimport diffusers_rtsae\n\n"
+        f"sae = diffusers_rtsae.load_dictionary({source}).sites[{_quoted(site)}]\n"
+        f"codes = sae.encode(states)  # {shape} -> (samples, {sae.config.num_latents})\n"
+        "reconstructed = sae.reconstruct(states)\n```"
+    )
+
+
 def _quoted(value: str) -> str:
     """As Python, and those who format it, write a string."""
     return json.dumps(value, ensure_ascii=False)
@@ -163,6 +197,9 @@ def _origin(config: dict) -> list[str]:
     collected = recipe.get("collect") if isinstance(recipe, dict) else None
     settings = {name: config[name] for name in ("prediction_type", "sampler") if name in config}
     settings |= collected if isinstance(collected, dict) else {}
+    settings |= (
+        {"trajectories": recipe["trajectories"]} if isinstance(recipe, dict) and recipe.get("trajectories") else {}
+    )
     rows = [[name.replace("_", " "), value] for name, value in settings.items() if not isinstance(value, dict)]
     return ["## Training trajectories", _table(["setting", "value"], rows)] if rows else []
 

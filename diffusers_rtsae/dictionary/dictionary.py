@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..files import brief, write_json
 from ..formats import FORMATS, Format
-from ..models import SparseDictionary
+from ..models import SparseDictionary, is_of_steps
 from .card import CARD_NAME, is_generated, model_card
 from .contents import Contents
 from .format import (
@@ -106,6 +106,13 @@ class Dictionary(Contents):
 
     def check(self, denoiser: torch.nn.Module) -> None:
         """Raise `ValueError` unless the dictionary was made for a denoiser like this one."""
+        for site, sae in self.sites.items():
+            if is_of_steps(sae.config.anchors):
+                raise ValueError(
+                    f"Expected a dictionary of denoising, but {site} is of another process, with the steps 0 to "
+                    f"{len(sae.config.anchors) - 1}: no pipeline can be steered with it, but `load_dictionary` opens "
+                    "it, and it encodes and decodes."
+                )
         expected, actual = self.config.get("signature", {}), signature(denoiser)
         if not isinstance(expected, dict):
             raise ValueError(f"The `signature` in {CONFIG_NAME} must be an object, got {brief(expected)}.")

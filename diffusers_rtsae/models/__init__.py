@@ -10,6 +10,7 @@ from .base import (
     Step,
     TokenGrid,
     interpolate,
+    is_of_steps,
     places,
 )
 from .dynamics import LinearDynamics
@@ -48,6 +49,7 @@ __all__ = [
     "TokenGrid",
     "batch_topk",
     "interpolate",
+    "is_of_steps",
     "jump_relu",
     "places",
     "share_of_guidance",

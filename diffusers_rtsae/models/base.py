@@ -143,6 +143,11 @@ class FeatureTimes(NamedTuple):
         return cls(length, length.argmax(1), strong.int().argmax(1), strong.sum(1))
 
 
+def is_of_steps(anchors: Sequence[int]) -> bool:
+    """Whether these anchors are the steps 0, 1, … of another process than denoising; timesteps descend."""
+    return len(anchors) > 1 and list(anchors) == list(range(len(anchors)))
+
+
 class SparseDictionary(ModelMixin, ConfigMixin, ABC):
     """
     A sparse dictionary of the activation at one site of a denoiser.
@@ -154,6 +159,10 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
     site), `anchors` (the G training timesteps of the trajectories it was trained on, descending), `num_latents` (m),
     `k` (number of active latents) and `activation`, which is what is read at the site: its `"output"`, its `"update"`
     (output − input) or, for a transcoder, its `"input"`. The latents of a transcoder stand for the output, too.
+
+    A dictionary may also be of another process than denoising, such as a recurrent network's states over the words of
+    a text. Then `site` is a name of the states, and `anchors` are the steps 0, 1, …, G − 1, ascending. It encodes and
+    decodes as any other; no pipeline loads it.
 
     Four buffers `(m,)` hold statistics of the latents on the training data: `typical_activation` and `max_activation`
     are the 99th percentile and the maximum over the tokens on which the latent is active; `mean_activation` and
@@ -170,8 +179,12 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
 
     def __init__(self, anchors: list[int], num_latents: int, activation: str):
         super().__init__()
-        if not anchors or list(anchors) != sorted(set(anchors), reverse=True):
-            raise ValueError(f"`anchors` must be strictly descending timesteps, got {anchors}.")
+        is_descending = anchors and list(anchors) == sorted(set(anchors), reverse=True)
+        if not is_descending and not is_of_steps(anchors):
+            raise ValueError(
+                "`anchors` must be strictly descending timesteps, or the steps 0, 1, 2, … of another process than "
+                f"denoising, got {anchors}."
+            )
         if activation not in self.activations:
             kind = type(self).__name__
             raise ValueError(f"`activation` of {kind} must be one of {list(self.activations)}, got {activation!r}.")
@@ -179,6 +192,11 @@ class SparseDictionary(ModelMixin, ConfigMixin, ABC):
         self.register_buffer("max_activation", torch.ones(num_latents))
         self.register_buffer("mean_activation", torch.zeros(num_latents))
         self.register_buffer("density", torch.zeros(num_latents))
+
+    @property
+    def duration(self) -> int:
+        """The length of the process, in the unit of `anchors`: 1000 for denoising, G for G steps of another one."""
+        return len(self.config.anchors) if is_of_steps(self.config.anchors) else 1000
 
     @property
     @abstractmethod

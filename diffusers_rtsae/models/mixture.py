@@ -89,7 +89,7 @@ class MixtureSAE(SparseAutoencoder):
         if at is None and step.size is not None:
             at = places(step.size)
         device = None if at is None else at.device
-        known = {"time": torch.full((1,), step.timestep / 1000, device=device)}
+        known = {"time": torch.full((1,), step.timestep / self.duration, device=device)}
         if step.guidance is not None:
             known["guidance"] = torch.full((1,), float(share_of_guidance(step.guidance)), device=device)
         if at is not None and len(at) == tokens:

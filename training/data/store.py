@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -52,18 +53,19 @@ class Rows:
     def __init__(self, tensors: Sequence[torch.Tensor]):
         self.tensors = tensors
         self.starts = torch.tensor([0, *(len(t) for t in tensors)]).cumsum(0)
+        self.dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
         self.shape = (len(self), *tensors[0].shape[1:])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(len(rows), *self.shape[1:], dtype=self.tensors[0].dtype)
+        out = torch.empty(len(rows), *self.shape[1:], dtype=self.dtype)
         rows, order = rows.sort()
         bounds = torch.searchsorted(rows, self.starts).tolist()
         for i, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
             if low < high:
-                out[order[low:high]] = self.tensors[i][rows[low:high] - self.starts[i]]
+                out[order[low:high]] = self.tensors[i][rows[low:high] - self.starts[i]].to(out)
         return out
 
 

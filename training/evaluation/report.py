@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +11,11 @@ from diffusers import DiffusionPipeline
 
 from diffusers_rtsae import SparseDictionary, load_dictionary
 from diffusers_rtsae.files import write_json
+from diffusers_rtsae.models import is_of_steps
 
 from ..data.collect import anchor_timesteps, trajectories
 from ..data.prompts import read_samples
+from ..data.sequences import read_folder
 from ..recipe import Collect, Recipe, bundled
 from .reconstruction import evaluate, timing
 from .replacement import recovered
@@ -34,7 +36,7 @@ def report(results: dict[str, dict], folder: Path) -> None:
             if key in figures:
                 axis.plot(range(len(figures[key])), figures[key], marker="o", label=name)
         axis.set_title(title, fontsize=9)
-        axis.set(xlabel="anchor (noise → image)", ylim=(0, 1 if "recovered" in key else None))
+        axis.set(xlabel="anchor, in the order of time", ylim=(0, 1 if "recovered" in key else None))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.savefig(folder / "report.png", dpi=120)
@@ -73,6 +75,31 @@ def evaluate_pipeline(pipe: DiffusionPipeline, sae: SparseDictionary, collect: C
     return figures | timing(sae)
 
 
+def _opened(dictionaries: Sequence[str]) -> Iterator[tuple[str, SparseDictionary]]:
+    """The dictionary of each site with its name in a report."""
+    for source in dictionaries:
+        for site, sae in load_dictionary(bundled(source), dtype=torch.float32).sites.items():
+            yield site if len(dictionaries) == 1 else f"{Path(source).name} {site}", sae
+
+
+def evaluate_sequences(dictionaries: Sequence[str], folder: str, out: Path, device: str | None = None) -> None:
+    """Write a report of several dictionaries of a process that is no denoising, on a folder of its trajectories."""
+    results = {}
+    for name, sae in _opened(dictionaries):
+        site, steps, width = sae.config.site, len(sae.config.anchors), sae.config.in_channels
+        sequences = read_folder(folder, [site])
+        rows = torch.cat([part.flatten(0, -3).float() for part in sequences.parts[site]])
+        if rows.shape[1:] != (steps, width) or not is_of_steps(sae.config.anchors):
+            raise ValueError(
+                f"Expected a dictionary of {rows.shape[1]} steps of width {rows.shape[2]}, as in {folder}, got {name} "
+                f"with the anchors {list(sae.config.anchors)} and width {width}."
+            )
+        sae.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        results[name] = evaluate(sae, rows, sae.config.k) | timing(sae)
+        print(name, json.dumps(results[name]), flush=True)
+    report(results, out)
+
+
 def evaluate_all(
     dictionaries: Sequence[str], pipeline: str, collect: Collect, seed: int, out: Path, device: str | None = None
 ) -> None:
@@ -81,10 +108,7 @@ def evaluate_all(
     pipe = DiffusionPipeline.from_pretrained(bundled(pipeline)).to(device)
     pipe.set_progress_bar_config(disable=True)
     results = {}
-    for source in dictionaries:
-        dictionary = load_dictionary(bundled(source), dtype=torch.float32)
-        for site, sae in dictionary.sites.items():
-            name = site if len(dictionaries) == 1 else f"{Path(source).name} {site}"
-            results[name] = evaluate_pipeline(pipe, sae, collect, seed)
-            print(name, json.dumps(results[name]), flush=True)
+    for name, sae in _opened(dictionaries):
+        results[name] = evaluate_pipeline(pipe, sae, collect, seed)
+        print(name, json.dumps(results[name]), flush=True)
     report(results, out)

@@ -245,6 +245,42 @@ SECTIONS = {  # by the name of the file
         trajectory is read less well elsewhere, where its anchors are not met.
         """,
     ),
+    "sequences": Section(
+        "sequences",
+        "Does the method hold for another process than denoising?",
+        """
+        The paper: the framework generalises to any sequential process with learnable linear dynamics. Two small
+        language models of the docstrings of Python's standard library ({python}) were trained for {network_steps}
+        steps. *Recurrent*: the states of a GRU over eight neighbouring characters. *Layered*: the residual stream of a
+        character through a transformer of six layers, after the embedding and after each layer. Trajectories are 64
+        wide. Dictionaries of {latents} latents were trained for {training_steps} steps, all on the same batches
+        (`training.fit` does one such training), and are measured on modules that neither the networks nor the
+        dictionaries were trained on.
+
+        `rtsae` and `per-step` explain the residuals of the linear dynamics, `raw` the states themselves; these three
+        have one code for a trajectory (of `per-step` each latent reads and writes one step). The others have a code
+        for each step, with its share of the active latents, so that all have as many in a trajectory. If they are to
+        have as many at each step instead, `rtsae` of the first table stands against the others of the second. Of
+        dictionaries with as many latents, those with one code have more parameters: a direction for each step.
+        `differences` is an autoencoder of x_t − x_(t−1), whose reconstructions are summed
+        up.
+
+        *FVU*: the whole trajectory from its code. *As it goes on*: each step from the code of what was known until
+        then, which has as many active latents as that of the whole. *Each step from the true one before*: what is
+        missed when the step before is known, as `differences` and the dynamics know it too. *Next character
+        recovered*: the share of what the mean state costs in cross-entropy that the reconstruction brings back, as it
+        goes on; a whole code would know the characters that follow. Mean ± standard deviation over seeds.
+
+        What comes out depends on the dynamics. Over the layers, where they explain nearly everything, one code for a
+        trajectory leaves less unexplained than as few latents spread over the steps; of many latents that is true of
+        `raw` alone. Where the true step before is known, the residuals (`rtsae`, `per-step`) leave least of all. But
+        without it `raw`, the same without dynamics, is ahead of `rtsae`, since errors are carried on. The layers
+        differ in size too, which one scale for all steps, as the kinds of single steps have, serves less well. Over
+        characters, where the dynamics explain less, a static TopK is ahead of all that have one code, by every
+        measure. And with as many latents at each step instead of in the trajectory, a static kind leaves less
+        unexplained on both. Trainings were short.
+        """,
+    ),
     "anchors": Section(
         "arms",
         "How many anchors?",
@@ -407,6 +443,28 @@ PEOPLE_SECTIONS = {
         Every edit acts on all of these prompts. It is either the bundled label of the concept at strength −1; or the
         latents that are most present when prompts name the concept are multiplied wherever they are active, in both
         branches of guidance.
+        """,
+    ),
+    "robustness": Section(
+        "robustness",
+        "Does what was removed stay away?",
+        """
+        Each style and role that has a label is kept out of pictures whose prompt says it: *plain*, or in ten other
+        ways, each of other tokens: known words in another order or another sentence, misspelt, or by a synonym and a
+        word of another language (`worlds/people/rewordings.py`). The text encoder was trained on its own captions
+        alone; so most of the misspelt and other words say nothing to it, which the share *shown without an edit*
+        tells. A cell is, of the pictures that show the concept without an edit, the share that no longer does: mean
+        ± standard deviation over seeds, each with another scene and other noise for every concept.
+
+        *Optimised embedding*: an adversary changes the embedding of the plain prompt in {updates} updates (Adam,
+        {rate}), by the gradient through the pipeline with the edit in it ({attack_steps} steps of denoising), towards
+        the picture of the plain prompt without the edit. *Negative prompt*: the concept alone, as the negative
+        prompt. Every picture has some style, so that a prompt that says nothing of it shows the one in question now
+        and then.
+
+        At strength −1 a role stays away in nearly all words that say it, far more surely than by a negative prompt,
+        which is up against a prompt that asks for it. But it is not gone: the adversary brings nearly all of it back.
+        None of these is a safety filter.
         """,
     ),
     "arms": Section(

@@ -37,7 +37,7 @@ class RoutedSteps(Steps):
 
     def gates(self, rows, metadata=None):
         sae, count = self.sae, len(self.anchors)
-        values = {"time": (self.anchors / 1000).repeat(len(rows) // count)}
+        values = {"time": (self.anchors / sae.duration).repeat(len(rows) // count)}
         if metadata is not None:
             columns = zip(METADATA[1:], metadata.T, strict=True)
             values |= {name: column.repeat_interleave(count) for name, column in columns}

@@ -56,6 +56,9 @@ def fit_dynamics(
 
     Returns:
         the dynamics, and `{"r2": [...]}`, the share of variance predicted at each anchor after the first.
+
+    Raises:
+        `ValueError`: there are no trajectories, or all are the same at one of their steps.
     """
     moments = held_out = None
     for trajectories in shards:
@@ -68,7 +71,11 @@ def fit_dynamics(
         raise ValueError("There are no trajectories to fit: collect at least two shards first.")
     num_anchors, in_channels = moments.sum.shape
     mean = moments.sum / moments.count
-    variance = torch.diagonal(moments.within, dim1=1, dim2=2).sum(1) / moments.count - mean.square().sum(1)
+    square = torch.diagonal(moments.within, dim1=1, dim2=2).sum(1) / moments.count
+    variance = square - mean.square().sum(1)
+    same = (variance <= 1e-12 * square).nonzero().flatten().tolist()
+    if same:
+        raise ValueError(f"Expected trajectories that differ at every step, got the same in all at step {same[0]}.")
     scale = (variance / in_channels).sqrt()
     within, between = moments.standardised(mean, scale)
     dynamics = LinearDynamics(num_anchors, in_channels)

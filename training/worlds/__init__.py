@@ -86,6 +86,15 @@ class World(ABC):
         factors of both. None in a world whose pictures have one."""
         return [], []
 
+    def plainly(self, scene: Scene) -> str:
+        """A prompt that says all factors of a scene, always in the same words."""
+        return self.describe([scene], 0)[0]
+
+    def rewordings(self, scene: Scene, factor: str) -> list[tuple[str, str]]:
+        """Prompts that say a scene in words that the tokenizer sees otherwise, above all the value of `factor`, each
+        with the kind of rewording. None in a world without any."""
+        return []
+
     @property
     def steered(self) -> list[str]:
         """The factors of which values can be steered to."""

@@ -9,6 +9,7 @@ import torch
 
 from .. import Scene, World
 from .captions import captions
+from .rewordings import plain, rewordings
 from .scenes import FACTORS, IMAGE_SIZE, TONELESS, WHO_OF, People, combinations, is_held_out
 
 _ROLES = ("astronaut", "cook", "firefighter", "guard", "judge", "mage", "police officer", "superhero", "supervillain",
@@ -48,6 +49,12 @@ class Persons(World):
     def describe(self, scenes: list[Scene], seed: int, leave_open: Collection[str] = ()) -> list[str]:
         codes = [[FACTORS[name].index(scene[name]) for scene in scenes] for name in FACTORS]
         return captions(People(*torch.tensor(codes)), seed, {name: float(name not in leave_open) for name in FACTORS})
+
+    def plainly(self, scene: Scene) -> str:
+        return plain(scene)
+
+    def rewordings(self, scene: Scene, factor: str) -> list[tuple[str, str]]:
+        return rewordings(scene, factor)
 
     def masks(self, scenes: list[Scene], size: int) -> torch.Tensor:
         return torch.ones(len(scenes), size, size)
