@@ -9,6 +9,11 @@ of the plain prompt: by gradient through the pipeline with the edit in it, such 
 plain prompt without the edit. Only prompts whose picture shows the concept without any edit count, so that a word that
 the text encoder does not know is no success.
 
+Some ways act in the text encoder, with an autoencoder of its tokens that is trained here on captions, in some seconds.
+As Concept Steerers (2501.19066) do, the codes of the concept alone are subtracted from those of the prompt, token by
+token; or the latents that these codes have most of, against a text that says nothing, are ablated on all tokens. An
+adversary who may choose the embedding passes them by, so they have no such row.
+
 To compare another way, give it a name in `WAYS`; the page gets a column for each name that has rows. Rows are added to
 the JSON as they are measured; the same command continues where it was stopped.
 """
@@ -25,11 +30,14 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from diffusers_rtsae import load_dictionary
+from diffusers_rtsae import Dictionary, SparseAutoencoder, load_dictionary
 from diffusers_rtsae.analysis.effect import frozen
+from diffusers_rtsae.analysis.prompts import read_prompt
+from diffusers_rtsae.analysis.record import Recorder
 from diffusers_rtsae.pipeline import own_size
 
 from ..commands import Adding
+from ..run import fit
 from ..worlds import Scene, World
 from ..worlds.pictures import add_models, fixed_noise, load_models, new_parser, parse, short
 from .results import Results, folded, spread, table
@@ -44,11 +52,20 @@ class Way(NamedTuple):
     strength (`float`, *optional*): of its label; without one no label is used.
     options (`dict`): of the edit.
     negative (`bool`): whether the concept is the negative prompt.
+    codes (`float`, *optional*): strength of the codes of the concept in the text encoder.
+    latents (`int`): how many latents of the text encoder are ablated instead.
     """
 
     strength: float | None = None
     options: dict = {}
     negative: bool = False
+    codes: float | None = None
+    latents: int = 0
+
+    @property
+    def in_text(self) -> bool:
+        """Whether it acts in the text encoder."""
+        return self.codes is not None or self.latents > 0
 
 
 WAYS = {
@@ -56,7 +73,12 @@ WAYS = {
     "label ablated": Way(1.0, {"operation": "ablate", "apply_to": "all"}),
     "erased": Way(1.0, {"operation": "erase"}),
     "negative prompt": Way(negative=True),
+    "codes of the text at −0.5": Way(codes=-0.5, options={"apply_to": "contrast"}),
+    "codes of the text at −1": Way(codes=-1.0, options={"apply_to": "contrast"}),
+    "latents of the text ablated": Way(latents=8, options={"operation": "ablate"}),
 }
+TEXT = "text"  # name of the dictionary of the text encoder
+TEXT_SITE, CAPTIONS, TRAINED = "text_encoder.encoder.block.0", 2000, 600  # captions and steps it is trained with
 
 
 class Concept(NamedTuple):
@@ -68,6 +90,7 @@ class Concept(NamedTuple):
     label: str
     seed: int  # of the noise
     negative: str  # a prompt that says nothing else
+    empty: str  # the same prompt without it
 
 
 def concepts_of(world: World, names: dict[tuple[str, str], str], seed: int) -> list[Concept]:
@@ -78,21 +101,59 @@ def concepts_of(world: World, names: dict[tuple[str, str], str], seed: int) -> l
             one = world.probe(factor, value, "contradicted", 1, seed=800 + seed)
             scene = one.scenes[0] | {factor: value}
             others = [name for name in world.factors if name != factor]
-            negative = world.describe([scene], 0, leave_open=others)[0]
-            found.append(Concept(factor, value, scene, names[factor, value], one.seeds[0], negative))
+            negative, empty = (world.describe([scene], 0, leave_open=n)[0] for n in (others, world.factors))
+            found.append(Concept(factor, value, scene, names[factor, value], one.seeds[0], negative, empty))
     return found
 
 
 @contextlib.contextmanager
 def keeping_out(pipe: DiffusionPipeline, way: Way | None, concepts: Sequence[Concept]) -> Iterator[None]:
     """Inside the `with` block each of several pictures is drawn with the edit against its concept."""
-    if way is None or way.strength is None:
+    if way is None or way.negative:
         yield
         return
-    labels = dict.fromkeys(one.label for one in concepts)
-    strengths = {label: [way.strength * (label == one.label) for one in concepts] for label in labels}
-    with pipe.rtsae_steering(strengths, **way.options):
+    strength = way.codes or way.strength or 1.0
+    different = {one.label: one for one in concepts}
+    of = {label: _of_text(pipe, way, one) if way.in_text else [label] for label, one in different.items()}
+    features = dict.fromkeys(feature for own in of.values() for feature in own)
+    strengths = {feature: [strength * (feature in of[one.label]) for one in concepts] for feature in features}
+    with pipe.rtsae_steering(strengths, TEXT if way.in_text else "default", **way.options):
         yield
+
+
+def _of_text(pipe: DiffusionPipeline, way: Way, concept: Concept) -> list:
+    """The codes of a concept in the text encoder, or the latents that they have most of against the same text without
+    it."""
+    codes = read_prompt(pipe, concept.negative, TEXT, **short(pipe))
+    if way.codes is not None:
+        return [codes]
+    without = read_prompt(pipe, concept.empty, TEXT, **short(pipe))
+    return (codes.codes.amax(0) - without.codes.amax(0)).topk(way.latents).indices.tolist()
+
+
+@torch.no_grad()
+def text_dictionary(pipe: DiffusionPipeline, world: World) -> Dictionary:
+    """An autoencoder with the 16 largest latents of the tokens of captions, at a site of the text encoder."""
+    prompts, tokens = world.describe(world.sample(CAPTIONS, seed=9_000_000, held_out=False), 0), []
+    for start in range(0, CAPTIONS, 64):
+        with Recorder(pipe, [TEXT_SITE]) as recorder:
+            _, mask, *_ = pipe.encode_prompt(prompts[start : start + 64], False, **short(pipe))
+        tokens.append(recorder.trajectories(TEXT_SITE)[:, :, 0][mask.bool().cpu()])
+    tokens = torch.cat(tokens)[torch.randperm(sum(map(len, tokens)), generator=torch.Generator().manual_seed(0))]
+    rows = tokens[: len(tokens) // 8 * 8].unflatten(0, (-1, 8))  # tokens in any order, as steps that are all alike
+    width, (count, k) = tokens.shape[1], (4 * tokens.shape[1], 16)
+    with torch.enable_grad():
+        trained = fit(
+            rows, kind="static", architecture="topk", num_latents=count, k=k, steps=TRAINED, batch_size=128,
+            learning_rate=2e-3,
+        )  # fmt: skip
+    own = SparseAutoencoder(TEXT_SITE, width, [1000, 0], count, k, sparsity="topk")
+    weights = trained.sites["states"].state_dict()
+    own.load_state_dict({name: weights[name] for name in own.state_dict() if name != "scale"}, strict=False)
+    print(
+        f"{TEXT_SITE}: unexplained variance of held-out tokens {trained.config['metrics']['states']['fvu_online']:.4f}"
+    )
+    return Dictionary({TEXT_SITE: own})
 
 
 class Drawing:
@@ -105,21 +166,22 @@ class Drawing:
     def encode(self, prompts: list[str], way: Way | None, concepts: Sequence[Concept]) -> dict[str, torch.Tensor]:
         """What the denoiser is told: the prompts, and the negative prompts of a way."""
         negative = [one.negative if way is not None and way.negative else "" for one in concepts]
-        told = self.pipe.encode_prompt(
-            prompts,
-            True,
-            negative_prompt=negative,
-            num_images_per_prompt=1,
-            device=self.pipe.device,
-            **short(self.pipe),
-        )
+        with keeping_out(self.pipe, way if way is not None and way.in_text else None, concepts):
+            told = self.pipe.encode_prompt(
+                prompts,
+                True,
+                negative_prompt=negative,
+                num_images_per_prompt=1,
+                device=self.pipe.device,
+                **short(self.pipe),
+            )
         names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
         return dict(zip(names, told, strict=True))
 
     def latents(self, told: dict, way: Way | None, concepts: Sequence[Concept], steps: int, kind: str = "latent"):
         """The latents (or with `kind` `"pt"` the pictures) of what is told, with gradients if they are enabled."""
         call = type(self.pipe).__call__.__wrapped__  # the pipeline without `torch.no_grad`
-        with keeping_out(self.pipe, way, concepts):
+        with keeping_out(self.pipe, None if way is not None and way.in_text else way, concepts):
             return call(
                 self.pipe, prompt=None, negative_prompt=None, num_inference_steps=steps, output_type=kind,
                 guidance_scale=self.a.guidance, latents=fixed_noise(self.pipe, [one.seed for one in concepts]),
@@ -208,6 +270,8 @@ def main() -> None:
     pipe, scorer = load_models(a)
     dictionary = load_dictionary(a.dictionary, dtype=torch.float32)
     pipe.load_rtsae(dictionary)
+    if any(WAYS[name].in_text for name in a.ways):
+        pipe.load_rtsae(text_dictionary(pipe, world), adapter_name=TEXT)
     results = Results(a, [a.pipeline, a.dictionary], said_by_rows=("ways", "seeds", "attacked"))
     names = {(label["factor"], label["value"]): name for name, label in dictionary.labels.items()}
     drawing = Drawing(pipe, a)
@@ -231,7 +295,7 @@ def main() -> None:
                 before = before or shows(drawing.draw(drawing.encode(texts, None, rows_of), None, rows_of), rows_of)
                 after = shows(drawing.draw(drawing.encode(texts, way, rows_of), way, rows_of), rows_of)
                 results.add(*counted(seed, name, zip(rows_of, kinds, places, before, after, strict=True)))
-            if seed in a.attacked and not results.has(seed=seed, way=name, kind=OPTIMISED):
+            if not way.in_text and seed in a.attacked and not results.has(seed=seed, way=name, kind=OPTIMISED):
                 plainly = [own[0][1] for own in said]
                 unsteered = shows(drawing.draw(drawing.encode(plainly, None, concepts), None, concepts), concepts)
                 told = drawing.bring_back(plainly, way, concepts)

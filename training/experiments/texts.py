@@ -460,11 +460,16 @@ PEOPLE_SECTIONS = {
         {rate}), by the gradient through the pipeline with the edit in it ({attack_steps} steps of denoising), towards
         the picture of the plain prompt without the edit. *Negative prompt*: the concept alone, as the negative
         prompt. Every picture has some style, so that a prompt that says nothing of it shows the one in question now
-        and then.
+        and then. Three ways act in the text encoder, by an autoencoder of its tokens that is trained on captions: the
+        codes of the concept alone, subtracted token by token as Concept Steerers do (2501.19066); or, on all tokens,
+        the eight latents ablated that these codes have most of. The adversary, whose embedding the text encoder does
+        not make, passes these by.
 
         At strength −1 a role stays away in nearly all words that say it, far more surely than by a negative prompt,
         which is up against a prompt that asks for it. But it is not gone: the adversary brings nearly all of it back.
-        None of these is a safety filter.
+        Ablating latents of the text encoder does as much, with words. Subtracting codes does next to nothing here:
+        they are those of another prompt's places, and this encoder (T5) keeps a word at its place and masks what
+        fills up, where CLIP spreads it. None of these is a safety filter.
         """,
     ),
     "arms": Section(

@@ -5,7 +5,8 @@ from argparse import Namespace
 import pytest
 import torch
 
-from training.experiments.robustness import WAYS, Drawing, concepts_of, counted, markdown
+from training.experiments import robustness
+from training.experiments.robustness import TEXT, WAYS, Drawing, concepts_of, counted, markdown, text_dictionary
 from training.worlds import load_world
 from training.worlds.people.rewordings import KINDS
 from training.worlds.pictures import load_pipeline
@@ -60,3 +61,19 @@ def test_only_pictures_that_showed_it_count(people):
     ]  # fmt: skip
     text = markdown(rows + [row | {"way": "another way", "gone": 2} for row in rows])
     assert "| plain | 3 | 0.67 | 0.500 | 1.000 |" in text and "| another way | 2 | 0.50 |" in text
+
+
+def test_ways_in_the_text_encoder_change_what_the_denoiser_is_told(people, monkeypatch):
+    pipe, concepts = people
+    concepts, drawing = [concepts[0], concepts[5]], Drawing(pipe, Namespace())
+    monkeypatch.setattr(robustness, "CAPTIONS", 64)
+    monkeypatch.setattr(robustness, "TRAINED", 20)
+    pipe.load_rtsae(text_dictionary(pipe, WORLD), adapter_name=TEXT)
+    prompts = [WORLD.plainly(one.scene) for one in concepts]
+    ways = [way for way in WAYS.values() if way.in_text]
+    plain, *told = (drawing.encode(prompts, way, concepts) for way in (None, *ways))
+    assert len(ways) == 3
+    for way, one in zip(ways, told, strict=True):
+        moved = {name: (one[name] - plain[name]).abs().flatten(1).amax(1) > 1e-3 for name in plain}
+        assert moved["prompt_embeds"].all() and not moved["prompt_attention_mask"].any()
+        assert bool(moved["negative_prompt_embeds"].any()) == (way.options.get("apply_to") == "contrast")
