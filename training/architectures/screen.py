@@ -110,7 +110,7 @@ class Screen:
             found.append((rows + start, latents))
         rows, latents = map(torch.cat, zip(*found, strict=True))
         values = self._values(0, len(self.rows), rows, latents)
-        above = values > (threshold[latents] if isinstance(threshold, torch.Tensor) and threshold.ndim else threshold)
+        above = values > torch.as_tensor(threshold).expand(len(self.latents))[latents]
         return rows[above], latents[above], values[above]
 
     def largest(self, k: int):

@@ -80,9 +80,9 @@ def test_the_same_latents_are_active(case, rule, screened, monkeypatch):
         assert screened == [True]
 
 
-def test_each_latent_may_have_a_threshold(screened, monkeypatch):
+@pytest.mark.parametrize("threshold", [25.0, torch.tensor([25.0]), 25 + torch.linspace(-5, 5, LATENTS)])
+def test_there_is_one_threshold_or_one_for_each_latent(threshold, screened, monkeypatch):
     parts = factors("plain")
-    threshold = 25 + torch.linspace(-5, 5, LATENTS)
     code, expected = above(*parts, threshold), without(monkeypatch, above, *parts, threshold)
     assert screened == [True] and len(code.values) > 100
     assert torch.equal(code.rows, expected.rows) and torch.equal(code.latents, expected.latents)
