@@ -18,7 +18,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-_LEAST = 384  # columns; of narrower factors the product in float32 is as fast
+_LEAST = 384  # columns, and latents; of smaller factors the product in float32 is as fast
 _ALIGNED = 32  # products with a multiple of so many columns are the fastest
 _FEW = 24  # one in so many entries may be computed alone: each costs some twenty times its part of the product
 _MORE = 4  # columns
@@ -35,7 +35,7 @@ def worthwhile(centred: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) 
     """Whether `centred @ weight.T`, which is wanted in `dtype`, should be screened."""
     if centred.device.type != "cpu" or {dtype, centred.dtype, weight.dtype} != {torch.float32}:
         return False
-    return centred.shape[1] >= _LEAST and has_bfloat16_units()
+    return min(weight.shape) >= _LEAST and has_bfloat16_units()
 
 
 def true_entries(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -83,6 +83,18 @@ def products(
             yield start, gated, torch.zeros_like(bias)
 
 
+def _once(guess: Callable[[torch.Tensor], float]) -> Callable[[torch.Tensor], float]:
+    """A function that is called once, and then returns the same: processes that guess together do so equally often."""
+    guessed: list[float] = []
+
+    def first(piece: torch.Tensor) -> float:
+        if not guessed:
+            guessed.append(guess(piece))
+        return guessed[0]
+
+    return first
+
+
 @torch.no_grad()
 def above(
     centred: torch.Tensor,
@@ -93,6 +105,8 @@ def above(
     gates: Gates | None = None,
 ) -> Code:
     """All pre-activations that exceed `threshold`: a number, one per latent, or a function of the first piece."""
+    if callable(threshold):
+        threshold = _once(threshold)
     if gates is None and worthwhile(centred, weight, dtype):
         if screened := Screen(centred, weight, bias, _rows_at_once(weight)).above(threshold):
             return Code(*screened)

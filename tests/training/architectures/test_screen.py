@@ -95,10 +95,18 @@ def test_many_entries_are_left_to_the_whole_product(screened):
     assert len(code.values) == (parts[0] @ parts[1].T + parts[2] > 0).sum()
 
 
-def test_other_dtypes_and_narrow_products_are_not_screened(monkeypatch):
+def test_other_dtypes_and_small_products_are_not_screened(monkeypatch):
     monkeypatch.setattr(screen, "has_bfloat16_units", lambda: True)
-    wide, narrow = torch.zeros(2, 1000), torch.zeros(2, 8)
-    assert screen.worthwhile(wide, wide, torch.float32)
-    assert not screen.worthwhile(narrow, narrow, torch.float32)
-    assert not screen.worthwhile(wide, wide, torch.bfloat16)
-    assert not screen.worthwhile(wide.to("meta"), wide.to("meta"), torch.float32)
+    rows, weight, narrow = torch.zeros(2, 1000), torch.zeros(500, 1000), torch.zeros(500, 8)
+    assert screen.worthwhile(rows, weight, torch.float32)
+    assert not screen.worthwhile(rows[:, :8], narrow, torch.float32)
+    assert not screen.worthwhile(rows, weight[:0], torch.float32)  # a share without dead latents
+    assert not screen.worthwhile(rows, weight, torch.bfloat16)
+    assert not screen.worthwhile(rows.to("meta"), weight.to("meta"), torch.float32)
+
+
+def test_a_threshold_is_guessed_once_also_if_the_whole_product_is_made(screened):
+    """Processes guess together."""
+    guesses = []
+    above(*factors("plain"), lambda piece: guesses.append(0.0) or 0.0)
+    assert screened == [False] and guesses == [0.0]
