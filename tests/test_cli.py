@@ -27,7 +27,7 @@ from diffusers_rtsae.worlds import WORLDS
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", ["shapes", pytest.param("people", marks=pytest.mark.slow)])
 def test_demo_writes_its_pictures_and_measures(world, tmp_path):
     told = ["demo", "--world", world, "--out", str(tmp_path), "--steps", "8", "--prompts", "2"]
     result = CliRunner().invoke(app, told)

@@ -540,6 +540,7 @@ def test_finding_in_pictures(device, both, place):
     check_found([find_features(pipe, [red], [blue], count=2) for pipe in at(place, both())])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_naming(device, both, place):
     prompts = [f"a {colour} star" for colour in ("red", "blue", "green") for _ in range(3)]
@@ -548,6 +549,7 @@ def test_naming(device, both, place):
     assert [(name.index, name.name) for name in one] == [(name.index, name.name) for name in other]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_explaining(device, both, place):
     pipes = list(at(place, both(dictionary=small())))

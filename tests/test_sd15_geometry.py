@@ -35,6 +35,7 @@ def read(module, output) -> torch.Tensor:
     return block.to_tokens(block.output(output))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_site_takes_a_dictionary_of_its_width_and_is_steered(pipe):
     sites = [site for site in list_sites(pipe.unet) if get_site(pipe.unet, site) is not pipe.unet]

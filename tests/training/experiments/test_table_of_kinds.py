@@ -81,6 +81,7 @@ def test_what_cannot_be_compared_makes_no_table(trained, tmp_path, monkeypatch):
         kinds.main()
 
 
+@pytest.mark.slow
 def test_pictures_of_reconstructions_are_those_of_the_activation_if_nothing_is_missed(pipe, dictionary, scorer):
     ((_, sae),) = dictionary.sites.items()
     call = {"num_inference_steps": 25, "guidance_scale": 3.0, "output_type": "pt"}

@@ -16,8 +16,12 @@ from training.kinds.mixture import RoutedSteps
 from training.loop.trainer import DictionaryTrainer, new_dictionary
 
 OF_KIND = [
-    *itertools.product(["static", "tide"], ["batch_topk", "topk", "jump_relu", "atm"]),
-    *itertools.product(["mixture"], ["batch_topk", "jump_relu", "atm"]),
+    *itertools.product(["static"], ["batch_topk", "topk", "jump_relu", "atm"]),
+    *itertools.product(["tide", "mixture"], ["batch_topk"]),
+    *(
+        pytest.param(*both, marks=pytest.mark.slow)
+        for both in [("tide", "topk"), *itertools.product(["tide", "mixture"], ["jump_relu", "atm"])]
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from disk import full_disk
 from small_training import ANCHORS, SHARED_ARMS, D, dynamics_of, launch, recipe, same, sparse_data, train, with_told
 
-from training.architectures import atm
+from training.architectures import atm, screen
 from training.common.processes import Processes
 from training.data.split import Data
 from training.data.store import Rows
@@ -158,13 +158,17 @@ def test_geometric_median_resists_outliers():
     assert geometric_median(points).norm() < 0.1 < points.mean(0).norm()
 
 
-def test_what_several_processes_train_and_continue_is_what_one_does(tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("screened", [False, True])
+def test_what_several_processes_train_and_continue_is_what_one_does(tmp_path, monkeypatch, screened):
     monkeypatch.setattr(atm, "MEMORY", 3)  # so that latents are masked, too
+    monkeypatch.setattr(screen, "_LEAST", 1)
+    monkeypatch.setattr(screen, "has_bfloat16_units", lambda: screened)
     text = """
         import os; import sys; from pathlib import Path; import pytest; import torch
-        from small_training import SHARED_ARMS, train; from training.architectures import atm
+        from small_training import SHARED_ARMS, train; from training.architectures import atm, screen
         from training.loop.checkpoints import Checkpoints
-        atm.MEMORY = 3
+        atm.MEMORY, screen._LEAST, screen.has_bfloat16_units = 3, 1, lambda: sys.argv[2] == "True"
         original = Checkpoints.save
         def save_then_die(*arguments):
             original(*arguments)
@@ -181,7 +185,7 @@ def test_what_several_processes_train_and_continue_is_what_one_does(tmp_path, mo
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()  # or an interpreter that ends first may take the other with it
         """
-    launch(tmp_path / "script.py", textwrap.dedent(text), tmp_path)
+    launch(tmp_path / "script.py", textwrap.dedent(text), tmp_path, str(screened))
     alone = train(tmp_path / "alone", *SHARED_ARMS.values())
     for one, together in zip(alone, torch.load(tmp_path / "weights.pt"), strict=True):
         for name, value in one.state_dict().items():  # sums in another order may be rounded to another half
