@@ -21,7 +21,7 @@ import torch.nn.functional as F
 _LEAST = 384  # columns, and latents; of smaller factors the product in float32 is as fast
 _ALIGNED = 32  # products with a multiple of so many columns are the fastest
 _FEW = 24  # one in so many entries may be computed alone: each costs some twenty times its part of the product
-_MORE = 4  # columns
+_MORE = 4  # columns of the bound: two of norms, two of the bias
 
 
 @cache
