@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -16,6 +16,7 @@ from ..pipeline import get_dictionary, resting
 from ..steering import Edit, Fold, fold_edits, total
 from .calls import CallRecorder, call_with, draw
 from .effect import frozen, gradient
+from .looks import LOOKS, Looks, UnknownLooks, place_of
 from .replay import ReplayableCall, SharedPrefix
 from .states import CHUNK, AddingTap, check_prompts, finite
 from .vocabulary import Exchange, Exchanges
@@ -59,11 +60,14 @@ class Slopes:
         lengths (`dict[str, torch.Tensor]`): root mean square length of a latent's direction over the anchors at
             strength 1, `(num_latents,)`.
         sizes (`torch.Tensor`): mean squared change that each word makes to a prediction, `(words,)`.
+        looks (`dict[str, torch.Tensor]`): for each site how much each latent changes each of [`LOOKS`] at strength 1,
+            `(looks, num_latents)`; no rows where pictures cannot be looked at.
     """
 
     added: dict[str, torch.Tensor]
     lengths: dict[str, torch.Tensor]
     sizes: torch.Tensor
+    looks: dict[str, torch.Tensor]
 
 
 @dataclass
@@ -77,11 +81,17 @@ class Moved:
         own (`torch.Tensor`): squared length of the change of each latent in the picture of each exchange.
         between (`torch.Tensor`): scalar products of the changes of any two exchanges of one picture, `(exchanges,
             exchanges)`, and zero for those of two pictures.
+        looks (`torch.Tensor`): how much each latent changes each of [`LOOKS`] in each picture, `(latents, looks,
+            pictures)`; no looks where pictures cannot be looked at.
+        places (`torch.Tensor`): row, column and spread of the change of each latent, see [`place_of`], `(latents, 3)`;
+            NaN if predictions are no pictures.
     """
 
     along: torch.Tensor
     own: torch.Tensor
     between: torch.Tensor
+    looks: torch.Tensor
+    places: torch.Tensor
 
 
 class ExchangedStates:
@@ -147,6 +157,18 @@ class ExchangedStates:
         self.sizes, self.guidance = recorder.sizes, recorder.call.guidance
         return [call for call, _ in recorder.calls]
 
+    @torch.no_grad()
+    def sizes_of_changes(self) -> torch.Tensor:
+        """How much exchanging words changes predictions, squared and summed over the states, `(exchanges,)`."""
+        sizes = torch.zeros(len(self.exchanges.changed))
+        for batch in self._batches:
+            for call in batch.calls:
+                plain = call.replay(range(call.rows), range(call.rows)).float()
+                for one in batch.rounds:
+                    change = self._changed(call, one, plain)
+                    sizes[one.places] += change.square().flatten(1).sum(1).cpu()
+        return sizes
+
     @property
     def states(self) -> int:
         """The number of calls of the denoiser that are looked at."""
@@ -169,50 +191,73 @@ class ExchangedStates:
         """
         words, sites = self.exchanges.words, self.dictionary.sites
         number = {word: i for i, word in enumerate(words)}
-        sums = {
-            s: torch.zeros(len(words), len(sae.config.anchors), sae.config.in_channels) for s, sae in sites.items()
-        }
+        wanted = len(words) + self._of_looks
+        sums = {s: torch.zeros(wanted, len(sae.config.anchors), sae.config.in_channels) for s, sae in sites.items()}
         sizes = torch.zeros(len(words))
         with frozen(self.pipeline):
             for batch in self._batches:
                 for call in batch.calls:
                     leaves = _Leaves(self, call)
                     prediction = leaves.predict()
-                    at = {
-                        s: interpolate(torch.eye(sums[s].shape[1]), self.grids[s].coordinate(call.timestep))
-                        for s in sites
-                    }
                     for one in batch.rounds:
                         change = self._changed(call, one, prediction.detach())
-                        loss = 2 * (prediction[one.rows] * change).sum()
                         spots = [number[exchange.word] for exchange in one.exchanges]
                         sizes.index_add_(0, torch.tensor(spots), change.square().flatten(1).sum(1).cpu())
-                        gradients = gradient(loss, {site: leaves.leaves[site] for site in sites}, keep=True)
-                        for site, slope in gradients.items():
-                            slope = (slope * leaves.reach[site])[one.rows].sum(1).cpu()
-                            sums[site].index_add_(0, torch.tensor(spots), at[site][:, None] * slope[:, None])
+                        leaves.add_slopes(sums, 2 * (prediction[one.rows] * change).sum(), one.rows, spots)
+                    for look, cotangent in enumerate(self._looked(call, prediction)):
+                        spots = [len(words) + look] * call.rows
+                        leaves.add_slopes(sums, (prediction * cotangent).sum(), list(range(call.rows)), spots)
                     done()
-        slopes, lengths = {}, {}
-        for site, sae in sites.items():
-            added, length = torch.zeros(len(words), sae.config.num_latents), torch.zeros(sae.config.num_latents)
-            for start in range(0, sae.config.num_latents, CHUNK):
-                rows = list(range(start, min(start + CHUNK, sae.config.num_latents)))
-                paths = sae.feature_trajectories(rows).detach().float().cpu()
-                paths = paths * sae.typical_activation[rows, None, None].cpu()
-                added[:, rows] = torch.einsum("mgd,wgd->wm", paths, sums[site]) / sizes[:, None].clamp(min=1e-20)
-                length[rows] = paths.square().sum(-1).mean(1).sqrt()
-            added[:, sae.density.cpu() == 0] = 0
-            slopes[site], lengths[site] = added, length
+        slopes, looks, lengths = {}, {}, {}
+        for site, of_site in sums.items():
+            added, lengths[site] = self._along_latents(site, of_site)
+            slopes[site] = added[: len(words)] / sizes[:, None].clamp(min=1e-20)
+            looks[site] = added[len(words) :] / (len(self.exchanges.prompts) * len(self._batches[0].calls))
         counts = Counter(one.word for one in self.exchanges.changed)
         sizes /= torch.tensor([counts[word] * len(self._batches[0].calls) for word in words])
-        return Slopes(slopes, lengths, sizes)
+        return Slopes(slopes, lengths, sizes, looks)
+
+    def _along_latents(self, site: str, slopes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slopes along each latent of a site, `(wanted, num_latents)`, from those along activations `(wanted, G, d)`;
+        and the latents' lengths."""
+        sae = self.dictionary.sites[site]
+        added, length = torch.zeros(len(slopes), sae.config.num_latents), torch.zeros(sae.config.num_latents)
+        for start in range(0, sae.config.num_latents, CHUNK):
+            rows = list(range(start, min(start + CHUNK, sae.config.num_latents)))
+            paths = sae.feature_trajectories(rows).detach().float().cpu()
+            paths = paths * sae.typical_activation[rows, None, None].cpu()
+            added[:, rows] = torch.einsum("mgd,wgd->wm", paths, slopes)
+            length[rows] = paths.square().sum(-1).mean(1).sqrt()
+        added[:, sae.density.cpu() == 0] = 0
+        return added, length
+
+    @cached_property
+    def _looks(self) -> Looks | None:
+        with resting(self.pipeline):
+            try:
+                return Looks(self.pipeline, [batch.calls for batch in self._batches], self._denoisers, **self._call)
+            except UnknownLooks:
+                return None
+
+    @property
+    def _of_looks(self) -> int:
+        return 0 if self._looks is None else len(LOOKS)
+
+    def _looked(self, call: ReplayableCall, prediction: torch.Tensor) -> torch.Tensor:
+        """How a prediction must change for looks to change, `(looks, rows, ...)`."""
+        return prediction[None][:0] if self._looks is None else self._looks.gradients(call, prediction)
 
     @torch.no_grad()
     def measure(self, latents: Sequence[Latent], done: Callable[[], None]) -> Moved:
         """How adding each of some latents at strength 1 moves the predictions; `done` is called after each latent and
         state."""
         count, device = len(self.exchanges.changed), next(iter(self._denoisers.values())).device
-        moved = Moved(torch.zeros(len(latents), count), torch.zeros(len(latents), count), torch.zeros(count, count))
+        pictures, calls = len(self.exchanges.prompts), len(self._batches[0].calls)
+        moved = Moved(
+            torch.zeros(len(latents), count), torch.zeros(len(latents), count), torch.zeros(count, count),
+            torch.zeros(len(latents), self._of_looks, pictures), torch.zeros(len(latents), 3),
+        )  # fmt: skip
+        start = 0
         folds = [fold_edits([_adding(index)], self.dictionary.sites[site], [], device) for site, index in latents]
         for batch in self._batches:
             places = torch.tensor([place for one in batch.rounds for place in one.places])
@@ -222,10 +267,18 @@ class ExchangedStates:
                 changes = torch.cat([self._changed(call, one, plain) for one in batch.rounds]).flatten(1)
                 same = (rows[:, None] == rows[None]).float()
                 moved.between[places[:, None], places[None]] += (changes @ changes.T).cpu() * same
+                looked = self._looked(call, plain).flatten(2)
                 for i, change in enumerate(self._added(call, latents, folds, plain)):
+                    where = place_of(change)
+                    moved.places[i] += torch.full((3,), torch.nan) if where is None else where.sum(0).cpu()
+                    change = change.flatten(1)
                     moved.along[i, places] += (change[rows] * changes).sum(1).cpu()
                     moved.own[i, places] += change.square().sum(1)[rows].cpu()
+                    moved.looks[i, :, start : start + call.rows] += (looked * change).sum(2).cpu()
                     done()
+            start += call.rows
+        moved.looks /= calls
+        moved.places /= pictures * calls
         return moved
 
     def _changed(self, call: ReplayableCall, one: _Round, plain: torch.Tensor) -> torch.Tensor:
@@ -236,7 +289,7 @@ class ExchangedStates:
     def _added(
         self, call: ReplayableCall, latents: Sequence[Latent], folds: Sequence[list[Fold]], plain: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """How adding each latent changes the predictions, `(rows, numbers)`."""
+        """How adding each latent changes the predictions, `(rows, ...)`."""
         rows, adding = range(call.rows), AddingTap(self.activations)
         with (
             SharedPrefix(call.denoiser, self.activations) as prefix,
@@ -246,7 +299,7 @@ class ExchangedStates:
                 step = self.step(site, call)
                 adding.changes = {site: partial(_sum_of, own, step)}
                 with prefix.reused():
-                    yield (call.replay(rows, rows).float() - plain).flatten(1)
+                    yield call.replay(rows, rows).float() - plain
 
 
 class _Leaves:
@@ -263,6 +316,17 @@ class _Leaves:
         adding.changes = {site: partial(self._leaf, site) for site in self.states.activations}
         with adding.tap.watching({"": self.call.denoiser}, adding.changes):
             return self.call.replay(rows, rows).float()
+
+    def add_slopes(
+        self, sums: dict[str, torch.Tensor], loss: torch.Tensor, rows: Sequence[int], spots: Sequence[int]
+    ) -> None:
+        """Add the gradients of a loss of the predictions to `sums`, of each site `(wanted, G, d)`: that of each of
+        some rows at its spot."""
+        for site, slope in gradient(loss, self.leaves, keep=True).items():
+            slope = (slope * self.reach[site])[rows].sum(1).cpu()
+            coordinate = self.states.grids[site].coordinate(self.call.timestep)
+            at = interpolate(torch.eye(sums[site].shape[1]), coordinate)
+            sums[site].index_add_(0, torch.tensor(spots), at[:, None] * slope[:, None])
 
     def _leaf(self, site: str, tokens: torch.Tensor) -> torch.Tensor:
         if site not in self.leaves:  # gradient checkpointing runs a site twice

@@ -1,4 +1,5 @@
-"""Names for latents: of every latent of a dictionary, the word that it makes, found and verified by its effect."""
+"""Names for latents: of every latent of a dictionary, the word that it makes, or what it does that no word says; found
+and verified by its effect."""
 
 from __future__ import annotations
 
@@ -11,15 +12,19 @@ from tqdm.auto import tqdm
 from ..pipeline import get_dictionary
 from .effect import explain_out_of_memory
 from .exchanged import ExchangedStates, Latent, Moved, Slopes
-from .vocabulary import Exchanges, Vocabulary
+from .looks import LOOKS
+from .vocabulary import Exchange, Exchanges, Vocabulary, templates, whole_words
 
-_CANDIDATES = 24  # latents that are measured for each word
+_CANDIDATES, _OF_LOOKS = 24, 8  # latents that are measured for each word, and for each look that they raise or lower
 _STEPS, _VERIFYING = 8, 3  # steps of a generation that latents are ranked on, and measured on
 _LEAST = 0.1  # squared change that a word makes, relative to the median of words; others say nothing
 _ALIKE = 0.95  # least cosine of the changes that synonyms make
 LEAST_CONFIDENCE = 0.7  # of a name
+_WORDS = 200  # of a tokenizer, at most
+_OF_TEMPLATES = 4  # times as many pictures, as all words of templates are in one group
 _DRAWS = 200  # of pictures with replacement, for the confidence
 _SHARE = 0.02  # least part of a word's change that a latent with its name makes
+_SEEN = 0.05  # least change of a look, in standard deviations, of a latent that is named after it
 
 
 @dataclass
@@ -29,20 +34,28 @@ class Name:
 
     Args:
         site (`str`), index (`int`): the latent; `pipe.set_rtsae_features({(site, index): 1.0})` steers it.
-        name (`str`): the word.
+        name (`str`): the word; or, of a latent that is like no word, what it does to the look of pictures, one of
+            [`LOOKS`].
+        by (`str`): `"word"` or `"look"`.
         synonyms (`list[str]`): words that change predictions as the name does.
-        effect (`float`): the part of what exchanging the word changes that strength 1 changes too (1: all of it).
-        confidence (`float`): 0 to 1, how surely this word and no other, from pictures that had no part in the choice.
+        effect (`float`): the part of what exchanging the word changes that strength 1 changes too (1: all of it). Of a
+            look, its change in standard deviations among pictures.
+        confidence (`float`): 0 to 1, how surely this word or look and no other, from pictures that had no part in the
+            choice.
         timestep (`float`): the anchor at which the latent's direction is longest, in training units.
+        place (`list[float]`, *optional*): row and column of the centre of what it changes, from the top left (0, 0) to
+            (1, 1), and the root mean square distance from it: .41 if that is everywhere.
     """
 
     site: str
     index: int
     name: str
+    by: str
     synonyms: list[str]
     effect: float
     confidence: float
     timestep: float
+    place: list[float] | None
 
     def content(self) -> dict:
         """What `names.json` has of it, under its site and index."""
@@ -69,11 +82,11 @@ class Names(list):
     def __repr__(self) -> str:
         if not self:
             return "no names"
-        rows = [["site", "index", "name", "effect", "confidence", "timestep", "synonyms"]]
+        rows = [["site", "index", "name", "effect", "confidence", "timestep", "row", "column", "spread", "synonyms"]]
         rows += [
             [
                 n.site, str(n.index), n.name, f"{n.effect:.2f}", f"{n.confidence:.2f}", f"{n.timestep:g}",
-                ", ".join(n.synonyms),
+                *([f"{number:.2f}" for number in n.place] if n.place else [""] * 3), ", ".join(n.synonyms),
             ]
             for n in self
         ]  # fmt: skip
@@ -85,7 +98,7 @@ class Names(list):
 
 def name_features(
     pipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None = None,
     words: Sequence[str] | None = None,
     adapter_name: str | None = None,
     pictures: int = 4,
@@ -97,15 +110,17 @@ def name_features(
     """
     Give the latents of a loaded dictionary the words that they make.
 
-    The words are those that the prompts can exchange, see [`Vocabulary.of`]. First all latents are ranked at once: to
-    first order, how much of the change that each word makes to the prediction does each latent make? The best for
+    The words are those that the prompts can exchange, see [`Vocabulary.of`]. Without prompts they are words of the
+    pipeline's tokenizer in a few templates, those that change predictions most. First all latents are ranked at once:
+    to first order, how much of the change that each word makes to the prediction does each latent make? The best for
     each word are then added, in pictures of other prompts and other noise, and the change that they make is compared
-    with that of every word. A latent is named after the word whose change its own is most like; if none is clearly
-    more like it than others, it has no name. The time grows with the number of words, not with that of latents.
+    with that of every word. A latent is named after the word whose change its own is most like. If none is clearly
+    more like it than others, it is named after what it does to the look of pictures, see [`LOOKS`]; and if it does not
+    clearly do one thing, it has no name. The time grows with the number of words, not with that of latents.
 
     Args:
         pipeline (`DiffusionPipeline`): with a dictionary loaded. Nothing has to be set on it.
-        prompts (`Sequence[str]`): such as the model is used with; a hundred or more.
+        prompts (`Sequence[str]`, *optional*): such as the model is used with; a hundred or more.
         words (`Sequence[str]`, *optional*): to choose from these and what they are exchanged for only.
         adapter_name (`str`, *optional*): of the dictionary.
         pictures (`int`): for each group of words that can be exchanged, pictures that latents are ranked on, and as
@@ -129,10 +144,15 @@ def name_features(
         >>> [name.index for name in names if name.name == "red"]
         ```
     """
-    vocabulary = Vocabulary.of(prompts, words)
     options = {"adapter_name": adapter_name, "batch_size": batch_size, **call}
     bar = tqdm(desc="states", unit="state", leave=False, disable=not progress)
     with explain_out_of_memory(batch_size), bar:
+        if prompts is None:
+            told = _telling_words(pipeline, words, seed, options)
+            prompts, vocabulary = templates(told), Vocabulary([told])
+            pictures *= _OF_TEMPLATES
+        else:
+            vocabulary = Vocabulary.of(prompts, words)
         ranking = ExchangedStates(
             pipeline, vocabulary.exchanges(prompts, pictures, seed), seed=seed, steps=_STEPS, **options
         )
@@ -149,9 +169,24 @@ def name_features(
     return names
 
 
+def _telling_words(pipeline, words: Sequence[str] | None, seed: int, options: dict) -> list[str]:
+    """Of the words of a pipeline's tokenizer those that change predictions most, or `words`, if they are given."""
+    if words is None:
+        words = whole_words(pipeline.tokenizer) if getattr(pipeline, "tokenizer", None) is not None else []
+    if len(words) < 2:
+        raise ValueError(
+            f"Expected prompts, or two words to exchange at least; got {list(words)!r} as words of "
+            f"{type(pipeline).__name__}'s tokenizer."
+        )
+    exchanges = Exchanges(["a picture"], [Exchange(0, word, f"a {word} picture") for word in words])
+    sizes = ExchangedStates(pipeline, exchanges, seed=seed, steps=1, **options).sizes_of_changes()
+    telling = sizes.topk(min(_WORDS, len(words))).indices.tolist()
+    return [words[i] for i in sorted(telling)]
+
+
 def _candidates(vocabulary: Vocabulary, words: list[str], slopes: Slopes) -> tuple[Vocabulary, list[Latent]]:
-    """The groups whose words change predictions; and, of each of their words, the latents that do most of it at
-    strength 1, and those whose direction does most for its length."""
+    """The groups whose words change predictions; and, of each of their words and each look, the latents that do most
+    of it at strength 1, and those whose direction does most for its length."""
     changing = slopes.sizes > _LEAST * slopes.sizes.median()
     if not changing.any():
         raise ValueError("Exchanging words changes no prediction: expected prompts whose words the model knows.")
@@ -159,12 +194,13 @@ def _candidates(vocabulary: Vocabulary, words: list[str], slopes: Slopes) -> tup
     groups = [group for group in vocabulary.groups if len(matters & set(group)) > 1]
     kept = [row for row, word in enumerate(words) if any(word in group for group in groups)]
     chosen: dict[Latent, None] = {}
-    for site, added in slopes.added.items():
-        added, length = added[kept], slopes.lengths[site]
-        for scores in (added, torch.where(length > 0, added / length.clamp(min=1e-12), 0.0)):
-            scores = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp(min=1e-12)
-            best = scores.topk(min(_CANDIDATES // 2, scores.shape[1])).indices.flatten().tolist()
-            chosen |= {(site, index): None for index in best}
+    for site, length in slopes.lengths.items():
+        looks = slopes.looks[site]
+        for added, count in ((slopes.added[site][kept], _CANDIDATES), (torch.cat([looks, -looks]), _OF_LOOKS)):
+            for scores in (added, torch.where(length > 0, added / length.clamp(min=1e-12), 0.0)):
+                scores = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp(min=1e-12)
+                best = scores.topk(min(count // 2, scores.shape[1])).indices.flatten().tolist()
+                chosen |= {(site, index): None for index in best}
     return Vocabulary(groups), list(chosen)
 
 
@@ -176,14 +212,18 @@ def _named(candidates: Sequence[Latent], moved: Moved, exchanges: Exchanges, pip
     names = []
     for row, (site, index) in enumerate(candidates):
         word, effect, confidence = likeness.best(row, synonyms)
-        if word is None or effect < _SHARE or confidence < LEAST_CONFIDENCE:
-            continue
-        sae = dictionary.sites[site]
+        if word is not None and effect >= _SHARE and confidence >= LEAST_CONFIDENCE:
+            name, by, others = exchanges.words[word], "word", [exchanges.words[i] for i in synonyms[word] if i != word]
+        else:
+            name, effect, confidence = likeness.look(row)
+            by, others = "look", []
+            if effect < _SEEN or confidence < LEAST_CONFIDENCE:
+                continue
+        sae, place = dictionary.sites[site], moved.places[row]
         length = (sae.feature_trajectories([index])[0].detach() / sae.spread[:, None]).norm(dim=-1)
-        others = [exchanges.words[i] for i in synonyms[word] if i != word]
         when = float(sae.config.anchors[int(length.argmax())])
-        name = exchanges.words[word]
-        names.append(Name(site, index, name, others, round(effect, 4), round(confidence, 3), when))
+        where = None if bool(place.isnan().any()) else [round(number, 2) for number in place.tolist()]
+        names.append(Name(site, index, name, by, others, round(effect, 4), round(confidence, 3), when, where))
     return names
 
 
@@ -201,8 +241,8 @@ class _Likeness:
         self._matters = mean > _LEAST * mean.median()
         pictures, draw = len(exchanges.prompts), torch.Generator().manual_seed(0)
         drawn = torch.randint(pictures, (_DRAWS, pictures), generator=draw)
-        times = torch.nn.functional.one_hot(drawn, pictures).sum(1)
-        self._times = times[:, self._base_of].float()  # how often each draw has the picture of each exchange
+        self._drawn = torch.nn.functional.one_hot(drawn, pictures).sum(1).float()  # how often each picture
+        self._times = self._drawn[:, self._base_of]  # and that of each exchange
 
     def _summed(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over the exchanges of each word: from `(..., exchanges)` to `(..., words)`."""
@@ -239,3 +279,15 @@ class _Likeness:
         votes = self._cosines(row, self._times).argmax(1)
         confidence = float(torch.isin(votes, torch.tensor(synonyms[word])).float().mean())
         return word, effect, confidence
+
+    def look(self, row: int) -> tuple[str, float, float]:
+        """What a latent changes most of the look of pictures, how much, and the share of the draws of pictures in
+        which it is this."""
+        if not self._moved.looks.shape[1]:
+            return "", 0.0, 0.0
+        changes = self._drawn @ self._moved.looks[row].T / self._drawn.sum(1, keepdim=True)  # (draws, looks)
+        mean = self._moved.looks[row].mean(1)
+        look = int(mean.abs().argmax())
+        same = (changes.abs().argmax(1) == look) & (changes[:, look].sign() == mean[look].sign())
+        rises, falls = list(LOOKS.values())[look]
+        return rises if mean[look] > 0 else falls, float(mean[look].abs()), float(same.float().mean())

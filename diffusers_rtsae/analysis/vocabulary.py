@@ -15,7 +15,13 @@ from ..pairs import with_article
 
 _LONGEST = 4  # words of a phrase
 _ALIKE = 0.25  # least mean similarity of the places of words that form a group
-_MOST = 2000  # prompts that are looked at
+_MOST = 2000  # prompts that are looked at, and words of a tokenizer
+_TEMPLATES = {
+    "a photo": "a photo of a {}",
+    "a picture": "a {} picture",
+    "an image": "an image of {}",
+    "art": "art, {}",
+}
 _START, _END = "^", "$"
 
 Phrase = tuple[str, ...]
@@ -171,6 +177,21 @@ class Vocabulary:
             if (around[a], around[b + 1]) in adjacent and b - a < len(parts):
                 return a, b
         return None
+
+
+def whole_words(tokenizer) -> list[str]:
+    """The lower-case words of three letters and more that are one token each of a tokenizer of transformers, in the
+    order of its tokens, which is that of their frequency in most; the first 2,000."""
+    marked = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    words = dict.fromkeys(token.removesuffix("</w>").lstrip("▁Ġ") for token, _ in marked)
+    words = [word for word in words if re.fullmatch(r"[a-z]{3,}", word)]
+    encoded = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+    return [word for word, ids in zip(words, encoded, strict=True) if len(ids) == 1][:_MOST]
+
+
+def templates(words: Sequence[str]) -> list[str]:
+    """Prompts that say one of some words each, and a few that say none."""
+    return [*_TEMPLATES, *(with_article(template.format(word)) for template in _TEMPLATES.values() for word in words)]
 
 
 @dataclass

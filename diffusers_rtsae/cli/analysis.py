@@ -205,7 +205,10 @@ def name(
         Path | None, typer.Option(help="Folder to write the dictionary with its names to; may be its own.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file of prompts, one a line; the world's by default.")
+        Path | None,
+        typer.Option(
+            help="Text file of prompts, one a line; the world's by default, or words of --pipeline's tokenizer."
+        ),
     ] = None,
     word: Annotated[
         list[str] | None, typer.Option(help="Choose from this word and those it is exchanged for only; repeatable.")
@@ -227,12 +230,11 @@ def name(
 
     Example: diffusers-rtsae name --word red --out runs/named
     """
-    if pipeline is not None and prompts is None:
-        raise ValueError("Expected --prompts with prompts that the pipeline is used with.")
     _, folder = read_dictionary(dictionary, world=world)
     from ..files import read_lines
 
-    texts = read_lines(prompts or bundled(world.prompts))
+    prompts = prompts or (bundled(world.prompts) if pipeline is None else None)
+    texts = None if prompts is None else read_lines(prompts)
     pipe = load_pipeline(pipeline, folder, world)
     from ..analysis.names import name_features
     from ..pipeline import get_dictionary

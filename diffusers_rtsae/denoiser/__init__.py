@@ -21,6 +21,7 @@ from .call import Call, CallReader, Part
 from .callers import FAMILIES, PIPELINES, Caller, Family, Generation, find_caller
 from .compile import is_compiled
 from .grid import Grid, token_grid
+from .noise import UnknownMixture, shares, unmix
 from .tap import Tap
 from .time import TimeGrid, noise_schedule, training_time
 
@@ -40,6 +41,7 @@ __all__ = [
     "Part",
     "Tap",
     "TimeGrid",
+    "UnknownMixture",
     "describe",
     "find_caller",
     "get_denoiser",
@@ -51,8 +53,10 @@ __all__ = [
     "joined_sites",
     "list_sites",
     "noise_schedule",
+    "shares",
     "split_site",
     "token_grid",
     "training_time",
+    "unmix",
     "unwrapped",
 ]

@@ -140,8 +140,9 @@ def _names(names: dict[str, dict]) -> list[str]:
     return [
         "## Names of latents",
         f"{sum(map(len, of_word.values())):,} latents have the name of the word whose effect on the prediction theirs "
-        "is most like, found by `diffusers-rtsae name`. Unlike labels, names were not verified in pictures.",
-        _table(["word", "latents"], [[word, ", ".join(latents)] for word, latents in rows]),
+        "is most like, or of what they do to the look of pictures, found by `diffusers-rtsae name`. Unlike labels, "
+        "names were not verified in pictures.",
+        _table(["name", "latents"], [[word, ", ".join(latents)] for word, latents in rows]),
     ]
 
 

@@ -38,8 +38,9 @@ class Contents:
             was verified with and what was measured.
         config (`dict`): `base_model`, `signature` of its denoiser, and how the trajectories were made.
         presets (`dict[str, dict]`): named edits: `features`, a list of `[feature, strength]`, and `options` of them.
-        names (`dict[str, dict]`): for each site, by index as a string, the word that a latent makes, with its `effect`
-            and `confidence`; found by [`analysis.names`] and, unlike labels, verified in predictions only.
+        names (`dict[str, dict]`): for each site, by index as a string, the word that a latent makes, or what it does
+            to the look of pictures (`by`), with its `effect` and `confidence`; found by [`analysis.names`] and, unlike
+            labels, verified in predictions only.
     """
 
     sites: Mapping
@@ -49,7 +50,7 @@ class Contents:
     names: dict[str, dict] = field(default_factory=dict, kw_only=True)
 
     def name_of(self, site: str, index: int) -> str | None:
-        """The word that a latent makes, `None` if it has no name."""
+        """The word that a latent makes, or what it does to pictures; `None` if it has no name."""
         return self.names.get(site, {}).get(str(index), {}).get("name")
 
     def features(self, name: str | int | tuple[str, int], operation: str | None = None) -> tuple[list[dict], dict]:

@@ -169,6 +169,16 @@ def check_names(path: Path, names, sizes: dict[str, int | None]) -> None:
                     f"{path}: expected for latent {index} a string `name`, numbers `effect` and `confidence`, and, if "
                     f"any, a list of strings `synonyms`, got {brief(name)}."
                 )
+            place = name.get("place")
+            if name.get("by", "word") not in ("word", "look") or place is not None and not _is_place(place):
+                raise ValueError(
+                    f'{path}: expected for latent {index} "word" or "look" as `by`, and three numbers as `place`, got '
+                    f"{brief(name)}."
+                )
+
+
+def _is_place(value) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
 
 
 def _is_strings(value) -> bool:

@@ -14,7 +14,7 @@ import warnings
 
 import torch
 
-from ..denoiser import Arguments, Block, Call, Tap, token_grid, training_time
+from ..denoiser import Arguments, Block, Call, Tap, UnknownMixture, shares, token_grid, training_time, unmix
 from .plan import SitePlan
 from .run import Run
 
@@ -51,7 +51,7 @@ def catch_up(run: Run, call: Call, arguments: Arguments, tap: Tap) -> None:
                 if anchor in missed:
                     tokens, size = past.tokens(plan, call, part)
                     plan.recall(state, part.branch, tokens, anchor, size)
-    except _Unknown as reason:
+    except (_Unknown, UnknownMixture) as reason:
         warnings.warn(
             f"This generation begins at t = {call.timestep:.0f}, after the anchors {anchors} of its dictionary, and "
             f"the activations there cannot be computed, as {reason}: latents are read as if the first step were the "
@@ -120,7 +120,7 @@ def _earlier(call: Call, arguments: Arguments, tap: Tap, anchors: list[int], pas
     if not torch.is_tensor(sample) or scheduler is None:
         raise _Unknown("its latents come as a list")
     time_at, clean = _time_converter(arguments, call.timestep), given_picture(call, sample)
-    keep, add = _shares(call, call.timestep)
+    keep, add = shares(call.alphas_cumprod, call.timestep)
     if clean is not None:
         channels = clean.shape[1]
         noise = (sample[:, :channels].float() - keep * clean) / max(add, 1e-4)
@@ -133,9 +133,9 @@ def _earlier(call: Call, arguments: Arguments, tap: Tap, anchors: list[int], pas
         if sample.ndim == 3 and sample.shape != prediction.shape or channels != sample.shape[1] and sample.ndim < 4:
             raise _Unknown("there are other tokens beside those that are denoised")
         noisy, prediction = sample[:, :channels].float(), prediction[:, :channels].float()
-        clean, noise = _unmixed(noisy, prediction, call, scheduler)
+        clean, noise = unmix(noisy, prediction, call.alphas_cumprod, call.timestep, scheduler)
     for anchor in anchors:
-        keep, add = _shares(call, anchor)
+        keep, add = shares(call.alphas_cumprod, anchor)
         mixed = (keep * clean + add * noise).to(sample.dtype)
         args, kwargs = arguments.with_sample(torch.cat([mixed, sample[:, channels:]], 1))
         moved = Arguments(arguments.names, args, kwargs, arguments.channels)
@@ -160,7 +160,7 @@ def given_picture(call: Call, sample: torch.Tensor) -> torch.Tensor | None:
     clean = latents.to(sample.device, torch.float32)
     clean = clean.repeat_interleave(max(call.images // len(clean), 1), 0)
     clean = clean.repeat(len(sample) // len(clean), *(1 for _ in clean.shape[1:]))
-    keep, add = _shares(call, call.timestep)
+    keep, add = shares(call.alphas_cumprod, call.timestep)
     noise = (sample[:, : clean.shape[1]].float() - keep * clean) / max(add, 1e-4)
     return (
         clean if 0.8 < float(noise.std()) < 1.25 else None
@@ -180,31 +180,3 @@ def _time_converter(arguments: Arguments, timestep: float):
         if abs(first * unit - timestep) < 1.0 / unit + 1e-3 * timestep:
             return lambda t: torch.full_like(now, t / unit) if torch.is_tensor(now) else type(now)(t / unit)
     raise _Unknown(f"the denoiser is called with {first:.4g} for this timestep")
-
-
-def _shares(call: Call, timestep: float) -> tuple[float, float]:
-    """The factors of picture and noise in the noisy latents at a timestep."""
-    if call.alphas_cumprod is None:
-        return 1 - timestep / 1000, timestep / 1000
-    index = min(round(timestep * len(call.alphas_cumprod) / 1000), len(call.alphas_cumprod) - 1)
-    alpha = float(call.alphas_cumprod[index])
-    return alpha**0.5, (1 - alpha) ** 0.5
-
-
-def _unmixed(
-    noisy: torch.Tensor, prediction: torch.Tensor, call: Call, scheduler
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The picture and the noise in noisy latents, according to a prediction of the denoiser."""
-    keep, add = _shares(call, call.timestep)
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if call.alphas_cumprod is None:
-        if not type(scheduler).__name__.startswith("FlowMatch") and kind != "flow_prediction":
-            raise _Unknown(f"what {type(scheduler).__name__} predicts is not known")
-        return noisy - add * prediction, noisy + keep * prediction
-    if kind == "epsilon":
-        return (noisy - add * prediction) / max(keep, 1e-4), prediction
-    if kind == "v_prediction":
-        return keep * noisy - add * prediction, add * noisy + keep * prediction
-    if kind == "sample":
-        return prediction, (noisy - keep * prediction) / max(add, 1e-4)
-    raise _Unknown(f"a prediction of {kind!r} is not known")

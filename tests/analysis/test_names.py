@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from diffusers_rtsae import load_dictionary
+from diffusers_rtsae.analysis.calls import call_with
 from diffusers_rtsae.analysis.exchanged import ExchangedStates
 from diffusers_rtsae.analysis.find import top_features
+from diffusers_rtsae.analysis.looks import LOOKS, Looks, measure_looks
 from diffusers_rtsae.analysis.names import name_features
 from diffusers_rtsae.analysis.record import record
-from diffusers_rtsae.analysis.vocabulary import Exchange, Exchanges
+from diffusers_rtsae.analysis.vocabulary import Exchange, Exchanges, whole_words
 from diffusers_rtsae.dictionary import read_contents, search_names
 from diffusers_rtsae.files import read_lines
 from diffusers_rtsae.worlds import WORLDS, bundled, load_bundled
@@ -65,6 +67,10 @@ def test_names_are_kept_with_the_dictionary_and_shown(pipe, names, tmp_path):
         ({"mid_block": {}}, "names for each site of .*up_blocks.1.attentions.1.*got .*mid_block"),
         ({"up_blocks.1.attentions.1": {"5000": {}}}, "expected latents 0 to 2047 .*5000"),
         ({"up_blocks.1.attentions.1": {"5": {"name": 3}}}, "for latent 5 a string `name`"),
+        (
+            {"up_blocks.1.attentions.1": {"5": {"name": "red", "effect": 1, "confidence": 1, "by": "eye"}}},
+            '"word" or "look" as `by`',
+        ),
     ],
 )
 def test_names_that_are_wrong_are_refused(content, said, tmp_path):
@@ -87,6 +93,54 @@ def test_first_order_agrees_with_what_is_measured(pipe):
     pipe.delete_rtsae("small")
     measured = 2e3 * moved.along[:, 0] / moved.between[0, 0]
     torch.testing.assert_close(measured, torch.stack([added[index] for _, index in latents]), rtol=0.05, atol=1e-4)
+
+
+def test_looks_are_measured_on_pictures_that_have_them():
+    dark = torch.zeros(1, 3, 32, 32)
+    left, right, large = (dark.clone() for _ in range(3))
+    left[:, :, 12:20, 6:14] = right[:, :, 12:20, 18:26] = large[:, :, 8:24, 8:24] = 1.0
+    higher, red = left.roll(-4, 2), left * torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)
+    values = measure_looks(torch.cat([dark, left, right, large, higher, red, 1 - left])).T.tolist()
+    of = dict(zip(LOOKS, values, strict=False))
+    assert of["side"][1] < 0.35 < 0.65 < of["side"][2] and of["side"][1] == pytest.approx(of["side"][4], abs=1e-3)
+    assert of["height"][4] - of["height"][1] == pytest.approx(4 / 31, abs=0.01)
+    assert of["size"][3] == pytest.approx(4 * of["size"][1], rel=0.01)
+    assert of["brightness"][3] > of["brightness"][1] > of["brightness"][0] == 0
+    assert of["contrast"][3] > of["contrast"][1] > of["contrast"][0]
+    assert of["warmth"][5] == of["saturation"][5] > 0 == of["saturation"][1]
+    assert of["background"][6] == pytest.approx(1) and of["background"][1] == 0
+
+
+def test_first_order_says_how_a_change_of_the_prediction_looks(pipe):
+    states = ExchangedStates(pipe, Exchanges(["a red star", "a large blue heart"], []), steps=2, **CALL)
+    call = states._batches[0].calls[-1]
+    rows = range(call.rows)
+    plain = call.replay(rows, rows).float().detach()
+    looks = Looks(pipe, [states._batches[0].calls], states._denoisers, **CALL)
+    gradients = looks.gradients(call, plain)
+    assert gradients.shape == (len(LOOKS), *plain.shape)
+    change = 1e-2 * torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        moved = (looks._measure(call, plain + change) - looks._measure(call, plain - change)) / 2 / looks._units
+    said = (gradients[:-1] * change).flatten(2).sum(2).T
+    torch.testing.assert_close(said, moved, rtol=0.1, atol=2e-3)
+    without = call_with(pipe, ["", ""], states._denoisers, **CALL)
+    said = (gradients[-1] * (plain - call.replay(rows, rows, without).detach())).flatten(1).sum(1)
+    torch.testing.assert_close(said, torch.ones(2), rtol=1e-3, atol=1e-3)
+
+
+def test_what_no_word_says_is_told_of_pictures(names):
+    looks = [name for name in names if name.by == "look"]
+    assert looks and {name.name for name in looks} <= {one for both in LOOKS.values() for one in both}
+    assert all(0 <= number <= 1 for name in names for number in name.place)
+
+
+def test_without_prompts_words_are_those_of_the_tokenizer(pipe):
+    assert {"red", "star", "large"} <= set(whole_words(pipe.tokenizer))
+    names = name_features(pipe, None, ["red", "blue", "small", "large"], pictures=1, **CALL)
+    assert names.words == ["blue", "large", "red", "small"] and {"red", "blue"} & {name.name for name in names}
+    with pytest.raises(ValueError, match=r"Expected prompts, or two words .*\['red'\]"):
+        name_features(pipe, None, ["red"], **CALL)
 
 
 def test_words_that_change_nothing_are_said(pipe):

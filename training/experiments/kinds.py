@@ -24,8 +24,11 @@ from tqdm import tqdm
 
 from diffusers_rtsae import Dictionary, MixtureSAE, SparseDictionary, load_dictionary
 from diffusers_rtsae.analysis.effect import State, States, frozen
+from diffusers_rtsae.analysis.names import LEAST_CONFIDENCE, name_features
 from diffusers_rtsae.analysis.scorer import FactorScorer
+from diffusers_rtsae.files import read_lines
 from diffusers_rtsae.models import LinearDynamics, interpolate
+from diffusers_rtsae.worlds import WORLDS, bundled
 
 from ..commands import Adding
 from ..evaluation.replacement import Reconstructing, recovered
@@ -35,6 +38,7 @@ from ..worlds import KINDS, Probe, World
 from ..worlds.pictures import add_models, calling, generate, load_models, new_parser, parse
 from .absorption import mean_absorption
 from .constants import Slope, axes, concern, concerned, effect_features
+from .names import Pictures, judged, population, share_right
 from .probes import Seen, accuracies, activations, codes, look, pooled
 from .results import Results, add_stability, dictionaries_in, spread, table
 from .samplers import samplers_of, scheduler
@@ -169,6 +173,21 @@ class Measures:
         self.pipe.unload_rtsae()
         return found
 
+    @cached_property
+    def pictures(self) -> Pictures:
+        """That names are judged on."""
+        return Pictures(self.pipe, self.world, self.scorer, self.a.shown, self.a.shown_steps, self.a.guidance)
+
+    def named(self, sae: SparseDictionary) -> dict:
+        """How many of the latents that make a value by themselves have a name, and how many of the names are right."""
+        self.pipe.load_rtsae(Dictionary({sae.config.site: sae}))
+        latents = population(self.pipe, self.world, self.a.named, self.call)
+        names = name_features(self.pipe, read_lines(bundled(WORLDS[self.a.world].prompts)), **self.call)
+        rows = list(judged(self.world, self.pictures, names, latents))
+        self.pipe.unload_rtsae()
+        shares = {name: round(share, 3) for name, share in share_right(rows, LEAST_CONFIDENCE).items()}
+        return {"names": shares | {"making": sum(bool(row["makes"]) for row in rows)}}
+
     def costs(self, sae: SparseDictionary, recipe: Recipe) -> dict:
         """Parameters, processor seconds of a training step, and the time of a picture while the three busiest latents
         are read, relative to a plain picture."""
@@ -242,7 +261,7 @@ def perceptual_distance(scorer: FactorScorer, a: torch.Tensor, b: torch.Tensor) 
     return statistics.mean(layers)
 
 
-MEASURES = ("replaced", "absorbed", "probed", "steered", "costs")
+MEASURES = ("replaced", "absorbed", "probed", "steered", "named", "costs")
 
 
 def markdown(rows: list[dict]) -> str:
@@ -264,6 +283,10 @@ def markdown(rows: list[dict]) -> str:
         "distance of pictures, in ‰": lambda r: 1000 * r["distance"], "absorption": lambda r: r["absorption"],
         "F1 of a value's latents": lambda r: r["f1"],
     }  # fmt: skip
+    naming = {
+        "latents that make a value": lambda r: r["names"]["making"], "of these named": lambda r: r["names"]["named"],
+        "names right": lambda r: r["names"]["right"],
+    }  # fmt: skip
     steering: dict[str, Callable] = {"effect of 16 latents": lambda r: r["effect"]}
     for kind in KINDS:
         for name in ("success", "leakage", "valid"):
@@ -274,11 +297,12 @@ def markdown(rows: list[dict]) -> str:
         "time of a picture with three latents read": lambda r: r["hook"],
     }  # fmt: skip
     parts = []
-    for figures in (describing, steering, cost):
+    for figures in (describing, naming, steering, cost):
         columns = {name: [cell(kind, read, name == SHARED) for kind in kinds] for name, read in figures.items()}
         columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
-        if columns:
-            parts.append(table(["kind", *columns], zip(kinds, *columns.values(), strict=True)))
+        lines = [line for line in zip(kinds, *columns.values(), strict=True) if set(line[1:]) != {"–"}]
+        if lines:
+            parts.append(table(["kind", *columns], lines))
     predicted = max((row.get("r2", ()) for row in rows), key=sum)
     shares = ", ".join(f"{share:.2f}" for share in predicted)
     parts.append(f"R² of predicting each anchor linearly from the one before: {shares}.\n")
@@ -313,6 +337,9 @@ def main() -> None:
         "--pairs", type=int, default=6, help="that choose the latents of a target, and as many to judge"
     )
     parser.add_argument("--prompts", type=int, default=4, help="of each kind a target is steered on")
+    parser.add_argument("--named", type=int, default=72, help="latents whose names are judged")
+    parser.add_argument("--shown", type=int, default=6, help="pictures for each factor, to judge names")
+    parser.add_argument("--shown-steps", type=int, default=10, help="of denoising, of these pictures")
     parser.add_argument("--every", type=int, default=1, help="measure every n-th target")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of what is timed")
     a, world = parse(parser)

@@ -12,6 +12,7 @@ direction is most like its own.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from diffusers_rtsae import Dictionary, load_dictionary
 from diffusers_rtsae.analysis.exchanged import ExchangedStates
-from diffusers_rtsae.analysis.names import name_features
+from diffusers_rtsae.analysis.names import Names, name_features
 from diffusers_rtsae.analysis.record import record
 from diffusers_rtsae.analysis.vocabulary import Exchange, Exchanges
 from diffusers_rtsae.files import read_lines
@@ -141,12 +142,11 @@ def markdown(rows: list[dict]) -> str:
     making = [row for row in rows if row["makes"]]
     lines = []
     for least in SURE:
-        named = [row for row in making if row["named"] and row["confidence"] >= least]
-        right = sum(row["named"] in row["makes"] for row in named)
-        lines.append([f"name, confidence ≥ {least}", *_shares_of(len(named), right, len(making))])
+        lines.append([f"name, confidence ≥ {least}", *share_right(rows, least).values()])
     for way in ("presence", "label"):
-        named = [row for row in making if row[way]]
-        lines.append([WAYS[way], *_shares_of(len(named), sum(row[way] in row["makes"] for row in named), len(making))])
+        others = [row | {"named": row[way], "confidence": 1.0} for row in rows]
+        lines.append([WAYS[way], *share_right(others, 1.0).values()])
+    lines = [[way, *(f"{share:.2f}" for share in shares)] for way, *shares in lines]
     summary = f"Of {len(rows)} latents {len(making)} make a value.\n\n"
     each = [
         [str(row["latent"]), row["name"] or "–", f"{row['confidence']:.2f}", ", ".join(row["makes"]) or "nothing"]
@@ -157,8 +157,27 @@ def markdown(rows: list[dict]) -> str:
     return summary + table(["named by", "named", "right"], lines) + "\n" + whole
 
 
-def _shares_of(named: int, right: int, of: int) -> list[str]:
-    return [f"{named / max(of, 1):.2f}", f"{right / max(named, 1):.2f}"]
+def share_right(rows: list[dict], least: float) -> dict[str, float]:
+    """Of the latents that make a value, the share that have a name of some confidence, and of these the share whose
+    name says one of the values they make."""
+    making = [row for row in rows if row["makes"]]
+    named = [row for row in making if row["named"] and row["confidence"] >= least]
+    right = sum(row["named"] in row["makes"] for row in named)
+    return {"named": len(named) / max(len(making), 1), "right": right / max(len(named), 1)}
+
+
+def judged(world: World, pictures: Pictures, names: Names, latents: list[tuple[str, int]]) -> Iterator[dict]:
+    """For each latent its name, and the values that it makes."""
+    said, of = values_of_words(world, names.words), {(one.site, one.index): one for one in names if one.by == "word"}
+    plain = pictures.plain()
+    for start in tqdm(range(0, len(latents), 2), unit="pair of latents"):
+        for i, shares in enumerate(pictures.shares(latents[start : start + 2]), start):
+            site, index = latents[i]
+            makes = [value for value in shares if value != "valid" and shares[value] - plain[value] >= RISE]
+            name = of.get((site, index))
+            row = {"site": site, "latent": index, "makes": makes, "valid": round(shares["valid"], 3)}
+            row |= {"name": name and name.name, "confidence": name.confidence if name else 0.0}
+            yield row | {"named": said.get(name.name, name.name) if name else None}
 
 
 def main() -> None:
@@ -177,23 +196,12 @@ def main() -> None:
     missing = [key for key in latents if not results.has(site=key[0], latent=key[1])]
     if missing:
         names = name_features(pipe, read_lines(bundled(WORLDS[a.world].prompts)), **call)
-        said, of = values_of_words(world, names.words), {(one.site, one.index): one for one in names}
         call.pop("batch_size")
-        others = {
-            "presence": by_presence(pipe, world, missing, call),
-            "label": by_label(get_dictionary(pipe, None), missing),
-        }
+        presence = by_presence(pipe, world, missing, call)
+        label = by_label(get_dictionary(pipe, None), missing)
         pictures = Pictures(pipe, world, scorer, a.pictures, a.picture_steps, a.guidance)
-        plain = pictures.plain()
-    for start in tqdm(range(0, len(missing), 2), unit="pair of latents"):
-        for i, shares in enumerate(pictures.shares(missing[start : start + 2]), start):
-            site, index = missing[i]
-            makes = [value for value in shares if value != "valid" and shares[value] - plain[value] >= RISE]
-            name = of.get((site, index))
-            row = {"site": site, "latent": index, "makes": makes, "valid": round(shares["valid"], 3)}
-            row |= {"name": name and name.name, "confidence": name.confidence if name else 0.0}
-            row |= {"named": said.get(name.name, name.name) if name else None}
-            results.add(row | {way: own[i] for way, own in others.items()})
+        for i, row in enumerate(judged(world, pictures, names, missing)):
+            results.add(row | {"presence": presence[i], "label": label[i]})
     results.tell(markdown(results.rows))
 
 

@@ -3,11 +3,13 @@
 import json
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from diffusers_rtsae.analysis.names import name_features
 from training.evaluation.replacement import Reconstructing
 from training.experiments import constants, kinds, samplers
 from training.experiments.kinds import perceptual_distance
@@ -56,7 +58,7 @@ def test_a_table_of_kinds_is_measured_and_continued(trained, tmp_path, monkeypat
     assert rows["topk-0"]["stability"] == rows["topk-1"]["stability"] and "stability" not in rows["rtsae-0"]
 
     monkeypatch.setattr(kinds.Measures, "costs", None)  # was measured
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", [*command, "--measures", "absorbed", "probed", "steered"])
     kinds.main()
     rows = {row["dictionary"]: row for row in json.loads(out.read_text())["rows"]}
     assert rows["mixture-0"]["probes"].keys() == {"here", "elsewhere", "untold"}
@@ -67,6 +69,19 @@ def test_a_table_of_kinds_is_measured_and_continued(trained, tmp_path, monkeypat
         assert rows[name]["open"].keys() == rows[name]["contradicted"].keys()
     text = kinds.markdown(list(rows.values()))
     assert text in capsys.readouterr().out and "| topk |" in text and f"| {kinds.RAW} |" in text
+
+
+@pytest.mark.slow
+def test_how_well_the_latents_of_a_kind_are_named_is_measured(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained / "topk-0", tmp_path / "some" / "topk-0")
+    command = ["kinds", "--dictionaries", str(tmp_path / "some"), "--steps", "6", "--batch-size", "16"]
+    command += ["--named", "2", "--shown", "1", "--shown-steps", "2", "--out", str(tmp_path / "kinds.json")]
+    monkeypatch.setattr(kinds, "name_features", partial(name_features, words=["red"], pictures=2))
+    monkeypatch.setattr(sys, "argv", [*command, "--measures", "named"])
+    kinds.main()
+    row = json.loads((tmp_path / "kinds.json").read_text())["rows"][1]
+    assert row["names"].keys() == {"making", "named", "right"} and row["names"]["making"] <= 2
+    assert "| kind | latents that make a value | of these named | names right |" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_makes_no_table(trained, tmp_path, monkeypatch):
