@@ -82,6 +82,19 @@ SECTIONS = {  # by the name of the file
         confidence ≥ 0.9 were right for 0.94 and those of ≥ 0.7 for 0.92; most of the latents are the same.
         """,
     ),
+    "looks": Section(
+        "looks",
+        "Do latents do to pictures what their look says?",
+        """
+        Latents that are like no word are named after what they do to the look of pictures, as predictions say to first
+        order. The {count} first of them, by index, are added at strength 1 to {pictures} pictures of prompts and noise
+        that had no part in it ({picture_steps} steps each), and the pictures are measured: brightness, contrast and so
+        on in standard deviations among the pictures without it; of the prompt, the share of its factors that the
+        scorer reads in the picture. *Moves as said*: the named look changes in the direction that the name says, by
+        more than two standard errors. *Moves nothing more*: no other look changes more than it. *Exchanged*: the same
+        if each latent had the name of another.
+        """,
+    ),
     "explain": Section(
         "explain",
         "Does a ledger say what is measured?",
