@@ -233,11 +233,10 @@ class ExchangedStates:
 
     @cached_property
     def _looks(self) -> Looks | None:
-        with resting(self.pipeline):
-            try:
-                return Looks(self.pipeline, [batch.calls for batch in self._batches], self._denoisers, **self._call)
-            except UnknownLooks:
-                return None
+        try:
+            return Looks(self.pipeline, [batch.calls[-1] for batch in self._batches])
+        except UnknownLooks:
+            return None
 
     @property
     def _of_looks(self) -> int:

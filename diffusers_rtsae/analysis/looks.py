@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 
 from ..denoiser import UnknownMixture, noise_schedule, unmix
-from .calls import call_with
 from .replay import ReplayableCall
 
 #: what is measured: the name of what raises it, and of what lowers it
@@ -26,9 +25,7 @@ LOOKS = {
     "size": ("larger", "smaller"),
     "height": ("higher", "lower"),
     "side": ("further right", "further left"),
-    "prompt": ("more of the prompt", "less of the prompt"),
 }
-_OF_PICTURES = len(LOOKS) - 1  # all but the last, which predictions alone tell
 _FRAME = 8  # the border is one in so many rows and columns on each side
 _DIFFERENT = 0.15  # distance from the border's colour at which a pixel counts half
 _LEAST = 0.01  # the least unit, of a range of 1
@@ -91,29 +88,21 @@ def place_of(change: torch.Tensor) -> torch.Tensor | None:
 class Looks:
     """
     How predictions must change for the looks of their pictures to change, to first order. Units are one standard
-    deviation among the pictures; for `prompt` all that the prompt changes, compared with an empty one.
+    deviation among the pictures.
 
     Args:
         pipeline (`DiffusionPipeline`): its VAE decodes pictures.
-        batches: for each batch of pictures its calls of the denoiser, at all steps.
-        denoisers, call: of the pipeline, as [`call_with`] takes them.
+        calls (`Sequence[ReplayableCall]`): for each batch of pictures its last call of the denoiser.
 
     Raises:
         [`UnknownLooks`]: these predictions cannot be decoded.
     """
 
     @torch.no_grad()
-    def __init__(self, pipeline, batches: Sequence[Sequence[ReplayableCall]], denoisers, **call):
+    def __init__(self, pipeline, calls: Sequence[ReplayableCall]):
         self._pipeline, self._schedule = pipeline, noise_schedule(pipeline.scheduler)
-        last = [calls[-1] for calls in batches]
-        seen = [self._measure(one, one.replay(range(one.rows), range(one.rows)).float()) for one in last]
+        seen = [self._measure(one, one.replay(range(one.rows), range(one.rows)).float()) for one in calls]
         self._units = torch.cat(seen).std(0, correction=0).clamp(min=_LEAST)
-        self._empty = {
-            id(call_): empty
-            for calls in batches
-            for empty in [call_with(pipeline, [""] * calls[0].rows, denoisers, **call)]
-            for call_ in calls
-        }
 
     def _measure(self, call: ReplayableCall, prediction: torch.Tensor) -> torch.Tensor:
         """The looks `(rows, 8)` of the pictures that predictions are about."""
@@ -148,17 +137,12 @@ class Looks:
             raise UnknownLooks(f"its latents have {latents.shape[1]} channels, and it has no VAE")
         return latents.float() / 2 + 0.5
 
+    @torch.enable_grad()
     def gradients(self, call: ReplayableCall, prediction: torch.Tensor) -> torch.Tensor:
-        """The derivatives of all looks with respect to a call's `prediction (rows, ...)`: `(9, rows, ...)`."""
-        with torch.enable_grad():
-            leaf = prediction.detach().requires_grad_()
-            looks = (self._measure(call, leaf) / self._units).sum(0)
-            own = [torch.autograd.grad(looks[i], leaf, retain_graph=True)[0] for i in range(_OF_PICTURES)]
-        with torch.no_grad():
-            rows = range(call.rows)
-            said = prediction - call.replay(rows, rows, self._empty[id(call)]).float()
-            size = said.flatten(1).square().sum(1).clamp(min=1e-20).view(-1, *(1 for _ in said.shape[1:]))
-        return torch.stack([*own, said / size])
+        """The derivatives of all looks with respect to a call's `prediction (rows, ...)`: `(8, rows, ...)`."""
+        leaf = prediction.detach().requires_grad_()
+        looks = (self._measure(call, leaf) / self._units).sum(0)
+        return torch.stack([torch.autograd.grad(look, leaf, retain_graph=True)[0] for look in looks])
 
 
 class UnknownLooks(ValueError):

@@ -89,10 +89,11 @@ SECTIONS = {  # by the name of the file
         Latents that are like no word are named after what they do to the look of pictures, as predictions say to first
         order. The {count} first of them, by index, are added at strength 1 to {pictures} pictures of prompts and noise
         that had no part in it ({picture_steps} steps each), and the pictures are measured: brightness, contrast and so
-        on in standard deviations among the pictures without it; of the prompt, the share of its factors that the
-        scorer reads in the picture. *Moves as said*: the named look changes in the direction that the name says, by
-        more than two standard errors. *Moves nothing more*: no other look changes more than it. *Exchanged*: the same
-        if each latent had the name of another.
+        on, in standard deviations among the pictures without it. *Moves as said*: the named look changes in the
+        direction that the name says, by more than two standard errors. *Moves nothing more*: no other look changes
+        more than it. *Exchanged*: the same if each latent had the name of another. "More of the prompt" and "less of
+        the prompt" were looks, too, until pictures of other prompts showed as much of them with such latents as
+        without.
         """,
     ),
     "explain": Section(

@@ -1,5 +1,8 @@
 """How right names are is read from what a scorer sees, and from the world's words."""
 
+from diffusers_rtsae.analysis.looks import LOOKS
+from training.experiments import looks
+from training.experiments.looks import direction, right
 from training.experiments.names import markdown, open_pairs, values_of_words
 from training.worlds import load_world
 
@@ -32,3 +35,14 @@ def test_names_are_right_if_they_say_something_that_the_latent_makes():
     assert "| name, confidence ≥ 0.7 | 0.67 | 0.50 |" in table
     assert "| by presence | 1.00 | 0.67 |" in table
     assert "| most similar label | 0.00 | 0.00 |" in table
+
+
+def test_a_look_is_right_if_pictures_change_so():
+    changed = {look: [0.0, 0.01] for look in LOOKS} | {"brightness": [-0.3, 0.1], "size": [0.5, 0.1]}
+    assert direction("darker") == ("brightness", -1) and direction("larger") == ("size", 1)
+    assert [right(changed, name) for name in ("darker", "brighter", "larger", "higher")] == [
+        (True, False), (False, False), (True, True), (False, False),
+    ]  # fmt: skip
+    row = {"latent": 1, "name": "larger", "effect": 0.4, "changed": changed, "valid": 1.0}
+    table = looks.markdown([row, row | {"name": "higher", "latent": 2}])
+    assert "| all latents | 2 | 0.50 | 0.50 | 0.50 | 0.50 |" in table and "| 2 | higher |" in table
