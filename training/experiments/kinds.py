@@ -300,7 +300,7 @@ def markdown(rows: list[dict]) -> str:
     for figures in (describing, naming, steering, cost):
         columns = {name: [cell(kind, read, name == SHARED) for kind in kinds] for name, read in figures.items()}
         columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
-        lines = [line for line in zip(kinds, *columns.values(), strict=True) if set(line[1:]) != {"–"}]
+        lines = [line for line in zip(kinds, *columns.values(), strict=True) if set(line[1:]) - {"–"}]
         if lines:
             parts.append(table(["kind", *columns], lines))
     predicted = max((row.get("r2", ()) for row in rows), key=sum)

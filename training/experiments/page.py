@@ -108,7 +108,10 @@ def section(page: Page, path: Path) -> tuple[str, str]:
     listed = {name: value for name, value in settings.items() if name not in APART and value != "None"}
     how = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in listed.items())
     out = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-    command = f"`python -m training.experiments.{experiment} {page.options}--out {out}`"
+    options, reader = page.options, settings.get("scorer", "")
+    if reader.endswith("-judge"):
+        options += "--judge " if settings.get("judge") == "True" else f"--scorer {reader} "
+    command = f"`python -m training.experiments.{experiment} {options}--out {out}`"
     facts = f"{stored['measured']}, {command}: {how}"
     facts += f"; read by `{Path(settings['scorer']).name}`." if "scorer" in settings else "."
     parts = [f"## {title}", wrapped(facts), wrapped(text.format(**settings))]

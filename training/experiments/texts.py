@@ -78,8 +78,8 @@ SECTIONS = {  # by the name of the file
         far, so that a right name may count as a wrong one. *Named*: the share of the latents that make a value which
         have a name. *Right*: the share of these whose name says one of the values they make. Beside names by effect:
         the value whose prompts show a latent most, and the value of the label whose direction is most like its own.
-        The prompts and seeds are others than those on which the way to name latents was chosen, where names of
-        confidence ≥ 0.9 were right for 0.94 and those of ≥ 0.7 for 0.92; most of the latents are the same.
+        The way to name latents was chosen on shapes, on other prompts and seeds, where names of confidence ≥ 0.9 were
+        right for 0.94 and those of ≥ 0.7 for 0.92; most of the latents of shapes are the same.
         """,
     ),
     "looks": Section(
