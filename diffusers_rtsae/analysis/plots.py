@@ -95,7 +95,7 @@ def plot_feature_trajectories(dictionary: Dictionary, features: Sequence) -> Fig
         anchors, spread = sae.config.anchors, sae.spread.cpu() * math.sqrt(sae.config.in_channels)
         times = FeatureTimes.of((trajectory.norm(dim=1) / spread)[None])
         length, peak, onset = times.length[0], int(times.peak), int(times.onset)
-        (line,) = norms.plot(anchors, length, marker=".", label=_name(feature))
+        (line,) = norms.plot(anchors, length, marker=".", label=_name(feature, dictionary))
         norms.plot(anchors[onset], length[onset], marker=">", markersize=8, color=line.get_color())
         norms.plot(anchors[peak], length[peak], marker="^", markersize=8, color=line.get_color())
         turns = torch.cosine_similarity(trajectory[1:], trajectory[:-1], dim=1)
@@ -131,11 +131,15 @@ def _overlay(axis, image, activation: torch.Tensor, top: float) -> AxesImage:
     return axis.imshow(activation, vmin=0, vmax=top, cmap="magma", alpha=0.75, **whole)
 
 
-def _name(feature) -> str:
-    """The name in a figure of a label, an index, a `(site, index)` or a [`Feature`]."""
-    if isinstance(feature, Feature):
-        return ", ".join([*feature.labels, str(feature.index)])
-    return str(feature[1] if isinstance(feature, tuple) else feature)
+def _name(feature, dictionary: Dictionary) -> str:
+    """The name in a figure of a label, an index, a `(site, index)` or a [`Feature`], with what a latent makes."""
+    if isinstance(feature, str):
+        return feature
+    labels = feature.labels if isinstance(feature, Feature) else []
+    (entry,), _ = dictionary.features(_key(feature))
+    index = entry["latents"][0]
+    made = dictionary.name_of(entry["site"], index)
+    return ", ".join([*labels, str(index)]) + (f" ({made})" if made else "")
 
 
 def _key(feature):
@@ -165,7 +169,7 @@ def plot_heat_maps(recording: Recording, features: Sequence, image: int = 0, col
             if y == 0:
                 axes[y, x].set_title(f"t = {timesteps[step]:g}", fontsize=8)
         axes[y, -1].imshow(recording.images[image], interpolation="nearest")
-        name = _name(feature) if top else f"{_name(feature)}\nnowhere active"
+        name = _name(feature, recording.dictionary) + ("" if top else "\nnowhere active")
         axes[y, 0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
         if top:
             bar = figure.colorbar(
@@ -183,7 +187,7 @@ def plot_presence(recording: Recording, features: Sequence, image: int = 0) -> F
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     for feature, curve in zip(features, present, strict=True):
-        axis.plot(recording.timesteps, curve, marker=".", label=_name(feature))
+        axis.plot(recording.timesteps, curve, marker=".", label=_name(feature, recording.dictionary))
     axis.set(xlabel="timestep (noise → image)", ylabel="presence (of a typical full activation)", ylim=(0, None))
     axis.invert_xaxis()
     axis.grid(alpha=0.3)
@@ -211,12 +215,12 @@ def plot_crops(recordings: Sequence[Recording], feature, count: int = 12, size: 
             crops.append((last.max().item(), image, (x + 0.5) / last.shape[1], (y + 0.5) / last.shape[0]))
     crops = sorted((crop for crop in crops if crop[0] > 0), key=lambda crop: -crop[0])[:count]
     if not crops:
-        raise ValueError(f"Expected pictures in which {_name(feature)!r} is active, got none.")
+        raise ValueError(f"Expected pictures in which {feature!r} is active, got none.")
     columns = min(6, len(crops))
     rows = math.ceil(len(crops) / columns)
     figure = Figure(figsize=(1.3 * columns, 1.45 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    figure.suptitle(f"where {_name(feature)} is most active", fontsize=10)
+    figure.suptitle(f"where {_name(feature, recordings[0].dictionary)} is most active", fontsize=10)
     for axis, (strength, image, x, y) in zip(axes.flat, crops, strict=False):
         wide, high = size * image.width, size * image.height
         left, top = (min(max(c * full - part / 2, 0), full - part) for c, full, part in
@@ -238,9 +242,8 @@ def plot_activations(recordings: Sequence[Recording], feature, bins: int = 40) -
     axis.hist(active.numpy(), bins=bins, color="#4c72b0")
     axis.axvline(1, color="black", linewidth=1, linestyle=":")
     axis.set(xlabel="activation (1: the typical full one)", ylabel="tokens")
-    axis.set_title(
-        f"{_name(feature)}: active on {len(active) / len(values):.1%} of {len(values):,} tokens", fontsize=9
-    )
+    name, share = _name(feature, recordings[0].dictionary), len(active) / len(values)
+    axis.set_title(f"{name}: active on {share:.1%} of {len(values):,} tokens", fontsize=9)
     return figure
 
 
@@ -254,7 +257,7 @@ def plot_similarity(dictionary: Dictionary, features: Sequence) -> Figure:
     figure = Figure(figsize=(0.32 * len(paths) + 2.4, 0.32 * len(paths) + 1.8), layout="constrained")
     axis = figure.subplots()
     shown = axis.imshow(paths @ paths.T, vmin=-1, vmax=1, cmap="RdBu_r")
-    names = [_name(feature) for feature in features]
+    names = [_name(feature, dictionary) for feature in features]
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     figure.colorbar(shown, ax=axis, shrink=0.7, label="cosine of trajectories")

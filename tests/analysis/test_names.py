@@ -11,6 +11,7 @@ from diffusers_rtsae.analysis.exchanged import ExchangedStates
 from diffusers_rtsae.analysis.find import top_features
 from diffusers_rtsae.analysis.looks import LOOKS, Looks, measure_looks
 from diffusers_rtsae.analysis.names import name_features
+from diffusers_rtsae.analysis.plots import plot_presence
 from diffusers_rtsae.analysis.record import record
 from diffusers_rtsae.analysis.vocabulary import Exchange, Exchanges, whole_words
 from diffusers_rtsae.dictionary import read_contents, search_names
@@ -54,7 +55,10 @@ def test_names_are_kept_with_the_dictionary_and_shown(pipe, names, tmp_path):
     assert "reds" not in str(search_names(loaded)) and search_names(loaded, "reddish")[0][2]["name"] == "red"
     assert "## Names of latents" in (tmp_path / "README.md").read_text()
     pipe.load_rtsae(loaded, "named")
-    table = top_features(record(pipe, ["a red star"], "named", **CALL), count=30)
+    recording = record(pipe, ["a red star"], "named", **CALL)
+    table = top_features(recording, count=30)
+    (legend,) = plot_presence(recording, [1511]).axes[0].get_legend().get_texts()
+    assert legend.get_text() == "1511 (red)"
     pipe.delete_rtsae("named")
     made = {feature.index: feature.makes for feature in table}
     assert "red" in made.values() and re.search(r"makes +labels", str(table))
