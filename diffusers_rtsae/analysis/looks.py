@@ -1,5 +1,5 @@
 """
-What can be told of a picture without a word: brightness, contrast, colours, size, place; and how a prediction must
+What can be told of a picture without a word: brightness, contrast, colours, place; and how a prediction must
 change for the picture to have more of it.
 
 The picture is the one that a prediction says the noisy latents are made of, decoded by the pipeline's VAE. That is
@@ -22,7 +22,6 @@ LOOKS = {
     "saturation": ("more colourful", "greyer"),
     "warmth": ("warmer colours", "cooler colours"),
     "background": ("lighter background", "darker background"),
-    "size": ("larger", "smaller"),
     "height": ("higher", "lower"),
     "side": ("further right", "further left"),
 }
@@ -33,16 +32,16 @@ _LEAST = 0.01  # the least unit, of a range of 1
 
 def measure_looks(pictures: torch.Tensor) -> torch.Tensor:
     """
-    Brightness, contrast, saturation, warmth, background, size, height and side of pictures, differentiably.
+    Brightness, contrast, saturation, warmth, background, height and side of pictures, differentiably.
 
-    The background is the mean colour of the border. What differs from it is the object: its size is the share of the
-    picture, its place the centre of mass.
+    The background is the mean colour of the border. What differs from it is the object, whose place is the centre of
+    mass.
 
     Args:
         pictures (`torch.Tensor`): `(pictures, 1 or 3, height, width)`, from 0 to 1.
 
     Returns:
-        `torch.Tensor`: `(pictures, 8)`, from 0 to 1 or −1 to 1, in the order of [`LOOKS`].
+        `torch.Tensor`: `(pictures, 7)`, from 0 to 1 or −1 to 1, in the order of [`LOOKS`].
     """
     pictures = pictures.expand(-1, 3, -1, -1)
     height, width = pictures.shape[-2:]
@@ -63,7 +62,6 @@ def measure_looks(pictures: torch.Tensor) -> torch.Tensor:
             (pictures.amax(1) - pictures.amin(1)).mean((1, 2)),
             (pictures[:, 0] - pictures[:, 2]).mean((1, 2)),
             luminance[:, border].mean(1),
-            mass.mean((1, 2)),
             (mass.sum(2) * up).sum(1) / total,
             (mass.sum(1) * right).sum(1) / total,
         ],
@@ -105,7 +103,7 @@ class Looks:
         self._units = torch.cat(seen).std(0, correction=0).clamp(min=_LEAST)
 
     def _measure(self, call: ReplayableCall, prediction: torch.Tensor) -> torch.Tensor:
-        """The looks `(rows, 8)` of the pictures that predictions are about."""
+        """The looks `(rows, 7)` of the pictures that predictions are about."""
         sample = call.arguments.sample
         if sample.ndim != 4 or sample.shape[2:] != prediction.shape[2:] or sample.shape[1] > prediction.shape[1]:
             raise UnknownLooks(f"latents of shape {tuple(sample.shape)} are no pictures")
@@ -139,7 +137,7 @@ class Looks:
 
     @torch.enable_grad()
     def gradients(self, call: ReplayableCall, prediction: torch.Tensor) -> torch.Tensor:
-        """The derivatives of all looks with respect to a call's `prediction (rows, ...)`: `(8, rows, ...)`."""
+        """The derivatives of all looks with respect to a call's `prediction (rows, ...)`: `(7, rows, ...)`."""
         leaf = prediction.detach().requires_grad_()
         looks = (self._measure(call, leaf) / self._units).sum(0)
         return torch.stack([torch.autograd.grad(look, leaf, retain_graph=True)[0] for look in looks])

@@ -1,4 +1,4 @@
-"""Do latents that are named after a look, such as "darker" or "larger", do that to pictures?
+"""Do latents that are named after a look, such as "darker" or "cooler colours", do that to pictures?
 
     python -m training.experiments.looks --out training/results/looks.json
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser = new_parser(__doc__)
     add_models(parser, "pipeline", "scorer", "dictionary")
     parser.add_argument("--out", type=Path, default=Path("runs/looks.json"))
-    parser.add_argument("--count", type=int, default=24, help="latents to look at")
+    parser.add_argument("--count", type=int, default=48, help="latents to look at")
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--picture-steps", type=int, default=10, help="of denoising, of these pictures")
     a, world = parse(parser)

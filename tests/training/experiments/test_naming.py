@@ -38,11 +38,11 @@ def test_names_are_right_if_they_say_something_that_the_latent_makes():
 
 
 def test_a_look_is_right_if_pictures_change_so():
-    changed = {look: [0.0, 0.01] for look in LOOKS} | {"brightness": [-0.3, 0.1], "size": [0.5, 0.1]}
-    assert direction("darker") == ("brightness", -1) and direction("larger") == ("size", 1)
-    assert [right(changed, name) for name in ("darker", "brighter", "larger", "higher")] == [
+    changed = {look: [0.0, 0.01] for look in LOOKS} | {"brightness": [-0.3, 0.1], "warmth": [0.5, 0.1]}
+    assert direction("darker") == ("brightness", -1) and direction("cooler colours") == ("warmth", -1)
+    assert [right(changed, name) for name in ("darker", "brighter", "warmer colours", "higher")] == [
         (True, False), (False, False), (True, True), (False, False),
     ]  # fmt: skip
-    row = {"latent": 1, "name": "larger", "effect": 0.4, "changed": changed, "valid": 1.0}
+    row = {"latent": 1, "name": "warmer colours", "effect": 0.4, "changed": changed, "valid": 1.0}
     table = looks.markdown([row, row | {"name": "higher", "latent": 2}])
     assert "| all latents | 2 | 0.50 | 0.50 | 0.50 | 0.50 |" in table and "| 2 | higher |" in table
