@@ -11,12 +11,13 @@ each entry. What lies above a threshold is among the entries whose bound does; a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+
+from .matrix import products_at
 
 _LEAST = 384  # columns, and latents; of smaller factors the product in float32 is as fast
 _ALIGNED = 32  # products with a multiple of so many columns are the fastest
@@ -142,10 +143,4 @@ class Screen:
     def _values(self, start: int, count: int, rows: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The entries in float32 at `rows`, which are sorted and counted from row `start`, and `latents`."""
         centred, weight = self.factors
-        starts = torch.searchsorted(rows, torch.arange(count + 1))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-            size = count, len(weight)
-            at = torch.sparse_csr_tensor(starts, latents, torch.zeros(len(latents)), size, check_invariants=False)
-            own = torch.sparse.sampled_addmm(at, centred[start : start + count], weight.T, beta=0.0)
-        return own.values() + self.bias[latents]
+        return products_at(rows, latents, centred[start : start + count], weight) + self.bias[latents]
