@@ -46,9 +46,7 @@ class BatchTopK:
         code = batch_topk(centred, encoder.weight, bias, self.k, self.dtype, self.processes, gates)
         return encode(centred, centre, encoder, bias, code, gates)
 
-    def loss(
-        self, target: torch.Tensor, code: Code, decoder: Matrix, centre: torch.Tensor, unit: torch.Tensor | None
-    ):
+    def loss(self, target: torch.Tensor, code: Code, decoder: Matrix, centre: torch.Tensor, unit: torch.Tensor | None):
         """The loss, the mean squared error in `unit`, and the reconstruction `(rows, d)`."""
         reconstruction = decode(code, decoder, len(target), self.processes) + centre
         error = mean_squared_error(reconstruction, target, unit)

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# what fits into a processor's cache:
-_PIECE = 2**18  # entries of a gradient, beside the weights and their moments
-_STRIP = 2**17  # entries of a table
+_PIECE = 2**18  # entries of a gradient that fit into a processor's cache, beside the weights and their moments
+_STRIP = 128  # columns of a table that do
 
 
 def sum_by(groups: torch.Tensor, count: int, members: torch.Tensor, weights: torch.Tensor, table: torch.Tensor):
@@ -72,7 +71,7 @@ class Gradient(NamedTuple):
     def square(self) -> torch.Tensor:
         """The sum of its squares. A few columns are made at a time, so that those of the table stay in the cache."""
         columns, found = self.table.shape[1], []
-        size = max(32, _STRIP // len(self.table)) if self.table.is_cpu else columns
+        size = _STRIP if self.table.is_cpu else columns
         for start in range(0, columns, size):
             table, starts = self.table[:, start : start + size].contiguous(), self.starts[:-1]
             strip = F.embedding_bag(self.members, table, starts, mode="sum", per_sample_weights=self.values)

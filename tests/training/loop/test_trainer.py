@@ -41,21 +41,23 @@ def dense_decode(code, decoder, count, processes):
 @torch.no_grad()
 def dense_update(trainer: DictionaryTrainer, optimizer: torch.optim.Adam, step: int) -> None:
     sae, settings = trainer.sae, trainer.settings
+    encoder, decoder = sae.encoder.grad.flatten(1), sae.decoder.grad.flatten(1)
     optimizer.param_groups[0]["lr"] = settings.learning_rate * min(
         1.0, (step + 1) / 100, 5 * (settings.steps - step) / settings.steps
     )
     if settings.layout == "per_step":
         latents, anchors, _ = sae.decoder.shape
-        own = F.one_hot(torch.arange(latents) * anchors // latents, anchors)[:, :, None]
-        sae.encoder.grad *= own
-        sae.decoder.grad *= own
-    sae.decoder.grad -= (sae.decoder.grad * sae.decoder).sum((1, 2), keepdim=True) * sae.decoder
+        own = F.one_hot(torch.arange(latents) * anchors // latents, anchors).repeat_interleave(D, 1)
+        encoder *= own
+        decoder *= own
+    rows = sae.decoder.flatten(1)
+    decoder -= (decoder * rows).sum(1, keepdim=True) * rows
     norm = torch.stack([parameter.grad.norm() for parameter in trainer.parameters.values()]).norm()
     for parameter in trainer.parameters.values():
         parameter.grad /= norm
     optimizer.step()
     optimizer.zero_grad()
-    sae.decoder /= sae.decoder.flatten(1).norm(dim=1)[:, None, None].view(-1, *[1] * (sae.decoder.ndim - 1))
+    rows /= rows.norm(dim=1, keepdim=True)
     trainer.done, trainer.parts = step + 1, 0
 
 
@@ -63,8 +65,12 @@ def dense_update(trainer: DictionaryTrainer, optimizer: torch.optim.Adam, step: 
 def test_a_step_is_that_of_whole_gradients(arm, monkeypatch):
     monkeypatch.setattr(atm, "MEMORY", 1)  # so that latents are masked, too
     monkeypatch.setattr(matrix, "_PIECE", 5 * 3 * D)
-    monkeypatch.setattr(matrix, "_STRIP", 0)
-    ours, dense = trainer_of(SHARED_ARMS[arm]), trainer_of(SHARED_ARMS[arm])
+    monkeypatch.setattr(matrix, "_STRIP", 20)
+    settings = SHARED_ARMS[arm]
+    settings = settings.model_copy(
+        update={"train": settings.train.model_copy(update={"num_latents": 98, "dead_after": 1})}
+    )
+    ours, dense = trainer_of(settings), trainer_of(settings)
     dense.encoder, dense.decoder = DenseMatrix(dense.sae.encoder), DenseMatrix(dense.sae.decoder)
     optimizer = torch.optim.Adam(dense.parameters.values())
     data, told, dead = sparse_data(seed=5).float(), torch.rand(4096, 3), 0
@@ -95,9 +101,10 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        given = {one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if torch.is_tensor(one)}
+        tensors = [one for one in tree_leaves((args, kwargs)) if torch.is_tensor(one)]
+        given = {one.untyped_storage().data_ptr() for one in tensors if one.layout is torch.strided}
         for one in tree_leaves(made):
-            if torch.is_tensor(one) and one.untyped_storage().data_ptr() not in given:
+            if torch.is_tensor(one) and one.layout is torch.strided and one.untyped_storage().data_ptr() not in given:
                 self.entries = max(self.entries, one.untyped_storage().nbytes() // one.itemsize)
         return made
 
@@ -105,6 +112,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["concatenated", "per_step"])
 def test_a_step_makes_no_tensor_of_the_dictionarys_size(layout, monkeypatch):
     monkeypatch.setattr(matrix, "_PIECE", 2**10)
+    monkeypatch.setattr(matrix, "_STRIP", D)
     trainer = trainer_of(recipe(num_latents=1024, dead_after=100, layout=layout))
     inputs, before = trainer.inputs(sparse_data(32).float()), trainer.sae.encoder.detach().clone()
     with Largest() as largest:
