@@ -1,7 +1,7 @@
 """A matrix with a row for each latent, whose gradient is made a few latents at a time, never as a whole.
 
-The gradient is a sum of outer products: an active latent adds a multiple of a vector to its own row. Vectors are shared
-by the latents of a row of the batch, so these terms are small, where their sum is as large as the matrix.
+The gradient is a sum of outer products: an active latent adds a multiple of a vector to its own row. The latents of a
+row of the batch share the vector, so these terms are small, where their sum is as large as the matrix.
 """
 
 from __future__ import annotations

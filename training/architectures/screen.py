@@ -109,6 +109,7 @@ class Screen:
                 return None
             rows, latents = true_entries(candidates)
             found.append((rows + start, latents))
+            del bounds, candidates  # before the next are made
         rows, latents = map(torch.cat, zip(*found, strict=True))
         values = self._values(0, len(self.rows), rows, latents)
         above = values > torch.as_tensor(threshold).expand(len(self.latents))[latents]
@@ -126,10 +127,11 @@ class Screen:
             if self._too_many(candidates):
                 return None
             rows, latents = true_entries(candidates)
-            counts = torch.bincount(rows, minlength=len(bounds))
+            del bounds, candidates  # before the next are made
+            counts = torch.bincount(rows, minlength=len(least))
             place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-            values = self.slack.new_full((len(bounds), int(counts.max())), -torch.inf)
-            values[rows, place] = self._values(start, len(bounds), rows, latents)
+            values = self.slack.new_full((len(least), int(counts.max())), -torch.inf)
+            values[rows, place] = self._values(start, len(least), rows, latents)
             of_place = torch.zeros(values.shape, dtype=torch.int64)
             of_place[rows, place] = latents
             values, place = values.topk(k, dim=1)

@@ -76,12 +76,12 @@ def products(
     """
     centred, weight, step = centred.to(dtype), weight.to(dtype), _rows_at_once(weight)
     for start in range(0, len(centred), step):
-        piece = F.linear(centred[start : start + step], weight)
+        rows = centred[start : start + step]
         if gates is None:
-            yield start, piece, bias
+            yield start, F.linear(rows, weight), bias
         else:
             shares = gates.shares[start : start + step].to(dtype)[:, gates.group]
-            gated = ((piece + bias.to(dtype)) * shares).masked_fill_(shares == 0, -torch.inf)
+            gated = ((F.linear(rows, weight) + bias.to(dtype)) * shares).masked_fill_(shares == 0, -torch.inf)
             yield start, gated, torch.zeros_like(bias)
 
 
@@ -118,6 +118,7 @@ def above(
             threshold = threshold(piece[:: len(piece) // 16 or 1] + rest)
         rows, latents = true_entries(piece > (threshold - rest).to(dtype))
         found.append((rows + start, latents, piece[rows, latents].float() + rest[latents]))
+        del piece  # before the next is made
     return Code(*map(torch.cat, zip(*found, strict=True)))
 
 

@@ -103,7 +103,8 @@ class DictionaryTrainer:
         per_latent = {name: getattr(sae, name) for name in ("encoder", "encoder_bias", "decoder")}
         self.shares = per_latent | self.architecture.parameters()
         for parameter in self.shares.values():
-            parameter.data = processes.share(parameter.data).clone()
+            if processes.count > 1:
+                parameter.data = processes.share(parameter.data).clone()
         self.common = {name: value for name, value in sae.named_parameters() if name not in per_latent}
         self.parameters = self.shares | self.common
         blocks = None if blocks is None else processes.share(blocks)
@@ -244,7 +245,7 @@ class DictionaryTrainer:
         return {"fvu_validation": fvu.item(), "l0_validation": l0, "dead": dead}
 
     def _step(self, parameter: nn.Parameter, gradient: Gradient) -> Iterator[torch.Tensor]:
-        """What `optimizer.step` would do to a matrix whose gradient were there as a whole. Yields rows that are done."""
+        """What `optimizer.step` does to a matrix, if its gradient is there as a whole. Yields rows that are done."""
         (options,) = self.optimizer.param_groups
         beta1, beta2 = options["betas"]
         same = {name: options[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize", "fused")}
