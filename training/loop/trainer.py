@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -103,14 +103,14 @@ class DictionaryTrainer:
         per_latent = {name: getattr(sae, name) for name in ("encoder", "encoder_bias", "decoder")}
         self.shares = per_latent | self.architecture.parameters()
         for parameter in self.shares.values():
-            if processes.count > 1:
+            if processes.count > 1:  # the whole is let go
                 parameter.data = processes.share(parameter.data).clone()
         self.common = {name: value for name, value in sae.named_parameters() if name not in per_latent}
         self.parameters = self.shares | self.common
         blocks = None if blocks is None else processes.share(blocks)
         self.encoder, self.decoder = Matrix(sae.encoder, blocks), Matrix(sae.decoder, blocks)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, fused=True)
-        for matrix in (sae.encoder, sae.decoder):
+        for matrix in (sae.encoder, sae.decoder):  # whose gradients the optimizer never sees
             moments = {name: torch.zeros_like(matrix) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[matrix] = {"step": torch.zeros((), device=device)} | moments
         # trajectories since each latent fired
@@ -244,8 +244,8 @@ class DictionaryTrainer:
         dead = self.processes.sum(self.dead.sum()).item() / self.settings.num_latents
         return {"fvu_validation": fvu.item(), "l0_validation": l0, "dead": dead}
 
-    def _step(self, parameter: nn.Parameter, gradient: Gradient) -> Iterator[torch.Tensor]:
-        """What `optimizer.step` does to a matrix, if its gradient is there as a whole. Yields rows that are done."""
+    def _step(self, parameter: nn.Parameter, gradient: Gradient) -> None:
+        """What `optimizer.step` does to a matrix whose gradient is there as a whole."""
         (options,) = self.optimizer.param_groups
         beta1, beta2 = options["betas"]
         same = {name: options[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize", "fused")}
@@ -258,7 +258,8 @@ class DictionaryTrainer:
                 [rows], [piece], [mean], [square], [], [state["step"].clone()], beta1=beta1, beta2=beta2,
                 grad_scale=self.optimizer.grad_scale, **same,
             )  # fmt: skip
-            yield rows
+            if gradient.along is not None:
+                normalise(rows)
         state["step"] += 1
 
     @torch.no_grad()
@@ -280,9 +281,7 @@ class DictionaryTrainer:
         norm = torch.cat([summed[:-1].square(), summed[-1:]]).sum().sqrt()
         self.optimizer.grad_scale = norm.clamp(min=1e-12)  # which the fused step divides by
         for name, gradient in gradients.items():
-            for rows in self._step(self.shares[name], gradient):
-                if name == "decoder":
-                    normalise(rows)
+            self._step(self.shares[name], gradient)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done, self.parts = step + 1, 0
