@@ -5,8 +5,9 @@
 
 makes an environment for each package (some minutes; they stay in FOLDER, if one is given). Each contender has a
 process of its own, in its own environment; they take turns, one step at a time, as does the encoder's product alone. A
-step is the whole of it: sparsity, auxiliary loss, decoder norm, gradient clipping, Adam, bookkeeping. With `--only`
-fewer are in memory at once; the rows of the others stay as they are.
+step is the whole of it: sparsity, auxiliary loss, decoder norm, gradient clipping, Adam, bookkeeping. Memory is the
+peak of a process, from the first weights on, beyond what it imports and the data. With `--only` fewer are in memory at
+once; the rows of the others stay as they are.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Gradient(NamedTuple):
                 strip.mul_(self.blocks[:, at * self.blocks.shape[1] // columns])
             found.append(torch.linalg.vector_norm(strip))
         square = torch.stack(found).square().sum()
-        return square if self.along is None else square - self.along.square().sum()
+        return square if self.along is None else (square - self.along.square().sum()).clamp(min=0)
 
     def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """
