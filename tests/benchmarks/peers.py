@@ -5,8 +5,9 @@
 
 makes an environment for each package (some minutes; they stay in FOLDER, if one is given). Each contender has a
 process of its own, in its own environment; they take turns, one step at a time, as does the encoder's product alone. A
-step is the whole of it: sparsity, auxiliary loss, decoder norm, gradient clipping, Adam, bookkeeping. With `--only`
-fewer are in memory at once; the rows of the others stay as they are.
+step is the whole of it: sparsity, auxiliary loss, decoder norm, gradient clipping, Adam, bookkeeping. Memory is the
+peak of a process, from the first weights on, beyond what it imports and the data. With `--only` fewer are in memory at
+once; the rows of the others stay as they are.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ def contend(name: str, data: Path, latents: int, k: int, steps: int, batch: int,
     made, _, package = CONTENDERS[name]
     rows, unseen = (torch.load(data / f"{part}.pt") for part in ("seen", "unseen"))
     generator = torch.Generator().manual_seed(0)
+    made(torch.randn(batch, 16), 64, k, steps, rate)  # a small one, so that what is imported is not counted
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     contender = made(rows[:batch].clone(), latents, k, steps, rate)
     print(SAYS + json.dumps(importlib.metadata.version(package) if package else ""), flush=True)
@@ -249,6 +251,7 @@ def compete(names: list[str], pythons: dict, data: Path, a, latents: int) -> lis
         memory, fvu = contender.end()
         ratios = [own / other for own, other in zip(contender.taken[1:], reference, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        memory = None if a.data else memory  # which loading the data hides
         row = {"name": name, "version": contender.version, "seconds": statistics.median(contender.taken[1:])}
         found.append(row | {"ratio": middle, "quartiles": [low, high], "memory": memory, "fvu": fvu})
     return found
@@ -262,7 +265,7 @@ def page(results: dict) -> str:
         for row in one["rows"]:
             low, high = row["quartiles"]
             cells = [f"{row['name']} {row['version']}".strip(), f"{row['seconds']:.2f}", f"{row['ratio']:.2f}"]
-            cells += [f"{low:.2f} to {high:.2f}", f"{row['memory']:,.0f}"]
+            cells += [f"{low:.2f} to {high:.2f}", f"{row['memory']:,.0f}" if row["memory"] is not None else ""]
             cells += [f"{row['fvu']:.3f}" if row["fvu"] is not None else ""]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")

@@ -32,8 +32,8 @@ class NoisySteps(Steps):
 class Penalised(BatchTopK):
     """BatchTopK with a penalty on the length of the code."""
 
-    def loss(self, target, code, weight, centre, unit):
-        loss, error, reconstruction = super().loss(target, code, weight, centre, unit)
+    def loss(self, target, code, decoder, centre, unit):
+        loss, error, reconstruction = super().loss(target, code, decoder, centre, unit)
         return loss + 10 * code.values.mean(), error, reconstruction
 
 

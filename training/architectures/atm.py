@@ -7,6 +7,7 @@ import torch
 from ..common.processes import Processes
 from ..recipe import Train
 from .batch_topk import BatchTopK
+from .matrix import products_at
 from .sparse import Code, batch_topk, encode
 
 MEMORY = 100  # batches that the running means cover; nothing is masked before that many
@@ -47,28 +48,26 @@ class AdaptiveMasking(BatchTopK):
         below = (threshold - importance).clamp(min=0) / threshold.clamp(min=least)
         return 1 - torch.exp(-self.settings.mask_rate * below)
 
-    def encode(self, centred, centre, weight, bias, gates, training):
+    def encode(self, centred, centre, encoder, bias, gates, training):
         self.recording, masked_bias = training, bias
         if training and self.seen >= MEMORY:
             drawn = torch.rand(self.settings.num_latents, device=bias.device)
             masked = self.processes.share(drawn) < self.chance()
             masked_bias = bias.detach().masked_fill(masked, torch.finfo(self.dtype).min / 2)
-        code = batch_topk(centred, weight, masked_bias, self.k, self.dtype, self.processes, gates)
-        return encode(centred, centre, weight, bias, code, gates)
+        code = batch_topk(centred, encoder.weight, masked_bias, self.k, self.dtype, self.processes, gates)
+        return encode(centred, centre, encoder, bias, code, gates)
 
-    def loss(self, target, code, weight, centre, unit):
-        loss, error, reconstruction = super().loss(target, code, weight, centre, unit)
+    def loss(self, target, code, decoder, centre, unit):
+        loss, error, reconstruction = super().loss(target, code, decoder, centre, unit)
         if self.recording:
-            self._record(code, weight, target - reconstruction)
+            self._record(code, decoder.weight, target - reconstruction)
         return loss, error, reconstruction
 
     @torch.no_grad()
     def _record(self, code: Code, weight: torch.Tensor, error: torch.Tensor) -> None:
         """Update the running means from a code and the error `(rows, d)` of its reconstruction."""
         active = code.where(code.values > 0)
-        size = max(1, 2**24 // error.shape[1])
-        pieces = zip(active.rows.split(size), active.latents.split(size), strict=True)
-        along = torch.cat([(error[rows] * weight[latents]).sum(1) for rows, latents in pieces])
+        along = products_at(active.rows, active.latents, error, weight)
         reduced = active.values * (2 * along + active.values)  # decoder rows have length 1
         sums = torch.zeros_like(self.running)
         sums.index_add_(0, active.latents, torch.stack([active.values, (active.values > 0).float(), reduced], 1))

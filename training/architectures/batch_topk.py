@@ -9,6 +9,7 @@ from diffusers_rtsae import SparseDictionary
 
 from ..common.processes import Processes
 from ..recipe import Train
+from .matrix import Matrix
 from .sparse import Code, Gates, batch_topk, decode, encode, topk
 
 
@@ -40,16 +41,14 @@ class BatchTopK:
         """Other tensors that a checkpoint must hold."""
         return {}
 
-    def encode(self, centred, centre, weight, bias, gates: Gates | None, training: bool) -> Code:
+    def encode(self, centred, centre, encoder: Matrix, bias, gates: Gates | None, training: bool) -> Code:
         """The code of centred rows, with gradients to the encoder (see `sparse.encode`)."""
-        code = batch_topk(centred, weight, bias, self.k, self.dtype, self.processes, gates)
-        return encode(centred, centre, weight, bias, code, gates)
+        code = batch_topk(centred, encoder.weight, bias, self.k, self.dtype, self.processes, gates)
+        return encode(centred, centre, encoder, bias, code, gates)
 
-    def loss(
-        self, target: torch.Tensor, code: Code, weight: torch.Tensor, centre: torch.Tensor, unit: torch.Tensor | None
-    ):
+    def loss(self, target: torch.Tensor, code: Code, decoder: Matrix, centre: torch.Tensor, unit: torch.Tensor | None):
         """The loss, the mean squared error in `unit`, and the reconstruction `(rows, d)`."""
-        reconstruction = decode(code, weight, len(target), self.processes) + centre
+        reconstruction = decode(code, decoder, len(target), self.processes) + centre
         error = mean_squared_error(reconstruction, target, unit)
         return error, error, reconstruction
 
@@ -62,6 +61,6 @@ class TopK(BatchTopK):
 
     shares_budget = False
 
-    def encode(self, centred, centre, weight, bias, gates, training) -> Code:
-        code = topk(centred, weight, bias, self.k, self.dtype, self.processes, gates)
-        return encode(centred, centre, weight, bias, code, gates)
+    def encode(self, centred, centre, encoder, bias, gates, training) -> Code:
+        code = topk(centred, encoder.weight, bias, self.k, self.dtype, self.processes, gates)
+        return encode(centred, centre, encoder, bias, code, gates)

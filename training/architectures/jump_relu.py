@@ -54,21 +54,21 @@ class JumpReLU(BatchTopK):
     def state(self):
         return {"bandwidth": self.bandwidth}
 
-    def encode(self, centred, centre, weight, bias, gates, training):
+    def encode(self, centred, centre, encoder, bias, gates, training):
         threshold = self.log_threshold.exp()
         least, most = threshold.detach() - self.bandwidth / 2, CANDIDATES * self.k * len(centred)
-        near = most_above(centred, weight, bias, least, most, self.dtype, gates)
+        near = most_above(centred, encoder.weight, bias, least, most, self.dtype, gates)
         threshold = threshold[near.latents]
         if gates is not None:  # a latent behind a closed gate is never active
             is_open = gates.of(near) > 0
             near, threshold = near.where(is_open), threshold.masked_fill(~is_open, torch.inf)
-        code = encode(centred, centre, weight, bias, near, gates)
+        code = encode(centred, centre, encoder, bias, near, gates)
         values, active = _Step.apply(code.values, threshold, self.bandwidth)
         self.active = self.processes.sum(active.sum()) / len(centred)
         return code._replace(values=values)
 
-    def loss(self, target, code, weight, centre, unit):
-        _, error, reconstruction = super().loss(target, code, weight, centre, unit)
+    def loss(self, target, code, decoder, centre, unit):
+        _, error, reconstruction = super().loss(target, code, decoder, centre, unit)
         return error + self.penalty * (self.active / self.k - 1).square(), error, reconstruction
 
     @torch.no_grad()

@@ -17,11 +17,11 @@ class Matryoshka(BatchTopK):
         super().__init__(settings, device, processes)
         self.sizes = sorted({max(1, round(share * settings.num_latents)) for share in [*settings.nested, 1]})
 
-    def loss(self, target, code, weight, centre, unit):
+    def loss(self, target, code, decoder, centre, unit):
         reconstruction, losses, start, first = centre, [], 0, self.processes.start(self.sizes[-1])
         for size in self.sizes:
             part = code.where((code.latents >= start - first) & (code.latents < size - first))
-            reconstruction = decode(part, weight, len(target), self.processes) + reconstruction
+            reconstruction = decode(part, decoder, len(target), self.processes) + reconstruction
             losses.append(mean_squared_error(reconstruction, target, unit))
             start = size
         return torch.stack(losses).mean(), losses[-1], reconstruction

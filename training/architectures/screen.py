@@ -11,12 +11,13 @@ each entry. What lies above a threshold is among the entries whose bound does; a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+
+from .matrix import products_at
 
 _LEAST = 384  # columns, and latents; of smaller factors the product in float32 is as fast
 _ALIGNED = 32  # products with a multiple of so many columns are the fastest
@@ -108,6 +109,7 @@ class Screen:
                 return None
             rows, latents = true_entries(candidates)
             found.append((rows + start, latents))
+            del bounds, candidates  # before the next are made
         rows, latents = map(torch.cat, zip(*found, strict=True))
         values = self._values(0, len(self.rows), rows, latents)
         above = values > torch.as_tensor(threshold).expand(len(self.latents))[latents]
@@ -125,10 +127,11 @@ class Screen:
             if self._too_many(candidates):
                 return None
             rows, latents = true_entries(candidates)
-            counts = torch.bincount(rows, minlength=len(bounds))
+            del bounds, candidates  # before the next are made
+            counts = torch.bincount(rows, minlength=len(least))
             place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-            values = self.slack.new_full((len(bounds), int(counts.max())), -torch.inf)
-            values[rows, place] = self._values(start, len(bounds), rows, latents)
+            values = self.slack.new_full((len(least), int(counts.max())), -torch.inf)
+            values[rows, place] = self._values(start, len(least), rows, latents)
             of_place = torch.zeros(values.shape, dtype=torch.int64)
             of_place[rows, place] = latents
             values, place = values.topk(k, dim=1)
@@ -142,10 +145,4 @@ class Screen:
     def _values(self, start: int, count: int, rows: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The entries in float32 at `rows`, which are sorted and counted from row `start`, and `latents`."""
         centred, weight = self.factors
-        starts = torch.searchsorted(rows, torch.arange(count + 1))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-            size = count, len(weight)
-            at = torch.sparse_csr_tensor(starts, latents, torch.zeros(len(latents)), size, check_invariants=False)
-            own = torch.sparse.sampled_addmm(at, centred[start : start + count], weight.T, beta=0.0)
-        return own.values() + self.bias[latents]
+        return products_at(rows, latents, centred[start : start + count], weight) + self.bias[latents]

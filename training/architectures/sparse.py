@@ -3,6 +3,7 @@
 A code is a list of (row, latent, value), sorted by row. Decoding and all gradients are weighted sums over the active
 latents (`embedding_bag`), where a dense formulation has matrix products over all latents. Only the encoder's forward
 product is dense; it is made in pieces of a few rows, and in bfloat16 where that tells which entries matter (`screen`).
+The gradients of the two large matrices are left as terms of a sum (`matrix`).
 
 On a CPU a code has one entry for each active latent. On other devices the host would have to wait to learn their
 number, so a code has as many entries as may be active. Entries of value 0 fill it up; they carry no gradient.
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..common.processes import ALONE, Processes
+from .matrix import Matrix, products_at, sum_by
 from .screen import Screen, true_entries, worthwhile
 
 _PIECE = 10_500_000  # entries of the encoder's product held at once
@@ -74,12 +76,12 @@ def products(
     """
     centred, weight, step = centred.to(dtype), weight.to(dtype), _rows_at_once(weight)
     for start in range(0, len(centred), step):
-        piece = F.linear(centred[start : start + step], weight)
+        rows = centred[start : start + step]
         if gates is None:
-            yield start, piece, bias
+            yield start, F.linear(rows, weight), bias
         else:
             shares = gates.shares[start : start + step].to(dtype)[:, gates.group]
-            gated = ((piece + bias.to(dtype)) * shares).masked_fill_(shares == 0, -torch.inf)
+            gated = ((F.linear(rows, weight) + bias.to(dtype)) * shares).masked_fill_(shares == 0, -torch.inf)
             yield start, gated, torch.zeros_like(bias)
 
 
@@ -116,6 +118,7 @@ def above(
             threshold = threshold(piece[:: len(piece) // 16 or 1] + rest)
         rows, latents = true_entries(piece > (threshold - rest).to(dtype))
         found.append((rows + start, latents, piece[rows, latents].float() + rest[latents]))
+        del piece  # before the next is made
     return Code(*map(torch.cat, zip(*found, strict=True)))
 
 
@@ -230,56 +233,48 @@ def batch_topk(
     return code.where(_largest(values[None], count, processes)[0, : len(code.values)])
 
 
-def _sum_by(groups: torch.Tensor, count: int, members: torch.Tensor, weights: torch.Tensor, table: torch.Tensor):
-    """`out[g] = Σ weights · table[members]` over the entries of each of `count` groups; `groups` is sorted."""
-    starts = torch.searchsorted(groups, torch.arange(count, device=groups.device, dtype=groups.dtype))
-    return F.embedding_bag(members, table, starts, mode="sum", per_sample_weights=weights)
-
-
-def _by_latent(rows: torch.Tensor, latents: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    latents, order = torch.sort(latents.int(), stable=True)
-    return rows[order], latents, values[order]
-
-
 class _Encode(torch.autograd.Function):
     """The values of a code of pre-activations `(x - centre) @ weight.T + bias`."""
 
     @staticmethod
-    def forward(ctx, centred, centre, weight, bias, rows, latents, values):
-        ctx.save_for_backward(centred, weight, rows, latents, values == 0)
+    def forward(ctx, centred, centre, bias, matrix, rows, latents, values):
+        ctx.save_for_backward(centred, rows, latents, values == 0)
+        ctx.matrix = matrix
         return values.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        centred, weight, rows, latents, filling = ctx.saved_tensors
-        on_centred, gradient = None, gradient.masked_fill(filling, 0.0)
+        centred, rows, latents, filling = ctx.saved_tensors
+        on_centred, weight, gradient = None, ctx.matrix.weight, gradient.masked_fill(filling, 0.0)
+        ctx.matrix.add(latents, rows, gradient, centred)
         if ctx.needs_input_grad[0]:
-            on_centred = _sum_by(rows, len(centred), latents, gradient, weight)
-        rows, latents, gradient = _by_latent(rows, latents, gradient)
+            on_centred = sum_by(rows, len(centred), latents, gradient, weight)
         on_bias = torch.zeros(len(weight), device=weight.device).index_add_(0, latents, gradient)
-        on_weight = _sum_by(latents, len(weight), rows, gradient, centred)
-        return on_centred, -(on_bias @ weight), on_weight, on_bias, None, None, None
+        return on_centred, -(on_bias @ weight), on_bias, None, None, None, None
 
 
-class _DecoderGradient(torch.autograd.Function):
-    """Passes the reconstruction on, and its gradient to the decoder."""
+class _Decode(torch.autograd.Function):
+    """The sum of `values * weight[latents]` of each row."""
 
     @staticmethod
-    def forward(ctx, reconstruction, weight, rows, latents, values):
-        ctx.save_for_backward(rows, latents, values)
-        ctx.count = len(weight)
-        return reconstruction.view_as(reconstruction)
+    def forward(ctx, values, matrix, rows, latents, count):
+        ctx.save_for_backward(values, rows, latents)
+        ctx.matrix = matrix
+        return sum_by(rows, count, latents, values, matrix.weight)
 
     @staticmethod
     def backward(ctx, gradient):
-        rows, latents, values = _by_latent(*ctx.saved_tensors)
-        return gradient, _sum_by(latents, ctx.count, rows, values, gradient.contiguous()), None, None, None
+        values, rows, latents = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        on_values = products_at(rows, latents, gradient, ctx.matrix.weight)
+        ctx.matrix.add(latents, rows, values, gradient, on_values)
+        return on_values, None, None, None, None
 
 
 def encode(
     centred: torch.Tensor,
     centre: torch.Tensor,
-    weight: torch.Tensor,
+    matrix: Matrix,
     bias: torch.Tensor,
     code: Code,
     gates: Gates | None = None,
@@ -290,20 +285,20 @@ def encode(
     Args:
         centred (`torch.Tensor`): `(rows, d)`, the input minus the detached `centre (d,)`; gets a gradient if it
             requires one.
-        weight, bias (`torch.Tensor`): `(latents, d)` and `(latents,)`.
+        matrix (`Matrix`): the weight, `(latents, d)`.
+        bias (`torch.Tensor`): `(latents,)`.
         code (`Code`): chosen among the pre-activations `centred @ weight.T + bias`, times the gates.
     """
     if gates is not None:
         shares = gates.of(code)
         alone = code._replace(values=code.values / shares.detach().clamp(min=torch.finfo(shares.dtype).tiny))
-        return code._replace(values=_Encode.apply(centred, centre, weight, bias, *alone) * shares)
-    return code._replace(values=_Encode.apply(centred, centre, weight, bias, *code))
+        return code._replace(values=_Encode.apply(centred, centre, bias, matrix, *alone) * shares)
+    return code._replace(values=_Encode.apply(centred, centre, bias, matrix, *code))
 
 
-def decode(code: Code, weight: torch.Tensor, count: int, processes: Processes = ALONE) -> torch.Tensor:
+def decode(code: Code, matrix: Matrix, count: int, processes: Processes = ALONE) -> torch.Tensor:
     """
     `(count, d)`: the sum of `values * weight[latents]` of each row over all processes, with gradients to the values
-    and weights of this process.
+    and the matrix of this process.
     """
-    reconstruction = processes.sum(_sum_by(code.rows, count, code.latents, code.values, weight.detach()))
-    return _DecoderGradient.apply(reconstruction, weight, code.rows, code.latents, code.values.detach())
+    return processes.sum(_Decode.apply(code.values, matrix, code.rows, code.latents, count))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.adam import adam
 
 from diffusers_rtsae import SparseDictionary
 from diffusers_rtsae.analysis.statistics import set_statistics
 from diffusers_rtsae.models import LinearDynamics
 
+from ..architectures.matrix import Gradient, Matrix
 from ..architectures.sparse import Code, above, decode, encode, topk
 from ..common.processes import ALONE, Processes
 from ..recipe import Recipe, Train
@@ -30,7 +32,9 @@ def geometric_median(points: torch.Tensor, iterations: int = 20) -> torch.Tensor
 
 
 def auxiliary_loss(
-    sae: SparseDictionary,
+    encoder: Matrix,
+    encoder_bias: torch.Tensor,
+    decoder: Matrix,
     error: torch.Tensor,
     centred: torch.Tensor,
     dead: torch.Tensor,
@@ -45,19 +49,18 @@ def auxiliary_loss(
         dead (`torch.Tensor`): indices of the latents.
         of_these (`torch.Tensor`, *optional*): which of these indices are dead, `(dead,)` bool; all by default.
     """
-    weight, bias = sae.encoder[dead].flatten(1)[:, : centred.shape[1]], sae.encoder_bias[dead]
+    encoder, bias = encoder.part(dead, centred.shape[1]), encoder_bias[dead]
     if of_these is not None:
         bias = bias.masked_fill(~of_these, -torch.inf)
     centre = torch.zeros(centred.shape[1], device=centred.device)  # the rows are centred already
-    code = encode(centred, centre, weight, bias, topk(centred, weight, bias, k, processes=processes))
-    guess = decode(code, sae.decoder[dead].flatten(1), len(error), processes)
+    code = encode(centred, centre, encoder, bias, topk(centred, encoder.weight, bias, k, processes=processes))
+    guess = decode(code, decoder.part(dead), len(error), processes)
     return F.mse_loss(guess, error) / error.square().mean()
 
 
-def _pieces(matrix: torch.Tensor) -> Sequence[torch.Tensor]:
-    """A matrix of latents as views `(rows, entries)`; on a CPU each is small enough for its cache."""
-    flat = matrix.detach().flatten(1)
-    return flat.split(max(1, 2**17 // flat.shape[1]) if matrix.device.type == "cpu" else len(flat))
+def normalise(rows: torch.Tensor) -> None:
+    """Give rows `(latents, d)` length 1."""
+    rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
 
 class DictionaryTrainer:
@@ -85,27 +88,31 @@ class DictionaryTrainer:
         self.sae, self.settings, self.processes = sae.to(device), settings, processes
         self.architecture = architecture_of(settings.architecture)(settings, device, processes)
         self.objective = objective_of(settings.kind)(sae, dynamics, settings, processes)
-        self.blocks = None
+        blocks = None
         with torch.no_grad():
             points, _ = self.objective.rows(self.inputs(sample.to(device)))
             sae.decoder_bias.copy_(geometric_median(points).view_as(sae.decoder_bias))
             if settings.layout == "per_step":
                 m, anchors, _ = sae.decoder.shape
                 anchor = torch.arange(m, device=device) * anchors // m
-                self.blocks = F.one_hot(anchor, anchors)[:, :, None].to(sae.decoder.dtype)
-                sae.decoder.mul_(self.blocks)
-                self._normalise()
+                blocks = F.one_hot(anchor, anchors).to(sae.decoder.dtype)
+                sae.decoder.mul_(blocks[:, :, None])
+                normalise(sae.decoder.flatten(1))
                 sae.encoder.copy_(sae.decoder)
             self.architecture.start(points - sae.decoder_bias.flatten(), sae.encoder.flatten(1), sae.encoder_bias)
         per_latent = {name: getattr(sae, name) for name in ("encoder", "encoder_bias", "decoder")}
         self.shares = per_latent | self.architecture.parameters()
         for parameter in self.shares.values():
-            parameter.data = processes.share(parameter.data).clone()
+            if processes.count > 1:  # the whole is let go
+                parameter.data = processes.share(parameter.data).clone()
         self.common = {name: value for name, value in sae.named_parameters() if name not in per_latent}
         self.parameters = self.shares | self.common
-        if self.blocks is not None:
-            self.blocks = processes.share(self.blocks)
+        blocks = None if blocks is None else processes.share(blocks)
+        self.encoder, self.decoder = Matrix(sae.encoder, blocks), Matrix(sae.decoder, blocks)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, fused=True)
+        for matrix in (sae.encoder, sae.decoder):  # whose gradients the optimizer never sees
+            moments = {name: torch.zeros_like(matrix) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[matrix] = {"step": torch.zeros((), device=device)} | moments
         # trajectories since each latent fired
         self.quiet = torch.zeros(len(sae.encoder), dtype=torch.long, device=device)
         self.threshold = torch.zeros(1, device=device)  # running mean of the smallest active value of a batch
@@ -153,11 +160,6 @@ class DictionaryTrainer:
     def _note_failure(self, step: float, loss: float) -> None:
         self.failure = None if step < 0 else (int(step), loss)
 
-    @torch.no_grad()
-    def _normalise(self) -> None:
-        for rows in _pieces(self.sae.decoder):
-            rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=1e-8))
-
     def backward(
         self, inputs: torch.Tensor, prefix: int | None, share: float = 1.0, metadata: torch.Tensor | None = None
     ) -> dict[str, float]:
@@ -187,13 +189,14 @@ class DictionaryTrainer:
         if self.processes.rank > 0:  # `update` sums these gradients, so only the first process makes them
             shared_target, centre, gate_loss = target.detach(), centre.detach(), 0.0
             unit = None if unit is None else unit.detach()
-        loss, fvu, reconstruction = self.architecture.loss(shared_target, code, sae.decoder.flatten(1), centre, unit)
+        loss, fvu, reconstruction = self.architecture.loss(shared_target, code, self.decoder, centre, unit)
         loss = loss + gate_loss
         if prefix is None and self.some_perhaps_dead:
             k, dead = min(inputs.shape[2] // 2, self.some_perhaps_dead), self.dead[self.perhaps_dead]
             error = (target - reconstruction).detach()
             chosen = self.perhaps_dead, k, self.processes, dead
-            auxiliary = auxiliary_loss(sae, error, centred.detach(), *chosen)
+            matrices = self.encoder, sae.encoder_bias, self.decoder
+            auxiliary = auxiliary_loss(*matrices, error, centred.detach(), *chosen)
             loss = loss + self.settings.auxiliary * auxiliary * (self.processes.sum(dead.sum()) > 0)
         (loss * share).backward()
         values, loss = code.values.detach(), loss.detach()
@@ -217,14 +220,14 @@ class DictionaryTrainer:
         """The rows to reconstruct, the unit of their error, their code, the centred part of them that the encoder saw,
         and the loss of the gates."""
         target, unit = self.objective.rows(inputs)
-        visible = slice(None) if prefix is None else slice(prefix * inputs.shape[2])
-        centre, weight = self.sae.decoder_bias.flatten(), self.sae.encoder.flatten(1)[:, visible]
+        visible = slice(None if prefix is None else prefix * inputs.shape[2])
+        centre, encoder = self.sae.decoder_bias.flatten(), self.encoder.part(columns=visible.stop)
         centred = target[:, visible] - centre[visible].detach()
         gates, gate_loss = self.objective.gates(target, metadata)
         if self.sae.training:
             centred, unit = self.objective.hide(centred, unit)
         code = self.architecture.encode(
-            centred, centre[visible], weight, self.sae.encoder_bias, gates, self.sae.training
+            centred, centre[visible], encoder, self.sae.encoder_bias, gates, self.sae.training
         )
         return target, unit, code, centred, gate_loss
 
@@ -233,37 +236,54 @@ class DictionaryTrainer:
         """FVU and L0 of held-out `inputs (rows, G, d)`, and the share of dead latents."""
         sae = self.sae.eval()
         target, unit, code, centred, _ = self._encode(inputs, None)
-        _, fvu, _ = self.architecture.loss(target, code, sae.decoder.flatten(1), sae.decoder_bias.flatten(), unit)
+        _, fvu, _ = self.architecture.loss(target, code, self.decoder, sae.decoder_bias.flatten(), unit)
         if self.architecture.shares_budget:
             gates, _ = self.objective.gates(target)
-            code = above(centred, sae.encoder.flatten(1), sae.encoder_bias, self.threshold, gates=gates)
+            code = above(centred, self.encoder.weight, sae.encoder_bias, self.threshold, gates=gates)
         l0 = self.processes.sum((code.values > 0).sum()).item() / len(target)
         dead = self.processes.sum(self.dead.sum()).item() / self.settings.num_latents
         return {"fvu_validation": fvu.item(), "l0_validation": l0, "dead": dead}
 
+    def _step(self, parameter: nn.Parameter, gradient: Gradient) -> None:
+        """What `optimizer.step` does to a matrix whose gradient is there as a whole."""
+        (options,) = self.optimizer.param_groups
+        beta1, beta2 = options["betas"]
+        same = {name: options[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize", "fused")}
+        state = self.optimizer.state[parameter]
+        for own, piece in gradient.pieces():
+            rows, mean, square = (
+                whole.detach().flatten(1)[own] for whole in (parameter, state["exp_avg"], state["exp_avg_sq"])
+            )
+            adam(
+                [rows], [piece], [mean], [square], [], [state["step"].clone()], beta1=beta1, beta2=beta2,
+                grad_scale=self.optimizer.grad_scale, **same,
+            )  # fmt: skip
+            if gradient.along is not None:
+                normalise(rows)
+        state["step"] += 1
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """One step of the optimizer; decoder rows keep length 1."""
-        settings, decoder = self.settings, self.sae.decoder
+        settings = self.settings
         rate = min(1.0, (step + 1) / 100, 5 * (settings.steps - step) / settings.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
-        if self.blocks is not None:
-            decoder.grad.mul_(self.blocks)
-            self.sae.encoder.grad.mul_(self.blocks)
-        for row, gradient in zip(_pieces(decoder), _pieces(decoder.grad), strict=True):
-            gradient.addcmul_(row, (gradient * row).sum(1, keepdim=True), value=-1)
         # gradients have norm 1 at every step: the large ones of the beginning would make Adam's steps small for long
-        shares, common = [parameter.grad for parameter in self.shares.values()], list(self.common.values())
-        sums = [*(parameter.grad.flatten() for parameter in common), nn.utils.get_total_norm(shares).square()[None]]
+        gradients = {"encoder": self.encoder.gradient(), "decoder": self.decoder.gradient()}
+        squares = [gradient.square() for gradient in gradients.values()]
+        squares += [own.grad.square().sum() for name, own in self.shares.items() if name not in gradients]
+        common = list(self.common.values())
+        sums = [*(parameter.grad.flatten() for parameter in common), torch.stack(squares).sum()[None]]
         summed = self.processes.sum(torch.cat(sums))
         for parameter, gradient in zip(common, summed.split([len(part) for part in sums])[:-1], strict=True):
             parameter.grad = gradient.view_as(parameter)
         norm = torch.cat([summed[:-1].square(), summed[-1:]]).sum().sqrt()
         self.optimizer.grad_scale = norm.clamp(min=1e-12)  # which the fused step divides by
+        for name, gradient in gradients.items():
+            self._step(self.shares[name], gradient)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._normalise()
         self.done, self.parts = step + 1, 0
 
     def finish(self) -> SparseDictionary:

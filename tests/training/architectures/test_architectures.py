@@ -50,7 +50,7 @@ def test_masked_latents_are_silent_while_training_and_what_the_others_do_is_note
     with torch.no_grad():
         target, _, code, *_ = trainer._encode(inputs, None)
         decoder = sae.decoder.flatten(1)
-        left = target - decode(code, decoder, len(target)) - sae.decoder_bias.flatten()
+        left = target - decode(code, trainer.decoder, len(target)) - sae.decoder_bias.flatten()
         latent = int(code.latents.mode().values)
         of = code.where(code.latents == latent)
         more = (left[of.rows] + of.values[:, None] * decoder[latent]).square().sum(1) - left[of.rows].square().sum(1)

@@ -5,6 +5,7 @@ import torch
 
 from diffusers_rtsae.models import batch_topk as dense_batch_topk
 from training.architectures import sparse
+from training.architectures.matrix import Gradient, Matrix
 from training.architectures.sparse import Code, above, batch_topk, decode, encode, topk
 
 ROWS, D, LATENTS, K = 37, 12, 96, 5
@@ -25,6 +26,10 @@ def problem(request):
 
 def dense(code: Code) -> torch.Tensor:
     return torch.zeros(ROWS, LATENTS, dtype=code.values.dtype).index_put((code.rows, code.latents), code.values)
+
+
+def whole(gradient: Gradient) -> torch.Tensor:
+    return torch.cat([piece for _, piece in gradient.pieces()])
 
 
 def product(problem) -> torch.Tensor:
@@ -94,23 +99,26 @@ def test_half_precision_is_only_in_the_product(problem):
 def test_every_gradient_is_that_of_the_dense_formulation(problem):
     names = ("x", "centre", "weight", "bias", "out")
     leaves = {name: problem[name].clone().float().requires_grad_() for name in names}
-    x = leaves["x"]
+    x, encoder, decoder = leaves["x"], Matrix(leaves["weight"]), Matrix(leaves["out"])
     code = chosen(batch_topk, problem, K)
-    code = encode(x - leaves["centre"].detach(), leaves["centre"], leaves["weight"], leaves["bias"], code)
-    (decode(code, leaves["out"], ROWS) - x).square().sum().backward()
+    code = encode(x - leaves["centre"].detach(), leaves["centre"], encoder, leaves["bias"], code)
+    (decode(code, decoder, ROWS) - x).square().sum().backward()
 
     exact = {name: problem[name].clone().requires_grad_() for name in names}
     pre = (exact["x"] - exact["centre"]) @ exact["weight"].T + exact["bias"]
     latents = pre * (dense_batch_topk(pre, K) > 0)
     (latents @ exact["out"] - exact["x"]).square().sum().backward()
+    exact["out"].grad -= (exact["out"].grad * exact["out"]).sum(1, keepdim=True) * exact["out"]
+    leaves["weight"].grad, leaves["out"].grad = whole(encoder.gradient()), whole(decoder.gradient())
     for name in names:
         torch.testing.assert_close(leaves[name].grad.double(), exact[name].grad, atol=1e-3, rtol=1e-4, msg=name)
 
 
 def test_rows_and_latents_without_entries_are_zero():
-    code = Code(torch.tensor([2, 2]), torch.tensor([0, 5]), torch.tensor([1.0, 2.0]))
-    weight = torch.eye(6).requires_grad_()
-    out = decode(code, weight, 4)
+    code = Code(torch.tensor([2, 2]), torch.tensor([0, 5]), torch.tensor([1.0, 2.0], requires_grad=True))
+    matrix = Matrix(torch.eye(6))
+    out = decode(code, matrix, 4)
     assert out.tolist() == [[0] * 6, [0] * 6, [1, 0, 0, 0, 0, 2], [0] * 6]
     out.sum().backward()
-    assert weight.grad[1].abs().sum() == 0 and weight.grad[5].tolist() == [2.0] * 6
+    gradient = whole(matrix.gradient())
+    assert gradient[1].abs().sum() == 0 and gradient[5].tolist() == [2.0] * 5 + [0.0]

@@ -73,7 +73,7 @@ def test_a_finished_dictionary_reads_activations_as_they_are(kind):
     trainer.sae.eval()
     with torch.no_grad():
         target, unit, code, *_ = trainer._encode(inputs, None)
-        decoded = decode(code, trainer.sae.decoder, len(target)) + trainer.sae.decoder_bias
+        decoded = decode(code, trainer.decoder, len(target)) + trainer.sae.decoder_bias
         expected = inputs + ((decoded - target) / (1 if unit is None else unit)).view_as(inputs)
     sae = trainer.finish()
     if kind == "mixture":

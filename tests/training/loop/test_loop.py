@@ -10,6 +10,7 @@ from disk import full_disk
 from small_training import ANCHORS, SHARED_ARMS, D, dynamics_of, launch, recipe, same, sparse_data, train, with_told
 
 from training.architectures import atm, screen
+from training.architectures.matrix import Matrix
 from training.common.processes import Processes
 from training.data.split import Data
 from training.data.store import Rows
@@ -116,7 +117,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
         parts = trainer.inputs(data[:128].float()).chunk(accumulate)
         for part in parts:
             trainer.backward(part, None, len(part) / 128)
-        gradients.append(trainer.sae.encoder.grad.clone())
+        gradients.append(torch.cat([piece for _, piece in trainer.encoder.gradient().pieces()]))
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
@@ -144,13 +145,14 @@ def test_auxiliary_loss_pulls_dead_latents_towards_the_error():
     rtsae = new_dictionary("mid_block", ANCHORS, recipe(), dynamics_of(data))
     error, dead = torch.randn(64, 3, D), torch.tensor([5])
     centred = error.flatten(1)
-    before = auxiliary_loss(rtsae, centred, centred, dead, k=1)
+    matrices = Matrix(rtsae.encoder), rtsae.encoder_bias, Matrix(rtsae.decoder)
+    before = auxiliary_loss(*matrices, centred, centred, dead, k=1)
     before.backward()
-    touched = rtsae.decoder.grad.abs().sum((1, 2)) > 0
-    assert touched.nonzero().tolist() == [[5]]
+    gradient = torch.cat([piece for _, piece in matrices[2].gradient().pieces()])
+    assert gradient.abs().sum(1).nonzero().tolist() == [[5]]
     with torch.no_grad():
-        rtsae.decoder -= 0.5 * rtsae.decoder.grad
-    assert auxiliary_loss(rtsae, centred, centred, dead, k=1) < before
+        rtsae.decoder.flatten(1).sub_(0.5 * gradient)
+    assert auxiliary_loss(*matrices, centred, centred, dead, k=1) < before
 
 
 def test_geometric_median_resists_outliers():
@@ -167,6 +169,7 @@ def test_what_several_processes_train_and_continue_is_what_one_does(tmp_path, mo
     text = """
         import os; import sys; from pathlib import Path; import pytest; import torch
         from small_training import SHARED_ARMS, train; from training.architectures import atm, screen
+from training.architectures.matrix import Matrix
         from training.loop.checkpoints import Checkpoints
         atm.MEMORY, screen._LEAST, screen.has_bfloat16_units = 3, 1, lambda: sys.argv[2] == "True"
         original = Checkpoints.save
