@@ -169,7 +169,6 @@ def test_what_several_processes_train_and_continue_is_what_one_does(tmp_path, mo
     text = """
         import os; import sys; from pathlib import Path; import pytest; import torch
         from small_training import SHARED_ARMS, train; from training.architectures import atm, screen
-from training.architectures.matrix import Matrix
         from training.loop.checkpoints import Checkpoints
         atm.MEMORY, screen._LEAST, screen.has_bfloat16_units = 3, 1, lambda: sys.argv[2] == "True"
         original = Checkpoints.save
