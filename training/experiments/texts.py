@@ -232,8 +232,8 @@ SECTIONS = {  # by the name of the file
         along the value's direction, is active instead; the paper of `atm` has .0068 for it, .0114 for JumpReLU and
         .140 for TopK, of a language model.
 
-        *Names*: of {named} latents, chosen by their slopes as those of the bundled dictionary, how many make a value by
-        themselves, how many of these have a name, and how many names are right, see
+        *Names*: of {named} latents, chosen by their slopes as those of the bundled dictionary, how many make a value
+        by themselves, how many of these have a name, and how many names are right, see
         [above](#are-the-names-of-latents-right). Three kinds were named, of seed 0, in dictionaries that were trained
         again by the same recipe (2026-11-30; FVU .203, .076 and .076).
 
