@@ -16,7 +16,7 @@ from ..pipeline import get_dictionary, resting
 from ..steering import Edit, Fold, fold_edits, total
 from .calls import CallRecorder, call_with, draw
 from .effect import frozen, gradient
-from .looks import LOOKS, Looks, UnknownLooks, place_of
+from .looks import LOOKS, Looks, place_of
 from .replay import ReplayableCall, SharedPrefix
 from .states import CHUNK, AddingTap, check_prompts, finite
 from .vocabulary import Exchange, Exchanges
@@ -233,10 +233,7 @@ class ExchangedStates:
 
     @cached_property
     def _looks(self) -> Looks | None:
-        try:
-            return Looks(self.pipeline, [batch.calls[-1] for batch in self._batches])
-        except UnknownLooks:
-            return None
+        return Looks.of(self.pipeline, [batch.calls[-1] for batch in self._batches])
 
     @property
     def _of_looks(self) -> int:

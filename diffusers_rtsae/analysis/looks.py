@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..denoiser import UnknownMixture, noise_schedule, unmix
+from ..denoiser import noise_schedule, unmix
 from .replay import ReplayableCall
 
 #: what is measured: the name of what raises it, and of what lowers it
@@ -93,8 +93,16 @@ class Looks:
         calls (`Sequence[ReplayableCall]`): for each batch of pictures its last call of the denoiser.
 
     Raises:
-        [`UnknownLooks`]: these predictions cannot be decoded.
+        `_Unknown`: these predictions cannot be decoded; see `of`.
     """
+
+    @classmethod
+    def of(cls, pipeline, calls: Sequence[ReplayableCall]) -> Looks | None:
+        """`None` if the predictions of these calls cannot be decoded."""
+        try:
+            return cls(pipeline, calls)
+        except _Unknown:
+            return None
 
     @torch.no_grad()
     def __init__(self, pipeline, calls: Sequence[ReplayableCall]):
@@ -106,17 +114,15 @@ class Looks:
         """The looks `(rows, 7)` of the pictures that predictions are about."""
         sample = call.arguments.sample
         if sample.ndim != 4 or sample.shape[2:] != prediction.shape[2:] or sample.shape[1] > prediction.shape[1]:
-            raise UnknownLooks(f"latents of shape {tuple(sample.shape)} are no pictures")
+            raise _Unknown(f"latents of shape {tuple(sample.shape)} are no pictures")
         channels = sample.shape[1]  # a prediction may have more, of its variance
-        try:
-            clean, _ = unmix(
-                sample.float(), prediction[:, :channels], self._schedule, call.timestep, self._pipeline.scheduler
-            )
-        except UnknownMixture as reason:
-            raise UnknownLooks(str(reason)) from None
-        looks = measure_looks(self._decode(clean))
+        scheduler = self._pipeline.scheduler
+        unmixed = unmix(sample.float(), prediction[:, :channels], self._schedule, call.timestep, scheduler)
+        if unmixed is None:
+            raise _Unknown(f"what is predicted with {type(scheduler).__name__} is not known")
+        looks = measure_looks(self._decode(unmixed[0]))
         if not bool(looks.isfinite().all()):
-            raise UnknownLooks("the VAE decodes to NaN or inf")
+            raise _Unknown("the VAE decodes to NaN or inf")
         return looks
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -125,14 +131,14 @@ class Looks:
         if vae is not None:
             config = vae.config
             if config.get("latent_channels") != latents.shape[1]:
-                raise UnknownLooks(f"its VAE takes {config.get('latent_channels')} channels, not {latents.shape[1]}")
+                raise _Unknown(f"its VAE takes {config.get('latent_channels')} channels, not {latents.shape[1]}")
             latents = latents / (config.get("scaling_factor") or 1.0)
             for name, apply in (("latents_std", torch.mul), ("latents_mean", torch.add)):
                 if config.get(name) is not None:
                     latents = apply(latents, latents.new_tensor(config[name]).view(1, -1, 1, 1))
             latents = vae.decode((latents + (config.get("shift_factor") or 0.0)).to(vae.dtype), return_dict=False)[0]
         elif latents.shape[1] not in (1, 3):
-            raise UnknownLooks(f"its latents have {latents.shape[1]} channels, and it has no VAE")
+            raise _Unknown(f"its latents have {latents.shape[1]} channels, and it has no VAE")
         return latents.float() / 2 + 0.5
 
     @torch.enable_grad()
@@ -143,5 +149,5 @@ class Looks:
         return torch.stack([torch.autograd.grad(look, leaf, retain_graph=True)[0] for look in looks])
 
 
-class UnknownLooks(ValueError):
+class _Unknown(Exception):
     """Why the pictures of predictions cannot be looked at."""

@@ -215,7 +215,8 @@ def plot_crops(recordings: Sequence[Recording], feature, count: int = 12, size: 
             crops.append((last.max().item(), image, (x + 0.5) / last.shape[1], (y + 0.5) / last.shape[0]))
     crops = sorted((crop for crop in crops if crop[0] > 0), key=lambda crop: -crop[0])[:count]
     if not crops:
-        raise ValueError(f"Expected pictures in which {feature!r} is active, got none.")
+        name = _name(feature, recordings[0].dictionary)
+        raise ValueError(f"Expected pictures in which {name!r} is active, got none.")
     columns = min(6, len(crops))
     rows = math.ceil(len(crops) / columns)
     figure = Figure(figsize=(1.3 * columns, 1.45 * rows + 0.4), layout="constrained")

@@ -21,7 +21,7 @@ from .call import Call, CallReader, Part
 from .callers import FAMILIES, PIPELINES, Caller, Family, Generation, find_caller
 from .compile import is_compiled
 from .grid import Grid, token_grid
-from .noise import UnknownMixture, shares, unmix
+from .noise import shares, unmix
 from .tap import Tap
 from .time import TimeGrid, noise_schedule, training_time
 
@@ -41,7 +41,6 @@ __all__ = [
     "Part",
     "Tap",
     "TimeGrid",
-    "UnknownMixture",
     "describe",
     "find_caller",
     "get_denoiser",

@@ -5,10 +5,6 @@ from __future__ import annotations
 import torch
 
 
-class UnknownMixture(ValueError):
-    """What a denoiser predicts is not known, so neither are the picture and the noise in its latents."""
-
-
 def shares(alphas_cumprod: torch.Tensor | None, timestep: float) -> tuple[float, float]:
     """
     The factors of picture and noise in the noisy latents at a timestep.
@@ -26,18 +22,14 @@ def shares(alphas_cumprod: torch.Tensor | None, timestep: float) -> tuple[float,
 
 def unmix(
     noisy: torch.Tensor, prediction: torch.Tensor, alphas_cumprod: torch.Tensor | None, timestep: float, scheduler
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The picture and the noise in noisy latents, according to a prediction of the denoiser of the same shape.
-
-    Raises:
-        [`UnknownMixture`]: the scheduler says of its prediction what is not known.
-    """
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The picture and the noise in noisy latents, according to a prediction of the denoiser of the same shape; `None`
+    if it is not known what it predicts."""
     keep, add = shares(alphas_cumprod, timestep)
     kind = scheduler.config.get("prediction_type", "epsilon")
     if alphas_cumprod is None:
         if not type(scheduler).__name__.startswith("FlowMatch") and kind != "flow_prediction":
-            raise UnknownMixture(f"what {type(scheduler).__name__} predicts is not known")
+            return None
         return noisy - add * prediction, noisy + keep * prediction
     if kind == "epsilon":
         return (noisy - add * prediction) / max(keep, 1e-4), prediction
@@ -45,4 +37,4 @@ def unmix(
         return keep * noisy - add * prediction, add * noisy + keep * prediction
     if kind == "sample":
         return prediction, (noisy - keep * prediction) / max(add, 1e-4)
-    raise UnknownMixture(f"a prediction of {kind!r} is not known")
+    return None

@@ -14,7 +14,7 @@ import warnings
 
 import torch
 
-from ..denoiser import Arguments, Block, Call, Tap, UnknownMixture, shares, token_grid, training_time, unmix
+from ..denoiser import Arguments, Block, Call, Tap, shares, token_grid, training_time, unmix
 from .plan import SitePlan
 from .run import Run
 
@@ -51,7 +51,7 @@ def catch_up(run: Run, call: Call, arguments: Arguments, tap: Tap) -> None:
                 if anchor in missed:
                     tokens, size = past.tokens(plan, call, part)
                     plan.recall(state, part.branch, tokens, anchor, size)
-    except (_Unknown, UnknownMixture) as reason:
+    except _Unknown as reason:
         warnings.warn(
             f"This generation begins at t = {call.timestep:.0f}, after the anchors {anchors} of its dictionary, and "
             f"the activations there cannot be computed, as {reason}: latents are read as if the first step were the "
@@ -133,7 +133,10 @@ def _earlier(call: Call, arguments: Arguments, tap: Tap, anchors: list[int], pas
         if sample.ndim == 3 and sample.shape != prediction.shape or channels != sample.shape[1] and sample.ndim < 4:
             raise _Unknown("there are other tokens beside those that are denoised")
         noisy, prediction = sample[:, :channels].float(), prediction[:, :channels].float()
-        clean, noise = unmix(noisy, prediction, call.alphas_cumprod, call.timestep, scheduler)
+        unmixed = unmix(noisy, prediction, call.alphas_cumprod, call.timestep, scheduler)
+        if unmixed is None:
+            raise _Unknown(f"what is predicted with {type(scheduler).__name__} is not known")
+        clean, noise = unmixed
     for anchor in anchors:
         keep, add = shares(call.alphas_cumprod, anchor)
         mixed = (keep * clean + add * noise).to(sample.dtype)
