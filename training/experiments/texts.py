@@ -87,11 +87,11 @@ SECTIONS = {  # by the name of the file
         "Do latents do to pictures what their look says?",
         """
         Latents that are like no word are named after what they do to the look of pictures, as predictions say to first
-        order. The first of them by index, {count} at most, are added at strength 1 to {pictures} pictures of prompts and
-        noise that had no part in it ({picture_steps} steps each), and the pictures are measured: brightness, contrast and so
-        on, in standard deviations among the pictures without it. *Moves as said*: the named look changes in the
-        direction that the name says, by more than two standard errors. *Moves nothing more*: no other look changes
-        more than it. *Exchanged*: the same if each latent had the name of another.
+        order. The first of them by index, {count} at most, are added at strength 1 to {pictures} pictures of prompts
+        and noise that had no part in it ({picture_steps} steps each), and the pictures are measured: brightness,
+        contrast and so on, in standard deviations among the pictures without it. *Moves as said*: the named look
+        changes in the direction that the name says, by more than two standard errors. *Moves nothing more*: no other
+        look changes more than it. *Exchanged*: the same if each latent had the name of another.
 
         Two looks were given up after such a measurement: "less of the prompt", as pictures showed as much of it with
         eight of nine such latents as without (on other prompts); and "smaller", which was right for one latent of four
